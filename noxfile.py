@@ -1,0 +1,127 @@
+"""What can be run here. `nox -l` is the table of contents: each session has its one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "virtualenv"  # pip only: nothing else has to be installed
+nox.options.reuse_venv = "yes"
+
+PACKAGES = ("core", "lora", "loha", "prompt")
+# Named in every install that could touch torch: an open range takes gigabytes of CUDA.
+PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
+PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
+PYTEST = "pytest==9.2.0"
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ONE_THREAD = {**OFFLINE, "OMP_NUM_THREADS": "1"}
+
+
+def editable(*packages: str) -> list[str]:
+    return [part for package in packages for part in ("-e", f"packages/peft-{package}")]
+
+
+def install_peer(session: nox.Session) -> None:
+    """The upstream package, for comparisons only; --no-deps keeps its dependencies from deciding ours."""
+    peft, *dependencies = PEER
+    session.install(*PINS, *dependencies)
+    session.install("--no-deps", peft)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Fine-tune a real encoder on real labelled sentences; `-- --all` compares all tuners."""
+    session.install(*PINS, *editable(*PACKAGES), "tqdm")
+    session.install("--no-deps", "--require-hashes", "-r", "examples/requirements-quickstart.txt")
+    session.run("python", "examples/quickstart.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session(name="demo-lm")
+def demo_lm(session: nox.Session) -> None:
+    """Adapt a real 135M-parameter Llama to a real text: perplexity and generation before and after."""
+    session.install(*PINS, *editable(*PACKAGES), "tqdm", "gguf==0.19.0")
+    session.install("--no-deps", "--require-hashes", "-r", "examples/requirements-demo-lm.txt")
+    session.run("python", "examples/demo_lm.py", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need neither the peer nor the docs."""
+    session.install(*PINS, *editable(*PACKAGES), PYTEST, "pytest-xdist==3.8.0", "hypothesis==6.170.15")
+    apart = ("--ignore=tests/interop", "--ignore=tests/docs")  # sessions of their own
+    session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES)
+def alone(session: nox.Session, package: str) -> None:
+    """One package with only what it declares: finds a missing dependency and a forbidden neighbour."""
+    neighbours = ("core",) if package == "core" else ("core", package)
+    session.install(*PINS, *editable(*neighbours), PYTEST)
+    session.run("pytest", f"tests/{package}", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(reuse_venv=False)  # pip would keep an older build of the same version
+def wheels(session: nox.Session) -> None:
+    """Built packages in a bare environment, away from the checkout: find, train a step, save, load."""
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        # The build tool stays out of the environment, so that its dependencies can't stand in for one we forgot.
+        session.install("--target", str(away / "tools"), "build==1.6.1")
+        for package in PACKAGES:  # the wheel is made from the sdist: shows that the sdist is complete
+            command = ("python", "-m", "build", f"packages/peft-{package}", "--outdir", str(away / "dist"))
+            session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
+        built = sorted(str(wheel) for wheel in (away / "dist").glob("*.whl"))
+        session.install(*PINS, *built)
+        shutil.copy("scripts/wheel_smoke.py", away)
+        with session.chdir(away):
+            session.run("python", "-I", "wheel_smoke.py", env=OFFLINE)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style, format, and which room may import which."""
+    session.install("ruff==0.17.6", "import-linter==2.16")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    sources = os.pathsep.join(str(Path(f"packages/peft-{package}/src").resolve()) for package in PACKAGES)
+    session.run("lint-imports", env={"PYTHONPATH": sources})  # it reads the sources, so nothing need be installed
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """mypy --strict on all four packages."""
+    session.install(*PINS, *editable(*PACKAGES), PYTEST, "mypy==2.4.1")
+    session.run("mypy", "--strict", *(f"packages/peft-{package}/src" for package in PACKAGES))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Execute every code block of README and docs."""
+    session.install(*PINS, *editable(*PACKAGES), PYTEST)
+    session.run("pytest", "tests/docs", *session.posargs, env=OFFLINE)
+
+
+@nox.session
+def interop(session: nox.Session) -> None:
+    """Files and outputs against the peer (peft), both ways."""
+    session.install(*PINS, *editable(*PACKAGES), PYTEST, "pytest-xdist==3.8.0", "hypothesis==6.170.15")
+    install_peer(session)
+    # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
+    peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    session.run("pytest", "-n", "2", "-W", peer_warning, "tests/interop", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Interleaved ratios against the bare model and the peer (peft)."""
+    session.install(*PINS, *editable(*PACKAGES))
+    install_peer(session)
+    session.run("python", "bench/run.py", *session.posargs, env=OFFLINE)

@@ -1,0 +1,94 @@
+"""Whether the base's embeddings go into an adapter's file, decided from local data alone."""
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config import PeftConfig
+from ..errors import ConfigError, ModelError, PeftWarning
+from ..layers.slots import Slot
+from ..tuners.index import AdapterIndex
+from ..tuners.targeting import matcher
+
+EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+
+
+def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Tensor]:
+    """Return the embedding weights to write beside an adapter, by key.
+
+    Args:
+        index, adapter: whose file.
+        choice: True, False, or ``"auto"``: if an embedding is targeted, or the vocabulary differs from the base's local config.
+        wrapped: as a `PeftModel` names them.
+
+    Raises:
+        ConfigError: another choice.
+    """
+    if choice not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers={choice!r}", hint="write True, False or 'auto'")
+    config = index.configs[adapter]
+    if choice is False or config.is_prompt_learning:
+        return {}
+    if choice == "auto":
+        reason = _reason(index, config)
+        if reason is None:
+            return {}
+        warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", PeftWarning, stacklevel=5)
+    if not hasattr(index.base, "get_input_embeddings"):
+        warnings.warn(f"{index.view.name} has no get_input_embeddings(): no embedding layers are saved", PeftWarning, stacklevel=5)
+        return {}
+    return {key: slot.read() for key, slot in slots(index, adapter, wrapped=wrapped).items()}
+
+
+def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
+    """Return key → slot of the base's input and output embeddings, as an adapter's file names them; saved copies are not among them."""
+    if not hasattr(index.base, "get_input_embeddings"):
+        return {}
+    try:
+        layers = [layer for layer in (index.view.embeddings, index.view.output_embeddings) if layer is not None]
+    except ModelError:
+        return {}
+    own = index.own[adapter]
+    wrappers = {path for (method, path) in own if method and not method.startswith("@")}
+    saved = {path for (method, path) in own if method.startswith("@")}
+    prefix = index.prefix(adapter) if wrapped else ""
+    found: dict[str, Slot] = {}
+    for path, module in index.view.modules.items():
+        if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
+            continue
+        middle = ".base_layer" if path in wrappers else ""
+        found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
+    return found
+
+
+def _reason(index: AdapterIndex, config: PeftConfig) -> str | None:
+    targets: Any = getattr(config, "target_modules", None)
+    if targets:
+        if isinstance(targets, str):
+            matches = matcher(targets, "target_modules")
+            embedded = any(matches(path) for path in index.view.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
+        else:
+            embedded = any(name in targets for name in EMBEDDING_LAYER_NAMES)
+        if embedded:
+            return "embedding layers are targeted"
+    original = _local_vocabulary(config.base_model_name_or_path)
+    current = getattr(index.view.text_config, "vocab_size", None)
+    if original is not None and current is not None and original != current:
+        return f"the vocabulary was resized from {original} to {current}"
+    return None
+
+
+def _local_vocabulary(name: str | None) -> int | None:
+    path = Path(name or "") / "config.json"
+    if not name or not path.is_file():
+        return None  # never asks the network: saving must work offline
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    size = found.get("vocab_size", (found.get("text_config") or {}).get("vocab_size"))
+    return int(size) if isinstance(size, int) else None

@@ -1,0 +1,188 @@
+"""Adapter folders on disk: found, read lazily, written such that a reader sees the old pair or the new one."""
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import CONFIG_NAME
+from ..errors import AdapterFileError, listed
+
+SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
+WEIGHTS_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The tensors of one adapter: names and shapes at once, values when asked for."""
+
+    path: Path
+
+    @property
+    def is_safetensors(self) -> bool:
+        """Whether it is a safetensors file; otherwise a pickled dict, read with weights-only unpickling."""
+        return self.path.suffix == ".safetensors"
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape, from the header alone.
+
+        Raises:
+            AdapterFileError: the file is damaged.
+        """
+        if not self.is_safetensors:
+            return {name: tuple(tensor.shape) for name, tensor in self.tensors().items()}
+        with self._open("cpu") as handle:
+            return {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """What the writer noted: the tuner's distribution, the base (see `passport`)."""
+        if not self.is_safetensors:
+            return {}
+        with self._open("cpu") as handle:
+            return dict(handle.metadata() or {})
+
+    def tensors(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
+        """Return all tensors.
+
+        Raises:
+            AdapterFileError: the file is damaged, or the pickle holds anything but tensors.
+        """
+        target = str(device or "cpu")
+        if self.is_safetensors:
+            with self._open(target) as handle:
+                return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+        try:
+            loaded = torch.load(self.path, map_location=target, weights_only=True)
+        except Exception as error:
+            raise AdapterFileError(f"{str(self.path)!r} can't be read: {error}", hint="is it a dict of tensors saved with torch.save?") from error
+        if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+            raise AdapterFileError(f"{str(self.path)!r} is no dict of tensors")
+        return loaded
+
+    @contextlib.contextmanager
+    def _open(self, device: str) -> Iterator[Any]:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            handle = safe_open(self.path, framework="pt", device=device)
+        except (SafetensorError, OSError) as error:
+            raise AdapterFileError(f"{str(self.path)!r} can't be read: {error}", hint="is the file complete?") from error
+        with handle:
+            yield handle
+
+
+def find_weights(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> WeightFile:
+    """Return an adapter's weight file: `adapter_model.safetensors`, else `adapter_model.bin`, local or from the Hub.
+
+    Raises:
+        AdapterFileError: there is neither.
+    """
+    directory = Path(model_id) / (subfolder or "")
+    names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
+    for name in names:
+        if (directory / name).is_file():
+            return WeightFile(directory / name)
+    if directory.is_dir() or os.path.isabs(model_id):
+        found = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        raise AdapterFileError(
+            f"Can't find weights for {str(directory)!r}: neither {names[0]} nor {names[1]} is there",
+            hint=f"the folder holds {listed(found)}" if found else "the folder is empty or missing",
+        )
+    from huggingface_hub import hf_hub_download
+
+    hub.pop("use_auth_token", None)
+    error: Exception | None = None
+    for name in names:
+        try:
+            return WeightFile(Path(hf_hub_download(str(model_id), name, subfolder=subfolder, **hub)))
+        except Exception as caught:
+            error = caught
+    raise AdapterFileError(f"Can't find weights for {str(model_id)!r} on the Hub: {error}", hint="check the repository id and the network") from error
+
+
+class AtomicFolder:
+    """Writes files into temporary names and puts them all in place at the end, or none of them.
+
+    Example:
+        >>> with AtomicFolder() as folder:
+        ...     folder.text(path / "adapter_config.json", text)
+    """
+
+    def __init__(self) -> None:
+        self._staged: list[tuple[Path, Path]] = []
+
+    def __enter__(self) -> AtomicFolder:
+        return self
+
+    def text(self, target: Path, text: str) -> None:
+        """Stage a text file."""
+        self._stage(target).write_text(text, encoding="utf-8")
+
+    def tensors(self, target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Stage a weight file: safetensors, or a pickled dict if the name says so."""
+        path = self._stage(target)
+        whole = _unshared(tensors)
+        if target.suffix == ".safetensors":
+            from safetensors.torch import save_file
+
+            save_file(whole, path, metadata=dict(metadata))
+        else:
+            torch.save(whole, path)
+
+    def _stage(self, target: Path) -> Path:
+        path = target.with_name(f".{target.name}.{os.getpid()}.part")
+        self._staged.append((path, target))
+        return path
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        replaced: list[tuple[Path, Path | None]] = []
+        try:
+            if kind is None:
+                for path, target in self._staged:
+                    kept = target.with_name(f".{target.name}.{os.getpid()}.before")
+                    had = target.exists()
+                    if had:
+                        os.replace(target, kept)
+                    replaced.append((target, kept if had else None))
+                    os.replace(path, target)
+        except BaseException:
+            for target, kept in reversed(replaced):
+                target.unlink(missing_ok=True)
+                if kept is not None:
+                    os.replace(kept, target)
+            replaced.clear()
+            raise
+        finally:
+            for path, _ in self._staged:
+                path.unlink(missing_ok=True)
+            for _, kept in replaced:
+                if kept is not None:
+                    kept.unlink(missing_ok=True)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors, none of which shares memory with another: the file format has no notion of views."""
+    seen: set[int] = set()
+    whole = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr() if tensor.numel() and not tensor.is_meta else 0
+        if pointer in seen and pointer:
+            tensor = tensor.clone()
+        seen.add(pointer)
+        whole[name] = tensor
+    return whole
+
+
+def config_target(directory: Path) -> Path:
+    """Return where a folder's config lies."""
+    return directory / CONFIG_NAME

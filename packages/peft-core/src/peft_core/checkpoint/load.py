@@ -1,0 +1,130 @@
+"""Tensors into a model, as a transaction: everything is compared first, then written."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..errors import AdapterWeightsError, PeftWarning, did_you_mean, listed
+from ..layers.slots import Slot
+from ..plugins import hooks
+from ..tuners.index import AdapterIndex
+from . import embeddings
+from .files import WeightFile
+from .state_dict import fitted_keys, key_renamer, keyed_slots
+
+Strict = bool | str
+
+
+class LoadResult(NamedTuple):
+    """Keys of the adapter that the file lacks, and keys of the file that the adapter lacks."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Where tensors come from: shapes now, values later.
+
+    Args:
+        shapes: name → shape.
+        read: returns the values.
+        origin: for messages.
+        writer: what is known of the writer, for messages.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[], Mapping[str, Tensor]]
+    origin: str
+    writer: str = ""
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], origin: str = "the given state dict") -> Tensors:
+        """Return tensors that are in memory already."""
+        return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, origin)
+
+    @classmethod
+    def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> Tensors:
+        """Return the tensors of a file, renamed and converted as the caller and plugins want."""
+        rename = key_renamer(key_mapping)
+        noted = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
+
+        def read() -> dict[str, Tensor]:
+            return hooks.convert_state_dict(peft_type, {rename(name): tensor for name, tensor in file.tensors(device).items()}, config)
+
+        if hooks.converts():
+            tensors = read()
+            return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, str(file.path), noted)
+        return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), noted)
+
+
+def fill(
+    index: AdapterIndex, adapter: str, source: Tensors, *, wrapped: bool = True, strict: Strict = True, ignore_mismatched_sizes: bool = False
+) -> LoadResult:
+    """Write the tensors of `source` into an adapter.
+
+    Args:
+        index, adapter: where to.
+        source: what.
+        wrapped: the model is wrapped (`keyed_slots`).
+        strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
+        ignore_mismatched_sizes: tensors of other shapes are left out with a warning instead of an error.
+
+    Raises:
+        AdapterWeightsError: something does not fit, all of it in one message. Nothing was written then.
+    """
+    slots = keyed_slots(index, adapter, wrapped=wrapped)
+    embedded = embeddings.slots(index, adapter, wrapped=wrapped)
+    shapes = fitted_keys(source.shapes, [*slots, *embedded])
+    # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
+    slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
+    missing = [key for key in slots if key not in shapes]
+    surplus = [key for key in shapes if key not in slots]
+    misshapen = [key for key in slots if key in shapes and shapes[key] != slots[key].shape]
+    faults = _faults(slots, shapes, missing if strict is True else [], surplus if strict is True else [], [] if ignore_mismatched_sizes else misshapen)
+    if faults:
+        raise AdapterWeightsError(
+            f"{source.origin} does not fit the adapter {adapter!r} on {index.view.name}: {'; '.join(faults)}",
+            hint=_hint(missing, surplus, misshapen, source.writer),
+        )
+    if strict == "warn" and missing:
+        warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", PeftWarning, stacklevel=4)
+    if strict == "warn" and surplus:
+        warnings.warn(f"{source.origin} has tensors that the adapter {adapter!r} does not know: {listed(surplus)}", PeftWarning, stacklevel=4)
+    if misshapen and ignore_mismatched_sizes:
+        warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
+    tensors = fitted_keys(source.read(), slots)
+    skipped = set(misshapen)
+    for key, slot in slots.items():
+        if key in tensors and key not in skipped:
+            slot.write(tensors[key])
+    return LoadResult(missing, surplus)
+
+
+def _faults(slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], missing: list[str], surplus: list[str], misshapen: list[str]) -> list[str]:
+    faults = []
+    if missing:
+        faults.append(f"missing are {listed(missing, 4)}")
+    if surplus:
+        faults.append(f"not known are {listed(surplus, 4)}")
+    if misshapen:
+        shown = [f"{key!r} is {shapes[key]}, expected {slots[key].shape}" for key in misshapen[:4]]
+        faults.append(f"size mismatch: {', '.join(shown)}{f' and {len(misshapen) - 4} more' if len(misshapen) > 4 else ''}")
+    return faults
+
+
+def _hint(missing: list[str], surplus: list[str], misshapen: list[str], writer: str) -> str:
+    if missing and surplus:
+        near = did_you_mean(missing[0], surplus)
+        hint = near.replace("did you mean", "is the first missing one called") if near else "does the config belong to these weights?"
+    elif misshapen:
+        hint = "was the adapter trained on another base, or with another rank?"
+    elif missing:
+        hint = "strict=False (or 'warn') keeps initial values for what is missing"
+    else:
+        hint = "strict=False (or 'warn') ignores what is not known"
+    return f"{hint} (written by: {writer})" if writer else hint

@@ -1,0 +1,75 @@
+"""The README.md beside saved adapters: YAML header for the Hub, and the versions."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..config import FORMAT_VERSION
+from ..tuners.index import AdapterIndex
+
+_FRAMEWORK = "### Framework versions"
+_QUANTISED = "The following `bitsandbytes` quantization config was used during training:"
+
+
+def render(index: AdapterIndex, existing: Path) -> str:
+    """Return the text of the card, made from the file that is there or from the Hub library's template. Rendering twice changes nothing.
+
+    Args:
+        index: the adapters.
+        existing: the README.md that may be there.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    card = ModelCard.load(existing) if existing.exists() else ModelCard.from_template(ModelCardData())
+    base_name = _base_name(index)
+    card.data["library_name"] = "peft"
+    tags = set(card.data.get("tags") or ())
+    tags.update(_base_tags(index))
+    if base_name:
+        card.data["base_model"] = base_name
+        tags.add(f"base_model:adapter:{base_name}")
+    if any(str(config.task_type) == "CAUSAL_LM" for config in index.configs.values()):
+        card.data["pipeline_tag"] = "text-generation"
+    card.data["tags"] = sorted(tags)
+    card.text = _with_versions(_with_quantisation(card.text, index))
+    return str(card)
+
+
+def _base_name(index: AdapterIndex) -> str | None:
+    config = index.view.config
+    for holder, attribute in ((config, "_name_or_path"), (config, "name_or_path"), (index.base, "name_or_path")):
+        found = getattr(holder, attribute, None)
+        if isinstance(found, str) and found:
+            return found
+    return None
+
+
+def _base_tags(index: AdapterIndex) -> set[str]:
+    tags = {"transformers"} if index.view.is_transformers_model else set()
+    own = getattr(index.base, "model_tags", None)
+    if isinstance(own, (list, tuple)):
+        tags.update(own)
+    # the Hub's filter knows the methods by these tags
+    tags.update(str(config.peft_type).lower() for config in index.configs.values())
+    return tags
+
+
+def _with_quantisation(text: str, index: AdapterIndex) -> str:
+    quantised: Any = getattr(index.view.config, "quantization_config", None)
+    if quantised is None or _QUANTISED in text:
+        return text
+    fields = quantised if isinstance(quantised, dict) else quantised.to_dict()
+    lines = "\n".join(f"- {key}: {value}" for key, value in fields.items())
+    section = f"\n{_QUANTISED}\n{lines}\n"
+    heading = "## Training procedure\n"
+    return text.replace(heading, heading + section, 1) if heading in text else f"{text}\n{heading}{section}"
+
+
+def _with_versions(text: str) -> str:
+    line = f"- PEFT {FORMAT_VERSION}"
+    if _FRAMEWORK not in text:
+        return f"{text.rstrip()}\n{_FRAMEWORK}\n\n{line}\n"
+    head, _, tail = text.partition(_FRAMEWORK)
+    if any(part.startswith("- PEFT ") for part in tail.splitlines()):
+        return text
+    return f"{head}{_FRAMEWORK}\n\n{line}\n{tail.lstrip(chr(10))}"

@@ -1,0 +1,81 @@
+"""Adapters into folders: `default` in the root, every other one in a folder of its name."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..errors import AdapterFileError
+from ..plugins import hooks
+from ..tuners.index import AdapterIndex
+from . import embeddings, model_card
+from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target
+from .passport import passport
+from .state_dict import adapter_tensors
+
+ROOT_ADAPTER = "default"
+
+
+def save_adapters(
+    index: AdapterIndex,
+    save_directory: str | os.PathLike[str],
+    *,
+    model: nn.Module,
+    safe_serialization: bool = True,
+    selected_adapters: Sequence[str] | None = None,
+    save_embedding_layers: bool | str = "auto",
+    is_main_process: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+) -> None:
+    """Write adapters and the model card; all files appear together or not at all.
+
+    Args:
+        index: the adapters.
+        save_directory: created if missing.
+        model: the wrapper whose names `state_dict` has.
+        safe_serialization: safetensors; False: a pickled dict.
+        selected_adapters: which; default all.
+        save_embedding_layers: also write the base's embeddings: True, False, or "auto" (if they are targeted or resized).
+        is_main_process: False only makes the folders.
+        state_dict: take tensors from here instead of from the model.
+
+    Raises:
+        AdapterFileError: `save_directory` is a file.
+        AdapterNotFoundError: an unknown name is selected.
+    """
+    root = Path(save_directory)
+    if root.is_file():
+        raise AdapterFileError(f"save_directory={str(root)!r} should be a directory, not a file", hint="choose another path")
+    adapters = list(index.configs) if selected_adapters is None else list(selected_adapters)
+    index.require(*adapters)
+    folders = {adapter: root if adapter == ROOT_ADAPTER else root / adapter for adapter in adapters}
+    for folder in (root, *folders.values()):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not is_main_process:
+        return
+    with AtomicFolder() as staged:
+        for adapter, folder in folders.items():
+            config = index.configs[adapter]
+            tensors: dict[str, Tensor] = adapter_tensors(index, adapter, state_dict=state_dict, model=model)
+            tensors.update(embeddings.tensors_to_save(index, adapter, save_embedding_layers))
+            name = SAFETENSORS_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
+            staged.tensors(folder / name, tensors, passport(str(config.peft_type), index.view))
+            staged.text(config_target(folder), config_text(index, config))
+        staged.text(root / "README.md", model_card.render(index, root / "README.md"))
+    for adapter, folder in folders.items():
+        hooks.adapter_saved(index.base, adapter, str(folder))
+
+
+def config_text(index: AdapterIndex, config: PeftConfig) -> str:
+    """Return `adapter_config.json` as a saved model has it: for inference, with the base's name, with its class if there is no task."""
+    overrides: dict[str, Any] = {"inference_mode": True}
+    if config.base_model_name_or_path is None:
+        name = getattr(index.base, "name_or_path", None)
+        overrides["base_model_name_or_path"] = name if isinstance(name, str) and name else None
+    if config.task_type is None:
+        overrides["auto_mapping"] = {"base_model_class": type(index.base).__name__, "parent_library": type(index.base).__module__}
+    return config.to_json(**overrides)

@@ -1,0 +1,96 @@
+"""Names on disk ⇄ tensors in the model, made from slots and paths. No other file builds or cuts a key."""
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..layers.slots import Slot
+from ..tuners.index import AdapterIndex
+
+#: what wrapped models put before the path of a base module; removed where there is no wrapper
+WRAPPER_PREFIX = "base_model.model."
+_T = TypeVar("_T")
+
+
+def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
+    """Return key on disk → slot for everything that a file holds of an adapter.
+
+    Args:
+        index: the adapters of a model.
+        adapter: which one.
+        wrapped: as a `PeftModel` writes it; False: as a bare model with injected adapters does (no prefix).
+    """
+    prefix = index.prefix(adapter) if wrapped else ""
+    keyed = {}
+    for path, end, slot in index.slots(adapter):
+        if path is None:
+            keyed[end] = slot
+        else:
+            keyed[f"{prefix}{path}.{end}" if path else f"{prefix}{end}"] = slot
+    return keyed
+
+
+def adapter_tensors(
+    index: AdapterIndex, adapter: str, *, wrapped: bool = True, state_dict: Mapping[str, Any] | None = None, model: nn.Module | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file, detached, not copied.
+
+    Args:
+        index, adapter, wrapped: as `keyed_slots`.
+        state_dict: take the tensors from here (in-memory names of `model`) instead of from the model; ones that it lacks from the model.
+        model: what `state_dict` was taken of.
+    """
+    slots = keyed_slots(index, adapter, wrapped=wrapped)
+    if state_dict is None:
+        return {key: slot.read() for key, slot in slots.items()}
+    names = {id(module): name for name, module in (model or index.base).named_modules()}
+    tensors = {}
+    for key, slot in slots.items():
+        found = None
+        if slot.owner is not None and id(slot.owner[0]) in names:
+            prefix = names[id(slot.owner[0])]
+            found = state_dict.get(f"{prefix}.{slot.owner[1]}" if prefix else slot.owner[1])
+        tensors[key] = slot.read() if found is None else found.detach()
+    return tensors
+
+
+def key_renamer(key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
+    """Return what renames the keys of a file: each pattern is applied behind `base_model.model.`, which is put back.
+
+    Raises:
+        ConfigError: a pattern is no regular expression.
+    """
+    if not key_mapping:
+        return lambda key: key
+    try:
+        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
+    except re.error as error:
+        raise ConfigError(f"key_mapping: {error}", hint="keys are regular expressions, values replacements") from error
+
+    def rename(key: str) -> str:
+        stem = key.removeprefix(WRAPPER_PREFIX)
+        for pattern, replacement in rules:
+            stem, count = pattern.subn(replacement, stem)
+            if count:
+                break
+        return WRAPPER_PREFIX + stem if key.startswith(WRAPPER_PREFIX) else stem
+
+    return rename
+
+
+def fitted_keys(tensors: Mapping[str, _T], expected: Iterable[str]) -> dict[str, _T]:
+    """Return the tensors under the names that are expected, where only the wrapper's prefix differs (bare and wrapped models)."""
+    expected = set(expected)
+    fitted = {}
+    for key, value in tensors.items():
+        for candidate in (key, WRAPPER_PREFIX + key, key.removeprefix(WRAPPER_PREFIX)):
+            if candidate in expected:
+                fitted[candidate] = value
+                break
+        else:
+            fitted[key] = value
+    return fitted

@@ -1,0 +1,151 @@
+"""Every exception that peft-core raises, and the search for the nearest valid name.
+
+Each error is also one of Python's own (`ValueError`, `KeyError`, ...), so that code which knows nothing of us can catch it.
+"""
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeftError(Exception):
+    """Something that the user can mend.
+
+    Args:
+        message: what was given and why it is wrong.
+        hint: what to do about it; shown after the message.
+        code: a stable identifier for programs, such as ``"unknown-tuner"``; each class has its own default.
+    """
+
+    code = "peft"
+
+    def __init__(self, message: str, *, hint: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class PeftWarning(UserWarning):
+    """Something that works, but perhaps not as meant."""
+
+
+class ConfigError(PeftError, ValueError):
+    """A configuration that can't be used: a bad value, or values that exclude one another."""
+
+    code = "config"
+
+
+class ConfigFileError(ConfigError):
+    """`adapter_config.json` is missing, unreadable or says something impossible."""
+
+    code = "config-file"
+
+
+class UnknownTunerError(ConfigError, KeyError):
+    """No installed or registered tuner has this `peft_type`."""
+
+    code = "unknown-tuner"
+
+
+class PluginError(PeftError, ImportError):
+    """A plugin can't be used. The message names its distribution; `__cause__` is what went wrong inside it."""
+
+    code = "plugin"
+
+
+class IncompatiblePluginError(PluginError):
+    """A plugin that was built for another version of peft-core."""
+
+    code = "plugin-version"
+
+
+class DuplicateTunerError(PluginError, ValueError):
+    """Two distributions offer the same `peft_type`."""
+
+    code = "duplicate-tuner"
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """The targets of a config match no module of the model."""
+
+    code = "no-match"
+
+
+class UnsupportedModuleError(PeftError, ValueError, TypeError):
+    """A targeted module is of a kind that the tuner does not know."""
+
+    code = "unsupported-module"
+
+
+class AdapterNameError(PeftError, ValueError):
+    """A name that can't be given to an adapter: taken, malformed, or colliding with a parameter prefix."""
+
+    code = "adapter-name"
+
+
+class AdapterNotFoundError(PeftError, ValueError, KeyError):
+    """The model has no adapter of this name."""
+
+    code = "adapter-not-found"
+
+
+class CapabilityError(PeftError, ValueError, TypeError):
+    """Something was asked of a tuner that its spec does not declare."""
+
+    code = "capability"
+
+
+class RoutingError(PeftError, ValueError):
+    """`adapter_names` does not fit the batch, the model or the moment."""
+
+    code = "routing"
+
+
+class MergeError(PeftError, ValueError):
+    """Adapters can't be merged or taken out again."""
+
+    code = "merge"
+
+
+class AdapterFileError(PeftError, ValueError, FileNotFoundError):
+    """A folder that does not hold an adapter, or whose weight file can't be read."""
+
+    code = "adapter-file"
+
+
+class AdapterWeightsError(PeftError, RuntimeError, ValueError):
+    """The tensors of a file do not fit the adapter: all missing, surplus and misshapen ones of that file together."""
+
+    code = "adapter-weights"
+
+
+class ModelError(PeftError, ValueError, AttributeError):
+    """The base model lacks something that a tuner or a task needs."""
+
+    code = "model"
+
+
+def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
+    """Return up to `limit` candidates that look like `name`, best first (case is ignored)."""
+    by_fold: dict[str, str] = {}
+    for candidate in candidates:
+        by_fold.setdefault(candidate.casefold(), candidate)
+    return [by_fold[fold] for fold in difflib.get_close_matches(name.casefold(), by_fold, n=limit, cutoff=0.6)]
+
+
+def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
+    """Return ``"did you mean 'x' or 'y'?"``, or `otherwise` when nothing is near."""
+    found = nearest(name, candidates)
+    return f"did you mean {' or '.join(map(repr, found))}?" if found else otherwise
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    """Return the names quoted and separated by commas, the tail of a long list as a count."""
+    names = list(names)
+    shown = ", ".join(map(repr, names[:limit]))
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,1 @@
+"""Looking at a model: counts, status of layers and of the whole."""

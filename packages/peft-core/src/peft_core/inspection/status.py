@@ -1,0 +1,171 @@
+"""The state of adapters, layer by layer and for the whole model; for wrapped models, injected ones, and prompts alike."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import AdapterNotFoundError
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.slots import AdapterModule
+from ..tuners.builtin import SavedModule
+from ..tuners.index import AdapterIndex, index_of
+from . import parameters
+
+IRREGULAR = "irregular"
+
+
+@dataclass
+class TunerLayerStatus:
+    """One module with adapter weights. Names begin with ``model.`` for a wrapped model."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | str]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class TunerModelStatus:
+    """The whole model; ``"irregular"`` where its layers disagree."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | str
+    active_adapters: list[str] | str
+    merged_adapters: list[str] | str
+    requires_grad: dict[str, bool | str] = field(default_factory=dict)
+    available_adapters: list[str] = field(default_factory=list)
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """Return the status of every module that holds adapter weights.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+
+    Raises:
+        AdapterNotFoundError: the model has none.
+    """
+    index = _index(model)
+    prefix = "model." if index.base is not model else ""
+    found = []
+    for (kind, path), module in index.entries.items():
+        if isinstance(module, nn.Module):
+            found.append(_layer(index, f"{prefix}{path}" if kind else path, kind, module))
+    return found
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """Return the status of a model's adapters as a whole.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+
+    Raises:
+        AdapterNotFoundError: the model has none.
+    """
+    index = _index(model)
+    layers = get_layer_status(model)
+    trainable, total = parameters.count(model)
+    wrapped = index.base is not model
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    partly = any(
+        name in layer.available_adapters and name not in layer.merged_adapters
+        for name in merged
+        for layer in layers
+        if layer.module_type not in ("ModulesToSaveWrapper", "prompt")
+    )
+    backends = {layer.quantization_backend for layer in layers} - {None}
+    return TunerModelStatus(
+        base_model_type=type(index.base).__name__,
+        adapter_model_type=_adapter_model_type(index) if wrapped else "None",
+        peft_types={name: str(config.peft_type) for name, config in index.configs.items()} if wrapped else {},
+        trainable_params=trainable,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_agreed([layer.enabled for layer in layers]),
+        active_adapters=_agreed([layer.active_adapters for layer in layers]),
+        merged_adapters=IRREGULAR if partly else merged,
+        requires_grad={
+            name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad]) for name in sorted(index.configs)
+        },
+        available_adapters=sorted(index.configs),
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in sorted(index.configs)
+        },
+        quantization_backend=next(iter(backends)) if len(backends) == 1 else None,
+    )
+
+
+def _index(model: nn.Module) -> AdapterIndex:
+    index = index_of(model)
+    if index is None or not any(isinstance(module, nn.Module) for module in index.entries.values()):
+        raise AdapterNotFoundError(
+            "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters injected in the model"
+        )
+    return index
+
+
+def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> TunerLayerStatus:
+    activation = getattr(module, "activation", index.activation)
+    requires_grad: dict[str, bool | str] = {}
+    devices: dict[str, list[str]] = {}
+    for adapter in module.adapters():
+        own = list(module.parameters_of(adapter).values())
+        requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in own]) if own else False
+        devices[adapter] = sorted({parameter.device.type for parameter in own})
+    return TunerLayerStatus(
+        name=name,
+        module_type=_module_type(kind, module),
+        enabled=activation.enabled,
+        active_adapters=list(activation.names),
+        merged_adapters=module.merged_adapters if isinstance(module, AdapterLayer) else [],
+        requires_grad=requires_grad,
+        available_adapters=sorted(module.adapters()),
+        devices=devices,
+        quantization_backend=_backend(module),
+    )
+
+
+def _module_type(kind: str, module: AdapterModule) -> str:
+    if isinstance(module, SavedModule):
+        return "ModulesToSaveWrapper"
+    if not kind:
+        return "prompt"
+    return f"{kind.lower()}.{type(module).__name__}"
+
+
+def _adapter_model_type(index: AdapterIndex) -> str:
+    for config in index.configs.values():
+        return type(config).__name__.removesuffix("Config") + "Model"
+    return "None"
+
+
+def _backend(module: AdapterModule) -> str | None:
+    if not isinstance(module, AdapterLayer):
+        return None
+    base = module.get_base_layer()
+    package = type(base).__module__.partition(".")[0]
+    if package not in ("torch", "transformers"):
+        weight = getattr(base, "weight", None)
+        if weight is not None and not weight.is_floating_point():
+            return package
+    weight_package = type(getattr(base, "weight", None)).__module__.partition(".")[0]
+    return weight_package if weight_package not in ("torch", "builtins") else None
+
+
+def _agreed(values: list[Any]) -> Any:
+    return values[0] if values and all(value == values[0] for value in values) else (IRREGULAR if values else False)

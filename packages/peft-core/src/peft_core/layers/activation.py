@@ -1,0 +1,184 @@
+"""Which adapters take part in a forward pass: one object per model, read by every layer, overridable per thread."""
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RoutingError
+
+#: the name that stands for "no adapter" in a per-sample route
+BASE = "__base__"
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` names for each row.
+
+    Args:
+        names: adapters that every row uses, in the order in which they act.
+        per_row: for each row the adapters that it uses; ``()`` is the plain base.
+        facts: things that a tuner tells its own layers for this call.
+    """
+
+    names: tuple[str, ...] = ()
+    per_row: tuple[tuple[str, ...], ...] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    _ids: dict[tuple[str, int, torch.device | None], Tensor | None] = field(default_factory=dict, repr=False)
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """Every adapter that some row uses."""
+        if self.per_row is None:
+            return self.names
+        return tuple(dict.fromkeys(name for row in self.per_row for name in row))
+
+    def rows(self, adapter: str, batch: int, device: torch.device | None = None) -> Rows:
+        """Return which rows of a batch use `adapter`: None (no row), `ALL`, or a tensor of row numbers (rows,).
+
+        Each name stands for ``batch / len(per_row)`` neighbouring rows: beams of one sample, or the tokens of a flattened batch.
+
+        Raises:
+            RoutingError: the batch is no multiple of the number of names.
+        """
+        if self.per_row is None:
+            return ALL if adapter in self.names else None
+        key = (adapter, batch, device)
+        if key not in self._ids:
+            repeat, rest = divmod(batch, len(self.per_row))
+            if rest or not repeat:
+                raise RoutingError(
+                    f"adapter_names has {len(self.per_row)} entries, but a layer sees a batch of {batch} rows",
+                    hint="give one entry per sample",
+                )
+            ids = [i * repeat + j for i, names in enumerate(self.per_row) if adapter in names for j in range(repeat)]
+            self._ids[key] = torch.tensor(ids, device=device) if ids else None
+        ids_or_none = self._ids[key]
+        if ids_or_none is None:
+            return None
+        return ALL if ids_or_none.shape[0] == batch else ids_or_none
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "per_row": self.per_row, "facts": dict(self.facts)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in {**state, "_ids": {}}.items():
+            object.__setattr__(self, name, value)
+
+
+class _All:
+    """The type of `ALL`; as an index it selects every row, as ``slice(None)`` does."""
+
+    _instance: _All | None = None
+
+    def __new__(cls) -> _All:
+        if cls._instance is None:
+            cls._instance = super().__new__(cls)
+        return cls._instance
+
+    def __repr__(self) -> str:
+        return "ALL"
+
+    def __deepcopy__(self, memo: Any) -> _All:
+        return self
+
+    def __reduce__(self) -> Any:
+        return (_All, ())
+
+
+ALL = _All()
+Rows = Tensor | _All | None
+NO_ROUTE = Route()
+
+
+class Activation:
+    """The adapters in use, shared by all adapter layers of a model: switching sets one attribute and visits no layer.
+
+    A thread may override it for itself with `use`: concurrent requests do not see one another.
+    """
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.selected = Route(tuple(names))
+        self.enabled = True
+        #: what layers follow unless their thread says otherwise
+        self.default = self.selected
+        self.local = threading.local()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters chosen for the whole model, also while they are disabled."""
+        return self.selected.names
+
+    def select(self, names: Sequence[str]) -> None:
+        """Choose the adapters for the whole model."""
+        self.selected = Route(tuple(names))
+        self._refresh()
+
+    def enable(self, enabled: bool) -> None:
+        """Switch all adapters on or off without forgetting which were chosen."""
+        self.enabled = enabled
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.default = self.selected if self.enabled else NO_ROUTE
+
+    def current(self) -> Route:
+        """Return the route of the calling thread."""
+        # getattr on a threading.local is traced by torch.compile; ContextVar.get would break the graph in every layer
+        route: Route | None = getattr(self.local, "route", None)
+        return self.default if route is None else route
+
+    @contextlib.contextmanager
+    def use(self, route: Route) -> Iterator[None]:
+        """Follow `route` in this thread until the block ends."""
+        previous = getattr(self.local, "route", None)
+        self.local.route = route
+        try:
+            yield
+        finally:
+            self.local.route = previous
+
+    def fork(self) -> Activation:
+        """Return a separate activation with the same choice, which follows the same per-thread overrides."""
+        twin = Activation(self.names)
+        twin.local = self.local
+        twin.enable(self.enabled)
+        return twin
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"names": self.names, "enabled": self.enabled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["names"])  # type: ignore[misc]
+        self.enable(state["enabled"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Activation:
+        twin = Activation(copy.deepcopy(self.names))
+        twin.enable(self.enabled)
+        memo[id(self)] = twin
+        return twin
+
+
+def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
+    """Turn ``["a", "__base__", ["a", "b"]]`` into one tuple of adapters per row.
+
+    Raises:
+        RoutingError: an entry is neither a name nor a list of names.
+    """
+    if isinstance(names, str):
+        raise RoutingError(f"adapter_names={names!r} is one name", hint="give a list with one entry per sample")
+    rows = []
+    for position, entry in enumerate(names):
+        members = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, (list, tuple)) else None
+        if members is None or not all(isinstance(member, str) for member in members):
+            raise RoutingError(f"adapter_names[{position}]={entry!r} is no adapter name", hint="give names, or lists of names")
+        rows.append(tuple(member for member in members if member != BASE))
+    return tuple(rows)

@@ -1,0 +1,123 @@
+"""What a base layer is, said once: how its weight lies, how a change of that weight acts on an input."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModuleError
+
+
+class BaseOps(Protocol):
+    """How one kind of base layer uses its weight. `delta` is always seen as the matrix (out, in) of `matrix_shape`."""
+
+    @property
+    def kind(self) -> str:
+        """``"linear"``, ``"conv1d"`` (transformers' transposed Linear) or ``"embedding"``."""
+        ...
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (out, in): for an embedding (dim, vocabulary)."""
+        ...
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return `delta` (out, in) in the layout of the base's own weight."""
+        ...
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return what the weight `delta` (out, in) adds to the output for the input `x`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearOps:
+    """`nn.Linear`: weight (out, in)."""
+
+    kind: str = "linear"
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (out_features, in_features); the weight's own shape may be packed."""
+        return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return `delta` as it is."""
+        return delta
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return x deltaᵀ."""
+        return F.linear(x, delta)
+
+
+@dataclass(frozen=True)
+class Conv1DOps:
+    """transformers' `Conv1D`: a Linear whose weight lies as (in, out)."""
+
+    kind: str = "conv1d"
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (out, in)."""
+        inp, out = base.weight.shape  # type: ignore[union-attr]
+        return int(out), int(inp)
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return deltaᵀ."""
+        return delta.T
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return x deltaᵀ."""
+        return F.linear(x, delta)
+
+
+@dataclass(frozen=True)
+class EmbeddingOps:
+    """`nn.Embedding`: weight (vocabulary, dim), seen as the matrix (dim, vocabulary) that a one-hot row would meet."""
+
+    kind: str = "embedding"
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (dim, vocabulary)."""
+        return int(base.embedding_dim), int(base.num_embeddings)  # type: ignore[arg-type]
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return deltaᵀ."""
+        return delta.T
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return the rows of deltaᵀ at the ids `x`."""
+        scale = getattr(base, "embed_scale", None)
+        found = F.embedding(x, delta.T)
+        return found if scale is None else found * torch.as_tensor(scale, dtype=found.dtype, device=found.device)
+
+
+def ops_for(module: nn.Module) -> BaseOps | None:
+    """Return how `module` uses its weight, or None if it is no layer we know."""
+    if isinstance(module, nn.Linear):
+        return LinearOps()
+    if isinstance(module, nn.Embedding):
+        return EmbeddingOps()
+    return Conv1DOps() if is_conv1d(module) else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Return whether `module` is transformers' `Conv1D` (the transposed Linear of GPT-2) or a subclass of it."""
+    # by name: importing transformers for a question about a model that does not use it costs a second
+    return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)
+
+
+def require_ops(module: nn.Module, name: str, supported: str) -> BaseOps:
+    """Return `ops_for(module)`.
+
+    Raises:
+        UnsupportedModuleError: it is no layer we know.
+    """
+    ops = ops_for(module)
+    if ops is None:
+        raise UnsupportedModuleError(
+            f"Target module {name!r} is a {type(module).__name__}, which is not supported. Currently, only the following "
+            f"modules are supported: {supported}",
+            hint="target one of its children, or exclude it with exclude_modules",
+        )
+    return ops

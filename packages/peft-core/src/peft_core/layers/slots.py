@@ -1,0 +1,106 @@
+"""Slots: the tensors that a file holds for one adapter, each with its shape and the way to read and write it."""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor of a file.
+
+    Args:
+        shape: its shape.
+        read: returns its present value, detached.
+        write: takes a new value of that shape; copied into the parameter's dtype, in place, so that optimisers keep their parameter.
+        owner: the module and attribute that hold it, where it is a tensor of the model and not computed.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    write: Callable[[Tensor], None]
+    owner: tuple[nn.Module, str] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, name: str) -> Slot:
+        """Return the slot of a parameter or buffer of `module`."""
+
+        def read() -> Tensor:
+            tensor: Tensor = getattr(module, name)
+            return tensor.detach()
+
+        def write(value: Tensor) -> None:
+            write_tensor(module, name, value)
+
+        return cls(tuple(getattr(module, name).shape), read, write, (module, name))
+
+
+def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Set a parameter or buffer: copied in place, or, where it is still on the meta device, put there as a new one."""
+    current = getattr(module, name)
+    if not current.is_meta:
+        with torch.no_grad():
+            current.copy_(value)
+    elif name in module._parameters:
+        module._parameters[name] = nn.Parameter(value.to(current.dtype), requires_grad=current.requires_grad)
+    else:
+        module._buffers[name] = value.to(current.dtype)
+
+
+@runtime_checkable
+class AdapterModule(Protocol):
+    """A module with weights of named adapters: a wrapped Linear, a prompt table, a saved head."""
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of the adapters that have weights here."""
+        ...
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return what trains."""
+        ...
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds, by the end of its key."""
+        ...
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's weights out, and undo what its creation did to the base."""
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """In addition, where the effect is a change of the base weight."""
+
+    def merge(self, adapters: tuple[str, ...], *, safe: bool = False) -> None:
+        """Fold the adapters that have weights here into the base weight."""
+        ...
+
+    def unmerge(self) -> None:
+        """Take out what is merged; the base weight has every bit that it had before."""
+        ...
+
+
+@runtime_checkable
+class LeavesBehind(Protocol):
+    """In addition, where something other than the original takes the wrapper's place when adapters are unloaded."""
+
+    def remains(self, kept: tuple[str, ...]) -> nn.Module:
+        """Return that module, when the adapters `kept` are to stay in effect."""
+        ...
+
+
+def module_slots(module: nn.Module) -> dict[str, Slot]:
+    """Return a slot for every parameter and persistent buffer of a whole module, by its name in the state dict."""
+    found = {}
+    for prefix, part in module.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        names = [name for name, p in part._parameters.items() if p is not None]
+        names += [name for name, b in part._buffers.items() if b is not None and name not in part._non_persistent_buffers_set]
+        for name in names:
+            found[dot + name] = Slot.of(part, name)
+    return found

@@ -1,0 +1,375 @@
+"""The wrapped model: what `PeftModel` and `PeftMixedModel` share. A view of an index, with forward, generate, save and load."""
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..checkpoint import load as loading
+from ..checkpoint import save as saving
+from ..checkpoint.files import find_weights
+from ..checkpoint.load import LoadResult, Strict, Tensors
+from ..config import HUB_KEYS, PeftConfig
+from ..errors import AdapterNotFoundError, ConfigError, ModelError, PeftWarning, did_you_mean
+from ..inspection import parameters as counting
+from ..layers.adapter_layer import Creation
+from ..plugins import hooks, registry
+from ..tuners import runner
+from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt
+from ..tuners.tasks import NO_TASK, TaskSpec
+from .tuner_model import AdapterOperations, TunerModel
+
+_SPECIAL = frozenset({"adapter_names"})
+
+
+class AdaptedModel(nn.Module, AdapterOperations):
+    """A base model with adapters of any methods; see `PeftModel`."""
+
+    task: ClassVar[TaskSpec] = NO_TASK
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        source: Tensors | None = None,
+        strict: Strict = True,
+    ) -> None:
+        super().__init__()
+        self._check_config(peft_config)
+        self._check_task(model)
+        index, new = adopt(model)
+        if not new:
+            warnings.warn(
+                "the model already has adapters; the new one is added beside them (unload() first to start anew)", PeftWarning, stacklevel=4
+            )
+        self.__dict__[ATTRIBUTE] = index
+        spec = registry.resolve(str(peft_config.peft_type))
+        index.check_name(adapter_name, spec)
+        self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
+        self.training = model.training
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict)
+        model.__dict__[ATTRIBUTE] = index
+        index.activate([*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
+        if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+        if getattr(model, "is_gradient_checkpointing", False):
+            self.prepare_model_for_gradient_checkpointing(model)
+
+    # ---- adapters --------------------------------------------------------------------------------------------------
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Add a freshly initialised adapter, of the same method or another. It is neither in use nor trainable until `set_adapter`.
+
+        Args:
+            adapter_name: its name; no dots, not part of a parameter prefix.
+            peft_config: its config; kept, not copied.
+            low_cpu_mem_usage: weights on the meta device, to be loaded later.
+            autocast_adapter_dtype: half-precision weights are kept in float32.
+
+        Raises:
+            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: the model is as before.
+        """
+        self._check_config(peft_config)
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _add(
+        self, name: str, config: PeftConfig, autocast: bool, meta: bool, source: Tensors | None = None, strict: Strict = True
+    ) -> LoadResult | None:
+        creation = Creation(meta=meta and (source is None or strict is True), autocast=autocast, initialise=source is None or strict is not True)
+        result: list[LoadResult] = []
+        self._peft_index.add(
+            name,
+            config,
+            creation=creation,
+            heads=self.task.heads,
+            mount_on=self,
+            before_commit=None if source is None else lambda: result.append(loading.fill(self._peft_index, name, source, strict=strict)),
+        )
+        return result[0] if result else None
+
+    def _check_config(self, config: PeftConfig) -> None:
+        if not isinstance(config, PeftConfig):
+            raise ConfigError(
+                f"peft_config is a {type(config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict"
+            )
+
+    def _check_task(self, model: nn.Module) -> None:
+        if self.task.generates and not hasattr(model, "prepare_inputs_for_generation"):
+            raise ModelError(
+                f"{type(model).__name__} has no prepare_inputs_for_generation, which task_type={self.task.name} needs",
+                hint="use a model with a language-modelling head, or another task_type",
+            )
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside the block the model computes exactly what the base computes. Merged adapters are taken out first and stay out."""
+        index = self._peft_index
+        if any(config.extras().bias != "none" for config in index.configs.values()):
+            warnings.warn(
+                "Careful, disabling adapter layers with bias configured to be trained does not produce the same output as the base "
+                "model would without adaption: the biases were trained in place.",
+                PeftWarning,
+                stacklevel=3,
+            )
+        with index.disabled():
+            yield
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Make the outputs of the input embeddings require gradients, so that checkpointed layers of a frozen base get any.
+
+        Args:
+            model: the base; left alone if it is quantised.
+        """
+        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False):
+            return model
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(_require_grad)
+        return model
+
+    # ---- calls -----------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        """Call the base with the adapters in use.
+
+        Args:
+            *args, **kwargs: as the base's forward takes them.
+            adapter_names: for each sample the name of the adapter that it uses, a list of names, or ``"__base__"``.
+
+        Raises:
+            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
+        """
+        index = self._peft_index
+        if adapter_names is None and not index.speakers:
+            if index.call_arguments:
+                kwargs = {name: value for name, value in kwargs.items() if name not in index.call_arguments}
+            return self.base_model(*args, **kwargs)
+        return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
+
+    def generate(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        """Generate with the base and the adapters in use. Virtual tokens never appear in the result.
+
+        Args:
+            *args, **kwargs: as the base's generate takes them.
+            adapter_names: as in `forward`; beams of a sample follow its adapter.
+
+        Raises:
+            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
+        """
+        index = self._peft_index
+        base = self.get_base_model()
+        if adapter_names is None and not index.speakers:
+            return base.generate(*args, **kwargs)  # type: ignore[operator]
+        arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
+        if adapter_names is not None:
+            some = args[0] if args else next((v for v in (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+            if isinstance(some, Tensor):
+                runner.route_for(index, adapter_names, some.shape[0])  # checks the length
+        with runner.generating(index, self.task, adapter_names, arguments):
+            return base.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # ---- saving and loading ----------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        *,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write the adapters: ``default`` into the directory, every other one into a folder of its name; and a model card.
+
+        All files appear together or not at all, and the network is never asked.
+
+        Args:
+            save_directory: created if missing.
+            safe_serialization: safetensors; False: a pickled dict of tensors.
+            selected_adapters: which; default all.
+            save_embedding_layers: also write the base's embeddings: True, False, or ``"auto"`` (if targeted or resized).
+            is_main_process: False: only make the folders.
+            state_dict: take the tensors from here (names of this model) instead of from the model.
+
+        Raises:
+            AdapterFileError: `save_directory` is a file.
+            AdapterNotFoundError: `selected_adapters` names one that the model lacks.
+        """
+        saving.save_adapters(
+            self._peft_index,
+            save_directory,
+            model=self,
+            safe_serialization=safe_serialization,
+            selected_adapters=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+        )
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        strict: Strict = True,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> LoadResult:
+        """Read an adapter from a folder or the Hub. It is not put in use; an existing one of this name gets the file's weights.
+
+        Everything is read and compared before the model is touched.
+
+        Args:
+            model_id: folder, or repository id.
+            adapter_name: its name in this model.
+            is_trainable: it may train; default frozen.
+            torch_device: where tensors are read to before they are copied.
+            autocast_adapter_dtype: half-precision weights are kept in float32.
+            low_cpu_mem_usage: no memory for initial values.
+            key_mapping: regular expression → replacement for the file's keys, behind `base_model.model.`.
+            strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
+            ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
+            **kwargs: download options (`revision`, `subfolder`, `token`, ...).
+
+        Returns:
+            (missing_keys, unexpected_keys).
+
+        Raises:
+            ConfigFileError, AdapterFileError: there is no adapter.
+            AdapterWeightsError: its tensors do not fit.
+            ConfigError: an adapter of this name has another config.
+        """
+        hub = take_hub_arguments(kwargs)
+        config = PeftConfig.from_pretrained(model_id, **hub)
+        config.inference_mode = not is_trainable
+        index = self._peft_index
+        mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
+        source = Tensors.of_file(find_weights(model_id, **hub), torch_device, str(config.peft_type), config, mapping)
+        if adapter_name in index.configs:
+            check_same_effect(index.configs[adapter_name], config, adapter_name)
+            result = loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        else:
+            creation = Creation(
+                meta=low_cpu_mem_usage and strict is True and not ignore_mismatched_sizes,
+                autocast=autocast_adapter_dtype,
+                initialise=strict is not True or ignore_mismatched_sizes,
+            )
+            results: list[LoadResult] = []
+            index.add(
+                adapter_name,
+                config,
+                creation=creation,
+                heads=self.task.heads,
+                mount_on=self,
+                before_commit=lambda: results.append(
+                    loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+                ),
+            )
+            result = results[0]
+            index.set_trainable(adapter_name, is_trainable)
+        hooks.adapter_loaded(index.base, adapter_name, str(model_id))
+        return result
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+    def get_base_model(self) -> nn.Module:
+        """Return the object that was wrapped; its layers still are."""
+        base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model
+        return base
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter → config, in load order."""
+        return self._peft_index.configs
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return (numbers that train, all numbers) of this model; shared parameters count once."""
+        return counting.count(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how much of the model trains. (Differs from transformers' `num_parameters`: adapters are counted.)"""
+        print(counting.summary(self))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name == ATTRIBUTE:
+                raise
+            return getattr(self.base_model, name)
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the download options among keywords.
+
+    Raises:
+        TypeError: there are others.
+    """
+    known = (*HUB_KEYS, "subfolder")
+    unknown = sorted(set(kwargs) - set(known))
+    if unknown:
+        near = did_you_mean(unknown[0], known)
+        raise TypeError(f"unexpected keyword argument(s) {', '.join(map(repr, unknown))}{f'; {near}' if near else ''}")
+    return dict(kwargs)
+
+
+def default_key_mapping(index: AdapterIndex, config: PeftConfig) -> Mapping[str, str] | None:
+    """Return the base's own renaming of old checkpoints, if it has one."""
+    if config.is_prompt_learning:
+        return None
+    mapping = getattr(index.base, "_checkpoint_conversion_mapping", None)
+    return mapping if isinstance(mapping, Mapping) and mapping else None
+
+
+#: what two configs may differ in without computing differently
+_IRRELEVANT = frozenset({"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"})
+
+
+def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str) -> None:
+    """Check that weights saved with one config can be used under another.
+
+    Raises:
+        ConfigError: they compute differently; the message names the fields.
+    """
+    ours, theirs = present.to_dict(), loaded.to_dict()
+    if ours.get("peft_type") != theirs.get("peft_type"):
+        raise ConfigError(f"the adapter {adapter!r} is {ours.get('peft_type')}, the file's is {theirs.get('peft_type')}", hint="load it under another name")
+    differing = [
+        f"{name}={theirs.get(name)!r} instead of {ours.get(name)!r}"
+        for name in sorted({*ours, *theirs} - _IRRELEVANT)
+        if (ours.get(name) or None) != (theirs.get(name) or None)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the adapter {adapter!r} exists with another config than the file's: {', '.join(differing)}",
+            hint="load it under another name, or delete_adapter the existing one first",
+            code="other-config",
+        )
+
+
+def require_adapter(index: AdapterIndex | None, model: nn.Module) -> AdapterIndex:
+    """Return the index.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapters.
+    """
+    if index is None:
+        raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
+    return index

@@ -1,0 +1,239 @@
+"""Making adapted models, and the functions on models with injected adapters."""
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..checkpoint import embeddings
+from ..checkpoint import load as loading
+from ..checkpoint.files import find_weights
+from ..checkpoint.load import LoadResult, Strict, Tensors
+from ..checkpoint.state_dict import WRAPPER_PREFIX, adapter_tensors, key_renamer
+from ..config import PeftConfig
+from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, listed
+from ..layers.adapter_layer import Creation
+from ..plugins import registry
+from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
+from .adapted import AdaptedModel, require_adapter, take_hub_arguments
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Wrap a base model with a new adapter; the class follows `peft_config.task_type`.
+
+    Args:
+        model: the base, modified in place.
+        peft_config: what to add; its `base_model_name_or_path` is set to the base's name.
+        adapter_name: the adapter's name.
+        autocast_adapter_dtype: half-precision adapter weights are kept in float32.
+        revision: revision of the base, noted in the config.
+        low_cpu_mem_usage: weights on the meta device, to be loaded later.
+
+    Raises:
+        UnknownTunerError, PluginError: the method is not installed, or its plugin is broken.
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError: the base is as before.
+
+    Example:
+        >>> model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
+    task = str(peft_config.task_type) if peft_config.task_type is not None else ""
+    before = {name: getattr(peft_config, name) for name in ("base_model_name_or_path", "revision")}
+    name = getattr(model, "name_or_path", None)
+    name = name if isinstance(name, str) else None
+    if before["base_model_name_or_path"] not in (None, name):
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from {before['base_model_name_or_path']!r} to {name!r}", PeftWarning, stacklevel=2
+        )
+    peft_config.base_model_name_or_path = name
+    if revision is not None:
+        if before["revision"] not in (None, revision):
+            warnings.warn(f"peft config has already set base model revision to {before['revision']}, overwriting with revision {revision}", PeftWarning, stacklevel=2)
+        peft_config.revision = revision
+    try:
+        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)(
+            model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+    except Exception:
+        for field, value in before.items():
+            setattr(peft_config, field, value)
+        raise
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Add an adapter to a model without wrapping it: the model keeps its class and gets `model.peft_config`.
+
+    Args:
+        peft_config: what to add.
+        model: changed in place.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: weights on the meta device, to be loaded later.
+        state_dict: the names in it (not the values) decide which modules are adapted, instead of the config.
+
+    Returns:
+        `model`.
+
+    Raises:
+        CapabilityError: the method needs modules beside the base (virtual tokens).
+        others as `get_peft_model`; the model is as before.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
+    if peft_config.is_prompt_learning:
+        raise CapabilityError(
+            f"{peft_config.peft_type} can't be injected: its virtual tokens stand beside the model", hint="use get_peft_model"
+        )
+    index, _ = adopt(model)
+    view = None
+    if state_dict is not None:
+        view = index.view.choosing(_paths_in(state_dict, registry.resolve(str(peft_config.peft_type)).parameter_prefix, index))
+        _warn_if_config_differs(index, peft_config, adapter_name, view.chosen or frozenset())
+    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage), view=view)
+    model.__dict__[ATTRIBUTE] = index
+    model.__dict__["peft_config"] = index.configs
+    index.activation.select([*index.active, adapter_name])
+    index.set_trainable(adapter_name, not peft_config.inference_mode)
+    return model
+
+
+def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
+    paths = set()
+    for key in state_dict:
+        parts = key.removeprefix(WRAPPER_PREFIX).split(".")
+        cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
+        if cut:
+            paths.add(".".join(parts[:cut]))
+    unknown = sorted(paths - index.view.modules.keys())
+    if unknown:
+        raise ConfigError(
+            f"state_dict names modules that {index.view.name} does not have: {listed(unknown)}",
+            hint=did_you_mean(unknown[0], index.view.modules) or None,
+        )
+    if not paths:
+        raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
+    return frozenset(paths)
+
+
+def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: str, chosen: frozenset[str]) -> None:
+    spec = registry.resolve(str(config.peft_type))
+    tuner = registry.tuner_class(spec.peft_type)(spec, index.activation)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            alone = {wrap.path for wrap in tuner.plan(index.view, adapter, copy.copy(config)).wraps}
+    except ValueError:
+        alone = set()
+    if alone != chosen:
+        warnings.warn(
+            f"While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided state_dict: "
+            f"the config alone would have chosen other modules ({len(alone)} instead of {len(chosen)}); the state_dict decides",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """Return the tensors of one adapter as its file names them.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters (then without the prefix `base_model.model.`).
+        state_dict: take the tensors from this state dict of `model` instead.
+        adapter_name: which adapter.
+        unwrap_compiled: `model` is what `torch.compile` returned.
+        save_embedding_layers: as `PeftModel.save_pretrained`.
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    index = require_adapter(index_of(model), model)
+    index.require(adapter_name)
+    wrapped = isinstance(model, AdaptedModel)
+    tensors = adapter_tensors(index, adapter_name, wrapped=wrapped, state_dict=state_dict, model=model)
+    tensors.update(embeddings.tensors_to_save(index, adapter_name, save_embedding_layers, wrapped=wrapped))
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    *,
+    strict: Strict = False,
+) -> LoadResult:
+    """Write tensors, named as in a file, into an adapter.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters; keys may have the wrapper's prefix or not.
+        peft_model_state_dict: the tensors.
+        adapter_name: which adapter.
+        ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
+        low_cpu_mem_usage: nothing to do: what is on the meta device takes the tensors as they are, whatever this says.
+        strict: as `PeftModel.load_adapter`.
+
+    Returns:
+        (missing_keys, unexpected_keys).
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+        AdapterWeightsError: tensors do not fit; nothing was written.
+    """
+    index = require_adapter(index_of(model), model)
+    index.require(adapter_name)
+    return loading.fill(
+        index,
+        adapter_name,
+        Tensors.of(peft_model_state_dict),
+        wrapped=isinstance(model, AdaptedModel),
+        strict=strict,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str], device: str | None = None, key_mapping: Mapping[str, str] | None = None, **hub_kwargs: Any
+) -> dict[str, Tensor]:
+    """Return the tensors of an adapter's file.
+
+    Args:
+        model_id: folder, or repository id.
+        device: where to; default the CPU.
+        key_mapping: as `PeftModel.load_adapter`.
+        **hub_kwargs: download options, `subfolder`.
+
+    Raises:
+        AdapterFileError: there is no such file.
+    """
+    rename = key_renamer(key_mapping)
+    file = find_weights(model_id, **take_hub_arguments(hub_kwargs))
+    return {rename(name): tensor for name, tensor in file.tensors(device).items()}
+
+

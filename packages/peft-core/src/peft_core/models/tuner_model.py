@@ -1,0 +1,191 @@
+"""What `base_model` shows for tuners that wrap layers: the base under `.model`, with the operations on its adapters."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..errors import AdapterNotFoundError, PeftWarning
+from ..tuners.index import ATTRIBUTE, AdapterIndex
+
+
+class AdapterOperations:
+    """Operations on the adapters of a model, for every class that has an index."""
+
+    _peft_index: AdapterIndex
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use one adapter, or several whose effects add up, from now on. They train; all others are frozen.
+
+        Args:
+            adapter_name: a name or a list of names. Adapters act in the order in which they were added, not in list order.
+            inference_mode: they do not train either.
+
+        Raises:
+            AdapterNotFoundError: the model lacks one; nothing changes then.
+        """
+        self._peft_index.activate(_names(adapter_name), trainable=not inference_mode)
+
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters into the base weights, all or nothing; `unmerge_adapter` takes them out again bit for bit.
+
+        Args:
+            adapter_names: which; None: those in use.
+            safe_merge: refuse results that are not finite.
+
+        Raises:
+            AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
+        """
+        self._peft_index.merge(None if adapter_names is None else _names(adapter_names), safe=safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the base weights, which have every bit that they had before."""
+        if not self._peft_index.merged_adapters():
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
+            return
+        self._peft_index.unmerge()
+
+    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
+        """Fold adapters in, take all wrappers off, and return the base: the same object as was given. This model is used up.
+
+        Args:
+            progressbar: show a progress bar.
+            safe_merge: refuse results that are not finite.
+            adapter_names: which; None: those in use.
+
+        Raises:
+            AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
+        """
+        names = None if adapter_names is None else _names(adapter_names)
+        return self._peft_index.unload(merge=True, adapters=names, safe=safe_merge, progress=progressbar)
+
+    def unload(self) -> nn.Module:
+        """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up."""
+        return self._peft_index.unload()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
+
+        Raises:
+            AdapterNotFoundError: the model has no such adapter.
+            MergeError: it is merged.
+        """
+        self._peft_index.delete(adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the chosen adapters on again."""
+        self._peft_index.follow_model()
+        self._peft_index.activation.enable(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off until `enable_adapter_layers`."""
+        self._peft_index.follow_model()
+        if self._peft_index.merged_adapters():
+            self._peft_index.unmerge()
+        self._peft_index.activation.enable(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let adapters train or not, whether they are in use or not.
+
+        Raises:
+            AdapterNotFoundError: the model lacks one.
+        """
+        names = _names(adapter_names)
+        self._peft_index.require(*names)
+        for name in names:
+            self._peft_index.set_trainable(name, requires_grad)
+
+    @contextmanager
+    def use_adapters(self, *adapter_names: str) -> Iterator[None]:
+        """Use these adapters in this thread until the block ends, whatever other threads do; which parameters train does not change.
+
+        Args:
+            *adapter_names: none of them: the plain base.
+
+        Raises:
+            AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
+        """
+        from ..layers.activation import Route
+
+        index = self._peft_index
+        index.require(*adapter_names)
+        route = Route(tuple(name for name in index.configs if name in adapter_names))
+        index.check_route(route)
+        with index.activation.use(route):
+            yield
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters in use, in load order."""
+        return list(self._peft_index.active)
+
+    @property
+    def active_adapter(self) -> str | list[str] | None:
+        """The adapter in use; a list if there are several, None if there is none."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else (active or None)
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is in use and not disabled."""
+        return bool(self._peft_index.active) and self._peft_index.activation.enabled
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules of the base that adapters wrap."""
+        return list(dict.fromkeys(path for kind, path in self._peft_index.entries if kind and not kind.startswith("@")))
+
+
+class TunerModel(nn.Module, AdapterOperations):
+    """The base model as `model`, plus the operations on its adapters. Parameter names go through it: `base_model.model.…`.
+
+    Args:
+        index: the adapters of the base.
+    """
+
+    def __init__(self, index: AdapterIndex) -> None:
+        super().__init__()
+        self.model = index.base
+        self.__dict__[ATTRIBUTE] = index
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter → config."""
+        return self._peft_index.configs
+
+    @property
+    def prefix(self) -> str:
+        """What the parameter names of the first adapter's method begin with."""
+        index = self._peft_index
+        if not index.configs:
+            raise AdapterNotFoundError("the model has no adapter")
+        return index.spec(next(iter(index.configs))).parameter_prefix
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the base."""
+        return self.model(*args, **kwargs)
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """Return the base's config as a dict; ``{"model_type": "custom"}`` without one."""
+        config = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)

@@ -1,0 +1,76 @@
+"""What the installed distributions claim to offer, read from package metadata alone: no plugin is imported here."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+
+TUNERS = "peft_core.tuners"
+PLUGINS = "peft_core.plugins"
+SWITCH = "PEFT_CORE_PLUGINS"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One entry point: a name, the module that stands behind it, and the distribution that declares it."""
+
+    name: str
+    module: str
+    distribution: str
+    version: str
+    requires_core: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.distribution} {self.version}"
+
+
+def claims(group: str) -> Iterator[Claim]:
+    """Yield the entry points of `group`, each once, in the order of the import path, those switched off left out."""
+    seen: set[tuple[str, str]] = set()
+    for point in metadata.entry_points(group=group):
+        dist = point.dist
+        distribution = dist.name if dist is not None else "unknown"
+        # an editable install and its stale twin on the path declare the same thing twice
+        if (point.name, _normal(distribution)) in seen or not allowed(distribution):
+            continue
+        seen.add((point.name, _normal(distribution)))
+        requires = tuple(r for r in (dist.requires or ()) if _normal(r).startswith("peft-core")) if dist is not None else ()
+        yield Claim(point.name, point.value, distribution, dist.version if dist is not None else "?", requires)
+
+
+def allowed(distribution: str) -> bool:
+    """Return whether the environment variable `PEFT_CORE_PLUGINS` lets this distribution in.
+
+    Unset: all. ``none``: no plugin. ``a,b``: only these distributions. ``-a``: all but this one.
+    """
+    words = [_normal(word) for word in os.environ.get(SWITCH, "").replace(",", " ").split()]
+    if "none" in words:
+        return False
+    name = _normal(distribution)
+    wanted = {word for word in words if not word.startswith("-")}
+    return f"-{name}" not in words and (not wanted or name in wanted)
+
+
+def unmet_requirement(claim: Claim) -> str | None:
+    """Return the plugin's own `Requires-Dist: peft-core…` if the running core does not satisfy it."""
+    if not claim.requires_core:
+        return None
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    from .. import __version__
+
+    for text in claim.requires_core:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        if _normal(requirement.name) != "peft-core" or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        if not requirement.specifier.contains(__version__, prereleases=True):
+            return text
+    return None
+
+
+def _normal(name: str) -> str:
+    return name.strip().lower().replace("_", "-").replace(".", "-")

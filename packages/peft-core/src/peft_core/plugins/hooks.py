@@ -1,0 +1,53 @@
+"""The typed façade: one function per hook. The rest of core calls these and never pluggy."""
+from __future__ import annotations
+
+from typing import Any
+
+from .registry import registry
+
+
+def default_targets(peft_type: str, model_type: str) -> list[str] | str | None:
+    """Return the first plugin's answer to which modules of this architecture are adapted by default."""
+    answer: list[str] | str | None = registry.manager().hook.peft_default_targets(peft_type=peft_type, model_type=model_type)
+    return answer
+
+
+def make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
+    """Return the first plugin's adapter layer for a base layer, or None."""
+    return registry.manager().hook.peft_make_layer(peft_type=peft_type, base_layer=base_layer, activation=activation)
+
+
+def convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the tensors as the first converter that answers wants them, otherwise unchanged."""
+    answer = registry.manager().hook.peft_convert_state_dict(peft_type=peft_type, state_dict=state_dict, config=config)
+    return state_dict if answer is None else answer
+
+
+def adapter_added(model: Any, adapter_name: str, config: Any) -> None:
+    """Tell listeners that an adapter was added."""
+    registry.manager().hook.peft_adapter_added(model=model, adapter_name=adapter_name, config=config)
+
+
+def adapter_loaded(model: Any, adapter_name: str, path: str) -> None:
+    """Tell listeners that an adapter's weights were read."""
+    registry.manager().hook.peft_adapter_loaded(model=model, adapter_name=adapter_name, path=path)
+
+
+def adapter_saved(model: Any, adapter_name: str, path: str) -> None:
+    """Tell listeners that an adapter was written."""
+    registry.manager().hook.peft_adapter_saved(model=model, adapter_name=adapter_name, path=path)
+
+
+def adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
+    """Tell listeners which adapters are in use from now on."""
+    registry.manager().hook.peft_adapter_activated(model=model, adapter_names=adapter_names)
+
+
+def adapter_deleted(model: Any, adapter_name: str) -> None:
+    """Tell listeners that an adapter is gone."""
+    registry.manager().hook.peft_adapter_deleted(model=model, adapter_name=adapter_name)
+
+
+def converts() -> bool:
+    """Return whether some plugin converts state dicts, so that shapes can't be taken from a file's header."""
+    return bool(registry.manager().hook.peft_convert_state_dict.get_hookimpls())

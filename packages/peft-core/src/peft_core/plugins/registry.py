@@ -1,0 +1,299 @@
+"""The one registry: from a `peft_type` to its spec, config class and tuner class, importing a plugin when it is first needed."""
+from __future__ import annotations
+
+import importlib
+import threading
+import types
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import (
+    DuplicateTunerError,
+    IncompatiblePluginError,
+    PeftWarning,
+    PluginError,
+    UnknownTunerError,
+    did_you_mean,
+    listed,
+)
+from . import discovery
+from .discovery import Claim
+from .spec import TunerSpec
+
+
+@dataclass(frozen=True)
+class TunerInfo:
+    """What is known of a tuner without importing it.
+
+    `state` is ``"available"`` (not imported yet), ``"loaded"``, ``"registered"`` (by `register_tuner`), ``"broken"``
+    (see `error`) or ``"conflict"`` (offered by more than one distribution).
+    """
+
+    peft_type: str
+    distribution: str
+    version: str
+    module: str
+    state: str
+    error: PluginError | None = None
+
+
+class Registry:
+    """Tuners by `peft_type`. Safe to use from several threads and from within a plugin's own import."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._claims: dict[str, list[Claim]] | None = None
+        self._registered: dict[str, TunerSpec] = {}
+        self._loaded: dict[str, TunerSpec] = {}
+        self._broken: dict[str, PluginError] = {}
+        self._loading: set[str] = set()
+        self._manager: Any = None
+        self._general_loaded = False
+
+    # ---- listing -------------------------------------------------------------------------------------------------
+    def claims(self) -> dict[str, list[Claim]]:
+        """Return the installed entry points by `peft_type`; read once (see `refresh`)."""
+        with self._lock:
+            if self._claims is None:
+                self._claims = {}
+                for claim in discovery.claims(discovery.TUNERS):
+                    self._claims.setdefault(claim.name.upper(), []).append(claim)
+            return self._claims
+
+    def refresh(self) -> None:
+        """Read the installed distributions anew (after a `pip install` in a running notebook). Loaded tuners stay."""
+        with self._lock:
+            self._claims = None
+            self._broken.clear()
+
+    def names(self) -> list[str]:
+        """Return every known `peft_type`, sorted."""
+        return sorted({*self._registered, *self.claims()})
+
+    def info(self) -> list[TunerInfo]:
+        """Return what is known of each tuner, sorted; imports none of them."""
+        found = [TunerInfo(name, "(this process)", "", "", "registered") for name in self._registered]
+        for name, claims in self.claims().items():
+            if name in self._registered:
+                continue
+            for claim in claims:
+                state = "conflict" if len(claims) > 1 else "loaded" if name in self._loaded else "available"
+                error = self._broken.get(name)
+                found.append(TunerInfo(name, claim.distribution, claim.version, claim.module, "broken" if error else state, error))
+        return sorted(found, key=lambda info: (info.peft_type, info.distribution))
+
+    # ---- resolving -----------------------------------------------------------------------------------------------
+    def resolve(self, peft_type: str) -> TunerSpec:
+        """Return the spec of a tuner, importing its plugin if that has not happened yet.
+
+        Raises:
+            UnknownTunerError: nothing installed or registered has this name.
+            DuplicateTunerError: several distributions offer it.
+            IncompatiblePluginError: its distribution requires another peft-core.
+            PluginError: the plugin fails to import, or does not offer what its entry point says.
+        """
+        name = str(peft_type).upper()
+        spec = self._registered.get(name) or self._loaded.get(name)
+        if spec is not None:
+            return spec
+        with self._lock:
+            claims = self.claims().get(name, [])
+            if not claims:
+                raise self._unknown(peft_type, name)
+            if len(claims) > 1:
+                owners = " and ".join(map(str, claims))
+                raise DuplicateTunerError(
+                    f"peft_type {name!r} is offered by two distributions: {owners}",
+                    hint=f"uninstall one, or choose with {discovery.SWITCH}=-{claims[1].distribution} "
+                    f"(keeps {claims[0].distribution})",
+                )
+            if name in self._broken:
+                raise self._broken[name]
+            try:
+                self._load(claims[0])
+            except PluginError as error:
+                self._broken[name] = error
+                raise
+            return self._loaded[name]
+
+    def config_class(self, peft_type: str) -> type:
+        """Return the config class of a tuner (imports the tuner's config module; no torch is needed for that)."""
+        return self._class_of(self.resolve(peft_type), "config")
+
+    def tuner_class(self, peft_type: str) -> type:
+        """Return the tuner class."""
+        return self._class_of(self.resolve(peft_type), "tuner")
+
+    def owner(self, peft_type: str) -> Claim | None:
+        """Return the distribution behind a tuner; None when it was registered in this process."""
+        claims = self.claims().get(str(peft_type).upper(), [])
+        return None if str(peft_type).upper() in self._registered or not claims else claims[0]
+
+    # ---- registering without packaging ---------------------------------------------------------------------------
+    def register(self, spec: TunerSpec, *, replace: bool = False) -> None:
+        """Make a tuner known in this process.
+
+        Raises:
+            DuplicateTunerError: the name is taken, by an installed distribution too, and `replace` is False.
+        """
+        with self._lock:
+            taken = spec.peft_type in self._registered or spec.peft_type in self.claims()
+            if taken and not replace and self._registered.get(spec.peft_type) != spec:
+                owner = self.owner(spec.peft_type)
+                raise DuplicateTunerError(
+                    f"peft_type {spec.peft_type!r} is taken by {owner or 'a tuner registered in this process'}",
+                    hint="choose another name, or pass replace=True",
+                )
+            self._registered[spec.peft_type] = spec
+
+    def unregister(self, peft_type: str) -> None:
+        """Forget a tuner that `register` made known; installed ones can't be forgotten."""
+        with self._lock:
+            if self._registered.pop(str(peft_type).upper(), None) is None:
+                raise UnknownTunerError(f"{peft_type!r} was not registered in this process")
+
+    # ---- hooks ---------------------------------------------------------------------------------------------------
+    def manager(self) -> Any:
+        """Return the pluggy manager, with the general plugins loaded; made when a hook is first called."""
+        with self._lock:
+            manager = self._bare_manager()
+            if not self._general_loaded:
+                self._general_loaded = True
+                for claim in discovery.claims(discovery.PLUGINS):
+                    try:
+                        self._import(claim)
+                    except PluginError as error:
+                        warnings.warn(f"{error}; peft-core goes on without it", PeftWarning, stacklevel=3)
+            return manager
+
+    def register_plugin(self, plugin: object, name: str | None = None) -> None:
+        """Add an object or module with hook implementations in this process (what an entry point does for a package)."""
+        self.manager().register(plugin, name=name)
+
+    def unregister_plugin(self, plugin: object) -> None:
+        """Take out what `register_plugin` added."""
+        self.manager().unregister(plugin)
+
+    # ---- inside --------------------------------------------------------------------------------------------------
+    def _bare_manager(self) -> Any:
+        if self._manager is None:
+            import pluggy
+
+            from . import hookspecs
+
+            self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+            self._manager.add_hookspecs(hookspecs)
+        return self._manager
+
+    def _import(self, claim: Claim) -> types.ModuleType:
+        wanted = discovery.unmet_requirement(claim)
+        if wanted is not None:
+            from .. import __version__
+
+            raise IncompatiblePluginError(
+                f"the plugin {claim} requires {wanted!r}, but peft-core {__version__} is running",
+                hint=f"pip install -U {claim.distribution} peft-core",
+            )
+        try:
+            module = importlib.import_module(claim.module)
+            manager = self._bare_manager()
+            if not manager.is_registered(module):
+                manager.register(module, name=f"{claim.distribution}:{claim.module}")
+                manager.check_pending()
+        except Exception as error:
+            raise PluginError(
+                f"the plugin {claim} (module {claim.module}) can't be imported: {type(error).__name__}: {error}",
+                hint=f"reinstall it, or switch it off with PEFT_CORE_PLUGINS=-{claim.distribution}; other tuners are not affected",
+            ) from error
+        return module
+
+    def _load(self, claim: Claim) -> None:
+        if claim.module in self._loading:
+            raise PluginError(f"the plugin {claim} asks for its own tuner while it is being imported")
+        self._loading.add(claim.module)
+        try:
+            module = self._import(claim)
+            try:
+                offer = getattr(module, "peft_tuners", tuple)
+                specs = list(offer())
+            except Exception as error:
+                raise PluginError(f"peft_tuners() of {claim} failed: {type(error).__name__}: {error}") from error
+        finally:
+            self._loading.discard(claim.module)
+        self._accept(claim, specs)
+
+    def _accept(self, claim: Claim, specs: Iterable[TunerSpec]) -> None:
+        offered = {spec.peft_type: spec for spec in specs}
+        name = claim.name.upper()
+        if name not in offered:
+            raise PluginError(
+                f"the entry point {claim.name!r} of {claim} promises the tuner {name}, but its module {claim.module} offers "
+                f"{listed(offered) or 'none'}",
+                hint="the entry point's name is the peft_type in lower case",
+            )
+        # other names of the same module are only taken when they have an entry point of their own: that keeps the metadata true
+        self._loaded[name] = offered[name]
+
+    def _class_of(self, spec: TunerSpec, field: str) -> type:
+        place = getattr(spec, field)
+        if isinstance(place, type):
+            return place
+        module, _, attribute = place.partition(":")
+        try:
+            found = getattr(importlib.import_module(module), attribute)
+        except Exception as error:
+            owner = self.owner(spec.peft_type) or "registered in this process"
+            raise PluginError(
+                f"the {field} class {place!r} of the tuner {spec.peft_type} ({owner}) can't be imported: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not isinstance(found, type):
+            raise PluginError(f"{place!r}, the {field} of the tuner {spec.peft_type}, is no class")
+        return found
+
+    def _unknown(self, given: str, name: str) -> UnknownTunerError:
+        known = self.names()
+        near = did_you_mean(name, known)
+        package = f"peft-{name.lower().replace('_', '-')}"
+        return UnknownTunerError(
+            f"no tuner is installed for peft_type={given!r} (known: {listed(known, 20) or 'none'})",
+            hint=near or f"install the package that offers it, for example `pip install {PACKAGES.get(name, package)}`",
+        )
+
+
+#: hints only: where the tuner of a well-known type is, when that is not `peft-<type>`
+PACKAGES = {
+    "PROMPT_TUNING": "peft-prompt",
+    "PREFIX_TUNING": "peft-prompt",
+    "P_TUNING": "peft-prompt",
+    "MULTITASK_PROMPT_TUNING": "peft-prompt",
+    "CPT": "peft-prompt",
+}
+
+registry = Registry()
+
+
+def list_tuners() -> list[TunerInfo]:
+    """Return every tuner that is installed or registered, without importing any of them."""
+    return registry.info()
+
+
+def get_tuner_spec(peft_type: str) -> TunerSpec:
+    """Return the spec of a tuner. Raises as `Registry.resolve` does."""
+    return registry.resolve(peft_type)
+
+
+def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
+    """Make a tuner known without packaging it, for example in a notebook.
+
+    Raises:
+        DuplicateTunerError: the name is taken and `replace` is False.
+    """
+    registry.register(spec, replace=replace)
+
+
+def unregister_tuner(peft_type: str) -> None:
+    """Forget a tuner that was made known with `register_tuner`."""
+    registry.unregister(peft_type)

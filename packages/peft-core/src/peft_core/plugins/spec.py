@@ -1,0 +1,66 @@
+"""What a tuner says about itself before any of its code runs."""
+from __future__ import annotations
+
+import enum
+import re
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+
+
+class Capability(enum.Flag):
+    """What a tuner can do besides forward, training, saving and loading. Core refuses what is not declared."""
+
+    NONE = 0
+    MERGE = enum.auto()  #: its effect can be folded into the base weight
+    PER_SAMPLE = enum.auto()  #: each row of a batch may use another adapter
+    CONV = enum.auto()  #: wraps convolutions
+    EMBEDDING = enum.auto()  #: wraps embeddings
+    QUANTISED = enum.auto()  #: wraps quantised layers
+    HOTSWAP = enum.auto()  #: weights can be replaced in place, also in a compiled model
+
+
+@dataclass(frozen=True)
+class TunerSpec:
+    """One tuner: its name, where its classes are, how its files look, what it can do.
+
+    Args:
+        peft_type: upper-case name, as in `adapter_config.json`.
+        config: `PeftConfig` subclass, or its place as ``"package.module:Class"`` (then nothing is imported until needed).
+        tuner: `TunerBase` subclass, or its place.
+        parameter_prefix: what the names of its parameters begin with (``"lora_"``); adapters can't be called like it.
+        base_prefix: what stands before a base module's path in files: ``"base_model.model."`` for tuners that wrap
+            layers, ``"base_model."`` for those that leave the base as it is.
+        call_arguments: keywords of a model call that belong to the tuner and that the base never sees.
+        capabilities: what it can do; `Capability.NONE` by default.
+
+    Raises:
+        ConfigError: a malformed name or place.
+    """
+
+    peft_type: str
+    config: str | type
+    tuner: str | type
+    parameter_prefix: str
+    base_prefix: str = "base_model.model."
+    call_arguments: tuple[str, ...] = ()
+    capabilities: Capability = Capability.NONE
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.peft_type):
+            raise ConfigError(
+                f"peft_type={self.peft_type!r} is not an upper-case identifier", hint="write for example 'MY_TUNER'"
+            )
+        if not self.parameter_prefix:
+            raise ConfigError(f"the tuner {self.peft_type} has an empty parameter_prefix", hint="write for example 'my_'")
+        for field in ("config", "tuner"):
+            place = getattr(self, field)
+            if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
+                raise ConfigError(
+                    f"{field}={place!r} of the tuner {self.peft_type} is no place of a class",
+                    hint="write 'package.module:Class'",
+                )
+
+    def can(self, capability: Capability) -> bool:
+        """Return whether the tuner declares `capability`."""
+        return capability in self.capabilities

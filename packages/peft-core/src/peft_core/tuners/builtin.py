@@ -1,0 +1,265 @@
+"""Parts of an adapter that core supplies for every method: modules saved whole, and trained biases of the base.
+
+They are tuners like any other: they plan, their modules stand in the index, rows are routed to them, files hold their slots.
+"""
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..config import Extras
+from ..errors import AdapterNameError, ConfigError, UnsupportedModuleError, did_you_mean
+from ..layers.activation import ALL, Activation
+from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.slots import AdapterModule, Slot, module_slots
+from ..plugins import Capability, TunerSpec
+from .base_view import BaseView
+from .targeting import matcher
+from .tuner import Plan, TunerBase, Wrap
+
+SAVED = "@saved"
+BIAS = "@bias"
+
+
+@dataclass(frozen=True)
+class SavedRequest:
+    """Modules to save whole: `required` ones must exist, `optional` ones (heads of a task) are taken where they do."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BiasRequest:
+    """Which biases train: those of `targets` (paths of adapted modules), or every one of the base."""
+
+    targets: tuple[str, ...]
+    every: bool
+
+
+def requests(extras: Extras, heads: Sequence[str], main: Plan) -> list[tuple[str, SavedRequest | BiasRequest]]:
+    """Return the built-in parts that a config and a task ask for, each with what it is told."""
+    found: list[tuple[str, SavedRequest | BiasRequest]] = []
+    optional = tuple(name for name in heads if name not in extras.modules_to_save)
+    required = tuple(name for name in dict.fromkeys(extras.modules_to_save) if name not in heads)
+    if required or heads:
+        found.append((SAVED, SavedRequest(required, tuple(dict.fromkeys((*optional, *heads))))))
+    if extras.bias != "none":
+        if extras.bias not in ("all", "targets"):
+            raise ConfigError(f"bias={extras.bias!r}", hint="write 'none', 'all' or 'targets'")
+        found.append((BIAS, BiasRequest(tuple(wrap.path for wrap in main.wraps), extras.bias == "all")))
+    return found
+
+
+def make(kind: str, activation: Activation) -> TunerBase:
+    """Return a built-in tuner for one model."""
+    return {SAVED: SavedModules, BIAS: Biases}[kind](activation)
+
+
+class SavedModule(nn.Module):
+    """A module of the base with a trainable whole copy per adapter.
+
+    A row sees the copy of the last of its adapters that has one, otherwise the original.
+    """
+
+    def __init__(self, original: nn.Module, activation: Activation) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.activation = activation
+
+    def attach(self, adapter: str, creation: Creation) -> None:
+        """Add a copy for `adapter`. The copy keeps the dtype of the original."""
+        original = self.original_module
+        if creation.meta:
+            duplicate = copy.deepcopy(original).to("meta")
+        else:
+            duplicate = copy.deepcopy(original)
+        duplicate.requires_grad_(False)
+        self.modules_to_save[adapter] = duplicate
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return what the copy of the adapter in use makes of `x`, row by row where rows differ."""
+        route = self.activation.current()
+        copies = self.modules_to_save._modules
+        if route.per_row is None:
+            for adapter in reversed(route.names):
+                if adapter in copies:
+                    return copies[adapter](x, *args, **kwargs)  # type: ignore[misc]
+            return self.original_module(x, *args, **kwargs)
+        batch = x.shape[0]
+        output = self.original_module(x, *args, **kwargs)
+        for adapter in route.used:
+            if adapter not in copies:
+                continue
+            rows = route.rows(adapter, batch, x.device)
+            if rows is ALL:
+                output = copies[adapter](x, *args, **kwargs)  # type: ignore[misc]
+            elif isinstance(rows, Tensor):
+                part = copies[adapter](x[rows], *args, **kwargs)  # type: ignore[misc]
+                output = output.index_copy(0, rows, part.to(output.dtype))
+        return output
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapters that have a copy."""
+        return tuple(self.modules_to_save)
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return the parameters of the adapter's copy."""
+        return dict(self.modules_to_save[adapter].named_parameters())
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return all parameters and buffers of the copy, under the original's names."""
+        return module_slots(self.modules_to_save[adapter])
+
+    def drop(self, adapter: str) -> None:
+        """Remove the copy."""
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+
+    def remains(self, kept: Sequence[str]) -> nn.Module:
+        """Return what takes the wrapper's place when adapters are unloaded: the copy in use, else the original."""
+        for adapter in reversed(kept):
+            if adapter in self.modules_to_save:
+                return self.modules_to_save[adapter]
+        return self.original_module
+
+    @property
+    def active_copy(self) -> nn.Module:
+        """The module that a plain forward would use now."""
+        for adapter in reversed(self.activation.current().names):
+            if adapter in self.modules_to_save:
+                return self.modules_to_save[adapter]
+        return self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save", "activation") or name.startswith("__"):
+                raise
+            return getattr(self.active_copy, name)
+
+
+class SavedModules(TunerBase):
+    """Plans a `SavedModule` around each module that is to be saved whole."""
+
+    def __init__(self, activation: Activation) -> None:
+        spec = TunerSpec(
+            "SAVED_MODULES", "peft_core.config:PeftConfig", SavedModules, "modules_to_save", capabilities=Capability.MERGE | Capability.PER_SAMPLE
+        )
+        super().__init__(spec, activation)
+
+    def plan(self, base: BaseView, adapter: str, config: SavedRequest) -> Plan:
+        """Wrap the modules whose names are given or end in a given name after a dot.
+
+        Raises:
+            ConfigError: a required name matches nothing.
+            UnsupportedModuleError: a container of modules, which has no forward to replace.
+        """
+        matches = matcher((*config.required, *config.optional), "modules_to_save")
+        paths: list[str] = []
+        for path in base.modules:
+            # a module inside one that is saved anyway needs no copy of its own
+            if path and matches(path) and not any(path.startswith(f"{outer}.") for outer in paths):
+                paths.append(path)
+        for name in config.required:
+            if not any(matcher((name,), "modules_to_save")(path) for path in base.modules):
+                raise ConfigError(
+                    f"modules_to_save: {name!r} matches no module of {base.name}",
+                    hint=did_you_mean(name.rpartition(".")[2], base.leaf_names) or None,
+                )
+        for path in paths:
+            module = base.modules[path]
+            if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)):
+                raise UnsupportedModuleError(
+                    f"modules_to_save: {path!r} is a {type(module).__name__}, which can't be replaced by a copy", hint="name the modules inside it"
+                )
+        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), _SavedFiller(adapter)) for path in paths))
+
+
+@dataclass(frozen=True)
+class _SavedBuilder:
+    activation: Activation
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        return SavedModule(module, self.activation)
+
+
+@dataclass(frozen=True)
+class _SavedFiller:
+    adapter: str
+
+    def __call__(self, module: SavedModule, creation: Creation) -> None:
+        module.attach(self.adapter, creation)
+
+
+class BiasHolder:
+    """Biases of the base that train in place. They belong to the base: disabling or deleting an adapter does not take them back."""
+
+    def __init__(self) -> None:
+        self.biases: dict[str, dict[str, tuple[nn.Module, str]]] = {}
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapter that trains biases, if there is one."""
+        return tuple(self.biases)
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return the biases by the path that they have in a file."""
+        return {key: module.get_parameter(name) for key, (module, name) in self.biases[adapter].items()}
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return one slot for each bias."""
+        return {key: Slot.of(module, name) for key, (module, name) in self.biases[adapter].items()}
+
+    def drop(self, adapter: str) -> None:
+        """Freeze the biases; their values stay."""
+        for module, name in self.biases.pop(adapter, {}).values():
+            module.get_parameter(name).requires_grad_(False)
+
+
+class Biases(TunerBase):
+    """Plans which biases of the base train."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__(TunerSpec("BIAS", "peft_core.config:PeftConfig", Biases, "bias@", capabilities=Capability.MERGE), activation)
+        self.holder = BiasHolder()
+
+    def plan(self, base: BaseView, adapter: str, config: BiasRequest) -> Plan:
+        """Find the biases.
+
+        Raises:
+            AdapterNameError: another adapter trains biases of this model already.
+        """
+        if self.holder.biases:
+            other = next(iter(self.holder.biases))
+            raise AdapterNameError(
+                f"the adapter {other!r} trains biases of the base in place; there can't be a second one that does ({adapter!r})",
+                hint="set bias='none' for one of them",
+                code="two-biases",
+            )
+        targets = frozenset(config.targets)
+        found: dict[str, tuple[nn.Module, str]] = {}
+        for path, module in base.modules.items():
+            if not config.every and path not in targets:
+                continue
+            for name, parameter in module._parameters.items():
+                if parameter is not None and "bias" in name:
+                    stem = f"{path}.base_layer" if path in targets else path
+                    found[f"{stem}.{name}" if stem else name] = (module, name)
+        return Plan(adopts={"": _BiasAdoption(self.holder, adapter, found)})
+
+
+@dataclass(frozen=True)
+class _BiasAdoption:
+    holder: BiasHolder
+    adapter: str
+    found: Mapping[str, tuple[nn.Module, str]]
+
+    def __call__(self) -> AdapterModule:
+        self.holder.biases[self.adapter] = dict(self.found)
+        return self.holder

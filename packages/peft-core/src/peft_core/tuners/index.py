@@ -1,0 +1,412 @@
+"""The index of a model: which adapter has weights in which module, and every operation that is a loop over that."""
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config import PeftConfig
+from ..errors import AdapterNameError, AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
+from ..layers.activation import BASE, Activation, Route
+from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.slots import AdapterModule, LeavesBehind, Mergeable, Slot
+from ..plugins import Capability, TunerSpec, hooks, registry
+from . import builtin, generation
+from .assemble import BaseForward
+from .base_view import BaseView
+from .perform import Undo, perform
+from .tuner import Plan, TunerBase
+
+#: attribute of an adapted base model under which its index is found
+ATTRIBUTE = "_peft_index"
+Key = tuple[str, str]
+
+
+class AdapterIndex:
+    """The adapters of one base model, of whatever methods. `PeftModel` and the plain functions are views of it.
+
+    Attributes:
+        base: the base model, wrapped in place.
+        view: the base under its original names.
+        activation: which adapters act.
+        configs: adapter → config, in load order.
+        entries: (method, path) → the module there that holds weights; mounts have the path of the mount and no method.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.view = BaseView(base)
+        self.activation = Activation()
+        self.configs: dict[str, PeftConfig] = {}
+        self.tuners: dict[str, TunerBase] = {}
+        self.entries: dict[Key, AdapterModule] = {}
+        self.own: dict[str, list[Key]] = {}
+        #: tuners whose prepare or finish is called; recomputed when adapters come and go, not per call
+        self.speakers: tuple[TunerBase, ...] = ()
+        self.call_arguments: frozenset[str] = frozenset()
+        self.frozen_base = False
+        self.forward = BaseForward(self.view)
+        self._adding: TunerSpec | None = None
+
+    # ---- asking ---------------------------------------------------------------------------------------------------
+    def require(self, *adapters: str) -> None:
+        """Check that the model has these adapters.
+
+        Raises:
+            AdapterNotFoundError: it lacks one; the message names the nearest.
+        """
+        for adapter in adapters:
+            if adapter not in self.configs:
+                raise AdapterNotFoundError(
+                    f"Adapter {adapter!r} not found. The model has {listed(self.configs) or 'no adapter'}",
+                    hint=did_you_mean(str(adapter), self.configs) or None,
+                )
+
+    def modules_of(self, adapter: str) -> list[tuple[Key, AdapterModule]]:
+        """Return the entries in which an adapter has weights."""
+        return [(key, self.entries[key]) for key in self.own.get(adapter, ())]
+
+    def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
+        """Yield the parameters of an adapter."""
+        for _, module in self.modules_of(adapter):
+            yield from module.parameters_of(adapter).values()
+
+    def slots(self, adapter: str) -> Iterator[tuple[str | None, str, Slot]]:
+        """Yield (path in the base or None for what is mounted beside it, end of the key, slot) for all that a file holds of an adapter."""
+        for (kind, path), module in self.modules_of(adapter):
+            where = path if kind else None
+            for key, slot in module.slots(adapter).items():
+                yield where, key, slot
+
+    def spec(self, adapter: str) -> TunerSpec:
+        """Return the spec of an adapter's tuner."""
+        return self.tuners[str(self.configs[adapter].peft_type)].spec
+
+    def prefix(self, adapter: str) -> str:
+        """Return what stands before a base module's path in the adapter's file, also while the adapter is being added."""
+        return self._adding.base_prefix if self._adding is not None else self.spec(adapter).base_prefix
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The adapters chosen for the whole model, in load order."""
+        return self.activation.names
+
+    # ---- adding ---------------------------------------------------------------------------------------------------
+    def check_name(self, adapter: str, spec: TunerSpec) -> None:
+        """Check that a new adapter may be called so.
+
+        Raises:
+            AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
+        """
+        if not isinstance(adapter, str) or not adapter:
+            raise AdapterNameError(f"{adapter!r} is no adapter name", hint="give a non-empty string")
+        if adapter in self.configs:
+            raise AdapterNameError(
+                f"Adapter with name {adapter!r} already exists", hint="choose another name, or delete_adapter it first", code="name-taken"
+            )
+        if "." in adapter or adapter == BASE or hasattr(nn.ModuleDict, adapter) or hasattr(nn.ParameterDict, adapter):
+            raise AdapterNameError(
+                f"{adapter!r} can't be the name of an adapter", hint=f"names are keys of a ModuleDict: no dots, none of its attributes, not {BASE!r}"
+            )
+        prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in self.tuners.values())}
+        for prefix in sorted(p for p in prefixes if p):
+            if adapter in prefix or prefix in adapter:
+                raise AdapterNameError(
+                    f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys could not be told apart in files",
+                    hint="choose another name",
+                )
+
+    def add(
+        self,
+        adapter: str,
+        config: PeftConfig,
+        *,
+        creation: Creation = Creation(),
+        heads: Sequence[str] = (),
+        mount_on: nn.Module | None = None,
+        view: BaseView | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> None:
+        """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
+
+        Args:
+            adapter: its name.
+            config: its config; kept, not copied.
+            creation: how its weights are made.
+            heads: modules that the task wants saved whole where they exist.
+            mount_on: where modules beside the base go; None refuses plans that mount something.
+            view: the view to plan with; default the model's own.
+            before_commit: called when everything is built (to fill in a file's tensors); if it raises, all is undone.
+
+        Raises:
+            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, ...: from the plans.
+        """
+        spec = registry.resolve(str(config.peft_type))
+        self.check_name(adapter, spec)
+        config.check()
+        view = view or self.view
+        tuner = self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
+        main = tuner.plan(view, adapter, config)
+        plans: list[tuple[str, TunerBase, Plan]] = [(spec.peft_type, tuner, main)]
+        for kind, request in builtin.requests(config.extras(), heads, main):
+            part = self.tuners.get(kind) or builtin.make(kind, self.activation)
+            plans.append((kind, part, part.plan(view, adapter, request)))
+        if mount_on is None and any(plan.mounts for _, _, plan in plans):
+            raise CapabilityError(
+                f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model"
+            )
+        with Undo() as undo:
+            keys: list[Key] = []
+            for kind, part, plan in plans:
+                perform(self, kind, part, plan, adapter, creation, mount_on, keys, undo)
+            self.own[adapter] = list(dict.fromkeys(keys))
+            undo.call(self.own.pop, adapter, None)
+            if before_commit is not None:
+                undo.call(setattr, self, "_adding", None)
+                self._adding = spec
+                before_commit()
+                self._adding = None
+            self._freeze_base(undo)
+            self.configs[adapter] = config
+            undo.call(self.configs.pop, adapter, None)
+            for kind, part, _ in plans:
+                if kind not in self.tuners:
+                    self.tuners[kind] = part
+                    undo.call(self.tuners.pop, kind, None)
+            for _, _, plan in plans:
+                for name, value in plan.resolved.items():
+                    undo.call(setattr, config, name, getattr(config, name))
+                    setattr(config, name, value)
+            undo.call(self.refresh)
+            self.refresh()
+            generation.install(self, undo)
+            undo.keep()
+        hooks.adapter_added(self.base, adapter, config)
+
+    def _freeze_base(self, undo: Undo) -> None:
+        if self.frozen_base:
+            return
+        trained = {id(parameter) for adapter in self.own for parameter in self.parameters_of(adapter)}
+        for parameter in self.base.parameters():
+            if parameter.requires_grad and id(parameter) not in trained:
+                parameter.requires_grad_(False)
+                undo.call(parameter.requires_grad_, True)
+        self.frozen_base = True
+        undo.call(setattr, self, "frozen_base", False)
+
+    def refresh(self) -> None:
+        """Recompute what depends on which adapters there are."""
+        used = {str(config.peft_type) for config in self.configs.values()}
+        present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (builtin.SAVED, builtin.BIAS)]
+        self.speakers = tuple(tuner for tuner in present if tuner.takes_part_in_calls)
+        self.call_arguments = frozenset(name for tuner in present for name in tuner.spec.call_arguments)
+
+    # ---- choosing -------------------------------------------------------------------------------------------------
+    def activate(self, adapters: Sequence[str], *, trainable: bool = True) -> None:
+        """Use these adapters from now on; they train (or not), all others are frozen. Order is load order.
+
+        Raises:
+            AdapterNotFoundError: the model lacks one.
+        """
+        self.require(*adapters)
+        if self.merged_adapters():
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=4)
+            self.unmerge()
+        chosen = tuple(name for name in self.configs if name in adapters)
+        self.follow_model()
+        self.activation.select(chosen)
+        for adapter in self.configs:
+            self.set_trainable(adapter, trainable and adapter in chosen)
+        hooks.adapter_activated(self.base, chosen)
+
+    def follow_model(self) -> None:
+        """Let every layer that was switched by itself follow the model's activation again."""
+        for module in self.entries.values():
+            if getattr(module, "activation", self.activation) is not self.activation:
+                module.activation = self.activation  # type: ignore[attr-defined]
+
+    def set_trainable(self, adapter: str, trainable: bool) -> None:
+        """Set `requires_grad` of an adapter's parameters."""
+        for parameter in self.parameters_of(adapter):
+            if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
+                parameter.requires_grad_(trainable)
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The plain base inside: merged adapters are taken out first; which parameters train does not change."""
+        if self.merged_adapters():
+            self.unmerge()
+        was = self.activation.enabled
+        self.activation.enable(False)
+        try:
+            with self.activation.use(Route()):
+                yield
+        finally:
+            self.activation.enable(was)
+
+    def check_route(self, route: Route) -> None:
+        """Check that a route can be followed.
+
+        Raises:
+            AdapterNotFoundError: it names an adapter that the model lacks.
+            CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
+            RoutingError: adapters are merged.
+        """
+        unknown = [name for name in route.used if name not in self.configs]
+        if unknown:
+            raise AdapterNotFoundError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}",
+                hint=did_you_mean(unknown[0], [*self.configs, BASE]) or f"the model has {listed(self.configs) or 'none'}",
+            )
+        if route.per_row is not None and len(set(route.per_row)) > 1:
+            for name in route.used:
+                self.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")
+        if self.merged_adapters():
+            raise RoutingError(f"{listed(self.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
+
+    def require_capability(self, adapter: str, capability: Capability, what: str) -> None:
+        """Raise `CapabilityError` unless the adapter's tuner declares `capability`."""
+        spec = self.spec(adapter)
+        if not spec.can(capability):
+            raise CapabilityError(
+                f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}"
+            )
+
+    # ---- merging --------------------------------------------------------------------------------------------------
+    def merged_adapters(self) -> list[str]:
+        """Return the merged adapters, each once, in load order."""
+        merged = {name for module in self.entries.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
+        return [name for name in self.configs if name in merged]
+
+    def merge(self, adapters: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> None:
+        """Fold adapters into the base weights; all or nothing.
+
+        Args:
+            adapters: None: those in use.
+            safe: refuse results that are not finite.
+            progress: show a progress bar.
+
+        Raises:
+            AdapterNotFoundError, CapabilityError: before anything changes.
+            MergeError: a result is not finite; nothing is changed then.
+        """
+        chosen = self.active if adapters is None else tuple(adapters)
+        self.require(*chosen)
+        for adapter in chosen:
+            self.require_capability(adapter, Capability.MERGE, "merged")
+        already = [name for name in self.merged_adapters() if name in chosen]
+        if already:
+            warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
+        layers = [module for module in self.entries.values() if isinstance(module, Mergeable)]
+        done: list[AdapterLayer] = []
+        try:
+            for layer in _progress(layers, "merging", progress):
+                if isinstance(layer, AdapterLayer):
+                    before = len(layer.merges)
+                    layer.merge(chosen, safe=safe)
+                    if len(layer.merges) > before:
+                        done.append(layer)
+        except MergeError:
+            for layer in reversed(done):
+                layer.merges[-1].undo()
+                layer.merges.pop()
+            raise
+
+    def unmerge(self) -> None:
+        """Take out all merged adapters, in reverse."""
+        for module in reversed(list(self.entries.values())):
+            if isinstance(module, Mergeable):
+                module.unmerge()
+
+    # ---- taking out -----------------------------------------------------------------------------------------------
+    def delete(self, adapter: str) -> None:
+        """Remove an adapter's weights and config. If it was the only one in use, the first that remains takes over.
+
+        Raises:
+            AdapterNotFoundError: the model has no such adapter.
+            MergeError: it is merged.
+        """
+        self.require(adapter)
+        if adapter in self.merged_adapters():
+            raise MergeError(f"cannot delete the adapter {adapter!r} while it is merged", hint="unmerge_adapter() first")
+        for (kind, path), module in self.modules_of(adapter):
+            module.drop(adapter)
+            if not kind:
+                for tuner in self.tuners.values():
+                    tuner.mounted.get(path, {}).pop(adapter, None)
+        del self.own[adapter], self.configs[adapter]
+        active = self.activation.names
+        if adapter in active:
+            rest = tuple(name for name in active if name != adapter)
+            if rest or not self.configs:
+                self.activation.select(rest)
+            else:
+                first = next(iter(self.configs))
+                warnings.warn(f"the active adapter {adapter!r} was deleted; {first!r} is active now", PeftWarning, stacklevel=4)
+                self.activation.select((first,))
+                self.set_trainable(first, not self.configs[first].inference_mode)
+        self.refresh()
+        hooks.adapter_deleted(self.base, adapter)
+
+    def unload(self, *, merge: bool = False, adapters: Sequence[str] | None = None, safe: bool = False, progress: bool = False) -> nn.Module:
+        """Take all wrappers off, after merging if asked, and return the base.
+
+        Args:
+            merge: fold the adapters in first; saved modules in use take the place of the originals.
+            adapters: which to merge; None: those in use.
+            safe: refuse results that are not finite.
+            progress: show a progress bar.
+
+        Raises:
+            as `merge`.
+        """
+        if merge:
+            self.merge(adapters, safe=safe, progress=progress)
+            kept = self.active if adapters is None else tuple(adapters)
+        else:
+            self.unmerge()
+            kept = self.active
+        replaced: dict[str, nn.Module] = {}
+        for (kind, path), module in self.entries.items():
+            if isinstance(module, LeavesBehind):
+                replaced[path] = module.remains(kept)
+            elif isinstance(module, AdapterLayer):
+                module.merges.clear()
+        for path in {path for kind, path in self.entries if kind and path}:
+            for parent, leaf in self.view.sites.get(path, ()):
+                setattr(parent, leaf, replaced.get(path, self.view.modules[path]))
+        self._retire()
+        return self.base
+
+    def _retire(self) -> None:
+        generation.uninstall(self.base)
+        for name in (ATTRIBUTE, "peft_config"):
+            self.base.__dict__.pop(name, None)
+        self.entries.clear()
+        self.own.clear()
+        self.configs.clear()
+        self.activation.select(())
+        self.refresh()
+
+
+def _progress(items: Sequence[Any], what: str, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what)
+
+
+def index_of(model: nn.Module) -> AdapterIndex | None:
+    """Return the index of a `PeftModel`, or of a model with injected adapters; None if it has none."""
+    found = model.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, AdapterIndex) else None
+
+
+def adopt(model: nn.Module) -> tuple[AdapterIndex, bool]:
+    """Return the index of a base model and whether it is new. A model that already has one keeps it."""
+    found = index_of(model)
+    return (found, False) if found is not None else (AdapterIndex(model), True)

@@ -1,0 +1,109 @@
+"""From plans to a changed model, each step with its undo."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.slots import Slot
+from .tuner import Plan, TunerBase
+
+if TYPE_CHECKING:
+    from .index import AdapterIndex, Key
+
+
+class Undo(contextlib.ExitStack):
+    """A stack of undo steps, run in reverse unless `keep` was called."""
+
+    def call(self, step: Callable[..., Any], *args: Any) -> None:
+        """Remember how to undo what was just done."""
+        self.callback(step, *args)
+
+    def keep(self) -> None:
+        """The work is done: forget how to undo it."""
+        self.pop_all()
+
+
+class MountedModules(nn.ModuleDict):
+    """Modules beside the base, one per adapter: `<mount>.<adapter>`, whatever tuner made them. Each has `slots()`."""
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapters that have a module here."""
+        return tuple(self)
+
+    def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
+        """Return all parameters of the adapter's module."""
+        return dict(self[adapter].named_parameters())
+
+    def slots(self, adapter: str) -> dict[str, Slot]:
+        """Return what the adapter's module says that a file holds."""
+        found: dict[str, Slot] = self[adapter].slots()  # type: ignore[operator]
+        return found
+
+    def drop(self, adapter: str) -> None:
+        """Remove the adapter's module."""
+        if adapter in self:
+            del self[adapter]
+
+
+def perform(
+    index: AdapterIndex, kind: str, tuner: TunerBase, plan: Plan, adapter: str, creation: Creation, mount_on: nn.Module | None, keys: list[Key], undo: Undo
+) -> None:
+    """Do what a plan says for one adapter; append the touched entries of the index to `keys`."""
+    for wrap in plan.wraps:
+        key = (kind, wrap.path)
+        module: Any = index.entries.get(key)
+        if module is None:
+            module = wrap.build(_occupant(index, wrap.path))
+            _place(index, wrap.path, module, undo)
+            index.entries[key] = module
+            undo.call(index.entries.pop, key, None)
+        undo.call(module.drop, adapter)
+        wrap.fill(module, creation)
+        keys.append(key)
+    for path, mount in plan.mounts.items():
+        assert mount_on is not None
+        key = ("", path)
+        holder = index.entries.get(key)
+        if holder is None:
+            holder = MountedModules()
+            mount_on.add_module(path, holder)
+            undo.call(mount_on._modules.pop, path, None)
+            index.entries[key] = holder
+            undo.call(index.entries.pop, key, None)
+        assert isinstance(holder, MountedModules)
+        module = mount(creation).requires_grad_(False)
+        module.train(mount_on.training)
+        holder[adapter] = module
+        undo.call(holder.drop, adapter)
+        mounted = tuner.mounted.setdefault(path, {})
+        mounted[adapter] = module
+        undo.call(mounted.pop, adapter, None)
+        keys.append(key)
+    for path, adopt in plan.adopts.items():
+        key = (kind, path)
+        module = adopt()
+        undo.call(module.drop, adapter)
+        index.entries[key] = module
+        keys.append(key)
+
+
+def _occupant(index: AdapterIndex, path: str) -> nn.Module:
+    parent, leaf = index.view.sites[path][0]
+    found: nn.Module = getattr(parent, leaf)
+    return found
+
+
+def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
+    for parent, leaf in index.view.sites[path]:
+        before = parent._modules[leaf]
+        parent._modules[leaf] = module
+        undo.call(parent._modules.__setitem__, leaf, before)
+    occupied = index.view.modules[path]
+    module.train(occupied.training)
+    if isinstance(module, AdapterLayer):
+        weight = occupied._parameters.get("weight")
+        module.shared_weight = weight is not None and id(weight) in index.view.shared_weights

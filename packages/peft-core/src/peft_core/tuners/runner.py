@@ -1,0 +1,105 @@
+"""Running the base once for a call: route, prepare, assemble, base, finish. What `PeftModel.forward` and `generate` share."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import RoutingError
+from ..layers.activation import EMPTY, Route, read_names
+from .assemble import assemble
+from .call import Call, Output, batch_of
+from .index import AdapterIndex
+from .tasks import TaskSpec
+
+
+def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | None = None) -> Route:
+    """Return the route of a call: per-sample `names`, or what is active in this thread.
+
+    Raises:
+        RoutingError: as many names as samples are needed.
+        AdapterNotFoundError, CapabilityError: from checking it.
+    """
+    if names is None:
+        return index.activation.current()
+    per_row = read_names(names)
+    if batch is not None and len(per_row) != batch:
+        raise RoutingError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(per_row)} and {batch} respectively",
+            hint="give one entry per sample; '__base__' for none",
+        )
+    if not index.activation.enabled:
+        return Route()
+    index.check_route(Route(per_row=per_row))
+    # adapters act in load order, whatever the order in which a caller names them
+    ordered = {row: tuple(name for name in index.configs if name in row) for row in set(per_row)}
+    if len(ordered) == 1:
+        return Route(names=ordered[per_row[0]])
+    return Route(per_row=tuple(ordered[row] for row in per_row))
+
+
+def run(
+    index: AdapterIndex, base: Callable[..., Output], task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None
+) -> Output:
+    """Run the base with everything that tuners add to the call.
+
+    Args:
+        index: the adapters.
+        base: the module to call.
+        task: what the model is for.
+        args, kwargs: the caller's inputs.
+        names: per-sample adapters, or None.
+    """
+    inputs = _by_name(index, args, kwargs)
+    arguments: Mapping[str, Any] = {name: inputs.pop(name) for name in index.call_arguments if name in inputs} or EMPTY
+    known = batch_of(inputs)
+    if known is None:
+        raise RoutingError("the call has no tensor from which the number of samples could be read", hint="pass input_ids or inputs_embeds")
+    batch, device = known
+    route = route_for(index, names, batch)
+    call = Call(task.name or None, inputs, route, batch, device, arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    prepared, extra = assemble(call, index.forward, task)
+    with index.activation.use(call.route):
+        output = base(**prepared)
+    output = task.cut(output, extra)
+    for tuner in reversed(index.speakers):
+        output = tuner.finish(call, output)
+    return output
+
+
+@contextlib.contextmanager
+def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Let the door see this thread's steps of `generate` as ours, until the block ends."""
+    local = index.activation.local
+    before = getattr(local, "generating", None), getattr(local, "task", None)
+    route = route_for(index, names)
+    local.generating, local.task = arguments, task.name or None
+    try:
+        with index.activation.use(route):
+            yield
+    finally:
+        local.generating, local.task = before
+
+
+def virtual_length(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, batch: int, arguments: Mapping[str, Any]) -> int:
+    """Return how many virtual tokens a call puts before the text."""
+    call = Call(task.name or None, {}, route_for(index, names), batch, torch.device("cpu"), arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    return sum(tokens.length for tokens in call.virtual)
+
+
+def _by_name(index: AdapterIndex, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if not args:
+        return dict(kwargs)
+    names = [name for name in index.forward.parameters if name != "self"]
+    if len(args) > len(names):
+        raise TypeError(f"{index.view.name}.forward takes {len(names)} positional arguments, but {len(args)} were given")
+    twice = [name for name in names[: len(args)] if name in kwargs]
+    if twice:
+        raise TypeError(f"{index.view.name}.forward got {twice[0]!r} both by position and by name")
+    return {**dict(zip(names, args, strict=False)), **kwargs}

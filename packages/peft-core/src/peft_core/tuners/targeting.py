@@ -1,0 +1,310 @@
+"""From the targets of a config to names of modules, with every way to go wrong named."""
+from __future__ import annotations
+
+import functools
+import json
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, TypeVar
+
+from torch import nn
+
+from ..config import LayerConfig
+from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
+from ..layers.base_ops import is_conv1d
+from .base_view import BaseView
+
+Targets = Collection[str] | str
+ALL_LINEAR = "all-linear"
+DUMMY = "dummy-target-modules"
+#: from this many explicit targets on, they are shortened to suffixes that select the same modules
+SHORTEN_FROM = 20
+_V = TypeVar("_V")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The modules that a config targets, in the model's order, and the targets as they belong in the config from now on."""
+
+    names: tuple[str, ...]
+    targets: Targets
+
+
+def select(base: BaseView, config: LayerConfig, default: Targets | None = None) -> Selection:
+    """Return the modules that a config targets. Changes nothing.
+
+    Args:
+        base: the model.
+        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`, `modules_to_save`.
+        default: what to target if the config names nothing.
+
+    Raises:
+        NoMatchingPeftModuleError: nothing matches.
+        ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
+    """
+    targets = config.target_modules
+    if targets is None:
+        targets = _default(base, default)
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = _all_linear(base, config)
+    if targets == DUMMY or (not isinstance(targets, str) and set(targets) == {DUMMY}):
+        return Selection((), targets)
+    if base.chosen is not None:
+        return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
+    saved = frozenset(config.extras().modules_to_save)
+    matching = matcher(targets, "target_modules")
+    in_layers = _layer_filter(config)
+    excluded = matcher(config.exclude_modules, "exclude_modules")
+    found, dropped, off_layer = [], [], []
+    for name in base.modules:
+        if not name or not matching(name):
+            continue
+        if excluded(name):
+            dropped.append(name)
+        elif not in_layers(name):
+            off_layer.append(name)
+        elif not _inside(name, saved):
+            found.append(name)
+    if not found:
+        raise _no_match(base, config, targets, dropped, off_layer)
+    _refuse_fused_kernels(base, found)
+    _warn_unused(base, config, targets, dropped)
+    if not isinstance(targets, str):
+        targets = shortest_suffixes(found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
+    return Selection(tuple(found), targets)
+
+
+def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
+    if "mamba" not in (base.model_type or ""):
+        return
+    for name in found:
+        if name.rpartition(".")[2] in ("out_proj", "conv1d"):
+            raise ConfigError(
+                f"target module {name!r}: {base.model_type} hands the weights of out_proj and conv1d to a fused kernel, past any adapter",
+                hint="target in_proj or x_proj",
+            )
+
+
+def matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
+    """Return a test for module names: a list matches whole names and ends after a dot, a string is a regular expression for all of it.
+
+    Raises:
+        ConfigError: the expression is malformed.
+    """
+    if not patterns:
+        return lambda name: False
+    if isinstance(patterns, str):
+        try:
+            expression = re.compile(patterns)
+        except re.error as error:
+            raise ConfigError(f"{field}={patterns!r} is no regular expression: {error}", hint="give a list to match names") from error
+        return lambda name: expression.fullmatch(name) is not None
+    names = frozenset(patterns)
+    return lambda name: _ending(name, names) is not None
+
+
+def _ending(name: str, names: Collection[str]) -> str | None:
+    """Return the member of `names` that is `name` or an end of it after a dot."""
+    start = 0
+    while True:
+        if name[start:] in names:
+            return name[start:]
+        dot = name.find(".", start)
+        if dot < 0:
+            return None
+        start = dot + 1
+
+
+def _inside(name: str, saved: Collection[str]) -> bool:
+    """Return whether a module is one of the saved modules or lies inside one."""
+    if not saved:
+        return False
+    parts = name.split(".")
+    return any(_ending(".".join(parts[: i + 1]), saved) is not None for i in range(len(parts)))
+
+
+def _layer_filter(config: LayerConfig) -> Callable[[str], bool]:
+    if config.layers_to_transform is None:
+        return lambda name: True
+    wanted = {config.layers_to_transform} if isinstance(config.layers_to_transform, int) else set(config.layers_to_transform)
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
+    if patterns:
+        expressions = [re.compile(rf"(?:^|.*\.){pattern}\.(\d+)\.") for pattern in patterns]
+    else:
+        expressions = [re.compile(r"(?:^|.*?\.)(\d+)\.")]
+
+    def accepts(name: str) -> bool:
+        for expression in expressions:
+            match = expression.match(name)
+            if match is not None:
+                return int(match.group(1)) in wanted
+        return False
+
+    return accepts
+
+
+def _default(base: BaseView, default: Targets | None) -> Targets:
+    if default is None:
+        known = did_you_mean(base.model_type or "", defaults())
+        raise ConfigError(
+            f"Please specify `target_modules` in `peft_config`: there is no default for {base.name}"
+            + (f" (model_type {base.model_type!r})" if base.model_type else ""),
+            hint=f'for example target_modules={_linear_leaves(base)[:3]} or "{ALL_LINEAR}"{"; " + known if known else ""}',
+            code="no-default-targets",
+        )
+    return default if isinstance(default, str) else set(default)
+
+
+def _linear_leaves(base: BaseView) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name, module in base.modules.items() if name and _is_linear(module)))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def _all_linear(base: BaseView, config: LayerConfig) -> set[str]:
+    if not base.is_transformers_model:
+        raise ConfigError(
+            f'target_modules="{ALL_LINEAR}" is for transformers models, not {base.name}',
+            hint=f"name the modules: {listed(_linear_leaves(base))}",
+        )
+    output = base.output_embeddings
+    saved = frozenset(config.extras().modules_to_save)
+    names = {
+        name
+        for name, module in base.modules.items()
+        if name and _is_linear(module) and module is not output and not _inside(name, saved)
+    }
+    if not names:
+        raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")
+    return names
+
+
+def shortest_suffixes(found: Sequence[str], every: Iterable[str]) -> set[str]:
+    """Return few suffixes that together match exactly `found` among the names `every`.
+
+    Each found name gives its shortest end that no other name has; names whose ends agree share one.
+    """
+    wanted = set(found)
+    spoilt: set[str] = set()  # ends of names that must not match
+    for name in every:
+        if name and name not in wanted:
+            spoilt.update(_ends(name))
+    return {next((end for end in _ends(name) if end not in spoilt), name) for name in found}
+
+
+def _ends(name: str) -> list[str]:
+    """Return the ends of a name, shortest first: ``["c", "b.c", "a.b.c"]``."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+
+
+def _no_match(base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str], off_layer: list[str]) -> NoMatchingPeftModuleError:
+    given = repr(targets) if isinstance(targets, str) else repr(sorted(targets))
+    if not targets:
+        return NoMatchingPeftModuleError(
+            f"target_modules={given} names nothing", hint=f'write for example {_linear_leaves(base)[:2]}, "{ALL_LINEAR}" or "{DUMMY}"'
+        )
+    if dropped and not off_layer:
+        return NoMatchingPeftModuleError(
+            f"All modules of {base.name} that target_modules={given} matches were excluded by exclude_modules={config.exclude_modules!r}",
+            hint="exclude fewer",
+            code="all-excluded",
+        )
+    if off_layer:
+        return NoMatchingPeftModuleError(
+            f"target_modules={given} matches modules of {base.name} (for example {off_layer[0]!r}), but none in "
+            f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r}",
+            hint="check the layer numbers and the pattern",
+            code="no-such-layers",
+        )
+    words = [targets] if isinstance(targets, str) else sorted(targets)
+    near = [hint for hint in (did_you_mean(word.rpartition(".")[2], base.leaf_names) for word in words[:3]) if hint]
+    return NoMatchingPeftModuleError(
+        f"Target modules {given} not found in the base model {base.name}. Please check the target modules and try again",
+        hint=near[0] if near else f"its linear layers are called {listed(_linear_leaves(base))}",
+    )
+
+
+def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str]) -> None:
+    if config.exclude_modules and not dropped:
+        warnings.warn(f"exclude_modules={config.exclude_modules!r} excluded nothing", PeftWarning, stacklevel=5)
+    if isinstance(targets, str):
+        return
+    used = {end for name in base.modules if name and (end := _ending(name, targets))}
+    # one name may end in two of the targets ("q_proj" and "attn.q_proj"): look at each unused one by itself
+    unused = sorted(t for t in set(targets) - used if not any(name == t or name.endswith(f".{t}") for name in base.modules))
+    if unused:
+        near = did_you_mean(unused[0].rpartition(".")[2], base.leaf_names)
+        warnings.warn(f"target_modules {unused} matched nothing in {base.name}{'; ' + near if near else ''}", PeftWarning, stacklevel=5)
+
+
+class Patterns(Mapping[str, _V]):
+    """`rank_pattern` or `alpha_pattern`: a regular expression for the end of a module's name → value; the first match counts.
+
+    Plain names are looked up instead of tried one after the other, so that a thousand of them on a thousand modules stay cheap.
+
+    Raises:
+        ConfigError: a malformed expression, from the constructor.
+    """
+
+    def __init__(self, patterns: Mapping[str, _V], field: str) -> None:
+        self._patterns = dict(patterns)
+        self._plain: dict[str, int] = {}
+        self._whole: dict[str, int] = {}
+        self._expressions: list[tuple[int, re.Pattern[str]]] = []
+        self._values = list(self._patterns.values())
+        self._used: set[int] = set()
+        for position, key in enumerate(self._patterns):
+            if re.fullmatch(r"[\w.]+", key):
+                self._plain.setdefault(key, position)
+            elif re.fullmatch(r"\^[\w.]+\$?", key):
+                self._whole.setdefault(key.strip("^$"), position)
+            else:
+                try:
+                    self._expressions.append((position, re.compile(rf"(?:^|.*\.)(?:{key})$")))
+                except re.error as error:
+                    raise ConfigError(f"the key {key!r} of {field} is no regular expression: {error}") from error
+
+    def value(self, name: str, default: _V) -> _V:
+        """Return the value of the first pattern that matches the module's name, or `default`."""
+        hits = [self._plain[end] for end in _ends(name) if end in self._plain] if self._plain else []
+        if name in self._whole:
+            hits.append(self._whole[name])
+        limit = min(hits, default=len(self._values))
+        for position, expression in self._expressions:
+            if position >= limit:
+                break
+            if expression.match(name):
+                limit = position
+                break
+        if limit == len(self._values):
+            return default
+        self._used.add(limit)
+        return self._values[limit]
+
+    @property
+    def unused(self) -> list[str]:
+        """The patterns that have matched nothing so far."""
+        return [key for position, key in enumerate(self._patterns) if position not in self._used]
+
+    def __getitem__(self, key: str) -> _V:
+        return self._patterns[key]
+
+    def __iter__(self) -> Any:
+        return iter(self._patterns)
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+
+@functools.cache
+def defaults() -> dict[str, list[str] | str]:
+    """Return the targets of common architectures by `model_type`: names, or one regular expression."""
+    text = resources.files(__package__).joinpath("default_targets.json").read_text(encoding="utf-8")
+    table: dict[str, list[str] | str] = json.loads(text)
+    return table

@@ -1,0 +1,202 @@
+"""The protocol: a tuner plans, prepares, finishes. Plans and wraps are data; core performs them."""
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..config import LayerConfig
+from ..errors import UnsupportedModuleError
+from ..layers.activation import Activation
+from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.slots import AdapterModule
+from ..plugins import TunerSpec, hooks
+from . import targeting
+from .base_view import BaseView
+from .call import Call, Output
+
+
+@dataclass(frozen=True)
+class Wrap:
+    """One module of the base to be wrapped.
+
+    Args:
+        path: its original name in the base.
+        build: makes the wrapper around the module that is there now; called only if this tuner has none there yet.
+        fill: adds this adapter's weights to the wrapper.
+    """
+
+    path: str
+    build: Callable[[nn.Module], AdapterModule]
+    fill: Callable[[Any, Creation], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a tuner wants done for one adapter. Making it changes nothing.
+
+    Args:
+        wraps: modules of the base to wrap.
+        mounts: modules to put beside the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
+        adopts: objects that stand for parameters of the base itself (trained biases).
+        resolved: fields of the config that the model decided (default targets, dimensions); noted there when the plan is done.
+    """
+
+    wraps: tuple[Wrap, ...] = ()
+    mounts: Mapping[str, Callable[[Creation], nn.Module]] = field(default_factory=dict)
+    adopts: Mapping[str, Callable[[], AdapterModule]] = field(default_factory=dict)
+    resolved: Mapping[str, Any] = field(default_factory=dict)
+
+
+class TunerBase:
+    """What core knows of a method, with the defaults. One object per model and method, shared by its adapters.
+
+    Attributes:
+        spec: what the tuner says about itself.
+        activation: which adapters act; handed to the layers.
+        mounted: for each mount the modules of this tuner's adapters, kept by core: ``mounted["prompt_encoder"]["french"]``.
+    """
+
+    def __init__(self, spec: TunerSpec, activation: Activation) -> None:
+        self.spec = spec
+        self.activation = activation
+        self.mounted: dict[str, dict[str, nn.Module]] = {}
+
+    def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
+        """Read, validate and say what is to be done; change nothing.
+
+        Args:
+            base: the base model under its original names.
+            adapter: name of the new adapter.
+            config: its config, of the class that the spec names.
+
+        Raises:
+            PeftError: what the user asked for can't be done.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define plan(base, adapter, config)")
+
+    def prepare(self, call: Call) -> Call:
+        """Return the call with this tuner's virtual tokens or facts added. Only called if overridden."""
+        return call
+
+    def finish(self, call: Call, output: Output) -> Output:
+        """Return the output as the caller is to see it, for example with a loss added. Only called if overridden."""
+        return output
+
+    @property
+    def takes_part_in_calls(self) -> bool:
+        """Whether `prepare` or `finish` is overridden; otherwise a forward goes straight to the base."""
+        return type(self).prepare is not TunerBase.prepare or type(self).finish is not TunerBase.finish
+
+
+class LayerTuner(TunerBase):
+    """A tuner that wraps layers: give it `layers`, and targeting, building and filling follow.
+
+    Example:
+        >>> class LoHaTuner(LayerTuner):
+        ...     layers = (LoHaLinear,)
+    """
+
+    #: adapter layers, each with its `base_types`; the first that fits a module wraps it
+    layers: tuple[type[AdapterLayer], ...] = ()
+
+    def plan(self, base: BaseView, adapter: str, config: LayerConfig) -> Plan:
+        """Choose the modules as `targeting` says, and wrap each with the layer class that fits.
+
+        Raises:
+            NoMatchingPeftModuleError: the targets match nothing.
+            UnsupportedModuleError: a target is of a kind that this tuner does not know.
+            ConfigError: a malformed expression.
+        """
+        chosen = targeting.select(base, config, self.default_targets(base))
+        patterns = {name: targeting.Patterns(getattr(config, name), name) for name in ("rank_pattern", "alpha_pattern")}
+        wraps = []
+        for path in chosen.names:
+            values = ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])
+            wraps.append(Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values))))
+        for name, pattern in patterns.items():
+            if pattern.unused:
+                warnings.warn(f"{name}: {pattern.unused} matched none of the adapted modules", RuntimeWarning, stacklevel=5)
+        return Plan(wraps=tuple(wraps), resolved={"target_modules": chosen.targets})
+
+    def settings(self, config: Any, module: ModuleValues) -> Any:
+        """Return what the layer of one module is told (the `config` of its `add`): by default the adapter's config.
+
+        Args:
+            config: the adapter's config.
+            module: ``module.rank(config.r)`` and ``module.alpha(config.alpha)`` are the values for this module, patterns applied.
+        """
+        return config
+
+    def default_targets(self, base: BaseView) -> targeting.Targets | None:
+        """Return what is adapted when the config names nothing: a plugin's answer, else the table of common architectures."""
+        if base.model_type is None:
+            return None
+        return hooks.default_targets(self.spec.peft_type, base.model_type) or targeting.defaults().get(base.model_type)
+
+    def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
+        """Return what builds the wrapper for `module`: a plugin's layer, else the first of `layers` that fits.
+
+        Raises:
+            UnsupportedModuleError: none fits.
+        """
+        # plugins first: a quantised Linear is often a subclass of the plain one
+        if type(module) not in _PLAIN and hooks.make_layer(self.spec.peft_type, module, self.activation) is not None:
+            return _Builder(None, self.activation, self.spec.peft_type)
+        for layer in self.layers:
+            if layer.accepts(module):
+                return _Builder(layer, self.activation, self.spec.peft_type)
+        supported = sorted({kind.__name__ for layer in self.layers for kind in layer.base_types})
+        raise UnsupportedModuleError(
+            f"Target module {path!r} is a {type(module).__name__}, which {self.spec.peft_type} does not support. Currently, only "
+            f"the following modules are supported: {', '.join(supported)}",
+            hint="target one of its children, or leave it out with exclude_modules",
+        )
+
+
+@dataclass(frozen=True)
+class ModuleValues:
+    """The values that `rank_pattern` and `alpha_pattern` give to one module."""
+
+    path: str
+    ranks: targeting.Patterns[int]
+    alphas: targeting.Patterns[int]
+
+    def rank(self, default: int) -> int:
+        """Return the module's rank; `default` where no pattern matches its name."""
+        return int(self.ranks.value(self.path, default))
+
+    def alpha(self, default: float) -> float:
+        """Return the module's alpha; `default` where no pattern matches its name."""
+        return self.alphas.value(self.path, default)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Filler:
+    """Adds an adapter's weights to a wrapper."""
+
+    adapter: str
+    settings: Any
+
+    def __call__(self, layer: AdapterLayer, creation: Creation) -> None:
+        layer.attach(self.adapter, self.settings, creation)
+
+
+#: torch's own classes, for which no plugin needs to be asked
+_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    layer: type[AdapterLayer] | None
+    activation: Activation
+    peft_type: str
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        if self.layer is not None:
+            return self.layer(module, self.activation)
+        made: AdapterModule = hooks.make_layer(self.peft_type, module, self.activation)  # type: ignore[assignment]
+        return made

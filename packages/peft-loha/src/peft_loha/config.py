@@ -1,0 +1,49 @@
+"""`LoHaConfig`. Imports no torch."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from peft_core.config import LayerConfig, require_number, require_positive_integer, require_probability
+
+
+@dataclass
+class LoHaConfig(LayerConfig):
+    """LoHa: ΔW = (alpha/r)·(w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r² from 2r(out + in) numbers.
+
+    Besides the fields of `LayerConfig`:
+
+    Args:
+        r: rank of each of the two products.
+        alpha: numerator of the scaling.
+        rank_dropout: in training each output row of ΔW is dropped with this probability, in [0, 1).
+        module_dropout: in training the adapter is skipped with this probability for a whole call, in [0, 1].
+        use_effective_conv2d: Tucker form for convolutions.
+        init_weights: True: w2_b is zero, so that a new adapter changes nothing; False: all random.
+
+    Raises:
+        ConfigError: a bad value.
+
+    Source: FedPara, arXiv 2108.06098.
+    """
+
+    r: int = 8
+    alpha: int = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    init_weights: bool = True
+
+    default_peft_type: ClassVar[str | None] = "LOHA"
+
+    def check(self) -> None:
+        """Check every value by itself.
+
+        Raises:
+            ConfigError: a bad value, or one that this release does not support.
+        """
+        super().check()
+        require_positive_integer("r", self.r)
+        require_number("alpha", self.alpha)
+        require_probability("rank_dropout", self.rank_dropout)
+        require_probability("module_dropout", self.module_dropout, one=True)

@@ -1,0 +1,99 @@
+"""The adapter layers of LoHa."""
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft_core import AdapterLayer
+from torch import Tensor, nn
+
+from . import formulas
+
+
+@dataclass(frozen=True)
+class LoHaSettings:
+    """What a layer is told: rank and alpha of this module, and what holds for all."""
+
+    r: int
+    alpha: float
+    rank_dropout: float
+    module_dropout: float
+    init: bool
+
+
+class LoHaLayer(AdapterLayer):
+    """What all LoHa layers share.
+
+    Attributes:
+        r, alpha, rank_dropout, module_dropout, scaling: by adapter.
+    """
+
+    containers = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "module_dropout")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        super().__init__(base_layer, activation)
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.rank_dropout: dict[str, float] = {}
+        self.module_dropout: dict[str, float] = {}
+
+    def note(self, adapter: str, settings: LoHaSettings) -> None:
+        """Write down what holds for a new adapter."""
+        self.r[adapter] = settings.r
+        self.alpha[adapter] = settings.alpha
+        self.rank_dropout[adapter] = settings.rank_dropout
+        self.module_dropout[adapter] = settings.module_dropout
+        self.scaling[adapter] = settings.alpha / settings.r
+
+
+class Linear(LoHaLayer):
+    """LoHa around `nn.Linear`.
+
+    Shapes, with the base weight (out, in): `hada_w1_a`, `hada_w2_a` (out, r); `hada_w1_b`, `hada_w2_b` (r, in).
+    """
+
+    def add(self, adapter: str, config: LoHaSettings) -> None:
+        """Create the four factors."""
+        self.note(adapter, config)
+        out, inp = self.matrix_shape
+        r = config.r
+        self.new("hada_w1_a", adapter, (out, r), bound=1 / math.sqrt(r))
+        self.new("hada_w1_b", adapter, (r, inp), bound=1 / math.sqrt(inp))
+        self.new("hada_w2_a", adapter, (out, r), bound=1 / math.sqrt(r))
+        if config.init:
+            self.new("hada_w2_b", adapter, (r, inp))  # zero: a new adapter changes nothing
+        else:
+            self.new("hada_w2_b", adapter, (r, inp), bound=1 / math.sqrt(inp))
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in)."""
+        b1, a1, b2, a2 = (self._modules[name]._parameters[adapter] for name in self.containers)  # type: ignore[union-attr]
+        return b1, a1, b2, a2  # type: ignore[return-value]
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return s·(B₁A₁) ⊙ (B₂A₂), (out, in)."""
+        return self.scaling[adapter] * formulas.hadamard(*self.factors(adapter))
+
+    def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·xΔWᵀ; in training with module and row dropout."""
+        factors = self.factors(adapter)
+        if x.dtype != factors[0].dtype:
+            x = self.cast_input(x, factors[0].dtype)
+        if not self.training:
+            return y.add_(formulas.applied(x, *factors), alpha=self.scaling[adapter])
+        if (skip := self.module_dropout[adapter]) and torch.rand(1) <= skip:
+            return y
+        change = formulas.applied(x, *factors)
+        if p := self.rank_dropout[adapter]:
+            change = change * self._row_mask(change, p)
+        return y.add_(change, alpha=self.scaling[adapter])
+
+    @staticmethod
+    def _row_mask(change: Tensor, p: float) -> Tensor:
+        """Return which output rows stay (out,), divided by the share that does; all zero if none does."""
+        mask = (torch.rand(change.shape[-1], device=change.device) > p).to(change.dtype)
+        return mask / mask.mean().clamp(min=1 / mask.numel())

@@ -1,0 +1,24 @@
+"""LoRA (arXiv 2106.09685) for peft-core. Names are loaded when they are first used: `LoraConfig` needs no torch."""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+_MODULE_OF = {"LoraConfig": "config", "LoraTuner": "tuner", "LoraLayer": "layer", "Linear": "layer", "Embedding": "layer"}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+if TYPE_CHECKING:
+    from .config import LoraConfig
+    from .layer import Embedding, Linear, LoraLayer
+    from .tuner import LoraTuner
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,32 @@
+"""Methods that learn virtual tokens, for peft-core. Names are loaded when they are first used: configs need no torch."""
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+_MODULE_OF = {
+    "PromptTuningConfig": "config",
+    "PromptTuningInit": "config",
+    "PrefixTuningConfig": "config",
+    "PromptEmbedding": "prompt_tuning",
+    "PromptTuner": "prompt_tuning",
+    "PrefixEncoder": "prefix_tuning",
+    "PrefixTuner": "prefix_tuning",
+}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
+
+if TYPE_CHECKING:
+    from .config import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
+    from .prefix_tuning import PrefixEncoder, PrefixTuner
+    from .prompt_tuning import PromptEmbedding, PromptTuner
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
