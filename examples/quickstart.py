@@ -24,10 +24,11 @@ from common import Batch, cache_dir, phase, prepare_libraries, say, table, train
 from fetch import FetchError, Sentences, Splits, film_reviews
 
 # isort: split
-import peft_core
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
+
+import peft_core
 
 MAX_TOKENS = 48
 BATCH = 16

@@ -2,6 +2,7 @@
 
 Importing this imports neither torch nor transformers: names are loaded when they are first used (PEP 562).
 """
+
 from __future__ import annotations
 
 import importlib
@@ -31,74 +32,88 @@ _HOME = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
-    "models.factory": (
-        "get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict"
-    ),
+    "models.factory": ("get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
-if TYPE_CHECKING:
-    from .config import Extras, LayerConfig, PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
-    from .errors import (
-        AdapterFileError,
-        AdapterNameError,
-        AdapterNotFoundError,
-        AdapterWeightsError,
-        CapabilityError,
-        ConfigError,
-        ConfigFileError,
-        DuplicateTunerError,
-        IncompatiblePluginError,
-        MergeError,
-        ModelError,
-        NoMatchingPeftModuleError,
-        PeftError,
-        PeftWarning,
-        PluginError,
-        RoutingError,
-        UnknownTunerError,
-        UnsupportedModuleError,
-    )
-    from .inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-    from .layers.activation import ALL, BASE, Activation, Route
-    from .layers.adapter_layer import AdapterLayer, Creation
-    from .layers.base_ops import ops_for
-    from .layers.slots import AdapterModule, LeavesBehind, Mergeable, Slot, module_slots, write_tensor
-    from .models.factory import (
-        get_peft_model,
-        get_peft_model_state_dict,
-        inject_adapter_in_model,
-        load_peft_weights,
-        set_peft_model_state_dict,
-    )
-    from .models.peft_model import (
-        MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-        PeftModel,
-        PeftModelForCausalLM,
-        PeftModelForFeatureExtraction,
-        PeftModelForQuestionAnswering,
-        PeftModelForSeq2SeqLM,
-        PeftModelForSequenceClassification,
-        PeftModelForTokenClassification,
-    )
-    from .models.tuner_model import TunerModel
-    from .plugins import (
-        Capability,
-        TunerInfo,
-        TunerSpec,
-        get_tuner_spec,
-        hookimpl,
-        hookspec,
-        list_tuners,
-        register_tuner,
-        registry,
-        unregister_tuner,
-    )
-    from .tuners.base_view import BaseView
-    from .tuners.call import Call, Site, VirtualTokens
-    from .tuners.targeting import Patterns
-    from .tuners.tuner import LayerTuner, ModuleValues, Plan, TunerBase, Wrap
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .config import Extras as Extras
+    from .config import LayerConfig as LayerConfig
+    from .config import PeftConfig as PeftConfig
+    from .config import PeftType as PeftType
+    from .config import PromptLearningConfig as PromptLearningConfig
+    from .config import TaskType as TaskType
+    from .config import get_peft_config as get_peft_config
+    from .errors import AdapterFileError as AdapterFileError
+    from .errors import AdapterNameError as AdapterNameError
+    from .errors import AdapterNotFoundError as AdapterNotFoundError
+    from .errors import AdapterWeightsError as AdapterWeightsError
+    from .errors import CapabilityError as CapabilityError
+    from .errors import ConfigError as ConfigError
+    from .errors import ConfigFileError as ConfigFileError
+    from .errors import DuplicateTunerError as DuplicateTunerError
+    from .errors import IncompatiblePluginError as IncompatiblePluginError
+    from .errors import MergeError as MergeError
+    from .errors import ModelError as ModelError
+    from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from .errors import PeftError as PeftError
+    from .errors import PeftWarning as PeftWarning
+    from .errors import PluginError as PluginError
+    from .errors import RoutingError as RoutingError
+    from .errors import UnknownTunerError as UnknownTunerError
+    from .errors import UnsupportedModuleError as UnsupportedModuleError
+    from .inspection.status import TunerLayerStatus as TunerLayerStatus
+    from .inspection.status import TunerModelStatus as TunerModelStatus
+    from .inspection.status import get_layer_status as get_layer_status
+    from .inspection.status import get_model_status as get_model_status
+    from .layers.activation import ALL as ALL
+    from .layers.activation import Activation as Activation
+    from .layers.activation import BASE as BASE
+    from .layers.activation import Route as Route
+    from .layers.adapter_layer import AdapterLayer as AdapterLayer
+    from .layers.adapter_layer import Creation as Creation
+    from .layers.base_ops import ops_for as ops_for
+    from .layers.slots import AdapterModule as AdapterModule
+    from .layers.slots import LeavesBehind as LeavesBehind
+    from .layers.slots import Mergeable as Mergeable
+    from .layers.slots import Slot as Slot
+    from .layers.slots import module_slots as module_slots
+    from .layers.slots import write_tensor as write_tensor
+    from .models.factory import get_peft_model as get_peft_model
+    from .models.factory import get_peft_model_state_dict as get_peft_model_state_dict
+    from .models.factory import inject_adapter_in_model as inject_adapter_in_model
+    from .models.factory import load_peft_weights as load_peft_weights
+    from .models.factory import set_peft_model_state_dict as set_peft_model_state_dict
+    from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+    from .models.peft_model import PeftModel as PeftModel
+    from .models.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
+    from .models.peft_model import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+    from .models.peft_model import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+    from .models.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+    from .models.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+    from .models.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .models.tuner_model import TunerModel as TunerModel
+    from .plugins import Capability as Capability
+    from .plugins import TunerInfo as TunerInfo
+    from .plugins import TunerSpec as TunerSpec
+    from .plugins import get_tuner_spec as get_tuner_spec
+    from .plugins import hookimpl as hookimpl
+    from .plugins import hookspec as hookspec
+    from .plugins import list_tuners as list_tuners
+    from .plugins import register_tuner as register_tuner
+    from .plugins import registry as registry
+    from .plugins import unregister_tuner as unregister_tuner
+    from .tuners.base_view import BaseView as BaseView
+    from .tuners.call import Call as Call
+    from .tuners.call import Site as Site
+    from .tuners.call import VirtualTokens as VirtualTokens
+    from .tuners.targeting import Patterns as Patterns
+    from .tuners.tuner import LayerTuner as LayerTuner
+    from .tuners.tuner import ModuleValues as ModuleValues
+    from .tuners.tuner import Plan as Plan
+    from .tuners.tuner import TunerBase as TunerBase
+    from .tuners.tuner import Wrap as Wrap
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """Configurations: dataclasses that are `adapter_config.json` in another form. Imports no torch."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -158,11 +159,7 @@ class PeftConfig:
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file, enums and sets still as they are."""
-        return {
-            f.name: _plain(getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if f.init and f.name not in self.transient
-        }
+        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init and f.name not in self.transient}
 
     def to_json(self, **overrides: Any) -> str:
         """Return the text of `adapter_config.json`: keys and sets sorted, so that equal configs give equal bytes."""
@@ -267,9 +264,7 @@ class LayerConfig(PeftConfig):
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    raise ConfigError(
-                        f"`{name}` cannot be used when `target_modules` is a str", hint="put the layer numbers into the expression"
-                    )
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str", hint="put the layer numbers into the expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if isinstance(self.modules_to_save, str):
@@ -317,7 +312,9 @@ class PromptLearningConfig(PeftConfig):
 def require_positive_integer(name: str, value: Any) -> None:
     """Raise `ConfigError` unless `value` is an integer above 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
-        raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value!r}", hint="8 is a usual rank" if name == "r" else None)
+        raise ConfigError(
+            f"`{name}` should be a positive integer value but the value passed is {value!r}", hint="8 is a usual rank" if name == "r" else None
+        )
 
 
 def require_number(name: str, value: Any) -> None:
@@ -347,9 +344,7 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
         4
     """
     if not config_dict.get("peft_type"):
-        raise ConfigError(
-            "the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}"
-        )
+        raise ConfigError("the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}")
     return config_from_dict(config_dict)
 
 

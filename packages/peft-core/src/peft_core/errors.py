@@ -2,6 +2,7 @@
 
 Each error is also one of Python's own (`ValueError`, `KeyError`, ...), so that code which knows nothing of us can catch it.
 """
+
 from __future__ import annotations
 
 import difflib

@@ -1,4 +1,5 @@
 """LoHa (arXiv 2108.06098) for peft-core. Names are loaded when they are first used: `LoHaConfig` needs no torch."""
+
 from __future__ import annotations
 
 import importlib
@@ -8,10 +9,11 @@ __version__ = "0.1.0"
 _MODULE_OF = {"LoHaConfig": "config", "LoHaTuner": "tuner", "LoHaLayer": "layer", "Linear": "layer"}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
-if TYPE_CHECKING:
-    from .config import LoHaConfig
-    from .layer import Linear, LoHaLayer
-    from .tuner import LoHaTuner
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .config import LoHaConfig as LoHaConfig
+    from .layer import Linear as Linear
+    from .layer import LoHaLayer as LoHaLayer
+    from .tuner import LoHaTuner as LoHaTuner
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """`LoHaConfig`. Imports no torch."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@
 
 a product of rank r² of the row-wise Khatri–Rao product of the B and the column-wise one of the A. So x ΔWᵀ never needs ΔW.
 """
+
 from __future__ import annotations
 
 import torch.nn.functional as F

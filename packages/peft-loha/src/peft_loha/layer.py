@@ -1,4 +1,5 @@
 """The adapter layers of LoHa."""
+
 from __future__ import annotations
 
 import math
@@ -6,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft_core import AdapterLayer
 from torch import Tensor, nn
+
+from peft_core import AdapterLayer
 
 from . import formulas
 

@@ -1,4 +1,5 @@
 """What peft-loha offers. Imports no torch."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,4 +1,5 @@
 """What LoHa does to a model."""
+
 from __future__ import annotations
 
 from peft_core import LayerTuner, ModuleValues

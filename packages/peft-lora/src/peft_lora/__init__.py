@@ -1,4 +1,5 @@
 """LoRA (arXiv 2106.09685) for peft-core. Names are loaded when they are first used: `LoraConfig` needs no torch."""
+
 from __future__ import annotations
 
 import importlib
@@ -8,10 +9,12 @@ __version__ = "0.1.0"
 _MODULE_OF = {"LoraConfig": "config", "LoraTuner": "tuner", "LoraLayer": "layer", "Linear": "layer", "Embedding": "layer"}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
-if TYPE_CHECKING:
-    from .config import LoraConfig
-    from .layer import Embedding, Linear, LoraLayer
-    from .tuner import LoraTuner
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .config import LoraConfig as LoraConfig
+    from .layer import Embedding as Embedding
+    from .layer import Linear as Linear
+    from .layer import LoraLayer as LoraLayer
+    from .tuner import LoraTuner as LoraTuner
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """`LoraConfig`. Imports no torch."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
@@ -108,7 +109,7 @@ class LoraConfig(LayerConfig):
 
 
 _NOT_YET = (
-    "megatron_config trainable_token_indices loftq_config eva_config corda_config lora_ga_config use_dora velora_config "
-    "alora_invocation_tokens use_qalora monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config "
-    "kasa_config ensure_weight_tying"
-).split()
+    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora"),
+    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
+    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
+)

@@ -1,4 +1,5 @@
 """The mathematics of LoRA on tensors. Source: arXiv 2106.09685; rsLoRA: arXiv 2312.03732."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """The adapter layers of LoRA."""
+
 from __future__ import annotations
 
 import math
@@ -7,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from peft_core import AdapterLayer
 from peft_core.layers.base_ops import is_conv1d
-from torch import Tensor, nn
 
 from . import formulas
 
@@ -146,7 +148,10 @@ class Embedding(LoraLayer):
         """Return y + s·(Aᵀ[ids])Bᵀ, times the base's own `embed_scale` if it has one."""
         base = self.get_base_layer()
         found = F.embedding(
-            x, self.lora_embedding_A[adapter].T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq  # type: ignore[arg-type]
+            x,
+            self.lora_embedding_A[adapter].T,
+            padding_idx=base.padding_idx,
+            scale_grad_by_freq=base.scale_grad_by_freq,  # type: ignore[arg-type]
         )
         found = F.dropout(found, self.lora_dropout[adapter], self.training)
         change = found @ self.lora_embedding_B[adapter].T

@@ -1,4 +1,5 @@
 """What LoRA does to a model."""
+
 from __future__ import annotations
 
 import dataclasses

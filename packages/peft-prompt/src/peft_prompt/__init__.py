@@ -1,4 +1,5 @@
 """Methods that learn virtual tokens, for peft-core. Names are loaded when they are first used: configs need no torch."""
+
 from __future__ import annotations
 
 import importlib
@@ -16,10 +17,14 @@ _MODULE_OF = {
 }
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
-if TYPE_CHECKING:
-    from .config import PrefixTuningConfig, PromptTuningConfig, PromptTuningInit
-    from .prefix_tuning import PrefixEncoder, PrefixTuner
-    from .prompt_tuning import PromptEmbedding, PromptTuner
+if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .config import PrefixTuningConfig as PrefixTuningConfig
+    from .config import PromptTuningConfig as PromptTuningConfig
+    from .config import PromptTuningInit as PromptTuningInit
+    from .prefix_tuning import PrefixEncoder as PrefixEncoder
+    from .prefix_tuning import PrefixTuner as PrefixTuner
+    from .prompt_tuning import PromptEmbedding as PromptEmbedding
+    from .prompt_tuning import PromptTuner as PromptTuner
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,5 @@
 """Configs of the prompt methods. Imports no torch."""
+
 from __future__ import annotations
 
 import enum

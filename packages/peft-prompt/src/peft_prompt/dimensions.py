@@ -1,4 +1,5 @@
 """The dimensions that a prompt needs, read from the base model's config where the adapter's leaves them open."""
+
 from __future__ import annotations
 
 from typing import Any

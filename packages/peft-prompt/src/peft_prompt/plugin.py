@@ -1,4 +1,5 @@
 """What peft-prompt offers. Imports no torch."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable

@@ -1,12 +1,14 @@
 """Prefix tuning. Source: arXiv 2101.00190."""
+
 from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
 import torch
-from peft_core import BaseView, Call, Creation, Plan, Slot, TunerBase, VirtualTokens
 from torch import Tensor, nn
+
+from peft_core import BaseView, Call, Creation, Plan, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import PrefixTuningConfig
@@ -72,7 +74,7 @@ class PrefixEncoder(nn.Module):
     def _become_table(self, value: Tensor) -> None:
         weight = self.embedding.weight
         device = value.device if weight.is_meta else weight.device
-        table = nn.Embedding(*value.shape, _weight=value.to(device=device, dtype=torch.float32, copy=True))
+        table = nn.Embedding(value.shape[0], value.shape[1], _weight=value.to(device=device, dtype=torch.float32, copy=True))
         self.embedding = table.requires_grad_(weight.requires_grad)
         self.transform = None
 

@@ -1,4 +1,5 @@
 """Prompt tuning. Source: arXiv 2104.08691."""
+
 from __future__ import annotations
 
 import math
@@ -6,8 +7,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft_core import BaseView, Call, ConfigError, Creation, Plan, Slot, TunerBase, VirtualTokens
 from torch import Tensor, nn
+
+from peft_core import BaseView, Call, ConfigError, Creation, Plan, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import PromptTuningConfig, PromptTuningInit

@@ -1,4 +1,5 @@
 """Whether the base's embeddings go into an adapter's file, decided from local data alone."""
+
 from __future__ import annotations
 
 import json

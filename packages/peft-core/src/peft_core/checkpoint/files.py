@@ -1,4 +1,5 @@
 """Adapter folders on disk: found, read lazily, written such that a reader sees the old pair or the new one."""
+
 from __future__ import annotations
 
 import contextlib
@@ -155,18 +156,18 @@ class AtomicFolder:
                     replaced.append((target, kept if had else None))
                     os.replace(path, target)
         except BaseException:
-            for target, kept in reversed(replaced):
+            for target, before in reversed(replaced):
                 target.unlink(missing_ok=True)
-                if kept is not None:
-                    os.replace(kept, target)
+                if before is not None:
+                    os.replace(before, target)
             replaced.clear()
             raise
         finally:
             for path, _ in self._staged:
                 path.unlink(missing_ok=True)
-            for _, kept in replaced:
-                if kept is not None:
-                    kept.unlink(missing_ok=True)
+            for _, before in replaced:
+                if before is not None:
+                    before.unlink(missing_ok=True)
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
 """Tensors into a model, as a transaction: everything is compared first, then written."""
+
 from __future__ import annotations
 
 import warnings
@@ -85,7 +86,9 @@ def fill(
     missing = [key for key in slots if key not in shapes]
     surplus = [key for key in shapes if key not in slots]
     misshapen = [key for key in slots if key in shapes and shapes[key] != slots[key].shape]
-    faults = _faults(slots, shapes, missing if strict is True else [], surplus if strict is True else [], [] if ignore_mismatched_sizes else misshapen)
+    faults = _faults(
+        slots, shapes, missing if strict is True else [], surplus if strict is True else [], [] if ignore_mismatched_sizes else misshapen
+    )
     if faults:
         raise AdapterWeightsError(
             f"{source.origin} does not fit the adapter {adapter!r} on {index.view.name}: {'; '.join(faults)}",
@@ -105,7 +108,9 @@ def fill(
     return LoadResult(missing, surplus)
 
 
-def _faults(slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], missing: list[str], surplus: list[str], misshapen: list[str]) -> list[str]:
+def _faults(
+    slots: Mapping[str, Slot], shapes: Mapping[str, tuple[int, ...]], missing: list[str], surplus: list[str], misshapen: list[str]
+) -> list[str]:
     faults = []
     if missing:
         faults.append(f"missing are {listed(missing, 4)}")

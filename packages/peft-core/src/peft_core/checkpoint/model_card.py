@@ -1,4 +1,5 @@
 """The README.md beside saved adapters: YAML header for the Hub, and the versions."""
+
 from __future__ import annotations
 
 from pathlib import Path

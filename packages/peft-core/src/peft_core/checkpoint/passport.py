@@ -1,4 +1,5 @@
 """What a weight file says about its writer, as extra strings in the header that other readers ignore."""
+
 from __future__ import annotations
 
 import hashlib

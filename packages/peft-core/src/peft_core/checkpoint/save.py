@@ -1,4 +1,5 @@
 """Adapters into folders: `default` in the root, every other one in a folder of its name."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """Names on disk ⇄ tensors in the model, made from slots and paths. No other file builds or cuts a key."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """How many numbers of a model train."""
+
 from __future__ import annotations
 
 from torch import nn

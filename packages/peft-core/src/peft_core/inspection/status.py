@@ -1,4 +1,5 @@
 """The state of adapters, layer by layer and for the whole model; for wrapped models, injected ones, and prompts alike."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -103,9 +104,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
             name: _agreed([layer.requires_grad[name] for layer in layers if name in layer.requires_grad]) for name in sorted(index.configs)
         },
         available_adapters=sorted(index.configs),
-        devices={
-            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in sorted(index.configs)
-        },
+        devices={name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in sorted(index.configs)},
         quantization_backend=next(iter(backends)) if len(backends) == 1 else None,
     )
 

@@ -1,4 +1,5 @@
 """Which adapters take part in a forward pass: one object per model, read by every layer, overridable per thread."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """The base class of adapter layers: forward and routing, weights of named adapters, merge and unmerge, slots."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -236,11 +237,7 @@ class AdapterLayer(nn.Module):
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return the adapter's parameters by the end of their file key."""
-        return {
-            key: parameter
-            for key, module, name in self.holders(adapter)
-            if (parameter := module._parameters.get(name)) is not None
-        }
+        return {key: parameter for key, module, name in self.holders(adapter) if (parameter := module._parameters.get(name)) is not None}
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return what a file holds of the adapter, by the end of its key."""
@@ -346,8 +343,30 @@ class AdapterLayer(nn.Module):
 
 #: what callers read from the layer that they believe to have in hand
 _FORWARDED = frozenset(
-    "in_features out_features num_embeddings embedding_dim padding_idx max_norm norm_type scale_grad_by_freq sparse embed_scale nf nx "
-    "in_channels out_channels kernel_size stride padding dilation groups padding_mode transposed output_padding".split()
+    [
+        "in_features",
+        "out_features",
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+        "embed_scale",
+        "nf",
+        "nx",
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+        "transposed",
+        "output_padding",
+    ]
 )
 
 

@@ -1,4 +1,5 @@
 """What a base layer is, said once: how its weight lies, how a change of that weight acts on an input."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

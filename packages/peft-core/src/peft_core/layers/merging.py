@@ -4,6 +4,7 @@ W' = round(W + Δ) loses bits of W. What is lost is small when W' − Δ is roun
 of W and of round(W' − Δ) differ by little. Those differences are kept in int8 (one byte a weight, against a second copy), with the few
 larger ones listed apart, or a full copy where they are many.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -138,4 +139,3 @@ def _corrected(plain: Tensor, residual: Residual) -> Tensor:
     flat = integers.flatten()
     flat[residual.large_at.to(device=plain.device, dtype=torch.long)] += residual.large.to(device=plain.device, dtype=bits)
     return flat.view(plain.shape).view(plain.dtype)
-

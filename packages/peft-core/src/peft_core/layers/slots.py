@@ -1,4 +1,5 @@
 """Slots: the tensors that a file holds for one adapter, each with its shape and the way to read and write it."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,5 @@
 """The wrapped model: what `PeftModel` and `PeftMixedModel` share. A view of an index, with forward, generate, save and load."""
+
 from __future__ import annotations
 
 import contextlib
@@ -19,6 +20,7 @@ from ..inspection import parameters as counting
 from ..layers.adapter_layer import Creation
 from ..plugins import hooks, registry
 from ..tuners import runner
+from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt
 from ..tuners.tasks import NO_TASK, TaskSpec
 from .tuner_model import AdapterOperations, TunerModel
@@ -60,13 +62,11 @@ class AdaptedModel(nn.Module, AdapterOperations):
         index.activate([*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
-        if getattr(model, "is_gradient_checkpointing", False):
+        if checkpointed(model):
             self.prepare_model_for_gradient_checkpointing(model)
 
     # ---- adapters --------------------------------------------------------------------------------------------------
-    def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
-    ) -> None:
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True) -> None:
         """Add a freshly initialised adapter, of the same method or another. It is neither in use nor trainable until `set_adapter`.
 
         Args:
@@ -98,9 +98,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
 
     def _check_config(self, config: PeftConfig) -> None:
         if not isinstance(config, PeftConfig):
-            raise ConfigError(
-                f"peft_config is a {type(config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict"
-            )
+            raise ConfigError(f"peft_config is a {type(config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
 
     def _check_task(self, model: nn.Module) -> None:
         if self.task.generates and not hasattr(model, "prepare_inputs_for_generation"):
@@ -132,9 +130,9 @@ class AdaptedModel(nn.Module, AdapterOperations):
         if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False):
             return model
         if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
+            model.enable_input_require_grads()  # type: ignore[operator]
         elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)
+            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
         return model
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -171,7 +169,11 @@ class AdaptedModel(nn.Module, AdapterOperations):
             return base.generate(*args, **kwargs)  # type: ignore[operator]
         arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
         if adapter_names is not None:
-            some = args[0] if args else next((v for v in (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+            some = (
+                args[0]
+                if args
+                else next((v for v in (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
+            )
             if isinstance(some, Tensor):
                 runner.route_for(index, adapter_names, some.shape[0])  # checks the length
         with runner.generating(index, self.task, adapter_names, arguments):
@@ -350,7 +352,9 @@ def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str) -> 
     """
     ours, theirs = present.to_dict(), loaded.to_dict()
     if ours.get("peft_type") != theirs.get("peft_type"):
-        raise ConfigError(f"the adapter {adapter!r} is {ours.get('peft_type')}, the file's is {theirs.get('peft_type')}", hint="load it under another name")
+        raise ConfigError(
+            f"the adapter {adapter!r} is {ours.get('peft_type')}, the file's is {theirs.get('peft_type')}", hint="load it under another name"
+        )
     differing = [
         f"{name}={theirs.get(name)!r} instead of {ours.get(name)!r}"
         for name in sorted({*ours, *theirs} - _IRRELEVANT)

@@ -1,4 +1,5 @@
 """Making adapted models, and the functions on models with injected adapters."""
+
 from __future__ import annotations
 
 import copy
@@ -56,12 +57,18 @@ def get_peft_model(
     name = name if isinstance(name, str) else None
     if before["base_model_name_or_path"] not in (None, name):
         warnings.warn(
-            f"The PEFT config's `base_model_name_or_path` was renamed from {before['base_model_name_or_path']!r} to {name!r}", PeftWarning, stacklevel=2
+            f"The PEFT config's `base_model_name_or_path` was renamed from {before['base_model_name_or_path']!r} to {name!r}",
+            PeftWarning,
+            stacklevel=2,
         )
     peft_config.base_model_name_or_path = name
     if revision is not None:
         if before["revision"] not in (None, revision):
-            warnings.warn(f"peft config has already set base model revision to {before['revision']}, overwriting with revision {revision}", PeftWarning, stacklevel=2)
+            warnings.warn(
+                f"peft config has already set base model revision to {before['revision']}, overwriting with revision {revision}",
+                PeftWarning,
+                stacklevel=2,
+            )
         peft_config.revision = revision
     try:
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)(
@@ -99,9 +106,7 @@ def inject_adapter_in_model(
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     if peft_config.is_prompt_learning:
-        raise CapabilityError(
-            f"{peft_config.peft_type} can't be injected: its virtual tokens stand beside the model", hint="use get_peft_model"
-        )
+        raise CapabilityError(f"{peft_config.peft_type} can't be injected: its virtual tokens stand beside the model", hint="use get_peft_model")
     index, _ = adopt(model)
     view = None
     if state_dict is not None:
@@ -235,5 +240,3 @@ def load_peft_weights(
     rename = key_renamer(key_mapping)
     file = find_weights(model_id, **take_hub_arguments(hub_kwargs))
     return {rename(name): tensor for name, tensor in file.tensors(device).items()}
-
-

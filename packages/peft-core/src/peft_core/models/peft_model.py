@@ -1,4 +1,5 @@
 """`PeftModel` and its task classes."""
+
 from __future__ import annotations
 
 import os
@@ -14,9 +15,7 @@ from ..errors import CapabilityError, ConfigError, ModelError
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from ..plugins import hooks
 from ..tuners.call import Call
-
 from ..tuners.tasks import TASKS
-
 from .adapted import AdaptedModel, take_hub_arguments
 
 
@@ -191,7 +190,14 @@ class PeftModel(AdaptedModel):
 
         index = self._peft_index
         device = next(self.parameters()).device
-        call = Call(self.task.name or None, {}, index.activation.current(), batch_size, device, arguments={"task_ids": task_ids} if task_ids is not None else {})
+        call = Call(
+            self.task.name or None,
+            {},
+            index.activation.current(),
+            batch_size,
+            device,
+            arguments={"task_ids": task_ids} if task_ids is not None else {},
+        )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             for tuner in index.speakers:
                 call = tuner.prepare(call)
@@ -282,4 +288,3 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
         PeftModelForSeq2SeqLM,
     )
 }
-

@@ -1,4 +1,5 @@
 """What `base_model` shows for tuners that wrap layers: the base under `.model`, with the operations on its adapters."""
+
 from __future__ import annotations
 
 import warnings

@@ -1,4 +1,5 @@
 """Who offers what: tuner specs, hooks, discovery through entry points, and the registry. Imports no torch."""
+
 from __future__ import annotations
 
 from .hookspecs import hookimpl, hookspec

@@ -1,4 +1,5 @@
 """What the installed distributions claim to offer, read from package metadata alone: no plugin is imported here."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The typed façade: one function per hook. The rest of core calls these and never pluggy."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -3,6 +3,7 @@
 pluggy's two markers only set an attribute. They are written out here, because importing pluggy costs more than all of core's
 plugin code and is not needed until a hook is called.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable

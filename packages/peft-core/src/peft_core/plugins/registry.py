@@ -1,4 +1,5 @@
 """The one registry: from a `peft_type` to its spec, config class and tuner class, importing a plugin when it is first needed."""
+
 from __future__ import annotations
 
 import importlib
@@ -106,8 +107,7 @@ class Registry:
                 owners = " and ".join(map(str, claims))
                 raise DuplicateTunerError(
                     f"peft_type {name!r} is offered by two distributions: {owners}",
-                    hint=f"uninstall one, or choose with {discovery.SWITCH}=-{claims[1].distribution} "
-                    f"(keeps {claims[0].distribution})",
+                    hint=f"uninstall one, or choose with {discovery.SWITCH}=-{claims[1].distribution} (keeps {claims[0].distribution})",
                 )
             if name in self._broken:
                 raise self._broken[name]
@@ -246,8 +246,7 @@ class Registry:
         except Exception as error:
             owner = self.owner(spec.peft_type) or "registered in this process"
             raise PluginError(
-                f"the {field} class {place!r} of the tuner {spec.peft_type} ({owner}) can't be imported: "
-                f"{type(error).__name__}: {error}"
+                f"the {field} class {place!r} of the tuner {spec.peft_type} ({owner}) can't be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(found, type):
             raise PluginError(f"{place!r}, the {field} of the tuner {spec.peft_type}, is no class")

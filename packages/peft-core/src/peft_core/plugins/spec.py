@@ -1,4 +1,5 @@
 """What a tuner says about itself before any of its code runs."""
+
 from __future__ import annotations
 
 import enum
@@ -48,9 +49,7 @@ class TunerSpec:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.peft_type):
-            raise ConfigError(
-                f"peft_type={self.peft_type!r} is not an upper-case identifier", hint="write for example 'MY_TUNER'"
-            )
+            raise ConfigError(f"peft_type={self.peft_type!r} is not an upper-case identifier", hint="write for example 'MY_TUNER'")
         if not self.parameter_prefix:
             raise ConfigError(f"the tuner {self.peft_type} has an empty parameter_prefix", hint="write for example 'my_'")
         for field in ("config", "tuner"):

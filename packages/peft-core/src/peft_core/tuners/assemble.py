@@ -3,10 +3,10 @@
 The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
 positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
 """
+
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CapabilityError, ModelError, RoutingError
 from ..layers.activation import ALL
-from .base_view import BaseView
+from .base_view import BaseView, checkpointed
 from .call import Call, Site, VirtualTokens
 from .tasks import TaskSpec
 
@@ -27,18 +27,19 @@ class BaseForward:
         self.view = view
 
     @cached_property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The forward's parameters."""
-        return inspect.signature(type(self.view.base).forward).parameters
-
-    def accepts(self, name: str) -> bool:
-        """Return whether the forward has a parameter of this name."""
-        return name in self.parameters
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the forward's parameters, in order."""
+        return tuple(inspect.signature(type(self.view.base).forward).parameters)
 
     @cached_property
     def takes_cache(self) -> bool:
         """Whether keys and values can be handed in: by name, or through keywords that the model passes on to its backbone."""
-        return "past_key_values" in self.parameters or any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
+        found = inspect.signature(type(self.view.base).forward).parameters
+        return "past_key_values" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+
+    def accepts(self, name: str) -> bool:
+        """Return whether the forward has a parameter of this name."""
+        return name in self.parameters
 
     @cached_property
     def first_position(self) -> int:
@@ -48,7 +49,7 @@ class BaseForward:
                 return int(module.padding_idx) + 1
         return 0
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Any) -> Tensor:
         """Return the embeddings of token ids, adapters on the embedding included."""
         module: nn.Module = self.view.base.get_input_embeddings()  # type: ignore[operator]
         embedded: Tensor = module(ids)
@@ -167,7 +168,7 @@ def _filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cac
             "Model does not support past key values which are required for prefix tuning",
             hint=f"the forward of {view.name} takes no past_key_values; use a method with virtual embeddings",
         )
-    if view.base.training and getattr(view.base, "is_gradient_checkpointing", False):
+    if view.base.training and checkpointed(view.base):
         raise ModelError(
             "keys and values can't be prepended while gradient checkpointing is on: it runs each layer again with the cache already filled",
             hint="call gradient_checkpointing_disable() on the base",
@@ -176,13 +177,17 @@ def _filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cac
         from transformers import DynamicCache
 
         cache = DynamicCache(config=view.text_config)
-    like = torch.empty(call.batch, 0, dtype=view.base.dtype, device=call.device)
+    like = torch.empty(call.batch, 0, dtype=_dtype(view.base), device=call.device)
     for layer in range(len(kv[0].keys_values or ())):
         pairs = [tokens.keys_values[layer] for tokens in kv if tokens.keys_values is not None]
         keys = [_spread(tokens, pair[0], like) for tokens, pair in zip(kv, pairs, strict=True)]
         values = [_spread(tokens, pair[1], like) for tokens, pair in zip(kv, pairs, strict=True)]
         cache.update(torch.cat(keys, dim=2) if len(keys) > 1 else keys[0], torch.cat(values, dim=2) if len(values) > 1 else values[0], layer)
     return cache
+
+
+def _dtype(base: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
 
 
 def prompt_of(call: Call, forward: BaseForward) -> Any:

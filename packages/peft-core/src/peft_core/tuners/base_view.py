@@ -1,4 +1,5 @@
 """The base model under its original names: read once per model, before the first module is wrapped."""
+
 from __future__ import annotations
 
 import copy
@@ -92,9 +93,7 @@ class BaseView:
         except NotImplementedError:
             found = None
         if found is None:
-            raise ModelError(
-                f"{self.name} does not say which module embeds its tokens", hint="give it a method get_input_embeddings()"
-            )
+            raise ModelError(f"{self.name} does not say which module embeds its tokens", hint="give it a method get_input_embeddings()")
         return innermost(found)
 
     @property
@@ -113,3 +112,11 @@ class BaseView:
 def innermost(module: nn.Module) -> nn.Module:
     """Return the module inside all adapter layers around it."""
     return module.get_base_layer() if isinstance(module, AdapterLayer) else module
+
+
+def checkpointed(base: nn.Module) -> bool:
+    """Return whether a transformers model recomputes activations in the backward pass (the attribute has two names)."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(base), name):
+            return bool(getattr(base, name))
+    return False

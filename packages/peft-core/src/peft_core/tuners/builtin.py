@@ -2,6 +2,7 @@
 
 They are tuners like any other: they plan, their modules stand in the index, rows are routed to them, files hold their slots.
 """
+
 from __future__ import annotations
 
 import copy
@@ -89,7 +90,7 @@ class SavedModule(nn.Module):
         if route.per_row is None:
             for adapter in reversed(route.names):
                 if adapter in copies:
-                    return copies[adapter](x, *args, **kwargs)  # type: ignore[misc]
+                    return copies[adapter](x, *args, **kwargs)
             return self.original_module(x, *args, **kwargs)
         batch = x.shape[0]
         output = self.original_module(x, *args, **kwargs)
@@ -98,9 +99,9 @@ class SavedModule(nn.Module):
                 continue
             rows = route.rows(adapter, batch, x.device)
             if rows is ALL:
-                output = copies[adapter](x, *args, **kwargs)  # type: ignore[misc]
+                output = copies[adapter](x, *args, **kwargs)
             elif isinstance(rows, Tensor):
-                part = copies[adapter](x[rows], *args, **kwargs)  # type: ignore[misc]
+                part = copies[adapter](x[rows], *args, **kwargs)
                 output = output.index_copy(0, rows, part.to(output.dtype))
         return output
 

@@ -1,4 +1,5 @@
 """A model call as data: inputs, task, route, and the virtual tokens offered so far."""
+
 from __future__ import annotations
 
 import enum

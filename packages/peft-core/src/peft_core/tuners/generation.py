@@ -2,6 +2,7 @@
 
 Outside a `generate` of ours it defers to what it replaced; nothing is swapped per call, so that threads don't meet.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -55,6 +56,8 @@ class GenerationDoor:
         if not call.virtual:
             return prepared
         text = {name: prepared[name] for name in ("input_ids", "inputs_embeds", "past_key_values") if prepared.get(name) is not None}
+        if prepared.get("use_cache") is False:
+            text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
         # the base may have made a 4-D mask of it already; what we extend is the caller's
         mask = kwargs.get("attention_mask")
         call = Call(task, {**text, "attention_mask": mask}, route, call.batch, call.device, call.virtual, arguments, True)

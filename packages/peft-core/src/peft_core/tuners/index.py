@@ -1,9 +1,10 @@
 """The index of a model: which adapter has weights in which module, and every operation that is a loop over that."""
+
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -113,7 +114,7 @@ class AdapterIndex:
             )
         prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in self.tuners.values())}
         for prefix in sorted(p for p in prefixes if p):
-            if adapter in prefix or prefix in adapter:
+            if adapter.startswith(prefix) or adapter == prefix.rstrip("_"):
                 raise AdapterNameError(
                     f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys could not be told apart in files",
                     hint="choose another name",
@@ -155,9 +156,7 @@ class AdapterIndex:
             part = self.tuners.get(kind) or builtin.make(kind, self.activation)
             plans.append((kind, part, part.plan(view, adapter, request)))
         if mount_on is None and any(plan.mounts for _, _, plan in plans):
-            raise CapabilityError(
-                f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model"
-            )
+            raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
         with Undo() as undo:
             keys: list[Key] = []
             for kind, part, plan in plans:
@@ -271,9 +270,7 @@ class AdapterIndex:
         """Raise `CapabilityError` unless the adapter's tuner declares `capability`."""
         spec = self.spec(adapter)
         if not spec.can(capability):
-            raise CapabilityError(
-                f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}"
-            )
+            raise CapabilityError(f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}")
 
     # ---- merging --------------------------------------------------------------------------------------------------
     def merged_adapters(self) -> list[str]:

@@ -1,4 +1,5 @@
 """From plans to a changed model, each step with its undo."""
+
 from __future__ import annotations
 
 import contextlib
@@ -50,7 +51,15 @@ class MountedModules(nn.ModuleDict):
 
 
 def perform(
-    index: AdapterIndex, kind: str, tuner: TunerBase, plan: Plan, adapter: str, creation: Creation, mount_on: nn.Module | None, keys: list[Key], undo: Undo
+    index: AdapterIndex,
+    kind: str,
+    tuner: TunerBase,
+    plan: Plan,
+    adapter: str,
+    creation: Creation,
+    mount_on: nn.Module | None,
+    keys: list[Key],
+    undo: Undo,
 ) -> None:
     """Do what a plan says for one adapter; append the touched entries of the index to `keys`."""
     for wrap in plan.wraps:

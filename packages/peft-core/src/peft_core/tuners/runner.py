@@ -1,4 +1,5 @@
 """Running the base once for a call: route, prepare, assemble, base, finish. What `PeftModel.forward` and `generate` share."""
+
 from __future__ import annotations
 
 import contextlib

@@ -1,4 +1,5 @@
 """From the targets of a config to names of modules, with every way to go wrong named."""
+
 from __future__ import annotations
 
 import functools
@@ -45,9 +46,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         NoMatchingPeftModuleError: nothing matches.
         ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
     """
-    targets = config.target_modules
-    if targets is None:
-        targets = _default(base, default)
+    targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
         targets = _all_linear(base, config)
     if targets == DUMMY or (not isinstance(targets, str) and set(targets) == {DUMMY}):
@@ -174,11 +173,7 @@ def _all_linear(base: BaseView, config: LayerConfig) -> set[str]:
         )
     output = base.output_embeddings
     saved = frozenset(config.extras().modules_to_save)
-    names = {
-        name
-        for name, module in base.modules.items()
-        if name and _is_linear(module) and module is not output and not _inside(name, saved)
-    }
+    names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
     if not names:
         raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")
     return names

@@ -1,4 +1,5 @@
 """What each task means for a call with virtual tokens: which heads are saved, what happens to labels and outputs."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

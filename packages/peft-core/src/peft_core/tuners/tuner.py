@@ -1,4 +1,5 @@
 """The protocol: a tuner plans, prepares, finishes. Plans and wraps are data; core performs them."""
+
 from __future__ import annotations
 
 import warnings
