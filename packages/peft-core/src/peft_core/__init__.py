@@ -17,7 +17,7 @@ _HOME = {
         "DuplicateTunerError IncompatiblePluginError MergeError ModelError NoMatchingPeftModuleError PeftError PeftWarning PluginError "
         "RoutingError UnknownTunerError UnsupportedModuleError"
     ),
-    "plugins": "Capability TunerInfo TunerSpec get_tuner_spec hookimpl hookspec list_tuners register_tuner registry unregister_tuner",
+    "plugins": "Capability TunerInfo TunerSpec get_tuner_spec hookimpl hookspec list_tuners register_tuner unregister_tuner",
     "layers.activation": "ALL BASE Activation Route",
     "layers.adapter_layer": "AdapterLayer Creation",
     "layers.base_ops": "ops_for",
@@ -68,8 +68,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .inspection.status import get_layer_status as get_layer_status
     from .inspection.status import get_model_status as get_model_status
     from .layers.activation import ALL as ALL
-    from .layers.activation import Activation as Activation
     from .layers.activation import BASE as BASE
+    from .layers.activation import Activation as Activation
     from .layers.activation import Route as Route
     from .layers.adapter_layer import AdapterLayer as AdapterLayer
     from .layers.adapter_layer import Creation as Creation
@@ -102,7 +102,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .plugins import hookspec as hookspec
     from .plugins import list_tuners as list_tuners
     from .plugins import register_tuner as register_tuner
-    from .plugins import registry as registry
     from .plugins import unregister_tuner as unregister_tuner
     from .tuners.base_view import BaseView as BaseView
     from .tuners.call import Call as Call

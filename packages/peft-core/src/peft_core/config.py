@@ -325,7 +325,7 @@ def require_number(name: str, value: Any) -> None:
 
 def require_probability(name: str, value: Any, *, one: bool = False) -> None:
     """Raise `ConfigError` unless 0 ≤ value < 1 (with `one`: ≤ 1)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (0 <= value < 1 or (one and value == 1)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not (0 <= float(value) < 1 or (one and value == 1)):
         raise ConfigError(f"{name}={value!r} is no probability", hint=f"0 ≤ {name} {'≤' if one else '<'} 1")
 
 
@@ -430,7 +430,7 @@ def _restored(fld: dataclasses.Field[Any], value: Any, cls: type) -> Any:
     if not isinstance(value, Mapping):
         return value
     for candidate in _annotated_types(fld, cls):
-        if dataclasses.is_dataclass(candidate):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
             names = {f.name for f in dataclasses.fields(candidate) if f.init}
             return candidate(**{key: item for key, item in value.items() if key in names})
     return value

@@ -146,12 +146,12 @@ class Embedding(LoraLayer):
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·(Aᵀ[ids])Bᵀ, times the base's own `embed_scale` if it has one."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         found = F.embedding(
             x,
             self.lora_embedding_A[adapter].T,
             padding_idx=base.padding_idx,
-            scale_grad_by_freq=base.scale_grad_by_freq,  # type: ignore[arg-type]
+            scale_grad_by_freq=base.scale_grad_by_freq,
         )
         found = F.dropout(found, self.lora_dropout[adapter], self.training)
         change = found @ self.lora_embedding_B[adapter].T

@@ -35,6 +35,10 @@ class Creation:
     initialise: bool = True
 
 
+#: a new adapter with initial values
+INITIAL = Creation()
+
+
 class AdapterLayer(nn.Module):
     """A module of the base with the weights of any number of adapters around it.
 
@@ -106,7 +110,7 @@ class AdapterLayer(nn.Module):
         route = getattr(activation.local, "route", None)
         if route is None:
             route = activation.default
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         state = base.__dict__
         if (
             state["_forward_hooks"]
@@ -118,12 +122,12 @@ class AdapterLayer(nn.Module):
             or "forward" in state
         ):
             # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
-            y = base(x, *args, **kwargs).clone()  # type: ignore[misc]
+            y: Tensor = base(x, *args, **kwargs).clone()
         elif self._direct:
             parameters = state["_parameters"]
             y = F.linear(x, parameters["weight"], parameters["bias"])
         else:
-            y = base(x, *args, **kwargs)  # type: ignore[misc]
+            y = base(x, *args, **kwargs)
             y = y if self._fresh else y.clone()
         if self.merges:
             return y
@@ -246,9 +250,9 @@ class AdapterLayer(nn.Module):
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out; a name that is not here is ignored."""
         for container in self.containers:
-            holder = self._modules.get(container)
-            if holder is not None and adapter in holder:  # type: ignore[operator]
-                del holder[adapter]  # type: ignore[attr-defined]
+            holder: Any = self._modules.get(container)
+            if holder is not None and adapter in holder:
+                del holder[adapter]
         for name in self.per_adapter:
             getattr(self, name).pop(adapter, None)
 

@@ -60,7 +60,7 @@ class Conv1DOps:
 
     def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
         """Return (out, in)."""
-        inp, out = base.weight.shape  # type: ignore[union-attr]
+        inp, out = base.get_parameter("weight").shape
         return int(out), int(inp)
 
     def stored(self, delta: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ plugin code and is not needed until a hook is called.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 if TYPE_CHECKING:
     from .spec import TunerSpec
@@ -16,18 +16,26 @@ PROJECT = "peft"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def hookspec(function: _F | None = None, *, firstresult: bool = False) -> Any:
+@overload
+def hookspec(function: _F) -> _F: ...
+@overload
+def hookspec(*, firstresult: bool = False) -> Callable[[_F], _F]: ...
+def hookspec(function: _F | None = None, *, firstresult: bool = False) -> _F | Callable[[_F], _F]:
     """Mark a function as the specification of a hook (`pluggy.HookspecMarker("peft")`)."""
     return _marked(function, "spec", {"firstresult": firstresult, "historic": False, "warn_on_impl": None, "warn_on_impl_args": None})
 
 
-def hookimpl(function: _F | None = None, *, tryfirst: bool = False, trylast: bool = False, optionalhook: bool = False) -> Any:
+@overload
+def hookimpl(function: _F) -> _F: ...
+@overload
+def hookimpl(*, tryfirst: bool = False, trylast: bool = False, optionalhook: bool = False) -> Callable[[_F], _F]: ...
+def hookimpl(function: _F | None = None, *, tryfirst: bool = False, trylast: bool = False, optionalhook: bool = False) -> _F | Callable[[_F], _F]:
     """Mark a function of a plugin as the implementation of a hook (`pluggy.HookimplMarker("peft")`)."""
     options = {"wrapper": False, "hookwrapper": False, "optionalhook": optionalhook, "tryfirst": tryfirst, "trylast": trylast, "specname": None}
     return _marked(function, "impl", options)
 
 
-def _marked(function: _F | None, kind: str, options: dict[str, Any]) -> Any:
+def _marked(function: _F | None, kind: str, options: dict[str, Any]) -> _F | Callable[[_F], _F]:
     def mark(target: _F) -> _F:
         setattr(target, f"{PROJECT}_{kind}", options)
         return target

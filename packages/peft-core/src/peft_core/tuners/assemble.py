@@ -7,7 +7,7 @@ positions count what the mask counts: so rows with prompts of different lengths,
 from __future__ import annotations
 
 import inspect
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..errors import CapabilityError, ModelError, RoutingError
 from ..layers.activation import ALL
 from .base_view import BaseView, checkpointed
 from .call import Call, Site, VirtualTokens
-from .tasks import TaskSpec
+from .tasks import IGNORED, Lead, TaskSpec
 
 
 class BaseForward:
@@ -25,29 +25,23 @@ class BaseForward:
 
     def __init__(self, view: BaseView) -> None:
         self.view = view
-
-    @cached_property
-    def parameters(self) -> tuple[str, ...]:
-        """The names of the forward's parameters, in order."""
-        return tuple(inspect.signature(type(self.view.base).forward).parameters)
-
-    @cached_property
-    def takes_cache(self) -> bool:
-        """Whether keys and values can be handed in: by name, or through keywords that the model passes on to its backbone."""
-        found = inspect.signature(type(self.view.base).forward).parameters
-        return "past_key_values" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+        found = inspect.signature(type(view.base).forward).parameters
+        #: the names of the forward's parameters, in order
+        self.parameters = tuple(found)
+        #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
+        self.takes_cache = "past_key_values" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+        #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
+        self.first_position = 0
+        for name, module in view.modules.items():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                self.first_position = int(module.padding_idx) + 1
+                break
+        #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
+        self.causal = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), True)
 
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
         return name in self.parameters
-
-    @cached_property
-    def first_position(self) -> int:
-        """The position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)."""
-        for name, module in self.view.modules.items():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                return int(module.padding_idx) + 1
-        return 0
 
     def embed(self, ids: Any) -> Tensor:
         """Return the embeddings of token ids, adapters on the embedding included."""
@@ -56,8 +50,23 @@ class BaseForward:
         return embedded
 
 
-def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> tuple[dict[str, Any], int]:
-    """Return the base's keywords, and by how many leading tokens the output is longer than the caller's input.
+@dataclass(frozen=True)
+class Assembled:
+    """What the base gets, and where the caller's tokens are in it.
+
+    Args:
+        inputs: the base's keywords.
+        lead: how many virtual embeddings stand before the text: one number, or one per row (batch,).
+        length: number of the caller's tokens.
+    """
+
+    inputs: dict[str, Any]
+    lead: Lead = 0
+    length: int = 0
+
+
+def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> Assembled:
+    """Return what the base gets for a call.
 
     Args:
         call: the call, with the virtual tokens that tuners offered.
@@ -70,7 +79,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> tuple[dict[str
     """
     inputs = dict(call.inputs)
     if not call.virtual:
-        return inputs, 0
+        return Assembled(inputs)
     for tokens in call.virtual:
         if tokens.site is not Site.INPUT or getattr(forward.view.config, "is_encoder_decoder", False):
             raise CapabilityError(
@@ -90,26 +99,47 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> tuple[dict[str
 
     own_positions = inputs.get("position_ids")
     mask = _extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
-    if mask is not None:
-        inputs["attention_mask"] = mask
-        inputs["position_ids"] = _positions(mask, n_kv, n_embeds, length, cached, forward, own_positions)
-    if inputs.get("position_ids") is None:
-        inputs.pop("position_ids", None)
+    positions = None if mask is None else _positions(mask, n_kv, n_embeds, length, cached, forward, own_positions)
+    if cached:  # a later step: the virtual tokens are in the cache already
+        return Assembled(_with(inputs, attention_mask=mask, position_ids=positions), 0, length)
 
-    if cached:
-        # a later step: the virtual tokens are in the cache already
-        return inputs, 0
+    lead: Lead = n_embeds
     if embeds:
         embedded = forward.embed(ids) if embedded is None else embedded
         inputs["inputs_embeds"] = torch.cat([*(_spread(tokens, tokens.embeds, embedded) for tokens in embeds), embedded], dim=1)
         inputs.pop("input_ids", None)
-        if isinstance(inputs.get("token_type_ids"), Tensor):
-            types = inputs["token_type_ids"]
-            inputs["token_type_ids"] = torch.cat([types.new_zeros(types.shape[0], n_embeds), types], dim=1)
-        inputs = task.extend(inputs, n_embeds)
+        for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if task.token_labels else ())):
+            if isinstance(inputs.get(name), Tensor):
+                own = inputs[name]
+                inputs[name] = torch.cat([own.new_full((own.shape[0], n_embeds), filler), own], dim=1)
+        if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
+            inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
+        inputs = task.shift(inputs, lead)
     if kv:
         inputs["past_key_values"] = _filled_cache(call, kv, forward, cache)
-    return inputs, n_embeds
+    return Assembled(_with(inputs, attention_mask=mask, position_ids=positions), lead, length)
+
+
+def _with(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return `inputs` with those changes that are not None; what is None anyway is left to the base."""
+    merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in merged.items() if value is not None or name not in changes}
+
+
+def _packed(
+    inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
+) -> tuple[dict[str, Any], Tensor, Tensor | None, Tensor]:
+    """Move the virtual embeddings that a row does not use behind its text, so that each row begins with what it uses."""
+    used = mask[:, n_kv : n_kv + n_embeds]
+    text = mask[:, n_kv + n_embeds :]
+    order = torch.cat([used, torch.ones_like(text)], dim=1).argsort(dim=1, descending=True, stable=True)
+    moved = dict(inputs)
+    for name in ("inputs_embeds", "token_type_ids", "labels"):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.shape[:2] == order.shape:
+            moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
+    packed = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, packed, None if positions is None else positions.gather(1, order), used.sum(dim=1)
 
 
 def _extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any) -> Tensor | None:
@@ -143,10 +173,10 @@ def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int,
     return counted[:, -length:] if cached else counted[:, n_kv:]
 
 
-def _spread(tokens: VirtualTokens, value: Any, like: Tensor) -> Tensor:
+def _spread(tokens: VirtualTokens, value: Tensor | None, like: Tensor) -> Tensor:
     """Return (…) or (rows, …) as (batch, …) in the dtype of `like`; zero in rows that do not use it."""
-    own = tokens.embeds if tokens.embeds is not None else None
-    per_row = own is not None and own.ndim == 3
+    assert value is not None
+    per_row = tokens.embeds is not None and tokens.embeds.ndim == 3
     value = value.to(dtype=like.dtype, device=like.device)
     if tokens.rows is ALL:
         return value if per_row else value.unsqueeze(0).expand(like.shape[0], *value.shape)

@@ -61,7 +61,7 @@ class GenerationDoor:
         # the base may have made a 4-D mask of it already; what we extend is the caller's
         mask = kwargs.get("attention_mask")
         call = Call(task, {**text, "attention_mask": mask}, route, call.batch, call.device, call.virtual, arguments, True)
-        inputs, _ = assemble(call, self.index.forward, task_of(task))
+        inputs = assemble(call, self.index.forward, task_of(task)).inputs
         return {**{name: value for name, value in prepared.items() if name not in _OURS}, **{k: v for k, v in inputs.items() if v is not None}}
 
 

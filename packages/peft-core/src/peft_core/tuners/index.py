@@ -12,7 +12,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
 from ..layers.activation import BASE, Activation, Route
-from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.adapter_layer import INITIAL, AdapterLayer, Creation
 from ..layers.slots import AdapterModule, LeavesBehind, Mergeable, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
 from . import builtin, generation
@@ -125,7 +125,7 @@ class AdapterIndex:
         adapter: str,
         config: PeftConfig,
         *,
-        creation: Creation = Creation(),
+        creation: Creation = INITIAL,
         heads: Sequence[str] = (),
         mount_on: nn.Module | None = None,
         view: BaseView | None = None,
@@ -367,7 +367,7 @@ class AdapterIndex:
             self.unmerge()
             kept = self.active
         replaced: dict[str, nn.Module] = {}
-        for (kind, path), module in self.entries.items():
+        for (_, path), module in self.entries.items():
             if isinstance(module, LeavesBehind):
                 replaced[path] = module.remains(kept)
             elif isinstance(module, AdapterLayer):

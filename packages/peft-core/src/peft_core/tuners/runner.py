@@ -63,10 +63,10 @@ def run(
     call = Call(task.name or None, inputs, route, batch, device, arguments=arguments)
     for tuner in index.speakers:
         call = tuner.prepare(call)
-    prepared, extra = assemble(call, index.forward, task)
+    assembled = assemble(call, index.forward, task)
     with index.activation.use(call.route):
-        output = base(**prepared)
-    output = task.cut(output, extra)
+        output = base(**assembled.inputs)
+    output = task.cut(output, assembled.lead, assembled.length)
     for tuner in reversed(index.speakers):
         output = tuner.finish(call, output)
     return output

@@ -15,24 +15,18 @@ from .call import Output
 IGNORED = -100
 
 
-def _keep(inputs: dict[str, Any], extra: int) -> dict[str, Any]:
+Lead = int | Tensor
+
+
+def _keep(inputs: dict[str, Any], lead: Lead) -> dict[str, Any]:
     return inputs
 
 
-def _pad_labels(inputs: dict[str, Any], extra: int) -> dict[str, Any]:
-    """Put `extra` labels that the loss ignores before `labels` (batch, tokens)."""
-    labels = inputs.get("labels")
-    if isinstance(labels, Tensor):
-        padding = labels.new_full((labels.shape[0], extra), IGNORED)
-        inputs["labels"] = torch.cat([padding, labels], dim=1)
-    return inputs
-
-
-def _shift_positions(inputs: dict[str, Any], extra: int) -> dict[str, Any]:
+def _shift_positions(inputs: dict[str, Any], lead: Lead) -> dict[str, Any]:
     """Move answer positions (batch,) behind the virtual tokens."""
     for name in ("start_positions", "end_positions"):
         if isinstance(inputs.get(name), Tensor):
-            inputs[name] = inputs[name] + extra
+            inputs[name] = inputs[name] + lead
     return inputs
 
 
@@ -43,25 +37,38 @@ class TaskSpec:
     Args:
         name: as in `TaskType`.
         heads: names of heads that are trained and saved whole where the base has them.
-        extend: adapts labels to virtual embeddings that lengthen the sequence.
+        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`.
+        shift: adapts other labels to the number of virtual embeddings before the text: one number, or one per row (batch,).
         per_token: fields of the output with one entry per token, (batch, tokens, …), that are cut back to the caller's tokens.
         generates: the base must be able to generate.
     """
 
     name: str
     heads: tuple[str, ...] = ()
-    extend: Callable[[dict[str, Any], int], dict[str, Any]] = _keep
+    token_labels: bool = False
+    shift: Callable[[dict[str, Any], Lead], dict[str, Any]] = _keep
     per_token: tuple[str, ...] = ()
     generates: bool = False
 
-    def cut(self, output: Output, extra: int) -> Output:
-        """Return `output` without the entries of `extra` leading virtual tokens."""
-        if not extra or not self.per_token:
+    def cut(self, output: Output, lead: Lead, length: int) -> Output:
+        """Return `output` for the caller's tokens alone.
+
+        Args:
+            output: of the base.
+            lead: how many virtual tokens stand before the text: one number, or one per row (batch,).
+            length: number of the caller's tokens.
+        """
+        if isinstance(lead, int) and not lead:
             return output
         for name in self.per_token:
             value = output.get(name) if isinstance(output, Mapping) else None
-            if isinstance(value, Tensor):
-                output[name] = value[:, extra:]
+            if not isinstance(value, Tensor):
+                continue
+            if isinstance(lead, int):
+                output[name] = value[:, lead : lead + length]
+            else:
+                at = lead.unsqueeze(1) + torch.arange(length, device=value.device)
+                output[name] = value.gather(1, at.view(*at.shape, *[1] * (value.ndim - 2)).expand(*at.shape, *value.shape[2:]))
         return output
 
 
@@ -70,11 +77,11 @@ NO_TASK = TaskSpec("")
 TASKS: Mapping[str, TaskSpec] = {
     task.name: task
     for task in (
-        TaskSpec(TaskType.CAUSAL_LM.value, extend=_pad_labels, generates=True),
+        TaskSpec(TaskType.CAUSAL_LM.value, token_labels=True, generates=True),
         TaskSpec(TaskType.SEQ_2_SEQ_LM.value, generates=True),
         TaskSpec(TaskType.SEQ_CLS.value, heads=("classifier", "score")),
-        TaskSpec(TaskType.TOKEN_CLS.value, heads=("classifier", "score"), extend=_pad_labels, per_token=("logits",)),
-        TaskSpec(TaskType.QUESTION_ANS.value, heads=("qa_outputs",), extend=_shift_positions, per_token=("start_logits", "end_logits")),
+        TaskSpec(TaskType.TOKEN_CLS.value, heads=("classifier", "score"), token_labels=True, per_token=("logits",)),
+        TaskSpec(TaskType.QUESTION_ANS.value, heads=("qa_outputs",), shift=_shift_positions, per_token=("start_logits", "end_logits")),
         TaskSpec(TaskType.FEATURE_EXTRACTION.value),
     )
 }

@@ -1,0 +1,112 @@
+"""Forward, decode, training step, mixed batches, prompts: our models and the peer's against the bare base."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models import LARGE, PROMPTS, SMALL, TARGETS, VARIANTS, Size, Trio, libraries
+from timing import Report, compare, saved_mib
+
+
+def ids(batch: int, tokens: int) -> Tensor:
+    """Return random token ids."""
+    return torch.randint(0, 256, (batch, tokens))
+
+
+def layers(name: str, report: Report, quick: bool) -> None:
+    """Time one method that wraps layers: a decode step (one token), forwards, and a training step."""
+    for size in (SMALL, LARGE):
+        trio = Trio.of(size, VARIANTS[name], trainable=True)
+        trio.train(False)
+        for what, batch, tokens in (("decode", 1, 1), ("forward", 1, 128), ("forward", 4, 128)):
+            given = ids(batch, tokens)
+
+            def call(model: Any, given: Tensor = given) -> Any:
+                return model(input_ids=given)
+
+            with torch.no_grad():
+                difference = trio.max_diff(call)
+                figures = compare(trio.calls(call), 7 if quick else 25)
+            report.row(f"{name}/{what}/h{size.hidden}/{batch}×{tokens}", {**figures, "max_diff": difference})
+        _train(name, size, trio, report, quick)
+
+
+def _train(name: str, size: Size, trio: Trio, report: Report, quick: bool) -> None:
+    """Time forward and backward; the base's backward goes to its input, as through a frozen model with anything trainable below."""
+    trio.train(True)
+    given = ids(4, 128)
+    embedded = trio.base.get_input_embeddings()(given).detach().requires_grad_(True)
+
+    def forward(model: Any) -> Tensor:
+        if model is trio.base:
+            return model(inputs_embeds=embedded, labels=given).loss
+        return model(input_ids=given, labels=given).loss
+
+    def step(model: Any) -> None:
+        forward(model).backward()
+        model.zero_grad()
+        embedded.grad = None
+
+    figures = compare(trio.calls(step), 5 if quick else 15, batch_s=0.2)
+    kept = {f"{who}_saved_mib": saved_mib(lambda m=model: forward(m), model) for who, model in vars(trio).items()}
+    report.row(f"{name}/train/h{size.hidden}/4×128", {**figures, **kept})
+
+
+def mixed(report: Report, quick: bool) -> None:
+    """Time one batch in which every row uses an adapter of its own."""
+    ours, peer = libraries()
+    names = [f"a{number}" for number in range(16)]
+    for size in (SMALL, LARGE):
+        base = size.make()
+        configs = [peer.LoraConfig(target_modules=TARGETS, r=8, init_lora_weights=False) for _ in names]
+        by_peer = peer.get_peft_model(copy.deepcopy(base), configs[0], adapter_name=names[0])
+        for name, config in zip(names[1:], configs[1:], strict=True):
+            by_peer.add_adapter(name, config)
+        with tempfile.TemporaryDirectory() as folder:
+            by_peer.save_pretrained(folder)
+            by_us = ours.PeftModel.from_pretrained(copy.deepcopy(base), Path(folder, names[0]), adapter_name=names[0])
+            for name in names[1:]:
+                by_us.load_adapter(Path(folder, name), name)
+        trio = Trio(by_us, by_peer, base)
+        trio.train(False)
+        for tokens in (1, 32):
+            given = ids(len(names), tokens)
+
+            def call(model: Any, given: Tensor = given, base: Any = base) -> Any:
+                return model(input_ids=given) if model is base else model(input_ids=given, adapter_names=names)
+
+            with torch.no_grad():
+                difference = trio.max_diff(call)
+                figures = compare(trio.calls(call), 5 if quick else 15, batch_s=0.1)
+            report.row(f"mixed batch/{len(names)} adapters/h{size.hidden}/{len(names)}×{tokens}", {**figures, "max_diff": difference})
+
+
+def prompts(name: str, report: Report, quick: bool) -> None:
+    """Time one prompt method: forwards, and 32 greedy tokens. The base sees the text alone."""
+    trio = Trio.of(SMALL, PROMPTS[name])
+    trio.train(False)
+    for what, batch, tokens in (("decode", 1, 1), ("forward", 4, 128)):
+        given = ids(batch, tokens)
+
+        def call(model: Any, given: Tensor = given) -> Any:
+            return model(input_ids=given)
+
+        with torch.no_grad():
+            difference = trio.max_diff(call)
+            figures = compare(trio.calls(call), 7 if quick else 25)
+        report.row(f"{name}/{what}/h{SMALL.hidden}/{batch}×{tokens}", {**figures, "max_diff": difference})
+    given = ids(4, 16)
+    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+
+    def generate(model: Any) -> Tensor:
+        return model.generate(input_ids=given, attention_mask=torch.ones_like(given), **options)
+
+    same = bool(torch.equal(generate(trio.ours), generate(trio.peer)))
+    figures = compare(trio.calls(generate), 5 if quick else 9, batch_s=0.4)
+    report.row(f"{name}/generate/h{SMALL.hidden}/4×16+32", {**figures, "same tokens": same})
