@@ -269,6 +269,8 @@ class LayerConfig(PeftConfig):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a str", hint=f"write [{self.modules_to_save!r}]")
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         for key, rank in self.rank_pattern.items():
             require_positive_integer(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():

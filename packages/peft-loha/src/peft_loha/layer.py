@@ -87,11 +87,15 @@ class Linear(LoHaLayer):
             x = self.cast_input(x, factors[0].dtype)
         if not self.training:
             return y.add_(formulas.applied(x, *factors), alpha=self.scaling[adapter])
-        if (skip := self.module_dropout[adapter]) and torch.rand(1) <= skip:
-            return y
+        draw = torch.rand(1)  # always, and before the rows: a seed gives the same run whichever dropout is on
+        skip = self.module_dropout[adapter]
+        if skip and not torch.compiler.is_compiling() and draw <= skip:
+            return y  # no gradient at all, so that optimisers leave the adapter alone
         change = formulas.applied(x, *factors)
         if p := self.rank_dropout[adapter]:
             change = change * self._row_mask(change, p)
+        if skip and torch.compiler.is_compiling():  # a branch on a random number would break the graph
+            change = torch.where(draw.to(change.device) > skip, change, 0)
         return y.add_(change, alpha=self.scaling[adapter])
 
     @staticmethod

@@ -15,5 +15,6 @@ def peft_tuners() -> Iterable[TunerSpec]:
         config="peft_lora.config:LoraConfig",
         tuner="peft_lora.tuner:LoraTuner",
         parameter_prefix="lora_",
+        tags=("lora",),
         capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING,
     )

@@ -57,10 +57,13 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
     wrappers = {path for (method, path) in own if method and not method.startswith("@")}
     saved = {path for (method, path) in own if method.startswith("@")}
     prefix = index.prefix(adapter) if wrapped else ""
+    targeted = any(index.view.modules[path] is layer for path in wrappers for layer in layers)
     found: dict[str, Slot] = {}
     for path, module in index.view.modules.items():
         if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
             continue
+        if targeted and path not in wrappers:
+            continue  # of a targeted pair only the targeted one is written: readers of the format expect no more
         middle = ".base_layer" if path in wrappers else ""
         found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
     return found

@@ -83,6 +83,9 @@ def fill(
     shapes = fitted_keys(source.shapes, [*slots, *embedded])
     # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
+    # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
+    doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
+    shapes = {key: shape for key, shape in shapes.items() if key not in doubled}
     missing = [key for key in slots if key not in shapes]
     surplus = [key for key in shapes if key not in slots]
     misshapen = [key for key in slots if key in shapes and shapes[key] != slots[key].shape]
@@ -106,6 +109,9 @@ def fill(
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
     return LoadResult(missing, surplus)
+
+
+_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
 
 
 def _faults(

@@ -50,8 +50,8 @@ def _base_tags(index: AdapterIndex) -> set[str]:
     own = getattr(index.base, "model_tags", None)
     if isinstance(own, (list, tuple)):
         tags.update(own)
-    # the Hub's filter knows the methods by these tags
-    tags.update(str(config.peft_type).lower() for config in index.configs.values())
+    for adapter in index.configs:
+        tags.update(index.spec(adapter).tags)
     return tags
 
 

@@ -90,6 +90,10 @@ class Mergeable(Protocol):
 class LeavesBehind(Protocol):
     """In addition, where something other than the original takes the wrapper's place when adapters are unloaded."""
 
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapters that have weights here."""
+        ...
+
     def remains(self, kept: tuple[str, ...]) -> nn.Module:
         """Return that module, when the adapters `kept` are to stay in effect."""
         ...

@@ -54,7 +54,7 @@ def get_peft_model(
     task = str(peft_config.task_type) if peft_config.task_type is not None else ""
     before = {name: getattr(peft_config, name) for name in ("base_model_name_or_path", "revision")}
     name = getattr(model, "name_or_path", None)
-    name = name if isinstance(name, str) else None
+    name = name if isinstance(name, str) and name else None
     if before["base_model_name_or_path"] not in (None, name):
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {before['base_model_name_or_path']!r} to {name!r}",

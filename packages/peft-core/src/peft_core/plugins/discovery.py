@@ -31,13 +31,15 @@ def claims(group: str) -> Iterator[Claim]:
     seen: set[tuple[str, str]] = set()
     for point in metadata.entry_points(group=group):
         dist = point.dist
-        distribution = dist.name if dist is not None else "unknown"
+        # a half-removed distribution has entry points but no metadata
+        distribution = (dist.metadata["Name"] if dist is not None else None) or "unknown"
         # an editable install and its stale twin on the path declare the same thing twice
         if (point.name, _normal(distribution)) in seen or not allowed(distribution):
             continue
         seen.add((point.name, _normal(distribution)))
         requires = tuple(r for r in (dist.requires or ()) if _normal(r).startswith("peft-core")) if dist is not None else ()
-        yield Claim(point.name, point.value, distribution, dist.version if dist is not None else "?", requires)
+        version = dist.metadata["Version"] if dist is not None else None
+        yield Claim(point.name, point.value, distribution, version or "?", requires)
 
 
 def allowed(distribution: str) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from ..errors import PeftWarning
 from .registry import registry
 
 
@@ -24,29 +26,40 @@ def convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: Any) 
     return state_dict if answer is None else answer
 
 
+def _announce(hook: str, **facts: Any) -> None:
+    """Call the listeners of an event. What has happened has happened: one that fails is reported and stops nothing."""
+    caller = getattr(registry.manager().hook, hook)
+    for implementation in caller.get_hookimpls():
+        arguments = {name: facts[name] for name in implementation.argnames}
+        try:
+            implementation.function(**arguments)
+        except Exception as error:
+            warnings.warn(f"{hook} of the plugin {implementation.plugin_name!r} failed: {type(error).__name__}: {error}", PeftWarning, stacklevel=4)
+
+
 def adapter_added(model: Any, adapter_name: str, config: Any) -> None:
     """Tell listeners that an adapter was added."""
-    registry.manager().hook.peft_adapter_added(model=model, adapter_name=adapter_name, config=config)
+    _announce("peft_adapter_added", model=model, adapter_name=adapter_name, config=config)
 
 
 def adapter_loaded(model: Any, adapter_name: str, path: str) -> None:
     """Tell listeners that an adapter's weights were read."""
-    registry.manager().hook.peft_adapter_loaded(model=model, adapter_name=adapter_name, path=path)
+    _announce("peft_adapter_loaded", model=model, adapter_name=adapter_name, path=path)
 
 
 def adapter_saved(model: Any, adapter_name: str, path: str) -> None:
     """Tell listeners that an adapter was written."""
-    registry.manager().hook.peft_adapter_saved(model=model, adapter_name=adapter_name, path=path)
+    _announce("peft_adapter_saved", model=model, adapter_name=adapter_name, path=path)
 
 
 def adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
     """Tell listeners which adapters are in use from now on."""
-    registry.manager().hook.peft_adapter_activated(model=model, adapter_names=adapter_names)
+    _announce("peft_adapter_activated", model=model, adapter_names=adapter_names)
 
 
 def adapter_deleted(model: Any, adapter_name: str) -> None:
     """Tell listeners that an adapter is gone."""
-    registry.manager().hook.peft_adapter_deleted(model=model, adapter_name=adapter_name)
+    _announce("peft_adapter_deleted", model=model, adapter_name=adapter_name)
 
 
 def converts() -> bool:

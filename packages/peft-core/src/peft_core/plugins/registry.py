@@ -201,7 +201,11 @@ class Registry:
             manager = self._bare_manager()
             if not manager.is_registered(module):
                 manager.register(module, name=f"{claim.distribution}:{claim.module}")
-                manager.check_pending()
+                try:
+                    manager.check_pending()
+                except Exception:
+                    manager.unregister(module)  # or its fault would be found again with the next plugin
+                    raise
         except Exception as error:
             raise PluginError(
                 f"the plugin {claim} (module {claim.module}) can't be imported: {type(error).__name__}: {error}",
@@ -258,7 +262,7 @@ class Registry:
         package = f"peft-{name.lower().replace('_', '-')}"
         return UnknownTunerError(
             f"no tuner is installed for peft_type={given!r} (known: {listed(known, 20) or 'none'})",
-            hint=near or f"install the package that offers it, for example `pip install {PACKAGES.get(name, package)}`",
+            hint=f"{near + ' Otherwise ' if near else ''}install the package that offers it, for example `pip install {PACKAGES.get(name, package)}`",
         )
 
 

@@ -33,6 +33,7 @@ class TunerSpec:
         base_prefix: what stands before a base module's path in files: ``"base_model.model."`` for tuners that wrap
             layers, ``"base_model."`` for those that leave the base as it is.
         call_arguments: keywords of a model call that belong to the tuner and that the base never sees.
+        tags: what the model card says, for the Hub's search.
         capabilities: what it can do; `Capability.NONE` by default.
 
     Raises:
@@ -45,6 +46,7 @@ class TunerSpec:
     parameter_prefix: str
     base_prefix: str = "base_model.model."
     call_arguments: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     capabilities: Capability = Capability.NONE
 
     def __post_init__(self) -> None:

@@ -310,7 +310,7 @@ class TunerSuite:
         for key, parameter in own.items():
             assert parameter.grad is not None, f"{key} has no gradient"
             direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double()
-            step = 1e-5
+            step = 1e-6
             with torch.no_grad():
                 parameter.add_(direction, alpha=step)
                 above = float(self.loss(model, name))

@@ -24,12 +24,14 @@ class BaseView:
         modules: every module by its original name (a module with several names under the first).
         sites: for each name the places (parent, attribute) where the module hangs: several where modules are shared.
         chosen: if set, these modules are adapted, whatever the targets of a config say.
+        heads: names of modules that the task saves whole; never targets.
         shared_weights: ids of parameters that belong to more than one module (tied embeddings).
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.chosen: frozenset[str] | None = None
+        self.heads: tuple[str, ...] = ()
         self.modules: dict[str, nn.Module] = {}
         self.sites: dict[str, list[tuple[nn.Module, str]]] = {}
         first_name: dict[int, str] = {}
@@ -50,6 +52,12 @@ class BaseView:
         """Return the same view, in which exactly these modules are targets."""
         twin = copy.copy(self)
         twin.chosen = frozenset(names)
+        return twin
+
+    def with_heads(self, heads: Iterable[str]) -> BaseView:
+        """Return the same view of a model whose task saves these modules whole."""
+        twin = copy.copy(self)
+        twin.heads = tuple(heads)
         return twin
 
     @property

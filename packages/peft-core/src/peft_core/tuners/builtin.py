@@ -6,22 +6,26 @@ They are tuners like any other: they plan, their modules stand in the index, row
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..config import Extras
-from ..errors import AdapterNameError, ConfigError, UnsupportedModuleError, did_you_mean
+from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from ..layers.activation import ALL, Activation
 from ..layers.adapter_layer import AdapterLayer, Creation
 from ..layers.slots import AdapterModule, Slot, module_slots
 from ..plugins import Capability, TunerSpec
 from .base_view import BaseView
 from .targeting import matcher
+from .tasks import TASKS
 from .tuner import Plan, TunerBase, Wrap
 
+#: names that heads usually have: a config may list those of other architectures too
+HEADS = tuple(dict.fromkeys(head for task in TASKS.values() for head in task.heads))
 SAVED = "@saved"
 BIAS = "@bias"
 
@@ -36,29 +40,39 @@ class SavedRequest:
 
 @dataclass(frozen=True)
 class BiasRequest:
-    """Which biases train: those of `targets` (paths of adapted modules), or every one of the base."""
+    """Which biases train: those of `targets` (paths of adapted modules), or every one of the base; none inside modules saved whole."""
 
     targets: tuple[str, ...]
     every: bool
+    saved: tuple[str, ...] = ()
 
 
-def requests(extras: Extras, heads: Sequence[str], main: Plan) -> list[tuple[str, SavedRequest | BiasRequest]]:
-    """Return the built-in parts that a config and a task ask for, each with what it is told."""
-    found: list[tuple[str, SavedRequest | BiasRequest]] = []
-    optional = tuple(name for name in heads if name not in extras.modules_to_save)
-    required = tuple(name for name in dict.fromkeys(extras.modules_to_save) if name not in heads)
-    if required or heads:
-        found.append((SAVED, SavedRequest(required, tuple(dict.fromkeys((*optional, *heads))))))
+def requests(
+    tuners: Mapping[str, TunerBase], activation: Activation, extras: Extras, view: BaseView, main: Plan
+) -> Iterator[tuple[str, TunerBase, SavedRequest | BiasRequest]]:
+    """Yield the built-in parts that a config and a task ask for: kind, tuner, and what it is told.
+
+    Args:
+        tuners: those that the model has already.
+        activation: of the model.
+        extras: what the config asks for.
+        view: the base; its `heads` are what the task asks for.
+        main: the plan of the adapter's own method.
+
+    Raises:
+        ConfigError: an unknown choice of biases.
+    """
+    saved: SavedModules | None = None
+    request = SavedRequest(tuple(name for name in extras.modules_to_save if name not in view.heads), view.heads)
+    if request.required or request.optional:
+        found = tuners.get(SAVED)
+        saved = found if isinstance(found, SavedModules) else SavedModules(activation)
+        yield SAVED, saved, request
     if extras.bias != "none":
         if extras.bias not in ("all", "targets"):
             raise ConfigError(f"bias={extras.bias!r}", hint="write 'none', 'all' or 'targets'")
-        found.append((BIAS, BiasRequest(tuple(wrap.path for wrap in main.wraps), extras.bias == "all")))
-    return found
-
-
-def make(kind: str, activation: Activation) -> TunerBase:
-    """Return a built-in tuner for one model."""
-    return {SAVED: SavedModules, BIAS: Biases}[kind](activation)
+        inside = tuple(saved.paths(view, request)) if saved is not None else ()
+        yield BIAS, tuners.get(BIAS) or Biases(activation), BiasRequest(tuple(wrap.path for wrap in main.wraps), extras.bias == "all", inside)
 
 
 class SavedModule(nn.Module):
@@ -75,13 +89,8 @@ class SavedModule(nn.Module):
 
     def attach(self, adapter: str, creation: Creation) -> None:
         """Add a copy for `adapter`. The copy keeps the dtype of the original."""
-        original = self.original_module
-        if creation.meta:
-            duplicate = copy.deepcopy(original).to("meta")
-        else:
-            duplicate = copy.deepcopy(original)
-        duplicate.requires_grad_(False)
-        self.modules_to_save[adapter] = duplicate
+        duplicate = _plain_copy(self.original_module)
+        self.modules_to_save[adapter] = (duplicate.to("meta") if creation.meta else duplicate).requires_grad_(False)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the copy of the adapter in use makes of `x`, row by row where rows differ."""
@@ -146,6 +155,25 @@ class SavedModule(nn.Module):
             return getattr(self.active_copy, name)
 
 
+def _plain_copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy without the wrappers of other adapters."""
+
+    def bare(part: nn.Module) -> nn.Module:
+        while isinstance(part, (AdapterLayer, SavedModule)):
+            part = part.get_base_layer() if isinstance(part, AdapterLayer) else part.original_module
+        return part
+
+    # wrappers hold the model's activation, which a copy must not drag along: take them off before copying
+    wrapped = [(parent, name, child) for parent in bare(module).modules() for name, child in parent.named_children() if bare(child) is not child]
+    try:
+        for parent, name, child in wrapped:
+            parent._modules[name] = bare(child)
+        return copy.deepcopy(bare(module))
+    finally:
+        for parent, name, child in wrapped:
+            parent._modules[name] = child
+
+
 class SavedModules(TunerBase):
     """Plans a `SavedModule` around each module that is to be saved whole."""
 
@@ -162,18 +190,14 @@ class SavedModules(TunerBase):
             ConfigError: a required name matches nothing.
             UnsupportedModuleError: a container of modules, which has no forward to replace.
         """
-        matches = matcher((*config.required, *config.optional), "modules_to_save")
-        paths: list[str] = []
-        for path in base.modules:
-            # a module inside one that is saved anyway needs no copy of its own
-            if path and matches(path) and not any(path.startswith(f"{outer}.") for outer in paths):
-                paths.append(path)
-        for name in config.required:
-            if not any(matcher((name,), "modules_to_save")(path) for path in base.modules):
-                raise ConfigError(
-                    f"modules_to_save: {name!r} matches no module of {base.name}",
-                    hint=did_you_mean(name.rpartition(".")[2], base.leaf_names) or None,
-                )
+        paths = self.paths(base, config)
+        unknown = [name for name in config.required if name not in HEADS and not any(map(matcher((name,), "modules_to_save"), base.modules))]
+        if unknown:
+            message = f"modules_to_save: {listed(unknown)} match no module of {base.name}"
+            hint = did_you_mean(unknown[0].rpartition(".")[2], base.leaf_names)
+            if not paths:
+                raise ConfigError(message, hint=hint or None)
+            warnings.warn(f"{message}{'; ' + hint if hint else ''}", PeftWarning, stacklevel=6)
         for path in paths:
             module = base.modules[path]
             if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)):
@@ -181,6 +205,16 @@ class SavedModules(TunerBase):
                     f"modules_to_save: {path!r} is a {type(module).__name__}, which can't be replaced by a copy", hint="name the modules inside it"
                 )
         return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), _SavedFiller(adapter)) for path in paths))
+
+    @staticmethod
+    def paths(base: BaseView, request: SavedRequest) -> list[str]:
+        """Return the modules that are saved whole; one inside another needs no copy of its own."""
+        matches = matcher((*request.required, *request.optional), "modules_to_save")
+        found: list[str] = []
+        for path in base.modules:
+            if path and matches(path) and not any(path.startswith(f"{outer}.") for outer in found):
+                found.append(path)
+        return found
 
 
 @dataclass(frozen=True)
@@ -246,7 +280,7 @@ class Biases(TunerBase):
         targets = frozenset(config.targets)
         found: dict[str, tuple[nn.Module, str]] = {}
         for path, module in base.modules.items():
-            if not config.every and path not in targets:
+            if (not config.every and path not in targets) or any(path == saved or path.startswith(f"{saved}.") for saved in config.saved):
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and "bias" in name:

@@ -108,9 +108,10 @@ class AdapterIndex:
             raise AdapterNameError(
                 f"Adapter with name {adapter!r} already exists", hint="choose another name, or delete_adapter it first", code="name-taken"
             )
-        if "." in adapter or adapter == BASE or hasattr(nn.ModuleDict, adapter) or hasattr(nn.ParameterDict, adapter):
+        if adapter == BASE or any(mark in adapter for mark in "./\\") or any(hasattr(kind(), adapter) for kind in (nn.ModuleDict, nn.ParameterDict)):
             raise AdapterNameError(
-                f"{adapter!r} can't be the name of an adapter", hint=f"names are keys of a ModuleDict: no dots, none of its attributes, not {BASE!r}"
+                f"{adapter!r} can't be the name of an adapter",
+                hint=f"it becomes a key of a ModuleDict and the name of a folder: no dots or slashes, none of its attributes, not {BASE!r}",
             )
         prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in self.tuners.values())}
         for prefix in sorted(p for p in prefixes if p):
@@ -148,12 +149,11 @@ class AdapterIndex:
         spec = registry.resolve(str(config.peft_type))
         self.check_name(adapter, spec)
         config.check()
-        view = view or self.view
+        view = (view or self.view).with_heads(heads)
         tuner = self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
         main = tuner.plan(view, adapter, config)
         plans: list[tuple[str, TunerBase, Plan]] = [(spec.peft_type, tuner, main)]
-        for kind, request in builtin.requests(config.extras(), heads, main):
-            part = self.tuners.get(kind) or builtin.make(kind, self.activation)
+        for kind, part, request in builtin.requests(self.tuners, self.activation, config.extras(), view, main):
             plans.append((kind, part, part.plan(view, adapter, request)))
         if mount_on is None and any(plan.mounts for _, _, plan in plans):
             raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
@@ -179,6 +179,10 @@ class AdapterIndex:
                 for name, value in plan.resolved.items():
                     undo.call(setattr, config, name, getattr(config, name))
                     setattr(config, name, value)
+            if heads and hasattr(config, "modules_to_save"):
+                # a list of our own: the caller's stays as it was
+                undo.call(setattr, config, "modules_to_save", config.modules_to_save)
+                config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
             undo.call(self.refresh)
             self.refresh()
             generation.install(self, undo)
@@ -188,9 +192,8 @@ class AdapterIndex:
     def _freeze_base(self, undo: Undo) -> None:
         if self.frozen_base:
             return
-        trained = {id(parameter) for adapter in self.own for parameter in self.parameters_of(adapter)}
         for parameter in self.base.parameters():
-            if parameter.requires_grad and id(parameter) not in trained:
+            if parameter.requires_grad:
                 parameter.requires_grad_(False)
                 undo.call(parameter.requires_grad_, True)
         self.frozen_base = True

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer, Creation
-from ..layers.slots import Slot
+from ..layers.slots import LeavesBehind, Slot
 from .tuner import Plan, TunerBase
 
 if TYPE_CHECKING:
@@ -66,7 +67,13 @@ def perform(
         key = (kind, wrap.path)
         module: Any = index.entries.get(key)
         if module is None:
-            module = wrap.build(_occupant(index, wrap.path))
+            occupant = _occupant(index, wrap.path)
+            if isinstance(occupant, LeavesBehind):
+                raise UnsupportedModuleError(
+                    f"{wrap.path!r} is saved whole by {listed(occupant.adapters())}, so that {adapter!r} can't wrap it",
+                    hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",
+                )
+            module = wrap.build(occupant)
             _place(index, wrap.path, module, undo)
             index.entries[key] = module
             undo.call(index.entries.pop, key, None)
@@ -95,6 +102,8 @@ def perform(
     for path, adopt in plan.adopts.items():
         key = (kind, path)
         module = adopt()
+        for parameter in module.parameters_of(adapter).values():
+            undo.call(parameter.requires_grad_, parameter.requires_grad)
         undo.call(module.drop, adapter)
         index.entries[key] = module
         keys.append(key)

@@ -53,7 +53,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         return Selection((), targets)
     if base.chosen is not None:
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
-    saved = frozenset(config.extras().modules_to_save)
+    saved = frozenset((*config.extras().modules_to_save, *base.heads))
     matching = matcher(targets, "target_modules")
     in_layers = _layer_filter(config)
     excluded = matcher(config.exclude_modules, "exclude_modules")
@@ -172,7 +172,7 @@ def _all_linear(base: BaseView, config: LayerConfig) -> set[str]:
             hint=f"name the modules: {listed(_linear_leaves(base))}",
         )
     output = base.output_embeddings
-    saved = frozenset(config.extras().modules_to_save)
+    saved = frozenset((*config.extras().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
     if not names:
         raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")
