@@ -25,7 +25,7 @@ class Route:
     """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` names for each row.
 
     Args:
-        names: adapters that every row uses, in the order in which they act.
+        names: adapters that every row uses, in the order in which they act; with `per_row`, all that some row uses, in that order.
         per_row: for each row the adapters that it uses; ``()`` is the plain base.
         facts: things that a tuner tells its own layers for this call.
     """
@@ -38,7 +38,7 @@ class Route:
     @property
     def used(self) -> tuple[str, ...]:
         """Every adapter that some row uses."""
-        if self.per_row is None:
+        if self.per_row is None or self.names:
             return self.names
         return tuple(dict.fromkeys(name for row in self.per_row for name in row))
 

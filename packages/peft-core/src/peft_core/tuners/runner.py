@@ -38,7 +38,8 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
     ordered = {row: tuple(name for name in index.configs if name in row) for row in set(per_row)}
     if len(ordered) == 1:
         return Route(names=ordered[per_row[0]])
-    return Route(per_row=tuple(ordered[row] for row in per_row))
+    used = {name for row in ordered for name in row}
+    return Route(tuple(name for name in index.configs if name in used), tuple(ordered[row] for row in per_row))
 
 
 def run(
