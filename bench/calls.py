@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from models import LARGE, PROMPTS, SMALL, TARGETS, VARIANTS, Size, Trio, libraries
 from timing import Report, compare, saved_mib
+from torch import Tensor
 
 
 def ids(batch: int, tokens: int) -> Tensor:

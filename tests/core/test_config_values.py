@@ -15,7 +15,7 @@ from support import CueConfig, DenseConfig
 
 def test_peft_type_is_a_string_and_has_an_attribute_for_every_method() -> None:
     assert PeftType.LORA == "LORA"
-    assert PeftType.MY_OWN_METHOD == PeftType("my_own_method")
+    assert PeftType("my_own_method") == PeftType.MY_OWN_METHOD
     assert isinstance(PeftType.LORA, str)
 
 

@@ -42,26 +42,67 @@ def using(library: Any) -> Iterator[None]:
 
 # ---- bases -----------------------------------------------------------------------------------------------------------
 # Weights are larger than usual, so that a wrong adapter shows in the outputs.
-_LLAMA = dict(
-    **dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
-    **dict(max_position_embeddings=64, initializer_range=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-)
-_BERT = dict(
-    **dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64),
-    initializer_range=0.1,  # dropout stays at 0.1: the draws of both libraries then have to come in one order
-)
-_GPT2 = dict(
-    **dict(vocab_size=32, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.1),
-    **dict(bos_token_id=1, eos_token_id=2, pad_token_id=0),
-)
-_T5 = dict(
-    **dict(vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0),
-)
-_BART = dict(
-    **dict(vocab_size=32, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4),
-    **dict(encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64, init_std=0.1, pad_token_id=0, bos_token_id=1, eos_token_id=2),
-    **dict(decoder_start_token_id=2, forced_eos_token_id=None),
-)
+_LLAMA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_BERT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,  # dropout stays at 0.1: the draws of both libraries then have to come in one order
+}
+_GPT2 = {
+    "vocab_size": 32,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "initializer_range": 0.1,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_T5 = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+_BART = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
+    "max_position_embeddings": 64,
+    "init_std": 0.1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
 _BASES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA)),
     "llama-mha": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_LLAMA, "num_key_value_heads": 4})),
@@ -299,7 +340,8 @@ def _real(value: Tensor, mask: Tensor) -> Tensor:
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
     """Compare outputs by name, shape, dtype and value: as many units as the largest value is, but at least one."""
-    assert found.keys() == expected.keys() and found
+    assert found.keys() == expected.keys()
+    assert found
     for name, value in expected.items():
         bound = tolerance * max(1.0, float(value.abs().max()))
         torch.testing.assert_close(found[name], value, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")

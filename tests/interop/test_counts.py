@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from interop.cases import CASES, Case, ours, peer, using
 from torch import nn
+
+from interop.cases import CASES, Case, ours, peer, using
 
 BERT = {"vocab_size": 28996}  # bert-base-cased
 GPT2 = {"n_embd": 1280, "n_layer": 36, "n_head": 20}  # gpt2-large
 T5 = {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}  # t5-base
 
 _PREFIX = {
-    **{"peft_type": "PREFIX_TUNING", "inference_mode": False, "num_virtual_tokens": 20, "num_transformer_submodules": 1},
-    **{"prefix_projection": False, "postprocess_past_key_value_function": None},
+    "peft_type": "PREFIX_TUNING",
+    "inference_mode": False,
+    "num_virtual_tokens": 20,
+    "num_transformer_submodules": 1,
+    "prefix_projection": False,
+    "postprocess_past_key_value_function": None,
 }
 _PREFIX_BERT = {**_PREFIX, "token_dim": 768, "num_attention_heads": 12, "num_layers": 12, "encoder_hidden_size": 768}
 _PREFIX_GPT2 = {**_PREFIX, "token_dim": 1280, "num_attention_heads": 20, "num_layers": 36, "encoder_hidden_size": 1280}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from interop.cases import BY_ID, Case, batch, ours, peer, saving, shake, using
 
 NAMES = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from interop.cases import BY_ID, CASES, Case, assert_close, batch, difference, ours, outputs, peer, tolerance, using
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from interop.cases import CASES, Case, batch, ours, peer, using
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_core import PeftModel, get_peft_config, get_peft_model
 from peft_core.testing import tiny
-from peft_core.testing.suite import randomise
+from peft_core.testing.helpers import randomise
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "lo": {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
@@ -227,3 +227,32 @@ def test_prefix_prompt_and_lora_by_row_on_an_encoder_with_a_head() -> None:
             with wrapped.use_adapters(*members(names)):
                 alone = wrapped(input_ids=ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
             torch.testing.assert_close(together[row], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("order", [("lo", "ha"), ("ha", "lo")])
+def test_two_methods_merged_one_after_the_other_come_out_exactly(order: tuple[str, str], dtype: torch.dtype) -> None:
+    """Taken out in any order: the whole model at once, or one layer while the other stays merged."""
+    wrapped = get_peft_model(tiny().to(dtype), config("lo"), "lo")
+    wrapped.add_adapter("ha", config("ha"))
+    randomise(wrapped, "lo", 0)
+    randomise(wrapped, "ha", 1)
+    path = "model.layers.0.self_attn.q_proj"
+    outer = wrapped.get_base_model().get_submodule(path)
+    inner = outer.base_layer
+    before = outer.weight.detach().clone()
+    for _ in range(3):
+        for name in order:
+            wrapped.merge_adapter(name)
+        wrapped.unmerge_adapter()
+        assert torch.equal(outer.weight, before)
+    wrapped.merge_adapter(order[0])
+    alone = outer.weight.detach().clone()
+    first, second = (inner, outer) if order[0] == "lo" else (outer, inner)
+    second.merge([order[1]])
+    second.unmerge()
+    assert torch.equal(outer.weight, alone)
+    second.merge([order[1]])
+    first.unmerge()
+    second.unmerge()
+    assert torch.equal(outer.weight, before)

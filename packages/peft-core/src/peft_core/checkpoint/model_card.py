@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ def render(index: AdapterIndex, existing: Path) -> str:
         index: the adapters.
         existing: the README.md that may be there.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-    card = ModelCard.load(existing) if existing.exists() else ModelCard.from_template(ModelCardData())
+    card = ModelCard.load(existing) if existing.exists() else ModelCard(_blank())
     base_name = _base_name(index)
     card.data["library_name"] = "peft"
     tags = set(card.data.get("tags") or ())
@@ -34,6 +35,14 @@ def render(index: AdapterIndex, existing: Path) -> str:
     card.data["tags"] = sorted(tags)
     card.text = _with_versions(_with_quantisation(card.text, index))
     return str(card)
+
+
+@functools.cache
+def _blank() -> str:
+    """Return the Hub library's template, rendered without any data; compiling it takes longer than writing an adapter."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    return str(ModelCard.from_template(ModelCardData()))
 
 
 def _base_name(index: AdapterIndex) -> str | None:

@@ -14,7 +14,8 @@ from torch.nn.modules import module as nn_module
 from ..errors import AdapterNotFoundError, MergeError
 from .activation import ALL, Activation, Route
 from .base_ops import BaseOps, require_ops
-from .merging import Merge
+from .folded import MergedDelta, WeightChange
+from .merging import Merge, merges_of
 from .slots import Slot
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -276,7 +277,7 @@ class AdapterLayer(nn.Module):
         if not own:
             return None
         base = self.get_base_layer()
-        delta = _MergedDelta(self, own) if self.additive else _WeightChange(self, own)
+        delta = MergedDelta(self, own) if self.additive else WeightChange(self, own)
         return Merge(base, "weight", own, delta, shared=self.shared_weight, keep_copy=not self.additive)
 
     def merge(self, adapters: Sequence[str] | None = None, *, safe: bool = False) -> None:
@@ -289,12 +290,31 @@ class AdapterLayer(nn.Module):
         if merge is not None:
             merge.apply(merge.prepare(check_finite=safe))
             self.merges.append(merge)
+            merges_of(merge.owner).append(merge)
+
+    def undo_last_merge(self) -> None:
+        """Take the last merge of this layer back; it must be the last into its weight."""
+        merge = self.merges.pop()
+        merge.undo()
+        merges_of(merge.owner).remove(merge)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out again, last one first; the base weight returns bit for bit."""
+        """Take every merged adapter out again; the base weight returns bit for bit.
+
+        What other layers around the same weight merged later is taken out first, and folded in again.
+        """
+        stack = merges_of(self.get_base_layer()) if self.merges else []
+        others: list[Merge] = []
         while self.merges:
-            self.merges[-1].undo()
-            self.merges.pop()
+            merge = stack.pop()
+            merge.undo()
+            if merge is self.merges[-1]:
+                self.merges.pop()
+            else:
+                others.append(merge)
+        for merge in reversed(others):
+            merge.apply(merge.prepare(check_finite=False))
+            stack.append(merge)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return scaling · ΔW in the layout and shape of the base weight.
@@ -372,56 +392,6 @@ _FORWARDED = frozenset(
         "output_padding",
     ]
 )
-
-
-class _WeightChange:
-    """W' − W of effects that are no sum. An object and not a closure, so that a merged model can be copied and pickled."""
-
-    def __init__(self, layer: AdapterLayer, adapters: Sequence[str]) -> None:
-        self.layer, self.adapters = layer, tuple(adapters)
-
-    def __call__(self) -> Tensor:
-        weight = self.layer.weight.detach()
-        after = weight
-        for adapter in self.adapters:
-            after = self.layer.merged_weight(adapter, after)
-        return after - weight
-
-
-class _MergedDelta:
-    """Σ Δ of adapters as they were when merged: copies of their few parameters, multiplied out again when taken out."""
-
-    def __init__(self, layer: AdapterLayer, adapters: Sequence[str]) -> None:
-        self.layer = layer
-        # clones are aligned as the allocator aligns, so that the same product is rounded the same way later
-        self.kept = {
-            adapter: (layer.scaling[adapter], {(key, name): getattr(module, name).detach().clone() for key, module, name in layer.holders(adapter)})
-            for adapter in adapters
-        }
-
-    def __call__(self) -> Tensor:
-        total: Tensor | None = None
-        for adapter, (scaling, values) in self.kept.items():
-            delta = self._delta(adapter, scaling, values)
-            total = delta if total is None else total + delta
-        assert total is not None
-        return self.layer.ops.stored(total)
-
-    def _delta(self, adapter: str, scaling: float, values: dict[tuple[str, str], Tensor]) -> Tensor:
-        layer = self.layer
-        present = [(module._parameters if name in module._parameters else module._buffers, name, key) for key, module, name in layer.holders(adapter)]
-        before = [store[name] for store, name, _ in present]
-        scaling_before = layer.scaling[adapter]
-        try:
-            layer.scaling[adapter] = scaling
-            for store, name, key in present:
-                store[name] = values[key, name].to(layer.weight.device)  # type: ignore[assignment]
-            with torch.no_grad():
-                return layer.delta_weight(adapter)
-        finally:
-            layer.scaling[adapter] = scaling_before
-            for (store, name, _), tensor in zip(present, before, strict=True):
-                store[name] = tensor  # type: ignore[assignment]
 
 
 def _filler(std: float | None, bound: float | None, init: Callable[[Tensor], Any] | None) -> Callable[[Tensor], Any]:

@@ -64,7 +64,7 @@ class Merge:
         with torch.no_grad():
             weight = self.owner.get_parameter(self.name).detach()
             delta = self._delta()
-            merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            merged = _sum(weight, delta)
             if check_finite and not torch.isfinite(merged).all():
                 what = "NaNs" if torch.isnan(merged).any() else "infinite values"
                 raise MergeError(
@@ -102,7 +102,7 @@ class Merge:
             finally:
                 torch.set_num_threads(threads)
             weight = parameter.detach()
-            plain = (weight.to(delta.dtype) - delta).to(weight.dtype)
+            plain = _sum(weight, -delta)
             if self._residual is not None and weight.dtype in _BITS:
                 plain = _corrected(plain, self._residual)
             parameter.copy_(plain)
@@ -111,10 +111,22 @@ class Merge:
         if self._keep_copy or weight.dtype not in _BITS:
             self._copy = weight.clone()
             return
-        plain = (merged.to(delta.dtype) - delta).to(weight.dtype)
+        plain = _sum(merged, -delta)
         self._residual = _difference(weight, plain)
         if self._residual is None:
             self._copy = weight.clone()
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    """Return weight + delta, rounded once to the weight's dtype."""
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+
+
+def merges_of(owner: nn.Module) -> list[Merge]:
+    """Return the merges into a module's weight in the order in which they were done, whatever layers did them."""
+    stack: list[Merge] = owner.__dict__.setdefault("_peft_merges", [])
+    return stack
 
 
 def _difference(weight: Tensor, plain: Tensor) -> Residual | None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import AdapterNotFoundError, PeftWarning
+from ..tuners import folding
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 
 
@@ -41,14 +42,14 @@ class AdapterOperations:
         Raises:
             AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
         """
-        self._peft_index.merge(None if adapter_names is None else _names(adapter_names), safe=safe_merge)
+        folding.merge(self._peft_index, None if adapter_names is None else _names(adapter_names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the base weights, which have every bit that they had before."""
         if not self._peft_index.merged_adapters():
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             return
-        self._peft_index.unmerge()
+        folding.unmerge(self._peft_index)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
         """Fold adapters in, take all wrappers off, and return the base: the same object as was given. This model is used up.
@@ -62,11 +63,11 @@ class AdapterOperations:
             AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
         """
         names = None if adapter_names is None else _names(adapter_names)
-        return self._peft_index.unload(merge=True, adapters=names, safe=safe_merge, progress=progressbar)
+        return folding.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
 
     def unload(self) -> nn.Module:
         """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up."""
-        return self._peft_index.unload()
+        return folding.unload(self._peft_index)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
@@ -86,7 +87,7 @@ class AdapterOperations:
         """Switch all adapters off until `enable_adapter_layers`."""
         self._peft_index.follow_model()
         if self._peft_index.merged_adapters():
-            self._peft_index.unmerge()
+            folding.unmerge(self._peft_index)
         self._peft_index.activation.enable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

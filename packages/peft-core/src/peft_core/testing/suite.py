@@ -6,9 +6,8 @@ import copy
 import pickle
 import tempfile
 import threading
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +28,18 @@ from .. import (
     set_peft_model_state_dict,
 )
 from ..tuners.index import ATTRIBUTE, AdapterIndex
+from .helpers import (
+    anatomy,
+    in_one_precision,
+    layers_of,
+    method_parameters,
+    parameters_of,
+    quiet,
+    raises,
+    randomise,
+    tensor_of,
+    trainability,
+)
 from .models import VOCABULARY, tiny
 
 
@@ -107,7 +118,8 @@ class TunerSuite:
         """Return a scalar that depends on every output."""
         output = tensor_of(model(**self.inputs(name)))
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-        return (output * weights).sum() / output.numel() ** 0.5
+        total: Tensor = (output * weights).sum() / output.numel() ** 0.5
+        return total
 
     def close(self, found: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
         """Fail unless two outputs agree within the tolerance."""
@@ -165,7 +177,7 @@ class TunerSuite:
             "misshapen": {**state, first: torch.zeros(*state[first].shape, 2)},
         }
         for fault, tensors in wrong.items():
-            raises(AdapterWeightsError, lambda tensors=tensors: set_peft_model_state_dict(model, tensors, strict=True), f"a {fault} tensor")
+            raises(AdapterWeightsError, partial(set_peft_model_state_dict, model, tensors, strict=True), f"a {fault} tensor")
             assert torch.equal(self.output(model, name), before), f"the adapter changed although a {fault} tensor was refused"
 
     # ---- what the adapter computes ---------------------------------------------------------------------------------
@@ -301,7 +313,7 @@ class TunerSuite:
     def test_gradients(self, name: str) -> None:
         """In float64, gradients of the adapter agree with finite differences, and nothing else gets any."""
         model = self.model(name, base=in_one_precision(self.base(name))).double()
-        self.loss(model, name).backward()
+        torch.autograd.backward(self.loss(model, name))
         own = parameters_of(model, "default")
         stray = [key for key, p in model.named_parameters() if p.grad is not None and not any(p is q for q in own.values())]
         assert not stray, f"frozen parameters have gradients: {stray[:3]}"
@@ -333,7 +345,7 @@ class TunerSuite:
             loss = self.loss(model.eval(), name)
             losses.append(float(loss.detach()))
             optimiser.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimiser.step()
         assert losses[-1] < losses[0], f"the loss does not go down: {losses}"
         for key, p in model.named_parameters():
@@ -387,7 +399,7 @@ class TunerSuite:
             routes.append({"adapter_names": ["two", "__base__", "one"]})
         for route in routes:
             torch._dynamo.reset()
-            compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+            compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
             with quiet():
                 self.close(self.output(compiled, name, **route), self.output(model, name, **route), f"compiled {route or ''}, the outputs differ")
 
@@ -465,87 +477,3 @@ class TunerSuite:
         assert status.peft_types == {"one": self.peft_type, "two": self.peft_type}, f"status says {status.peft_types}"
         assert status.requires_grad == {"one": True, "two": False}, f"status says that {status.requires_grad} train"
         assert status.num_adapter_layers > 0, "status lists no module"
-
-
-# ---- helpers -----------------------------------------------------------------------------------------------------------
-def tensor_of(output: Any) -> Tensor:
-    """Return the main tensor of a model's output."""
-    if isinstance(output, Tensor):
-        return output
-    for key in ("logits", "start_logits", "last_hidden_state"):
-        value = output.get(key)
-        if isinstance(value, Tensor):
-            return value
-    found: Tensor = output[0]
-    return found
-
-
-def in_one_precision(base: nn.Module) -> nn.Module:
-    """Return the model with norms that compute in their input's dtype: transformers' RMSNorm rounds to float32 inside."""
-    for module in list(base.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                norm = nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon)
-                norm.weight = child.weight
-                setattr(module, name, norm)
-    return base.double()
-
-
-def parameters_of(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """Return an adapter's parameters under unique names."""
-    index: AdapterIndex = model.__dict__[ATTRIBUTE]
-    return {f"{path}.{key}": p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
-
-
-def method_parameters(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
-    """Yield an adapter's parameters without those of saved modules, which keep the dtype of the original."""
-    index: AdapterIndex = model.__dict__[ATTRIBUTE]
-    for (kind, _), module in index.modules_of(adapter):
-        if not kind.startswith("@"):
-            yield from module.parameters_of(adapter).values()
-
-
-def layers_of(model: PeftModel) -> list[AdapterLayer]:
-    """Return the adapter layers of a model."""
-    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
-
-
-def randomise(model: PeftModel, adapter: str, seed: int) -> None:
-    """Give an adapter's parameters random values, the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters_of(model, adapter).values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
-def trainability(model: nn.Module) -> dict[str, bool]:
-    """Return which parameters train."""
-    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-
-
-def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Return every module and parameter by name, with its class and identity; empty containers of adapters left out."""
-    found = {
-        key: (type(module).__name__, id(module)) for key, module in model.named_modules() if not isinstance(module, (nn.ModuleDict, nn.ParameterDict))
-    }
-    found.update({f"parameter {key}": ("", id(parameter)) for key, parameter in model.named_parameters()})
-    return found
-
-
-def raises(kind: type[BaseException], action: Callable[[], Any], what: str) -> None:
-    """Fail unless `action` raises `kind`."""
-    try:
-        action()
-    except kind:
-        return
-    except Exception as error:
-        raise AssertionError(f"{what} raised {type(error).__name__} instead of {kind.__name__}: {error}") from error
-    raise AssertionError(f"{what} was accepted")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Ignore warnings: they have tests of their own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

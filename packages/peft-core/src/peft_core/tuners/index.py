@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch import nn
 
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
 from ..layers.activation import BASE, Activation, Route
-from ..layers.adapter_layer import INITIAL, AdapterLayer, Creation
-from ..layers.slots import AdapterModule, LeavesBehind, Mergeable, Slot
+from ..layers.adapter_layer import INITIAL, Creation
+from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
-from . import builtin, generation
+from . import builtin, folding, generation
 from .assemble import BaseForward
 from .base_view import BaseView
-from .perform import Undo, perform
+from .perform import Undo, collector_paused, perform
 from .tuner import Plan, TunerBase
 
 #: attribute of an adapted base model under which its index is found
@@ -150,44 +149,52 @@ class AdapterIndex:
         self.check_name(adapter, spec)
         config.check()
         view = (view or self.view).with_heads(heads)
+        with collector_paused():
+            plans = self._plans(spec, adapter, config, view)
+            if mount_on is None and any(plan.mounts for _, _, plan in plans):
+                raise CapabilityError(
+                    f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model"
+                )
+            with Undo() as undo:
+                keys: list[Key] = []
+                for kind, part, plan in plans:
+                    perform(self, kind, part, plan, adapter, creation, mount_on, keys, undo)
+                self.own[adapter] = list(dict.fromkeys(keys))
+                undo.call(self.own.pop, adapter, None)
+                if before_commit is not None:
+                    undo.call(setattr, self, "_adding", None)
+                    self._adding = spec
+                    before_commit()
+                    self._adding = None
+                self._commit(adapter, config, plans, heads, undo)
+        hooks.adapter_added(self.base, adapter, config)
+
+    def _plans(self, spec: TunerSpec, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
         tuner = self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
         main = tuner.plan(view, adapter, config)
         plans: list[tuple[str, TunerBase, Plan]] = [(spec.peft_type, tuner, main)]
         for kind, part, request in builtin.requests(self.tuners, self.activation, config.extras(), view, main):
             plans.append((kind, part, part.plan(view, adapter, request)))
-        if mount_on is None and any(plan.mounts for _, _, plan in plans):
-            raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
-        with Undo() as undo:
-            keys: list[Key] = []
-            for kind, part, plan in plans:
-                perform(self, kind, part, plan, adapter, creation, mount_on, keys, undo)
-            self.own[adapter] = list(dict.fromkeys(keys))
-            undo.call(self.own.pop, adapter, None)
-            if before_commit is not None:
-                undo.call(setattr, self, "_adding", None)
-                self._adding = spec
-                before_commit()
-                self._adding = None
-            self._freeze_base(undo)
-            self.configs[adapter] = config
-            undo.call(self.configs.pop, adapter, None)
-            for kind, part, _ in plans:
-                if kind not in self.tuners:
-                    self.tuners[kind] = part
-                    undo.call(self.tuners.pop, kind, None)
-            for _, _, plan in plans:
-                for name, value in plan.resolved.items():
-                    undo.call(setattr, config, name, getattr(config, name))
-                    setattr(config, name, value)
-            if heads and hasattr(config, "modules_to_save"):
-                # a list of our own: the caller's stays as it was
-                undo.call(setattr, config, "modules_to_save", config.modules_to_save)
-                config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
-            undo.call(self.refresh)
-            self.refresh()
-            generation.install(self, undo)
-            undo.keep()
-        hooks.adapter_added(self.base, adapter, config)
+        return plans
+
+    def _commit(self, adapter: str, config: PeftConfig, plans: Sequence[tuple[str, TunerBase, Plan]], heads: Sequence[str], undo: Undo) -> None:
+        self._freeze_base(undo)
+        self.configs[adapter] = config
+        undo.call(self.configs.pop, adapter, None)
+        for kind, part, plan in plans:
+            if kind not in self.tuners:
+                self.tuners[kind] = part
+                undo.call(self.tuners.pop, kind, None)
+            for name, value in plan.resolved.items():
+                undo.call(setattr, config, name, getattr(config, name))
+                setattr(config, name, value)
+        if heads and hasattr(config, "modules_to_save"):
+            # a list of our own: the caller's stays as it was
+            undo.call(setattr, config, "modules_to_save", config.modules_to_save)
+            config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+        undo.call(self.refresh)
+        self.refresh()
+        generation.install(self, undo)
 
     def _freeze_base(self, undo: Undo) -> None:
         if self.frozen_base:
@@ -216,7 +223,7 @@ class AdapterIndex:
         self.require(*adapters)
         if self.merged_adapters():
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=4)
-            self.unmerge()
+            folding.unmerge(self)
         chosen = tuple(name for name in self.configs if name in adapters)
         self.follow_model()
         self.activation.select(chosen)
@@ -240,7 +247,7 @@ class AdapterIndex:
     def disabled(self) -> Iterator[None]:
         """The plain base inside: merged adapters are taken out first; which parameters train does not change."""
         if self.merged_adapters():
-            self.unmerge()
+            folding.unmerge(self)
         was = self.activation.enabled
         self.activation.enable(False)
         try:
@@ -275,51 +282,9 @@ class AdapterIndex:
         if not spec.can(capability):
             raise CapabilityError(f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}")
 
-    # ---- merging --------------------------------------------------------------------------------------------------
     def merged_adapters(self) -> list[str]:
         """Return the merged adapters, each once, in load order."""
-        merged = {name for module in self.entries.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
-        return [name for name in self.configs if name in merged]
-
-    def merge(self, adapters: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> None:
-        """Fold adapters into the base weights; all or nothing.
-
-        Args:
-            adapters: None: those in use.
-            safe: refuse results that are not finite.
-            progress: show a progress bar.
-
-        Raises:
-            AdapterNotFoundError, CapabilityError: before anything changes.
-            MergeError: a result is not finite; nothing is changed then.
-        """
-        chosen = self.active if adapters is None else tuple(adapters)
-        self.require(*chosen)
-        for adapter in chosen:
-            self.require_capability(adapter, Capability.MERGE, "merged")
-        already = [name for name in self.merged_adapters() if name in chosen]
-        if already:
-            warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
-        layers = [module for module in self.entries.values() if isinstance(module, Mergeable)]
-        done: list[AdapterLayer] = []
-        try:
-            for layer in _progress(layers, "merging", progress):
-                if isinstance(layer, AdapterLayer):
-                    before = len(layer.merges)
-                    layer.merge(chosen, safe=safe)
-                    if len(layer.merges) > before:
-                        done.append(layer)
-        except MergeError:
-            for layer in reversed(done):
-                layer.merges[-1].undo()
-                layer.merges.pop()
-            raise
-
-    def unmerge(self) -> None:
-        """Take out all merged adapters, in reverse."""
-        for module in reversed(list(self.entries.values())):
-            if isinstance(module, Mergeable):
-                module.unmerge()
+        return folding.merged_adapters(self)
 
     # ---- taking out -----------------------------------------------------------------------------------------------
     def delete(self, adapter: str) -> None:
@@ -351,37 +316,8 @@ class AdapterIndex:
         self.refresh()
         hooks.adapter_deleted(self.base, adapter)
 
-    def unload(self, *, merge: bool = False, adapters: Sequence[str] | None = None, safe: bool = False, progress: bool = False) -> nn.Module:
-        """Take all wrappers off, after merging if asked, and return the base.
-
-        Args:
-            merge: fold the adapters in first; saved modules in use take the place of the originals.
-            adapters: which to merge; None: those in use.
-            safe: refuse results that are not finite.
-            progress: show a progress bar.
-
-        Raises:
-            as `merge`.
-        """
-        if merge:
-            self.merge(adapters, safe=safe, progress=progress)
-            kept = self.active if adapters is None else tuple(adapters)
-        else:
-            self.unmerge()
-            kept = self.active
-        replaced: dict[str, nn.Module] = {}
-        for (_, path), module in self.entries.items():
-            if isinstance(module, LeavesBehind):
-                replaced[path] = module.remains(kept)
-            elif isinstance(module, AdapterLayer):
-                module.merges.clear()
-        for path in {path for kind, path in self.entries if kind and path}:
-            for parent, leaf in self.view.sites.get(path, ()):
-                setattr(parent, leaf, replaced.get(path, self.view.modules[path]))
-        self._retire()
-        return self.base
-
-    def _retire(self) -> None:
+    def retire(self) -> None:
+        """Forget all adapters; the base is no adapted model any more."""
         generation.uninstall(self.base)
         for name in (ATTRIBUTE, "peft_config"):
             self.base.__dict__.pop(name, None)
@@ -390,14 +326,6 @@ class AdapterIndex:
         self.configs.clear()
         self.activation.select(())
         self.refresh()
-
-
-def _progress(items: Sequence[Any], what: str, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=what)
 
 
 def index_of(model: nn.Module) -> AdapterIndex | None:

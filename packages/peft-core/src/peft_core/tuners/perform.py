@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,16 +18,45 @@ if TYPE_CHECKING:
     from .index import AdapterIndex, Key
 
 
-class Undo(contextlib.ExitStack):
-    """A stack of undo steps, run in reverse unless `keep` was called."""
+class Undo:
+    """A stack of undo steps, run in reverse when the block fails. Plain tuples: a large model pushes thousands of them.
+
+    Example:
+        >>> with Undo() as undo:
+        ...     flags.append(1)
+        ...     undo.call(flags.pop)
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def call(self, step: Callable[..., Any], *args: Any) -> None:
         """Remember how to undo what was just done."""
-        self.callback(step, *args)
+        self._steps.append((step, args))
 
-    def keep(self) -> None:
-        """The work is done: forget how to undo it."""
-        self.pop_all()
+    def __enter__(self) -> Undo:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            for step, args in reversed(self._steps):
+                step(*args)
+        self._steps.clear()
+
+
+@contextlib.contextmanager
+def collector_paused() -> Iterator[None]:
+    """Keep the cyclic garbage collector from running inside the block.
+
+    Each of its full runs visits every object of the growing model, so that a model twice as large would take more than twice as long.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class MountedModules(nn.ModuleDict):
@@ -68,7 +98,7 @@ def perform(
         module: Any = index.entries.get(key)
         if module is None:
             occupant = _occupant(index, wrap.path)
-            if isinstance(occupant, LeavesBehind):
+            if occupant is not index.view.modules[wrap.path] and isinstance(occupant, LeavesBehind):
                 raise UnsupportedModuleError(
                     f"{wrap.path!r} is saved whole by {listed(occupant.adapters())}, so that {adapter!r} can't wrap it",
                     hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",

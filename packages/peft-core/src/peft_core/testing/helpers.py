@@ -1,0 +1,98 @@
+"""What the checks of the suite share: outputs, parameters and pictures of a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import AdapterLayer, PeftModel
+from ..tuners.index import ATTRIBUTE, AdapterIndex
+
+
+def tensor_of(output: Any) -> Tensor:
+    """Return the main tensor of a model's output."""
+    if isinstance(output, Tensor):
+        return output
+    for key in ("logits", "start_logits", "last_hidden_state"):
+        value = output.get(key)
+        if isinstance(value, Tensor):
+            return value
+    found: Tensor = output[0]
+    return found
+
+
+def in_one_precision(base: nn.Module) -> nn.Module:
+    """Return the model with norms that compute in their input's dtype: transformers' RMSNorm rounds to float32 inside."""
+    for module in list(base.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__.endswith("RMSNorm"):
+                scale = child.get_parameter("weight")
+                norm = nn.RMSNorm(scale.shape, eps=float(child.variance_epsilon))  # type: ignore[arg-type]
+                norm.weight = scale
+                setattr(module, name, norm)
+    return base.double()
+
+
+def parameters_of(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
+    """Return an adapter's parameters under unique names."""
+    index: AdapterIndex = model.__dict__[ATTRIBUTE]
+    return {f"{path}.{key}": p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
+
+
+def method_parameters(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
+    """Yield an adapter's parameters without those of saved modules, which keep the dtype of the original."""
+    index: AdapterIndex = model.__dict__[ATTRIBUTE]
+    for (kind, _), module in index.modules_of(adapter):
+        if not kind.startswith("@"):
+            yield from module.parameters_of(adapter).values()
+
+
+def layers_of(model: PeftModel) -> list[AdapterLayer]:
+    """Return the adapter layers of a model."""
+    return [module for module in model.modules() if isinstance(module, AdapterLayer)]
+
+
+def randomise(model: PeftModel, adapter: str, seed: int) -> None:
+    """Give an adapter's parameters random values, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters_of(model, adapter).values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+
+def trainability(model: nn.Module) -> dict[str, bool]:
+    """Return which parameters train."""
+    return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
+
+
+def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
+    """Return every module and parameter by name, with its class and identity; empty containers of adapters left out."""
+    found = {
+        key: (type(module).__name__, id(module)) for key, module in model.named_modules() if not isinstance(module, (nn.ModuleDict, nn.ParameterDict))
+    }
+    found.update({f"parameter {key}": ("", id(parameter)) for key, parameter in model.named_parameters()})
+    return found
+
+
+def raises(kind: type[BaseException], action: Callable[[], Any], what: str) -> None:
+    """Fail unless `action` raises `kind`."""
+    try:
+        action()
+    except kind:
+        return
+    except Exception as error:
+        raise AssertionError(f"{what} raised {type(error).__name__} instead of {kind.__name__}: {error}") from error
+    raise AssertionError(f"{what} was accepted")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Ignore warnings: they have tests of their own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,109 @@
+"""Folding adapters into the base weights and taking them out: over the whole model, all or nothing."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..errors import PeftWarning, listed
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.merging import merges_of
+from ..layers.slots import LeavesBehind
+from ..plugins import Capability
+from .perform import collector_paused
+
+if TYPE_CHECKING:
+    from .index import AdapterIndex
+
+
+def merged_adapters(index: AdapterIndex) -> list[str]:
+    """Return the merged adapters, each once, in load order."""
+    merged = {name for module in index.entries.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
+    return [name for name in index.configs if name in merged]
+
+
+def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> None:
+    """Fold adapters into the base weights; all or nothing.
+
+    Args:
+        adapters: None: those in use.
+        safe: refuse results that are not finite.
+        progress: show a progress bar.
+
+    Raises:
+        AdapterNotFoundError, CapabilityError: before anything changes.
+        MergeError: a result is not finite; nothing is changed then.
+    """
+    chosen = index.active if adapters is None else tuple(adapters)
+    index.require(*chosen)
+    for adapter in chosen:
+        index.require_capability(adapter, Capability.MERGE, "merged")
+    already = [name for name in merged_adapters(index) if name in chosen]
+    if already:
+        warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
+    layers = [module for module in index.entries.values() if isinstance(module, AdapterLayer)]
+    done: list[AdapterLayer] = []
+    try:
+        with collector_paused():
+            for layer in _progress(layers, "merging", progress):
+                before = len(layer.merges)
+                layer.merge(chosen, safe=safe)
+                if len(layer.merges) > before:
+                    done.append(layer)
+    except BaseException:
+        for layer in reversed(done):
+            layer.undo_last_merge()
+        raise
+
+
+def unmerge(index: AdapterIndex) -> None:
+    """Take out all merged adapters, in reverse."""
+    with collector_paused():
+        for module in reversed(list(index.entries.values())):
+            if isinstance(module, AdapterLayer):
+                module.unmerge()
+
+
+def unload(
+    index: AdapterIndex, *, fold: bool = False, adapters: Sequence[str] | None = None, safe: bool = False, progress: bool = False
+) -> nn.Module:
+    """Take all wrappers off, after merging if asked, and return the base.
+
+    Args:
+        fold: merge the adapters first; saved modules in use take the place of the originals.
+        adapters: which to merge; None: those in use.
+        safe: refuse results that are not finite.
+        progress: show a progress bar.
+
+    Raises:
+        as `merge`.
+    """
+    if fold:
+        merge(index, adapters, safe=safe, progress=progress)
+        kept = index.active if adapters is None else tuple(adapters)
+    else:
+        unmerge(index)
+        kept = index.active
+    replaced: dict[str, nn.Module] = {}
+    for (_, path), module in index.entries.items():
+        if isinstance(module, LeavesBehind):
+            replaced[path] = module.remains(kept)
+        elif isinstance(module, AdapterLayer):
+            module.merges.clear()
+            merges_of(module.get_base_layer()).clear()
+    for path in {path for kind, path in index.entries if kind and path}:
+        for parent, leaf in index.view.sites.get(path, ()):
+            setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
+    index.retire()
+    return index.base
+
+
+def _progress(items: Sequence[Any], what: str, show: bool) -> Any:
+    if not show:
+        return items
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what)
