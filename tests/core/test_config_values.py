@@ -91,7 +91,7 @@ def test_a_number_is_finite(value: Any) -> None:
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, float("nan"), "0.1", None, False])
 def test_a_dropout_is_below_one(value: Any) -> None:
-    with pytest.raises(ConfigError, match="dropout=.* is no probability"):
+    with pytest.raises(ConfigError, match=r"dropout=.* is no probability"):
         require_probability("dropout", value)
 
 

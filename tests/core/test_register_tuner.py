@@ -35,7 +35,7 @@ def test_its_config_is_found() -> None:
 
 
 def test_a_taken_name_is_refused() -> None:
-    with pytest.raises(DuplicateTunerError, match="'DENSE' is taken by a tuner registered in this process.*replace=True"):
+    with pytest.raises(DuplicateTunerError, match=r"'DENSE' is taken by a tuner registered in this process.*replace=True"):
         register_tuner(dataclasses.replace(support.DENSE, parameter_prefix="other_"))
     assert get_tuner_spec("DENSE") is support.DENSE
 

@@ -160,7 +160,7 @@ def test_a_broken_plugin_is_named_with_its_distribution_while_others_work(site: 
 
 def test_a_broken_plugin_keeps_its_cause(site: Path) -> None:
     support.distribution(site, "peft-zip", tuners={"zip": "bad_plugin"}, modules={"bad_plugin": "raise RuntimeError('no such GPU')"})
-    with pytest.raises(PluginError, match="RuntimeError: no such GPU.*other tuners are not affected") as caught:
+    with pytest.raises(PluginError, match=r"RuntimeError: no such GPU.*other tuners are not affected") as caught:
         Registry().resolve("ZIP")
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert isinstance(caught.value, ImportError)
@@ -219,7 +219,7 @@ def conflict(site: Path) -> Registry:
 
 
 def test_two_distributions_with_one_type_are_both_named(conflict: Registry) -> None:
-    with pytest.raises(DuplicateTunerError, match="'ZIP' is offered by two distributions: peft-zip.* and peft-zip") as caught:
+    with pytest.raises(DuplicateTunerError, match=r"'ZIP' is offered by two distributions: peft-zip.* and peft-zip") as caught:
         conflict.resolve("ZIP")
     assert {"peft-zip 1.0", "peft-zip-fork 3.0"} <= {part for part in ("peft-zip 1.0", "peft-zip-fork 3.0") if part in str(caught.value)}
     assert [entry.state for entry in info(conflict, "ZIP")] == ["conflict", "conflict"]

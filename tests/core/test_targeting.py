@@ -299,7 +299,7 @@ def test_layers_that_a_fused_kernel_passes_by_are_refused() -> None:
 
     base = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})})
     base.config = SimpleNamespace(model_type="falcon_mamba")
-    with pytest.raises(ConfigError, match="fused kernel.*in_proj"):
+    with pytest.raises(ConfigError, match=r"fused kernel.*in_proj"):
         targeted(base, target_modules=["out_proj"])
     assert targeted(base, target_modules=["in_proj"]) == ["mixer.in_proj"]
 

@@ -9,6 +9,7 @@ a product of rank r² of the row-wise Khatri–Rao product of the B and the colu
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -27,30 +28,30 @@ def khatri_rao(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, 
     return kb, ka
 
 
-def bilinear(x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
-    """Return x ΔWᵀ for few tokens, without forming any factor: y[o] = B₁[o]·M·B₂[o]ᵀ with M = A₁ diag(x) A₂ᵀ (r, r) per token.
+def add_applied_to_one(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, ones: Tensor) -> Tensor:
+    """Add s·x ΔWᵀ to `y` in place for a single token, without forming any factor of size r².
+
+    y[o] += s·B₁[o]·M·B₂[o]ᵀ with M = A₁ diag(x) A₂ᵀ (r, r).
 
     Args:
-        x: (tokens, in).
-
-    Returns:
-        (tokens, out).
+        y: (…, out) with one token, contiguous.
+        x: (…, in) with one token.
+        ones: r ones, for the sum over a row.
     """
-    middle = F.linear(x.unsqueeze(-2) * a1, a2)  # (tokens, r, r)
-    return (b1 @ middle).mul(b2).sum(-1)
+    terms = b1.mm(F.linear(a1 * x.view(-1), a2))
+    terms = terms * b2 if torch.is_grad_enabled() else terms.mul_(b2)
+    y.view(-1).addmv_(terms, ones, alpha=s)  # sums, scales and adds in one call
+    return y
 
 
-def applied(x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
-    """Return x ΔWᵀ (…, out) for x (…, in), by the cheapest of three equal ways for this many tokens.
+def add_applied(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
+    """Add s·x ΔWᵀ (…, out) to `y` in place, for x (…, in), by the cheaper of two equal ways for this many tokens.
 
-    Counting multiplications: bilinear r²(in + out) a token and no preparation, but one memory pass of r·in a token; Khatri–Rao
-    r²(in + out) a token after as much once; ΔW in·out a token after 2r·in·out once.
+    Multiplications: Khatri–Rao r²(in + out) a token after as much once; ΔW in·out a token after 2r·in·out once.
     """
     out, inp, r = b1.shape[0], a1.shape[1], a1.shape[0]
     tokens = x.numel() // inp
-    if tokens <= 2:
-        return bilinear(x.reshape(tokens, inp), b1, a1, b2, a2).view(*x.shape[:-1], out)
     if (tokens + 1) * r * r * (inp + out) < (tokens + 2 * r) * inp * out:
         kb, ka = khatri_rao(b1, a1, b2, a2)
-        return F.linear(F.linear(x, ka), kb)
-    return F.linear(x, hadamard(b1, a1, b2, a2))
+        return y.add_(F.linear(F.linear(x, ka), kb), alpha=s)
+    return y.add_(F.linear(x, hadamard(b1, a1, b2, a2)), alpha=s)

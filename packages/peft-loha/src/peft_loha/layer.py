@@ -42,6 +42,7 @@ class LoHaLayer(AdapterLayer):
         self.alpha: dict[str, float] = {}
         self.rank_dropout: dict[str, float] = {}
         self.module_dropout: dict[str, float] = {}
+        self._ones: Tensor | None = None
 
     def note(self, adapter: str, settings: LoHaSettings) -> None:
         """Write down what holds for a new adapter."""
@@ -73,8 +74,13 @@ class Linear(LoHaLayer):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in)."""
-        b1, a1, b2, a2 = (self._modules[name]._parameters[adapter] for name in self.containers)  # type: ignore[union-attr]
-        return b1, a1, b2, a2  # type: ignore[return-value]
+        # straight to the dicts: nn.Module's attribute look-up would cost as much as one of the products
+        held = self._modules
+        b1: Any = held["hada_w1_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a1: Any = held["hada_w1_b"]._parameters[adapter]  # type: ignore[union-attr]
+        b2: Any = held["hada_w2_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a2: Any = held["hada_w2_b"]._parameters[adapter]  # type: ignore[union-attr]
+        return b1, a1, b2, a2
 
     def delta_weight(self, adapter: str) -> Tensor:
         """Return s·(B₁A₁) ⊙ (B₂A₂), (out, in)."""
@@ -86,17 +92,29 @@ class Linear(LoHaLayer):
         if x.dtype != factors[0].dtype:
             x = self.cast_input(x, factors[0].dtype)
         if not self.training:
-            return y.add_(formulas.applied(x, *factors), alpha=self.scaling[adapter])
+            if x.numel() == self.matrix_shape[1] and y.dtype == x.dtype == factors[0].dtype and y.is_contiguous():
+                return formulas.add_applied_to_one(y, self.scaling[adapter], x, *factors, self._ones_like(factors[0]))
+            return formulas.add_applied(y, self.scaling[adapter], x, *factors)
         draw = torch.rand(1)  # always, and before the rows: a seed gives the same run whichever dropout is on
-        skip = self.module_dropout[adapter]
+        skip, p = self.module_dropout[adapter], self.rank_dropout[adapter]
+        if not skip and not p:
+            return formulas.add_applied(y, self.scaling[adapter], x, *factors)
         if skip and not torch.compiler.is_compiling() and draw <= skip:
             return y  # no gradient at all, so that optimisers leave the adapter alone
-        change = formulas.applied(x, *factors)
-        if p := self.rank_dropout[adapter]:
+        change = formulas.add_applied(torch.zeros_like(y, dtype=factors[0].dtype), 1.0, x, *factors)
+        if p:
             change = change * self._row_mask(change, p)
         if skip and torch.compiler.is_compiling():  # a branch on a random number would break the graph
             change = torch.where(draw.to(change.device) > skip, change, 0)
         return y.add_(change, alpha=self.scaling[adapter])
+
+    def _ones_like(self, factor: Tensor) -> Tensor:
+        """Return r ones in the dtype and on the device of a factor (out, r); kept, since making them costs as much as a product."""
+        ones = self._ones
+        if ones is None or ones.shape[0] != factor.shape[1] or ones.dtype != factor.dtype or ones.device != factor.device:
+            with torch.inference_mode(False):
+                self._ones = ones = factor.new_ones(factor.shape[1])
+        return ones
 
     @staticmethod
     def _row_mask(change: Tensor, p: float) -> Tensor:

@@ -113,6 +113,10 @@ class Linear(LoraLayer):
             x = self.cast_input(x, a.dtype)
         if self.training and (p := self.lora_dropout[adapter]):
             x = F.dropout(x, p)
+        if x.numel() == self.matrix_shape[1] and y.dtype == a.dtype == x.dtype and y.is_contiguous():
+            # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
+            y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=self.scaling[adapter])
+            return y
         return y.add_(F.linear(F.linear(x, a), b), alpha=self.scaling[adapter])
 
 

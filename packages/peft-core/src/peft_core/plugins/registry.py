@@ -100,6 +100,9 @@ class Registry:
         if spec is not None:
             return spec
         with self._lock:
+            spec = self._registered.get(name) or self._loaded.get(name)
+            if spec is not None:  # another thread was faster
+                return spec
             claims = self.claims().get(name, [])
             if not claims:
                 raise self._unknown(peft_type, name)
@@ -114,7 +117,8 @@ class Registry:
             try:
                 self._load(claims[0])
             except PluginError as error:
-                self._broken[name] = error
+                if claims[0].module not in self._loading:  # a refusal inside its own import is not the last word
+                    self._broken[name] = error
                 raise
             return self._loaded[name]
 
@@ -229,6 +233,10 @@ class Registry:
         self._accept(claim, specs)
 
     def _accept(self, claim: Claim, specs: Iterable[TunerSpec]) -> None:
+        specs = list(specs)
+        for spec in specs:
+            if not isinstance(spec, TunerSpec):
+                raise PluginError(f"peft_tuners() of {claim} offers {spec!r}, which is no TunerSpec")
         offered = {spec.peft_type: spec for spec in specs}
         name = claim.name.upper()
         if name not in offered:

@@ -6,7 +6,7 @@ import functools
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
@@ -47,17 +47,21 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+    every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    if every_linear:
         targets = _all_linear(base, config)
     if targets == DUMMY or (not isinstance(targets, str) and set(targets) == {DUMMY}):
         return Selection((), targets)
     if base.chosen is not None:
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
     saved = frozenset((*config.extras().modules_to_save, *base.heads))
-    matching = matcher(targets, "target_modules")
+    matching = frozenset(targets).__contains__ if every_linear else matcher(targets, "target_modules")
     in_layers = _layer_filter(config)
     excluded = matcher(config.exclude_modules, "exclude_modules")
-    found, dropped, off_layer = [], [], []
+    found: list[str] = []
+    dropped: list[str] = []
+    off_layer: list[str] = []
+    whole: list[str] = []
     for name in base.modules:
         if not name or not matching(name):
             continue
@@ -65,10 +69,12 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
             dropped.append(name)
         elif not in_layers(name):
             off_layer.append(name)
-        elif not _inside(name, saved):
+        elif _inside(name, saved):
+            whole.append(name)
+        else:
             found.append(name)
     if not found:
-        raise _no_match(base, config, targets, dropped, off_layer)
+        raise _no_match(base, config, targets, dropped, off_layer, whole)
     _refuse_fused_kernels(base, found)
     _warn_unused(base, config, targets, dropped)
     if not isinstance(targets, str):
@@ -131,7 +137,10 @@ def _layer_filter(config: LayerConfig) -> Callable[[str], bool]:
     wanted = {config.layers_to_transform} if isinstance(config.layers_to_transform, int) else set(config.layers_to_transform)
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else list(config.layers_pattern or ())
     if patterns:
-        expressions = [re.compile(rf"(?:^|.*\.){pattern}\.(\d+)\.") for pattern in patterns]
+        try:
+            expressions = [re.compile(rf"(?:^|.*\.){pattern}\.(\d+)\.") for pattern in patterns]
+        except re.error as error:
+            raise ConfigError(f"layers_pattern={config.layers_pattern!r} is no regular expression: {error}") from error
     else:
         expressions = [re.compile(r"(?:^|.*?\.)(\d+)\.")]
 
@@ -198,7 +207,9 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _no_match(base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str], off_layer: list[str]) -> NoMatchingPeftModuleError:
+def _no_match(
+    base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str], off_layer: list[str], whole: list[str]
+) -> NoMatchingPeftModuleError:
     given = repr(targets) if isinstance(targets, str) else repr(sorted(targets))
     if not targets:
         return NoMatchingPeftModuleError(
@@ -216,6 +227,12 @@ def _no_match(base: BaseView, config: LayerConfig, targets: Targets, dropped: li
             f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r}",
             hint="check the layer numbers and the pattern",
             code="no-such-layers",
+        )
+    if whole:
+        return NoMatchingPeftModuleError(
+            f"all modules of {base.name} that target_modules={given} matches are saved whole ({listed(whole)}): by modules_to_save, or by the task",
+            hint="a module is either saved whole or adapted",
+            code="all-saved",
         )
     words = [targets] if isinstance(targets, str) else sorted(targets)
     near = [hint for hint in (did_you_mean(word.rpartition(".")[2], base.leaf_names) for word in words[:3]) if hint]
@@ -241,7 +258,8 @@ def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, dropped:
 class Patterns(Mapping[str, _V]):
     """`rank_pattern` or `alpha_pattern`: a regular expression for the end of a module's name → value; the first match counts.
 
-    Plain names are looked up instead of tried one after the other, so that a thousand of them on a thousand modules stay cheap.
+    Keys of word characters and dots are looked up instead of tried one after the other, so that a thousand of them on a thousand
+    modules stay cheap. A dot in a key is any character, as in every expression.
 
     Raises:
         ConfigError: a malformed expression, from the constructor.
@@ -249,28 +267,25 @@ class Patterns(Mapping[str, _V]):
 
     def __init__(self, patterns: Mapping[str, _V], field: str) -> None:
         self._patterns = dict(patterns)
-        self._plain: dict[str, int] = {}
-        self._whole: dict[str, int] = {}
-        self._expressions: list[tuple[int, re.Pattern[str]]] = []
         self._values = list(self._patterns.values())
         self._used: set[int] = set()
+        #: (length, places of the dots, whole name) → key → position
+        self._simple: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
+        self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for position, key in enumerate(self._patterns):
-            if re.fullmatch(r"[\w.]+", key):
-                self._plain.setdefault(key, position)
-            elif re.fullmatch(r"\^[\w.]+\$?", key):
-                self._whole.setdefault(key.strip("^$"), position)
-            else:
-                try:
-                    self._expressions.append((position, re.compile(rf"(?:^|.*\.)(?:{key})$")))
-                except re.error as error:
-                    raise ConfigError(f"the key {key!r} of {field} is no regular expression: {error}") from error
+            if re.fullmatch(r"\^?[\w.]+\$?", key):
+                word = key.strip("^$")
+                dots = tuple(i for i, character in enumerate(word) if character == ".")
+                self._simple.setdefault((len(word), dots, key.startswith("^")), {}).setdefault(word, position)
+                continue
+            try:
+                self._expressions.append((position, re.compile(rf"(?:^|.*\.)(?:{key})$")))
+            except re.error as error:
+                raise ConfigError(f"the key {key!r} of {field} is no regular expression: {error}") from error
 
     def value(self, name: str, default: _V) -> _V:
         """Return the value of the first pattern that matches the module's name, or `default`."""
-        hits = [self._plain[end] for end in _ends(name) if end in self._plain] if self._plain else []
-        if name in self._whole:
-            hits.append(self._whole[name])
-        limit = min(hits, default=len(self._values))
+        limit = min(self._simple_matches(name), default=len(self._values))
         for position, expression in self._expressions:
             if position >= limit:
                 break
@@ -281,6 +296,18 @@ class Patterns(Mapping[str, _V]):
             return default
         self._used.add(limit)
         return self._values[limit]
+
+    def _simple_matches(self, name: str) -> Iterator[int]:
+        for (length, dots, whole), keys in self._simple.items():
+            start = len(name) - length
+            if start < 0 or (start and (whole or name[start - 1] != ".")):
+                continue
+            end = list(name[start:])
+            for place in dots:
+                end[place] = "."
+            position = keys.get("".join(end))
+            if position is not None:
+                yield position
 
     @property
     def unused(self) -> list[str]:
