@@ -56,7 +56,9 @@ def install(project: dict[str, Any]) -> None:
     info = Path(f"{project['name'].replace('-', '_')}-{project['version']}.dist-info")
     info.mkdir()
     requires = [f"Requires-Dist: {text}" for text in project.get("dependencies", ())]
-    (info / "METADATA").write_text("\n".join(["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}", *requires]) + "\n")
+    (info / "METADATA").write_text(
+        "\n".join(["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}", *requires]) + "\n"
+    )
     groups = project.get("entry-points", {})
     (info / "entry_points.txt").write_text("".join(f"[{g}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for g, points in groups.items()))
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import pages
 import pytest
 
-import pages
 import peft_core
 from peft_core.plugins import hookspecs
 

@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from urllib.parse import urldefrag
 
-import pytest
-
 import pages
+import pytest
 from pages import ROOT, Page
 
 try:
@@ -40,7 +39,9 @@ def test_its_code_runs(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", PAGES)
 def test_every_block_says_what_it_is(name: str) -> None:
     """A block without a known language would be checked by nobody."""
-    strange = [f"line {b.line}: {b.language!r}" for b in PAGES[name].blocks if b.language not in ("python", "bash", "toml", "text", "json", "mermaid")]
+    strange = [
+        f"line {b.line}: {b.language!r}" for b in PAGES[name].blocks if b.language not in ("python", "bash", "toml", "text", "json", "mermaid")
+    ]
     assert not strange
 
 

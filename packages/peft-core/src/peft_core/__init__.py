@@ -14,12 +14,14 @@ _HOME = {
     "config": "Extras LayerConfig PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
     "errors": (
         "AdapterFileError AdapterNameError AdapterNotFoundError AdapterWeightsError CapabilityError ConfigError ConfigFileError "
-        "DuplicateTunerError IncompatiblePluginError MergeError ModelError NoMatchingPeftModuleError PeftError PeftWarning PluginError "
+        "DuplicateTunerError IncompatiblePluginError MergeError MissingMethodError ModelError NoMatchingPeftModuleError PeftError "
+        "PeftWarning PluginError "
         "RoutingError UnknownTunerError UnsupportedModuleError"
     ),
     "plugins": "Capability TunerInfo TunerSpec get_tuner_spec hookimpl hookspec list_tuners register_tuner unregister_tuner",
     "layers.activation": "ALL BASE Activation Route",
-    "layers.adapter_layer": "AdapterLayer Creation",
+    "layers.adapter_layer": "AdapterLayer",
+    "layers.creation": "Creation",
     "layers.base_ops": "ops_for",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
     "tuners.base_view": "BaseView",
@@ -55,6 +57,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .errors import DuplicateTunerError as DuplicateTunerError
     from .errors import IncompatiblePluginError as IncompatiblePluginError
     from .errors import MergeError as MergeError
+    from .errors import MissingMethodError as MissingMethodError
     from .errors import ModelError as ModelError
     from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
     from .errors import PeftError as PeftError
@@ -72,8 +75,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.activation import Activation as Activation
     from .layers.activation import Route as Route
     from .layers.adapter_layer import AdapterLayer as AdapterLayer
-    from .layers.adapter_layer import Creation as Creation
     from .layers.base_ops import ops_for as ops_for
+    from .layers.creation import Creation as Creation
     from .layers.slots import AdapterModule as AdapterModule
     from .layers.slots import LeavesBehind as LeavesBehind
     from .layers.slots import Mergeable as Mergeable

@@ -125,10 +125,16 @@ class AdapterWeightsError(PeftError, RuntimeError, ValueError):
     code = "adapter-weights"
 
 
-class ModelError(PeftError, ValueError, AttributeError):
+class ModelError(PeftError, ValueError):
     """The base model lacks something that a tuner or a task needs."""
 
     code = "model"
+
+
+class MissingMethodError(ModelError, AttributeError):
+    """The base model lacks a method that its task needs."""
+
+    code = "missing-method"
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class AtomicFolder:
 
     def __init__(self) -> None:
         self._staged: list[tuple[Path, Path]] = []
+        self._removed: list[Path] = []
 
     def __enter__(self) -> AtomicFolder:
         return self
@@ -136,8 +138,13 @@ class AtomicFolder:
             from safetensors.torch import save_file
 
             save_file(whole, path, metadata=dict(metadata))
+            _sort_metadata(path)
         else:
             torch.save(whole, path)
+
+    def remove(self, target: Path) -> None:
+        """Stage the removal of a file that may be there."""
+        self._removed.append(target)
 
     def _stage(self, target: Path) -> Path:
         path = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -155,6 +162,11 @@ class AtomicFolder:
                         os.replace(target, kept)
                     replaced.append((target, kept if had else None))
                     os.replace(path, target)
+                for target in self._removed:
+                    if target.exists():
+                        kept = target.with_name(f".{target.name}.{os.getpid()}.before")
+                        os.replace(target, kept)
+                        replaced.append((target, kept))
         except BaseException:
             for target, before in reversed(replaced):
                 target.unlink(missing_ok=True)
@@ -168,6 +180,18 @@ class AtomicFolder:
             for _, before in replaced:
                 if before is not None:
                     before.unlink(missing_ok=True)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a header in order: the writer's order is random, and equal adapters are to give equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

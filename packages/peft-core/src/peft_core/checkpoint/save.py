@@ -63,7 +63,8 @@ def save_adapters(
             config = index.configs[adapter]
             tensors: dict[str, Tensor] = adapter_tensors(index, adapter, state_dict=state_dict, model=model)
             tensors.update(embeddings.tensors_to_save(index, adapter, save_embedding_layers))
-            name = SAFETENSORS_WEIGHTS_NAME if safe_serialization else WEIGHTS_NAME
+            name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+            staged.remove(folder / other)  # an older save of the other kind would be read instead, or be taken for this one
             staged.tensors(folder / name, tensors, passport(str(config.peft_type), index.view))
             staged.text(config_target(folder), config_text(index, config))
         staged.text(root / "README.md", model_card.render(index, root / "README.md"))

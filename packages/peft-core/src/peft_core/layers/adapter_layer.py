@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,30 +13,12 @@ from torch.nn.modules import module as nn_module
 from ..errors import AdapterNotFoundError, MergeError
 from .activation import ALL, Activation, Route
 from .base_ops import BaseOps, require_ops
+from .creation import Creation, filler
 from .folded import MergedDelta, WeightChange
-from .merging import Merge, merges_of
+from .merging import MERGES, Merge, merges_of
 from .slots import Slot
 
 _HALF = (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Creation:
-    """How the weights of a new adapter are made.
-
-    Args:
-        meta: on the meta device, without storage, because a file will supply them.
-        autocast: keep half-precision weights in float32.
-        initialise: draw initial values; False when a file will overwrite them.
-    """
-
-    meta: bool = False
-    autocast: bool = True
-    initialise: bool = True
-
-
-#: a new adapter with initial values
-INITIAL = Creation()
 
 
 class AdapterLayer(nn.Module):
@@ -201,7 +182,7 @@ class AdapterLayer(nn.Module):
         if holder is None:
             holder = nn.ParameterDict()
             self.add_module(container, holder)
-        parameter = self.make_parameter(shape, _filler(std, bound, init))
+        parameter = self.make_parameter(shape, filler(std, bound, init))
         holder[adapter] = parameter  # type: ignore[operator]
         return parameter
 
@@ -297,6 +278,7 @@ class AdapterLayer(nn.Module):
         merge = self.merges.pop()
         merge.undo()
         merges_of(merge.owner).remove(merge)
+        self._tidy(merge.owner)
 
     def unmerge(self) -> None:
         """Take every merged adapter out again; the base weight returns bit for bit.
@@ -315,6 +297,12 @@ class AdapterLayer(nn.Module):
         for merge in reversed(others):
             merge.apply(merge.prepare(check_finite=False))
             stack.append(merge)
+        self._tidy(self.get_base_layer())
+
+    @staticmethod
+    def _tidy(base: nn.Module) -> None:
+        if not base.__dict__.get(MERGES, True):
+            del base.__dict__[MERGES]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return scaling · ΔW in the layout and shape of the base weight.
@@ -392,11 +380,3 @@ _FORWARDED = frozenset(
         "output_padding",
     ]
 )
-
-
-def _filler(std: float | None, bound: float | None, init: Callable[[Tensor], Any] | None) -> Callable[[Tensor], Any]:
-    if init is not None:
-        return init
-    if bound is not None:
-        return lambda tensor: tensor.uniform_(-bound, bound)
-    return lambda tensor: tensor.normal_(std=std) if std else tensor.zero_()

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import MergeError
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}
+#: attribute of a module whose weight is merged
+MERGES = "_peft_merges"
 #: when more than this share of the differences do not fit in int8, a full copy is smaller
 _SPARSE_SHARE = 0.15
 
@@ -125,7 +127,7 @@ def _sum(weight: Tensor, delta: Tensor) -> Tensor:
 
 def merges_of(owner: nn.Module) -> list[Merge]:
     """Return the merges into a module's weight in the order in which they were done, whatever layers did them."""
-    stack: list[Merge] = owner.__dict__.setdefault("_peft_merges", [])
+    stack: list[Merge] = owner.__dict__.setdefault(MERGES, [])
     return stack
 
 

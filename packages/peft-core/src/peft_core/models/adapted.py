@@ -15,9 +15,9 @@ from ..checkpoint import save as saving
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, Tensors
 from ..config import HUB_KEYS, PeftConfig
-from ..errors import AdapterNotFoundError, ConfigError, ModelError, PeftWarning, did_you_mean
+from ..errors import AdapterNotFoundError, ConfigError, MissingMethodError, PeftWarning, did_you_mean
 from ..inspection import parameters as counting
-from ..layers.adapter_layer import Creation
+from ..layers.creation import Creation
 from ..plugins import hooks, registry
 from ..tuners import runner
 from ..tuners.base_view import checkpointed
@@ -102,7 +102,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
 
     def _check_task(self, model: nn.Module) -> None:
         if self.task.generates and not hasattr(model, "prepare_inputs_for_generation"):
-            raise ModelError(
+            raise MissingMethodError(
                 f"{type(model).__name__} has no prepare_inputs_for_generation, which task_type={self.task.name} needs",
                 hint="use a model with a language-modelling head, or another task_type",
             )
@@ -283,6 +283,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
             )
             result = results[0]
             index.set_trainable(adapter_name, is_trainable)
+            if not is_trainable:
+                self.eval()  # but not where only the weights of an adapter in training are replaced
         hooks.adapter_loaded(index.base, adapter_name, str(model_id))
         return result
 

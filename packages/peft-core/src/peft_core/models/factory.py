@@ -17,7 +17,7 @@ from ..checkpoint.load import LoadResult, Strict, Tensors
 from ..checkpoint.state_dict import WRAPPER_PREFIX, adapter_tensors, key_renamer
 from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, listed
-from ..layers.adapter_layer import Creation
+from ..layers.creation import Creation
 from ..plugins import registry
 from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
 from .adapted import AdaptedModel, require_adapter, take_hub_arguments

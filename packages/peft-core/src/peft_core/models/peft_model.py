@@ -77,22 +77,26 @@ class PeftModel(AdaptedModel):
             config = PeftConfig.from_pretrained(model_id, **hub)
         elif not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}", hint="use get_peft_config(dict)")
-        config.inference_mode = not is_trainable
+        before, config.inference_mode = config.inference_mode, not is_trainable
         task = str(config.task_type) if config.task_type is not None else None
         target = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", cls)
-        mapping = key_mapping
-        if mapping is None and not config.is_prompt_learning:
-            mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
-        source = Tensors.of_file(find_weights(model_id, **hub), torch_device, str(config.peft_type), config, mapping)
-        wrapped = target(
-            model,
-            config,
-            adapter_name,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            source=source,
-            strict=strict,
-        )
+        try:
+            mapping = key_mapping
+            if mapping is None and not config.is_prompt_learning:
+                mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
+            source = Tensors.of_file(find_weights(model_id, **hub), torch_device, str(config.peft_type), config, mapping)
+            wrapped = target(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                source=source,
+                strict=strict,
+            )
+        except BaseException:
+            config.inference_mode = before
+            raise
         hooks.adapter_loaded(model, adapter_name, str(model_id))
         return wrapped if is_trainable else wrapped.eval()
 

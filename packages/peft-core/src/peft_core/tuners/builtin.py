@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..config import Extras
 from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from ..layers.activation import ALL, Activation
-from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import Creation
 from ..layers.slots import AdapterModule, Slot, module_slots
 from ..plugins import Capability, TunerSpec
 from .base_view import BaseView

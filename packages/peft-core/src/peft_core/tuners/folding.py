@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.merging import merges_of
+from ..layers.merging import MERGES
 from ..layers.slots import LeavesBehind
 from ..plugins import Capability
 from .perform import collector_paused
@@ -93,7 +93,7 @@ def unload(
             replaced[path] = module.remains(kept)
         elif isinstance(module, AdapterLayer):
             module.merges.clear()
-            merges_of(module.get_base_layer()).clear()
+            module.get_base_layer().__dict__.pop(MERGES, None)
     for path in {path for kind, path in index.entries if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))

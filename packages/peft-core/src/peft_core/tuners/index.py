@@ -11,7 +11,7 @@ from torch import nn
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
 from ..layers.activation import BASE, Activation, Route
-from ..layers.adapter_layer import INITIAL, Creation
+from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
 from . import builtin, folding, generation

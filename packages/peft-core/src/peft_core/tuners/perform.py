@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..errors import UnsupportedModuleError, listed
-from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import Creation
 from ..layers.slots import LeavesBehind, Slot
 from .tuner import Plan, TunerBase
 

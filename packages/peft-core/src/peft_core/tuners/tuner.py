@@ -12,7 +12,8 @@ from torch import nn
 from ..config import LayerConfig
 from ..errors import UnsupportedModuleError
 from ..layers.activation import Activation
-from ..layers.adapter_layer import AdapterLayer, Creation
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import Creation
 from ..layers.slots import AdapterModule
 from ..plugins import TunerSpec, hooks
 from . import targeting

@@ -1,0 +1,71 @@
+"""The names that configs speak in: tasks and methods; and how values look in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for; decides the task class, its heads and its labels."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class _OpenEnum(type):
+    def __getattr__(cls, name: str) -> PeftType:
+        if name.startswith("_") or name != name.upper():
+            raise AttributeError(name)
+        return PeftType(name)
+
+
+class PeftType(str, metaclass=_OpenEnum):
+    """The name of a method: any upper-case word, because anybody can publish one. `PeftType.LORA == "LORA"`."""
+
+    def __new__(cls, value: str) -> PeftType:
+        return super().__new__(cls, str(value).upper())
+
+    @property
+    def value(self) -> str:
+        """The plain string, as an enum member would show it."""
+        return str.__str__(self)
+
+    @property
+    def name(self) -> str:
+        """The same as `value`."""
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"PeftType.{self.value}"
+
+
+def plain(value: Any) -> Any:
+    """Return a value without dataclasses and enums."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, PeftType):
+        return value.value
+    return value
+
+
+def jsonable(value: Any) -> Any:
+    """Return a value as JSON can hold it: sets sorted, keys as strings."""
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(jsonable(item) for item in value)
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    return plain(value)

@@ -1,0 +1,135 @@
+"""From untrusted fields to configs: a dict, a file, a folder, the Hub."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, ConfigFileError, PeftWarning, listed
+from ..plugins import registry
+
+if TYPE_CHECKING:
+    from .base import PeftConfig
+
+CONFIG_NAME = "adapter_config.json"
+#: The file format we write is the one of this release of the reference implementation; its readers look at `peft_version`.
+FORMAT_VERSION = "0.21.2"
+#: Keys of old releases that never changed a result: dropped with a warning.
+LEGACY_KEYS = frozenset({"postprocess_past_key_value_function", "enable_lora"})
+HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "repo_type", "use_auth_token", "tqdm_class")
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """Build the config that `config_dict["peft_type"]` names.
+
+    Args:
+        config_dict: fields of the config; keys that the class does not know give one warning and are ignored.
+
+    Raises:
+        UnknownTunerError: `peft_type` is not installed.
+        ConfigError: it is missing, or a value is bad.
+
+    Example:
+        >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
+        4
+    """
+    if not config_dict.get("peft_type"):
+        raise ConfigError("the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}")
+    return config_from_dict(config_dict)
+
+
+def config_from_dict(
+    config_dict: Mapping[str, Any],
+    fallback: type[PeftConfig] | None = None,
+    origin: str | None = None,
+    optional: frozenset[str] = frozenset(),
+) -> PeftConfig:
+    """Build a config from untrusted fields: the class by `peft_type`, unknown keys warned about once (those in `optional` never)."""
+    peft_type = config_dict.get("peft_type")
+    cls = typing.cast("type[PeftConfig]", registry.config_class(peft_type)) if peft_type else (fallback or _plain_config())
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    known = {key: value for key, value in config_dict.items() if key in fields and key not in cls.transient}
+    dropped = sorted(key for key in config_dict if key not in known and key not in optional)
+    if dropped:
+        legacy = all(key in LEGACY_KEYS for key in dropped)
+        why = "old releases wrote them and they have no effect" if legacy else "perhaps it was written by a newer release"
+        warnings.warn(
+            f"Unexpected keyword arguments {dropped} for class {cls.__name__}{f' in {origin}' if origin else ''}, these are ignored: {why}.",
+            PeftWarning,
+            stacklevel=3,
+        )
+    try:
+        return cls(**{key: _restored(fields[key], value, cls) for key, value in known.items()})
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{origin or cls.__name__}: {error}") from error
+
+
+def _plain_config() -> type[PeftConfig]:
+    from .base import PeftConfig  # configs are read here and written there
+
+    return PeftConfig
+
+
+def find_config(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
+    """Return the path of an `adapter_config.json`, downloading it if `model_id` is no local directory.
+
+    Raises:
+        ConfigFileError: there is none.
+    """
+    directory = Path(model_id) / (subfolder or "")
+    if (directory / CONFIG_NAME).is_file():
+        return directory / CONFIG_NAME
+    if directory.is_dir() or os.path.isabs(model_id) or not _looks_like_hub_id(str(model_id)):
+        nested = sorted(p.parent.name for p in directory.glob(f"*/{CONFIG_NAME}")) if directory.is_dir() else []
+        hint = f"adapters lie in its sub-folders {listed(nested)}: pass subfolder=..." if nested else "save_pretrained of a PeftModel writes one"
+        raise ConfigFileError(f"Can't find '{CONFIG_NAME}' at {str(directory)!r}", hint=hint)
+    from huggingface_hub import hf_hub_download
+
+    hub.pop("use_auth_token", None)
+    try:
+        return Path(hf_hub_download(str(model_id), CONFIG_NAME, subfolder=subfolder, **hub))
+    except Exception as error:
+        raise ConfigFileError(
+            f"Can't find '{CONFIG_NAME}' at {str(model_id)!r}: no such directory, and the Hub says: {error}",
+            hint="check the path or the repository id, and the network",
+        ) from error
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") <= 1 and not name.startswith((".", "~")) and "\\" not in name
+
+
+def _restored(fld: dataclasses.Field[Any], value: Any, cls: type) -> Any:
+    """Turn a nested JSON object into the dataclass that the field's annotation names."""
+    if not isinstance(value, Mapping):
+        return value
+    for candidate in _annotated_types(fld, cls):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            names = {f.name for f in dataclasses.fields(candidate) if f.init}
+            return candidate(**{key: item for key, item in value.items() if key in names})
+    return value
+
+
+def _annotated_types(fld: dataclasses.Field[Any], cls: type) -> tuple[Any, ...]:
+    hints = _type_hints(cls)
+    annotation = hints.get(fld.name)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        members: tuple[Any, ...] = typing.get_args(annotation)
+        # a field that may also be a plain dict stays one
+        return () if any(member is dict or typing.get_origin(member) is dict for member in members) else members
+    return (annotation,)
+
+
+def _type_hints(cls: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(cls)
+    except NameError:  # a third party's annotation that only a type checker can resolve
+        return {}

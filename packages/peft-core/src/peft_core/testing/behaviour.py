@@ -1,0 +1,214 @@
+"""Checks of what an adapter computes, of its files and of its capabilities."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import (
+    AdapterLayer,
+    AdapterWeightsError,
+    Capability,
+    CapabilityError,
+    PeftConfig,
+    PeftModel,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from .base import SuiteBase
+from .helpers import (
+    layers_of,
+    parameters_of,
+    quiet,
+    raises,
+    randomise,
+    trainability,
+)
+
+
+class BehaviourChecks(SuiteBase):
+    """Checks of what an adapter computes, of its files and of its capabilities."""
+
+    # ---- config and files ------------------------------------------------------------------------------------------
+    def test_config_survives_json(self, name: str) -> None:
+        """A config written to `adapter_config.json` and read again says the same."""
+        config = self.config(name)
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            again = PeftConfig.from_pretrained(folder)
+        assert type(again) is type(config), f"read back as {type(again).__name__}"
+        assert again.to_json() == config.to_json(), "the config changes when it is written and read"
+
+    def test_save_and_load(self, name: str) -> None:
+        """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device."""
+        model = self.model(name)
+        expected = self.output(model, name)
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            model.save_pretrained(folder)
+            for low_cpu in (False, True):
+                loaded = PeftModel.from_pretrained(self.base(name), folder, low_cpu_mem_usage=low_cpu)
+                stuck = [key for key, parameter in loaded.named_parameters() if parameter.is_meta]
+                assert not stuck, f"still on the meta device: {stuck[:3]}"
+                found = self.output(loaded, name)
+                assert torch.equal(found, expected), f"a loaded adapter computes something else (by {float((found - expected).abs().max()):.2e})"
+                trains = [key for key, parameter in loaded.named_parameters() if parameter.requires_grad]
+                assert not trains, f"loaded for inference, but {trains[:3]} train"
+
+    def test_files_hold_everything_and_no_names(self, name: str) -> None:
+        """The tensors of a file determine the adapter, and their names do not contain the adapter's."""
+        first, second = self.model(name, "zebra", seed=1), self.model(name, "zebra", seed=7)
+        with quiet():
+            state = get_peft_model_state_dict(first, adapter_name="zebra")
+        assert state, "the file is empty"
+        named = [key for key in state if "zebra" in key]
+        assert not named, f"file keys contain the adapter's name: {named[:3]}"
+        set_peft_model_state_dict(second, {key: value.clone() for key, value in state.items()}, "zebra", strict=True)
+        assert torch.equal(self.output(second, name), self.output(first, name)), "the file does not determine what the adapter computes"
+
+    def test_strict_keys(self, name: str) -> None:
+        """Missing, surplus and misshapen tensors are errors that change nothing."""
+        model = self.model(name)
+        before = self.output(model, name)
+        with quiet():
+            state = {key: value + 1 for key, value in get_peft_model_state_dict(model).items()}
+        first = next(iter(state))
+        wrong = {
+            "missing": {key: value for key, value in state.items() if key != first},
+            "surplus": {**state, "base_model.model.nowhere.weight": torch.zeros(1)},
+            "misshapen": {**state, first: torch.zeros(*state[first].shape, 2)},
+        }
+        for fault, tensors in wrong.items():
+            raises(AdapterWeightsError, partial(set_peft_model_state_dict, model, tensors, strict=True), f"a {fault} tensor")
+            assert torch.equal(self.output(model, name), before), f"the adapter changed although a {fault} tensor was refused"
+
+    # ---- what the adapter computes ---------------------------------------------------------------------------------
+    def test_identity_at_start(self, name: str) -> None:
+        """A new adapter leaves the outputs as they are (unless the suite says otherwise)."""
+        expected = self.output(self.base(name), name)
+        found = self.output(self.model(name, random=False), name)
+        if self.neutral_start:
+            self.close(found, expected, "a new adapter changes the outputs")
+        else:
+            assert torch.isfinite(found).all(), "a new adapter gives infinite outputs"
+
+    def test_has_an_effect(self, name: str) -> None:
+        """Weights that are not zero change the outputs, and none of the adapter's parameters is without effect."""
+        model = self.model(name)
+        base = self.output(self.base(name), name)
+        found = self.output(model, name)
+        assert found.shape != base.shape or not torch.equal(found, base), "the adapter has no effect"
+        for key, parameter in parameters_of(model, "default").items():
+            kept = parameter.detach().clone()
+            with torch.no_grad():
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(parameter.dtype))
+            assert not torch.equal(self.output(model, name), found), f"the parameter {key} has no effect"
+            with torch.no_grad():
+                parameter.copy_(kept)
+
+    def test_disable(self, name: str) -> None:
+        """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included."""
+        model = self.model(name)
+        before, flags = self.output(model, name), trainability(model)
+        with model.disable_adapter():
+            assert torch.equal(self.output(model, name), self.output(self.base(name), name)), "disabled, the model differs from the base"
+        assert torch.equal(self.output(model, name), before), "after disabling the adapter computes something else"
+        assert trainability(model) == flags, "disabling changed what trains"
+
+    def test_two_adapters(self, name: str) -> None:
+        """Adapters of one model do not see one another; the one in use trains, the other does not."""
+        model = self.model(name, "one", "two")
+        alone = {adapter: self.output(self.model(name, "x", seed=seed), name) for adapter, seed in (("one", 1), ("two", 2))}
+        for adapter, other in (("two", "one"), ("one", "two")):
+            model.set_adapter(adapter)
+            self.close(self.output(model, name), alone[adapter], f"{adapter!r} computes something else beside {other!r}")
+            assert all(p.requires_grad for p in parameters_of(model, adapter).values()), f"{adapter!r} is in use but does not train"
+            assert not any(p.requires_grad for p in parameters_of(model, other).values()), f"{other!r} is not in use but trains"
+
+    def test_delete(self, name: str) -> None:
+        """Deleting an adapter removes its parameters and leaves the others; without any, the base is left."""
+        model = self.model(name, "one", "two")
+        expected = self.output(model, name)
+        count = sum(p.numel() for p in self.model(name, "one").parameters())
+        model.delete_adapter("two")
+        assert torch.equal(self.output(model, name), expected), "deleting an unused adapter changed the outputs"
+        left = [key for key, _ in model.named_parameters() if ".two" in key]
+        assert not left, f"parameters of a deleted adapter remain: {left[:3]}"
+        assert sum(p.numel() for p in model.parameters()) == count, "a deleted adapter left parameters behind"
+        model.delete_adapter("one")
+        assert torch.equal(self.output(model, name), self.output(self.base(name), name)), "without adapters the model differs from the base"
+
+    def test_unload(self, name: str) -> None:
+        """`unload` gives the base back: the same object, the same modules, the same outputs."""
+        base = self.base(name)
+        modules = {key: id(module) for key, module in base.named_modules()}
+        model = self.model(name, base=base)
+        restored = model.unload()
+        assert restored is base, "unload returned another object"
+        if not model.task.heads:  # a saved head stays in the place of the original
+            assert {key: id(module) for key, module in base.named_modules()} == modules, "unload left other modules behind"
+            assert torch.equal(self.output(base, name), self.output(self.base(name), name)), "after unload the base computes something else"
+
+    # ---- capabilities, both ways -----------------------------------------------------------------------------------
+    def test_merge(self, name: str) -> None:
+        """Declared MERGE: the merged base computes what the adapter computed. Not declared: refused, and nothing changes."""
+        model = self.model(name)
+        expected = self.output(model, name)
+        if not self.spec.can(Capability.MERGE):
+            raises(CapabilityError, model.merge_adapter, "merging without the capability MERGE")
+            assert torch.equal(self.output(model, name), expected), "a refused merge changed the outputs"
+            return
+        model.merge_adapter(safe_merge=True)
+        assert any(module.merges for module in layers_of(model)), "nothing was merged"
+        self.close(self.output(model, name), expected, "merged, the outputs differ", 5)
+        again = self.model(name)
+        merged = again.merge_and_unload()
+        self.close(self.output(merged, name), expected, "after merge_and_unload the outputs differ", 5)
+        wrapped = [key for key, module in merged.named_modules() if isinstance(module, AdapterLayer)]
+        assert not wrapped, f"merge_and_unload left wrappers behind: {wrapped[:3]}"
+
+    def test_unmerge_is_exact(self, name: str) -> None:
+        """Merging and taking out again, many times, in every dtype, leaves every bit of the base weights as it was."""
+        if not self.spec.can(Capability.MERGE):
+            raises(CapabilityError, self.model(name).merge_adapter, "merging without the capability MERGE")
+            return
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            model = self.model(name, base=self.base(name).to(dtype))
+            before = {id(layer): layer.weight.detach().clone() for layer in layers_of(model)}
+            for cycle in range(5):
+                model.merge_adapter()
+                changed = any(not torch.equal(layer.weight, before[id(layer)]) for layer in layers_of(model))
+                assert changed, f"{dtype}: merging changed no weight"
+                randomise(model, "default", 50 + cycle)  # what trains meanwhile must not leak into the base
+                model.unmerge_adapter()
+                for layer in layers_of(model):
+                    assert torch.equal(layer.weight, before[id(layer)]), f"{dtype}: the base weight differs after {cycle + 1} cycles"
+
+    def test_safe_merge_refuses_nan(self, name: str) -> None:
+        """A safe merge of a broken adapter is refused, and no weight of the model changes."""
+        if not self.spec.can(Capability.MERGE):
+            return
+        model = self.model(name)
+        before = {id(layer): layer.weight.detach().clone() for layer in layers_of(model)}
+        with torch.no_grad():
+            for parameter in list(layers_of(model)[-1].parameters_of("default").values())[-1:]:
+                parameter.fill_(float("nan"))
+        raises(ValueError, lambda: model.merge_adapter(safe_merge=True), "a safe merge of NaN")
+        assert all(torch.equal(layer.weight, before[id(layer)]) for layer in layers_of(model)), "a refused merge changed base weights"
+
+    def test_per_sample(self, name: str) -> None:
+        """Declared PER_SAMPLE: each row computes what it would alone. Not declared: refused."""
+        model = self.model(name, "one", "two")
+        names: list[Any] = ["two", "__base__", "one"]
+        if not self.spec.can(Capability.PER_SAMPLE):
+            raises(CapabilityError, lambda: self.output(model, name, adapter_names=names), "rows with different adapters")
+            return
+        found = self.output(model, name, adapter_names=names)
+        length = self.output(self.base(name), name).shape[1]
+        for row, adapter in enumerate(names):
+            with model.use_adapters(*([] if adapter == "__base__" else [adapter])):
+                alone = self.output(model, name)[row]
+            # virtual tokens, of other rows too, come first: what is compared are the caller's own tokens
+            self.close(found[row][-length:], alone[-length:], f"row {row} ({adapter}) differs from what it computes alone")
