@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_core import PeftModel, get_peft_config, get_peft_model
+from peft_core import PeftModel, RoutingError, get_peft_config, get_peft_model
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
 
@@ -256,3 +256,23 @@ def test_two_methods_merged_one_after_the_other_come_out_exactly(order: tuple[st
     first.unmerge()
     second.unmerge()
     assert torch.equal(outer.weight, before)
+
+
+def test_a_choice_for_one_call_is_refused_where_layers_run_again(model: PeftModel, ids: Tensor) -> None:
+    """Under checkpointing the backward pass would use other adapters than the forward pass: wrong gradients, silently."""
+    model.set_adapter(["lo", "ha"])
+    model.train()
+    base = model.get_base_model()
+    base.activation_checkpointing_enable({"use_reentrant": False})
+    model.prepare_model_for_gradient_checkpointing(base)
+    with pytest.raises(RoutingError, match="set_adapter"):
+        model(input_ids=ids, adapter_names=["lo", "ha", "lo", "__base__"])
+    with pytest.raises(RoutingError, match="set_adapter"), model.use_adapters("lo"):
+        pass
+    model(input_ids=ids, labels=ids).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    base.activation_checkpointing_disable()
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad)

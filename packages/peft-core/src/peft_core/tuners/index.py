@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from ..config import PeftConfig
@@ -16,7 +17,7 @@ from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
 from . import builtin, folding, generation
 from .assemble import BaseForward
-from .base_view import BaseView
+from .base_view import BaseView, checkpointed
 from .perform import Undo, collector_paused, perform
 from .tuner import Plan, TunerBase
 
@@ -262,8 +263,13 @@ class AdapterIndex:
         Raises:
             AdapterNotFoundError: it names an adapter that the model lacks.
             CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
-            RoutingError: adapters are merged.
+            RoutingError: adapters are merged; or layers are checkpointed in training, and would be run again after the route has ended.
         """
+        if self.base.training and torch.is_grad_enabled() and checkpointed(self.base):
+            raise RoutingError(
+                "with gradient checkpointing, layers run again in the backward pass, when a choice of adapters for one call or block is gone",
+                hint="choose with set_adapter, or switch checkpointing off",
+            )
         unknown = [name for name in route.used if name not in self.configs]
         if unknown:
             raise AdapterNotFoundError(
