@@ -11,6 +11,7 @@ import pytest
 
 import support
 from peft_core import DuplicateTunerError, IncompatiblePluginError, PeftWarning, PluginError, UnknownTunerError
+from peft_core.plugins import discovery
 from peft_core.plugins import registry as process_registry
 
 Registry = type(process_registry)
@@ -107,9 +108,16 @@ def test_owner_is_the_distribution(site: Path) -> None:
     [("QWERTYUI", "peft-qwertyui"), ("PREFIX_TUNING", "peft-prompt"), ("CPT", "peft-prompt"), ("MY_TYPE", "peft-my-type")],
 )
 def test_an_unknown_type_names_the_package_to_install(peft_type: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFT_CORE_PLUGINS", "none")
+    monkeypatch.setattr(discovery, "claims", lambda group, *, switched_off=False: iter(()))  # nothing is installed
     with pytest.raises(UnknownTunerError, match=f"pip install {package}"):
         Registry().resolve(peft_type)
+
+
+def test_a_type_that_is_switched_off_is_not_said_to_be_missing(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    support.distribution(site, "peft-zip", tuners={"zip": "zip_plugin"})
+    monkeypatch.setenv("PEFT_CORE_PLUGINS", "-peft-zip")
+    with pytest.raises(UnknownTunerError, match=r"'ZIP' is offered by peft-zip .*, which PEFT_CORE_PLUGINS switches off"):
+        Registry().resolve("ZIP")
 
 
 def test_an_unknown_type_names_the_nearest_and_all_known(site: Path) -> None:
@@ -118,9 +126,9 @@ def test_an_unknown_type_names_the_nearest_and_all_known(site: Path) -> None:
         Registry().resolve("ZIPER")
 
 
-def test_an_unknown_type_names_its_package_also_when_another_name_is_near(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFT_CORE_PLUGINS", "peft-lora")
-    support.distribution(site, "peft-lora", tuners={"lora": "fake_lora_plugin"})
+def test_an_unknown_type_names_its_package_also_when_another_name_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = discovery.Claim("lora", "fake_lora_plugin", "peft-lora", "1.0", ())
+    monkeypatch.setattr(discovery, "claims", lambda group, *, switched_off=False: iter(() if switched_off else (only,)))
     with pytest.raises(UnknownTunerError) as caught:
         Registry().resolve("LOHA")
     assert "'LORA'" in str(caught.value)

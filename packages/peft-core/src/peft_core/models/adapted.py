@@ -14,15 +14,16 @@ from ..checkpoint import load as loading
 from ..checkpoint import save as saving
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, Tensors
-from ..config import HUB_KEYS, PeftConfig
-from ..errors import AdapterNotFoundError, ConfigError, MissingMethodError, PeftWarning, did_you_mean
+from ..config import PeftConfig
+from ..errors import ConfigError, MissingMethodError, PeftWarning
 from ..inspection import parameters as counting
 from ..layers.creation import Creation
 from ..plugins import hooks, registry
 from ..tuners import runner
 from ..tuners.base_view import checkpointed
-from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt
+from ..tuners.index import ATTRIBUTE, adopt
 from ..tuners.tasks import NO_TASK, TaskSpec
+from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
 from .tuner_model import AdapterOperations, TunerModel
 
 _SPECIAL = frozenset({"adapter_names"})
@@ -256,7 +257,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             ConfigError: an adapter of this name has another config.
         """
         hub = take_hub_arguments(kwargs)
-        config = PeftConfig.from_pretrained(model_id, **hub)
+        config = read_config(model_id, hub)
         config.inference_mode = not is_trainable
         index = self._peft_index
         mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
@@ -318,64 +319,3 @@ class AdaptedModel(nn.Module, AdapterOperations):
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
-
-
-def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the download options among keywords.
-
-    Raises:
-        TypeError: there are others.
-    """
-    known = (*HUB_KEYS, "subfolder")
-    unknown = sorted(set(kwargs) - set(known))
-    if unknown:
-        near = did_you_mean(unknown[0], known)
-        raise TypeError(f"unexpected keyword argument(s) {', '.join(map(repr, unknown))}{f'; {near}' if near else ''}")
-    return dict(kwargs)
-
-
-def default_key_mapping(index: AdapterIndex, config: PeftConfig) -> Mapping[str, str] | None:
-    """Return the base's own renaming of old checkpoints, if it has one."""
-    if config.is_prompt_learning:
-        return None
-    mapping = getattr(index.base, "_checkpoint_conversion_mapping", None)
-    return mapping if isinstance(mapping, Mapping) and mapping else None
-
-
-#: what two configs may differ in without computing differently
-_IRRELEVANT = frozenset({"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"})
-
-
-def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str) -> None:
-    """Check that weights saved with one config can be used under another.
-
-    Raises:
-        ConfigError: they compute differently; the message names the fields.
-    """
-    ours, theirs = present.to_dict(), loaded.to_dict()
-    if ours.get("peft_type") != theirs.get("peft_type"):
-        raise ConfigError(
-            f"the adapter {adapter!r} is {ours.get('peft_type')}, the file's is {theirs.get('peft_type')}", hint="load it under another name"
-        )
-    differing = [
-        f"{name}={theirs.get(name)!r} instead of {ours.get(name)!r}"
-        for name in sorted({*ours, *theirs} - _IRRELEVANT)
-        if (ours.get(name) or None) != (theirs.get(name) or None)
-    ]
-    if differing:
-        raise ConfigError(
-            f"the adapter {adapter!r} exists with another config than the file's: {', '.join(differing)}",
-            hint="load it under another name, or delete_adapter the existing one first",
-            code="other-config",
-        )
-
-
-def require_adapter(index: AdapterIndex | None, model: nn.Module) -> AdapterIndex:
-    """Return the index.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapters.
-    """
-    if index is None:
-        raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
-    return index

@@ -20,7 +20,8 @@ from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, li
 from ..layers.creation import Creation
 from ..plugins import registry
 from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
-from .adapted import AdaptedModel, require_adapter, take_hub_arguments
+from .adapted import AdaptedModel
+from .configs import require_adapter, take_hub_arguments
 from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 
 

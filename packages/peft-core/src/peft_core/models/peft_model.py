@@ -16,7 +16,8 @@ from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_st
 from ..plugins import hooks
 from ..tuners.call import Call
 from ..tuners.tasks import TASKS
-from .adapted import AdaptedModel, take_hub_arguments
+from .adapted import AdaptedModel
+from .configs import read_config, take_hub_arguments
 
 
 class PeftModel(AdaptedModel):
@@ -74,7 +75,7 @@ class PeftModel(AdaptedModel):
         """
         hub = take_hub_arguments(kwargs)
         if config is None:
-            config = PeftConfig.from_pretrained(model_id, **hub)
+            config = read_config(model_id, hub)
         elif not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}", hint="use get_peft_config(dict)")
         before, config.inference_mode = config.inference_mode, not is_trainable

@@ -26,15 +26,15 @@ class Claim:
         return f"{self.distribution} {self.version}"
 
 
-def claims(group: str) -> Iterator[Claim]:
-    """Yield the entry points of `group`, each once, in the order of the import path, those switched off left out."""
+def claims(group: str, *, switched_off: bool = False) -> Iterator[Claim]:
+    """Yield the entry points of `group`, each once, in the order of the import path: those let in, or those `switched_off`."""
     seen: set[tuple[str, str]] = set()
     for point in metadata.entry_points(group=group):
         dist = point.dist
         # a half-removed distribution has entry points but no metadata
         distribution = (dist.metadata["Name"] if dist is not None else None) or "unknown"
         # an editable install and its stale twin on the path declare the same thing twice
-        if (point.name, _normal(distribution)) in seen or not allowed(distribution):
+        if (point.name, _normal(distribution)) in seen or allowed(distribution) is switched_off:
             continue
         seen.add((point.name, _normal(distribution)))
         requires = tuple(r for r in (dist.requires or ()) if _normal(r).startswith("peft-core")) if dist is not None else ()

@@ -266,6 +266,12 @@ class Registry:
 
     def _unknown(self, given: str, name: str) -> UnknownTunerError:
         known = self.names()
+        hidden = [claim for claim in discovery.claims(discovery.TUNERS, switched_off=True) if claim.name.upper() == name]
+        if hidden:
+            return UnknownTunerError(
+                f"peft_type={given!r} is offered by {hidden[0]}, which {discovery.SWITCH} switches off",
+                hint=f"unset {discovery.SWITCH}, or let it in",
+            )
         near = did_you_mean(name, known)
         package = f"peft-{name.lower().replace('_', '-')}"
         return UnknownTunerError(
