@@ -115,7 +115,7 @@ class AdapterIndex:
             )
         prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in self.tuners.values())}
         for prefix in sorted(p for p in prefixes if p):
-            if adapter.startswith(prefix) or adapter == prefix.rstrip("_"):
+            if adapter.startswith(prefix):
                 raise AdapterNameError(
                     f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys could not be told apart in files",
                     hint="choose another name",
