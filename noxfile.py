@@ -18,6 +18,7 @@ PACKAGES = ("core", "lora", "loha", "prompt")
 # Named in every install that could touch torch: an open range takes gigabytes of CUDA.
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
+IMPORT_LINTER = "import-linter==2.16"
 PYTEST = "pytest==9.2.0"
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -54,7 +55,7 @@ def demo_lm(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST, "pytest-xdist==3.8.0", "hypothesis==6.170.15")
+    session.install(*PINS, *editable(*PACKAGES), PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
     apart = ("--ignore=tests/interop", "--ignore=tests/docs")  # sessions of their own
     session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
 
@@ -88,7 +89,7 @@ def wheels(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style, format, and which room may import which."""
-    session.install("ruff==0.17.6", "import-linter==2.16")
+    session.install("ruff==0.17.6", IMPORT_LINTER)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
     sources = os.pathsep.join(str(Path(f"packages/peft-{package}/src").resolve()) for package in PACKAGES)
@@ -112,7 +113,7 @@ def docs(session: nox.Session) -> None:
 @nox.session
 def interop(session: nox.Session) -> None:
     """Files and outputs against the peer (peft), both ways."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST, "pytest-xdist==3.8.0", "hypothesis==6.170.15")
+    session.install(*PINS, *editable(*PACKAGES), PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
     install_peer(session)
     # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
     peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
