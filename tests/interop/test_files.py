@@ -225,7 +225,8 @@ def by_adapter(library: Any, model: Any, case: Case, *names: str) -> dict[str, A
 
 
 def tree(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files of a folder, without the manifest of several adapters, which is ours alone and which the peer does not read."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "peft_stack.json")
 
 
 @both_ways

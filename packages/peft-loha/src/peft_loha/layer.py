@@ -33,7 +33,7 @@ class LoHaLayer(AdapterLayer):
     """
 
     containers = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "module_dropout")
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "module_dropout", "_ones")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
@@ -42,7 +42,7 @@ class LoHaLayer(AdapterLayer):
         self.alpha: dict[str, float] = {}
         self.rank_dropout: dict[str, float] = {}
         self.module_dropout: dict[str, float] = {}
-        self._ones: Tensor | None = None
+        self._ones: dict[str, Tensor] = {}
 
     def note(self, adapter: str, settings: LoHaSettings) -> None:
         """Write down what holds for a new adapter."""
@@ -74,12 +74,7 @@ class Linear(LoHaLayer):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in)."""
-        # straight to the dicts: nn.Module's attribute look-up would cost as much as one of the products
-        held = self._modules
-        b1: Any = held["hada_w1_a"]._parameters[adapter]  # type: ignore[union-attr]
-        a1: Any = held["hada_w1_b"]._parameters[adapter]  # type: ignore[union-attr]
-        b2: Any = held["hada_w2_a"]._parameters[adapter]  # type: ignore[union-attr]
-        a2: Any = held["hada_w2_b"]._parameters[adapter]  # type: ignore[union-attr]
+        b1, a1, b2, a2 = (getattr(self, name)[adapter] for name in self.containers)
         return b1, a1, b2, a2
 
     def delta_weight(self, adapter: str) -> Tensor:
@@ -88,12 +83,23 @@ class Linear(LoHaLayer):
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xΔWᵀ; in training with module and row dropout."""
-        factors = self.factors(adapter)
-        if x.dtype != factors[0].dtype:
-            x = self.cast_input(x, factors[0].dtype)
+        # straight to the dicts, and the cheapest questions first: in decoding, asking costs as much as computing
+        held = self._modules
+        b1: Any = held["hada_w1_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a1: Any = held["hada_w1_b"]._parameters[adapter]  # type: ignore[union-attr]
+        b2: Any = held["hada_w2_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a2: Any = held["hada_w2_b"]._parameters[adapter]  # type: ignore[union-attr]
+        dtype = x.dtype
+        if not self.training and x.numel() == self.matrix_shape[1] and dtype is y.dtype and dtype is b1.dtype and y.is_contiguous():
+            ones = self._ones.get(adapter)
+            if ones is None or ones.dtype is not dtype or ones.device != y.device:
+                with torch.inference_mode(False):
+                    ones = self._ones[adapter] = b1.new_ones(self.r[adapter])
+            return formulas.add_applied_to_one(y, self.scaling[adapter], x, b1, a1, b2, a2, ones)
+        if dtype is not b1.dtype:
+            x = self.cast_input(x, b1.dtype)
+        factors = (b1, a1, b2, a2)
         if not self.training:
-            if x.numel() == self.matrix_shape[1] and y.dtype == x.dtype == factors[0].dtype and y.is_contiguous():
-                return formulas.add_applied_to_one(y, self.scaling[adapter], x, *factors, self._ones_like(factors[0]))
             return formulas.add_applied(y, self.scaling[adapter], x, *factors)
         draw = torch.rand(1)  # always, and before the rows: a seed gives the same run whichever dropout is on
         skip, p = self.module_dropout[adapter], self.rank_dropout[adapter]
@@ -107,14 +113,6 @@ class Linear(LoHaLayer):
         if skip and torch.compiler.is_compiling():  # a branch on a random number would break the graph
             change = torch.where(draw.to(change.device) > skip, change, 0)
         return y.add_(change, alpha=self.scaling[adapter])
-
-    def _ones_like(self, factor: Tensor) -> Tensor:
-        """Return r ones in the dtype and on the device of a factor (out, r); kept, since making them costs as much as a product."""
-        ones = self._ones
-        if ones is None or ones.shape[0] != factor.shape[1] or ones.dtype != factor.dtype or ones.device != factor.device:
-            with torch.inference_mode(False):
-                self._ones = ones = factor.new_ones(factor.shape[1])
-        return ones
 
     @staticmethod
     def _row_mask(change: Tensor, p: float) -> Tensor:

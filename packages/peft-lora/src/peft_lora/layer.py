@@ -109,14 +109,16 @@ class Linear(LoraLayer):
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(x)): two small products and one addition into `y`, rounded once to its dtype."""
         a, b = self.factors(adapter)
-        if x.dtype != a.dtype:
-            x = self.cast_input(x, a.dtype)
-        if self.training and (p := self.lora_dropout[adapter]):
-            x = F.dropout(x, p)
-        if x.numel() == self.matrix_shape[1] and y.dtype == a.dtype == x.dtype and y.is_contiguous():
+        dtype = x.dtype
+        p = self.training and self.lora_dropout[adapter]
+        if not p and x.numel() == self.matrix_shape[1] and dtype is y.dtype and dtype is a.dtype and y.is_contiguous():
             # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
             y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=self.scaling[adapter])
             return y
+        if dtype is not a.dtype:
+            x = self.cast_input(x, a.dtype)
+        if p:
+            x = F.dropout(x, p)
         return y.add_(F.linear(F.linear(x, a), b), alpha=self.scaling[adapter])
 
 

@@ -48,7 +48,25 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     found["num_transformer_submodules"] = submodules or (2 if str(config.task_type) == "SEQ_2_SEQ_LM" else 1)
     if keys_values:
         _check_layers(base, source, found)
+    _check_width(base, source, found, keys_values)
     return found
+
+
+def _check_width(base: BaseView, source: Any, found: dict[str, Any], keys_values: bool) -> None:
+    """A width that does not fit would surface as a shape error inside attention, in the first forward."""
+    heads, width = getattr(source, "num_attention_heads", None), getattr(source, "hidden_size", None)
+    if keys_values and heads and width:
+        head_dim = getattr(source, "head_dim", None) or width // heads
+        expected = head_dim * (getattr(source, "num_key_value_heads", None) or heads)
+    elif not keys_values:
+        expected = getattr(base.embeddings, "embedding_dim", None)
+    else:
+        return
+    if expected is not None and expected != found["token_dim"]:
+        raise ConfigError(
+            f"token_dim={found['token_dim']}, but {'keys and values' if keys_values else 'token embeddings'} of {base.name} have width {expected}",
+            hint="was it trained on another base? leave token_dim unset for a new one",
+        )
 
 
 def _check_layers(base: BaseView, source: Any, found: dict[str, Any]) -> None:

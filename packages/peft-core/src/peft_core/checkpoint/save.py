@@ -16,6 +16,7 @@ from ..tuners.index import AdapterIndex
 from . import embeddings, model_card
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target
 from .passport import passport
+from .stack import MANIFEST_NAME, manifest_text
 from .state_dict import adapter_tensors
 
 ROOT_ADAPTER = "default"
@@ -67,6 +68,8 @@ def save_adapters(
             staged.remove(folder / other)  # an older save of the other kind would be read instead, or be taken for this one
             staged.tensors(folder / name, tensors, passport(str(config.peft_type), index.view))
             staged.text(config_target(folder), config_text(index, config))
+        if len(folders) > 1:
+            staged.text(root / MANIFEST_NAME, manifest_text(index, root, folders))
         staged.text(root / "README.md", model_card.render(index, root / "README.md"))
     for adapter, folder in folders.items():
         hooks.adapter_saved(index.base, adapter, str(folder))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import Strict, Tensors
+from ..checkpoint.stack import read_stack
 from ..config import PeftConfig, TaskType
 from ..errors import CapabilityError, ConfigError, ModelError
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -101,6 +103,38 @@ class PeftModel(AdaptedModel):
         hooks.adapter_loaded(model, adapter_name, str(model_id))
         return wrapped if is_trainable else wrapped.eval()
 
+    @classmethod
+    def from_stack(cls, model: nn.Module, directory: str | os.PathLike[str], is_trainable: bool = False, *, strict: Strict = True) -> PeftModel:
+        """Wrap a base with all adapters that `save_pretrained` of a model with several wrote, in their order, those in use in use again.
+
+        Args:
+            model: the base.
+            directory: the folder with `peft_stack.json`.
+            is_trainable: the adapters in use go on training; default frozen and in eval mode.
+            strict: as `load_adapter`.
+
+        Raises:
+            AdapterFileError: there is no manifest, or it names what is not there.
+            others as `from_pretrained`; the base is as before.
+        """
+        stack = read_stack(directory)
+        root = Path(directory)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        was_training = model.training
+        first, *others = stack.members
+        wrapped = cls.from_pretrained(model, root / first.folder, first.name, is_trainable, strict=strict)
+        try:
+            for member in others:
+                wrapped.load_adapter(root / member.folder, member.name, is_trainable, strict=strict)
+            wrapped.set_adapter(stack.active, inference_mode=not is_trainable)
+        except BaseException:
+            wrapped.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.train(was_training)
+            raise
+        return wrapped
+
     # ---- looking ---------------------------------------------------------------------------------------------------
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """Return the status of every module that holds adapter weights."""
@@ -112,8 +146,6 @@ class PeftModel(AdaptedModel):
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
         """Write or update `README.md` in a folder. Doing it twice changes nothing."""
-        from pathlib import Path
-
         from ..checkpoint import model_card
         from ..checkpoint.files import AtomicFolder
 
