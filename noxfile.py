@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import nox
@@ -84,6 +85,27 @@ def wheels(session: nox.Session) -> None:
         shutil.copy("scripts/wheel_smoke.py", away)
         with session.chdir(away):
             session.run("python", "-I", "wheel_smoke.py", env=OFFLINE)
+
+
+@nox.session(name="new-tuner", reuse_venv=False)  # the clock starts at nothing
+def new_tuner(session: nox.Session) -> None:
+    """From an empty folder to tuner packages that pass their own tests, with wheels only, in under 5 minutes."""
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        session.install(*PINS, PYTEST, "build==1.6.1")
+        session.run("python", "-m", "build", "packages/peft-core", "--outdir", str(away / "dist"), silent=True)
+        session.install(*PINS, *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
+        with session.chdir(away):
+            for name, kind in (("outer-try", "layer"), ("cue-try", "prompt")):
+                session.run("python", "-I", "-c", f"from peft_core.cli.new_tuner import create; create({name!r}, {kind!r})")
+                session.install(*PINS, f"./peft-{name}[test]")
+                with session.chdir(f"peft-{name}"):
+                    session.run("pytest", "-q", env=ONE_THREAD)
+    taken = time.monotonic() - begun
+    if taken > 300:
+        session.error(f"{taken:.0f} s, more than 5 minutes")
+    session.log(f"{taken:.0f} s")
 
 
 @nox.session

@@ -31,9 +31,14 @@ def layers(name: str, report: Report, quick: bool) -> None:
 
             with torch.no_grad():
                 difference = trio.max_diff(call)
-                figures = compare(trio.calls(call), 7 if quick else 25)
+                figures = compare(trio.calls(call), *turns(tokens, quick))
             report.row(f"{name}/{what}/h{size.hidden}/{batch}×{tokens}", {**figures, "max_diff": difference})
         _train(name, size, trio, report, quick)
+
+
+def turns(tokens: int, quick: bool) -> tuple[int, float]:
+    """Return rounds, and the seconds of a turn: a single call for one token, as in `peer.py`, so that no variant runs from warm caches alone."""
+    return (30 if quick else 120, 0.0) if tokens == 1 else (7 if quick else 25, 0.03)
 
 
 def _train(name: str, size: Size, trio: Trio, report: Report, quick: bool) -> None:
@@ -98,7 +103,7 @@ def prompts(name: str, report: Report, quick: bool) -> None:
 
         with torch.no_grad():
             difference = trio.max_diff(call)
-            figures = compare(trio.calls(call), 7 if quick else 25)
+            figures = compare(trio.calls(call), *turns(tokens, quick))
         report.row(f"{name}/{what}/h{SMALL.hidden}/{batch}×{tokens}", {**figures, "max_diff": difference})
     given = ids(4, 16)
     options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}

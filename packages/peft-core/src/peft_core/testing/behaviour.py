@@ -63,7 +63,7 @@ class BehaviourChecks(SuiteBase):
         with quiet():
             state = get_peft_model_state_dict(first, adapter_name="zebra")
         assert state, "the file is empty"
-        named = [key for key in state if "zebra" in key]
+        named = [key for key in state if "zebra" in key.split(".")]
         assert not named, f"file keys contain the adapter's name: {named[:3]}"
         set_peft_model_state_dict(second, {key: value.clone() for key, value in state.items()}, "zebra", strict=True)
         assert torch.equal(self.output(second, name), self.output(first, name)), "the file does not determine what the adapter computes"
@@ -134,7 +134,7 @@ class BehaviourChecks(SuiteBase):
         count = sum(p.numel() for p in self.model(name, "one").parameters())
         model.delete_adapter("two")
         assert torch.equal(self.output(model, name), expected), "deleting an unused adapter changed the outputs"
-        left = [key for key, _ in model.named_parameters() if ".two" in key]
+        left = [key for key, _ in model.named_parameters() if "two" in key.split(".")]
         assert not left, f"parameters of a deleted adapter remain: {left[:3]}"
         assert sum(p.numel() for p in model.parameters()) == count, "a deleted adapter left parameters behind"
         model.delete_adapter("one")
