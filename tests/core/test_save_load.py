@@ -107,7 +107,7 @@ def test_saving_changes_nothing_in_the_model(model: PeftModel, tmp_path: Path) -
 def test_default_lies_in_the_root_and_others_in_folders_of_their_names(model: PeftModel, tmp_path: Path) -> None:
     model.add_adapter("other", dense())
     model.save_pretrained(tmp_path)
-    assert set(support.files_in(tmp_path)) == {"README.md", CONFIG, WEIGHTS, f"other/{CONFIG}", f"other/{WEIGHTS}"}
+    assert set(support.files_in(tmp_path)) == {"README.md", "peft_stack.json", CONFIG, WEIGHTS, f"other/{CONFIG}", f"other/{WEIGHTS}"}
 
 
 def test_without_a_default_the_root_has_only_the_card(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peft_core import BaseView, ConfigError, ModelError, PromptLearningConfig
+from peft_core import BaseView, CapabilityError, ConfigError, ModelError, PromptLearningConfig
 
 _SOURCES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -30,6 +30,11 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     source = base.text_config
     if source is None:
         raise ModelError(f"{base.name} has no config, from which a prompt's dimensions are read", hint="use a transformers model")
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise CapabilityError(
+            f"{base.name} is an encoder-decoder model, on which {config.peft_type} is not supported by this release of peft-prompt",
+            hint="use a method that wraps layers",
+        )
     found: dict[str, Any] = {}
     for field, names in _SOURCES.items():
         value = getattr(config, field)

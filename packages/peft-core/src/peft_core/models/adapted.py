@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -217,6 +218,34 @@ class AdaptedModel(nn.Module, AdapterOperations):
             is_main_process=is_main_process,
             state_dict=state_dict,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        **save_options: Any,
+    ) -> Any:
+        """Save the adapters (never the base) and upload the folder to the Hub.
+
+        Args:
+            repo_id: the repository; created if it does not exist.
+            private, token, revision, commit_message: as in huggingface_hub.
+            **save_options: as `save_pretrained`.
+
+        Returns:
+            What `huggingface_hub.HfApi.upload_folder` returns.
+        """
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            hub = HfApi(token=token)
+            hub.create_repo(repo_id, private=private, exist_ok=True)
+            return hub.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
 
     def load_adapter(
         self,

@@ -274,9 +274,10 @@ class Registry:
             )
         near = did_you_mean(name, known)
         package = f"peft-{name.lower().replace('_', '-')}"
+        install = f"install the package that offers it (by convention `pip install {PACKAGES.get(name, package)}`; check who publishes it)"
         return UnknownTunerError(
             f"no tuner is installed for peft_type={given!r} (known: {listed(known, 20) or 'none'})",
-            hint=f"{near + ' Otherwise ' if near else ''}install the package that offers it, for example `pip install {PACKAGES.get(name, package)}`",
+            hint=f"{near} Otherwise {install}" if near else install,
         )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import ConfigError, did_you_mean, listed
+
 VOCABULARY = 64
 
 
@@ -90,5 +92,10 @@ def tiny(name: str = "llama", seed: int = 0) -> nn.Module:
     Args:
         name: a key of `BASES`.
         seed: of its weights.
+
+    Raises:
+        ConfigError: there is no model of this name.
     """
+    if name not in BASES:
+        raise ConfigError(f"there is no tiny model {name!r}", hint=did_you_mean(name, BASES) or f"there are {listed(BASES)}")
     return copy.deepcopy(_built(name, seed))
