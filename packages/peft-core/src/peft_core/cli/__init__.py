@@ -1,0 +1,1 @@
+"""The command line of peft-core. Imports neither torch nor a tuner."""
