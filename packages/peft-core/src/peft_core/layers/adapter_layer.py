@@ -131,7 +131,7 @@ class AdapterLayer(nn.Module):
             if rows is ALL:
                 y = self.contribute(adapter, x, y)
             elif isinstance(rows, Tensor):
-                y = y.index_copy(0, rows, self.contribute(adapter, x[rows], y[rows]))
+                y.index_copy_(0, rows, self.contribute(adapter, x[rows], y[rows]))  # in place: a copy of y per adapter would cost most
         return y
 
     @staticmethod
