@@ -16,11 +16,13 @@ nox.options.default_venv_backend = "virtualenv"  # pip only: nothing else has to
 nox.options.reuse_venv = "yes"
 
 PACKAGES = ("core", "lora", "loha", "prompt")
+OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "examples/plugins/peft-vera")
 # Named in every install that could touch torch: an open range takes gigabytes of CUDA.
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
 IMPORT_LINTER = "import-linter==2.16"
 PYTEST = "pytest==9.2.0"
+CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ONE_THREAD = {**OFFLINE, "OMP_NUM_THREADS": "1"}
@@ -56,7 +58,7 @@ def demo_lm(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
+    session.install(*PINS, *editable(*PACKAGES), *CLI, PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
     apart = ("--ignore=tests/interop", "--ignore=tests/docs")  # sessions of their own
     session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
 
@@ -85,6 +87,26 @@ def wheels(session: nox.Session) -> None:
         shutil.copy("scripts/wheel_smoke.py", away)
         with session.chdir(away):
             session.run("python", "-I", "wheel_smoke.py", env=OFFLINE)
+
+
+@nox.session(reuse_venv=False)  # pip would keep an older build of the same version
+def outside(session: nox.Session) -> None:
+    """The packages of examples/plugins as strangers: wheels only, each beside core alone, their own tests away from the checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        session.install("--target", str(away / "tools"), "build==1.6.1")
+        for package in ("packages/peft-core", *OUTSIDE):
+            command = ("python", "-m", "build", package, "--outdir", str(away / "dist"))
+            session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
+        core = next((away / "dist").glob("peft_core-*.whl"))
+        session.install(*PINS, PYTEST, f"{core}[testing]")
+        for package in OUTSIDE:
+            name = Path(package).name
+            session.install("--no-deps", *(str(wheel) for wheel in (away / "dist").glob(f"{name.replace('-', '_')}-*.whl")))
+            shutil.copytree(Path(package) / "tests", away / name / "tests")
+            shutil.copy(Path(package) / "pyproject.toml", away / name)  # pytest's settings
+            with session.chdir(away / name):
+                session.run("python", "-I", "-m", "pytest", "-q", "-W", "error", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(name="new-tuner", reuse_venv=False)  # the clock starts at nothing
@@ -121,7 +143,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict on all four packages."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST, "mypy==2.4.1")
+    session.install(*PINS, *editable(*PACKAGES), *CLI, PYTEST, "mypy==2.4.1")
     session.run("mypy", "--strict", *(f"packages/peft-{package}/src" for package in PACKAGES))
 
 

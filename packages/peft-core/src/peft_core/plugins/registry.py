@@ -167,7 +167,7 @@ class Registry:
                 self._general_loaded = True
                 for claim in discovery.claims(discovery.PLUGINS):
                     try:
-                        self._import(claim)
+                        self.import_plugin(claim)
                     except PluginError as error:
                         warnings.warn(f"{error}; peft-core goes on without it", PeftWarning, stacklevel=3)
             return manager
@@ -191,7 +191,12 @@ class Registry:
             self._manager.add_hookspecs(hookspecs)
         return self._manager
 
-    def _import(self, claim: Claim) -> types.ModuleType:
+    def import_plugin(self, claim: Claim) -> types.ModuleType:
+        """Import a plugin's module and register its hooks.
+
+        Raises:
+            IncompatiblePluginError, PluginError: as `resolve`.
+        """
         wanted = discovery.unmet_requirement(claim)
         if wanted is not None:
             from .. import __version__
@@ -222,7 +227,7 @@ class Registry:
             raise PluginError(f"the plugin {claim} asks for its own tuner while it is being imported")
         self._loading.add(claim.module)
         try:
-            module = self._import(claim)
+            module = self.import_plugin(claim)
             try:
                 offer = getattr(module, "peft_tuners", tuple)
                 specs = list(offer())

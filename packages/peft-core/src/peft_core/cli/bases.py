@@ -1,0 +1,136 @@
+"""Base models from local folders: their configs, their classes, on the meta device or with weights. Never asks the network."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..tuners.tasks import task_of
+
+AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def config_of(path: Path) -> Any:
+    """Return the transformers config in a folder or a `config.json`; code that lies beside it is not run.
+
+    Raises:
+        ModelError: there is none, or transformers does not know it.
+    """
+    if not path.exists():
+        raise ModelError(f"there is no {str(path)!r}", hint="give a local folder with a config.json; the network is never asked")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise _unreadable(path, error) from error
+
+
+def build_empty(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+    """Return the base for an adapter on the meta device: names and shapes without values.
+
+    Args:
+        path: folder of the base, or its `config.json`.
+        adapter: the fields of the adapter's config; ``{}`` for the class that the base's own config names.
+        shapes: of the adapter's tensors; a saved head says how many labels there are.
+
+    Raises:
+        ModelError: transformers can't build it.
+    """
+    config = config_of(path)
+    _set_labels(config, adapter, shapes)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = _builder(config, adapter)
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    return model.eval()
+
+
+def load(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, list[str]]:
+    """Return the base for an adapter with its weights, in the dtype of its files, and the parameters that its files lack.
+
+    Arguments and errors as `build_empty`.
+    """
+    config = config_of(path)
+    _set_labels(config, adapter, shapes)
+    failure: Exception | None = None
+    for cls in _classes(config, adapter):
+        try:
+            model, info = cls.from_pretrained(str(path), config=config, dtype="auto", local_files_only=True, output_loading_info=True)
+            return model.eval(), sorted(info["missing_keys"])
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            failure = failure or error
+    raise _unreadable(path, failure) from failure
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers from reporting what it reads and writes; we do."""
+    logging: Any = importlib.import_module("transformers.utils.logging")  # its functions have no types
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _builder(config: Any, adapter: Mapping[str, Any]) -> nn.Module:
+    failure: Exception | None = None
+    for cls in _classes(config, adapter):
+        try:
+            model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
+            return model
+        except ValueError as error:  # an Auto class that has nothing for this architecture: the next one is tried
+            failure = failure or error
+    raise failure or ValueError("no class for this config")
+
+
+def _classes(config: Any, adapter: Mapping[str, Any]) -> list[Any]:
+    """Return the classes to try, best first: by the task, by the class that the adapter notes, by the base's config."""
+    import transformers
+
+    names = [AUTO.get(str(adapter.get("task_type"))), (adapter.get("auto_mapping") or {}).get("base_model_class")]
+    names += [*(getattr(config, "architectures", None) or ()), "AutoModel"]
+    found = []
+    for name in names:
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        # the name may come from a stranger's file: only models are taken
+        if isinstance(cls, type) and (name in (*AUTO.values(),) or issubclass(cls, transformers.PreTrainedModel)):
+            found.append(cls)
+    return found
+
+
+def _set_labels(config: Any, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Take the number of labels from the saved head, where the base is no classifier itself and can't say."""
+    heads = task_of(adapter.get("task_type")).heads
+    task = AUTO.get(str(adapter.get("task_type")), "").removeprefix("AutoModel")
+    if "classifier" not in heads or any(str(name).endswith(task) for name in getattr(config, "architectures", None) or ()):
+        return
+    rows = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight") and set(heads) & set(key.split("."))]
+    if rows:
+        config.num_labels = rows[-1]
+
+
+def _unreadable(path: Path, error: Exception | None) -> ModelError:
+    text = str(error).strip().partition(os.linesep)[0]
+    return ModelError(f"{str(path)!r} can't be used as a transformers model: {type(error).__name__}: {text}", hint="is its config.json complete?")

@@ -1,0 +1,121 @@
+"""`peft-core doctor`: imports every plugin and says what is wrong, with the time that each import took."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import time
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from .. import __version__
+from ..errors import DuplicateTunerError, IncompatiblePluginError, PeftError, PluginError
+from ..plugins import discovery, registry
+from ..plugins.discovery import Claim
+from .output import Report
+from .overview import overview
+
+#: seconds; a light plugin module takes milliseconds, one that imports torch takes longer than this
+SLOW = 1.0
+
+
+def examine() -> Report:
+    """Import every plugin and return its state: ``"ok"``, ``"broken"``, ``"conflict"``, ``"incompatible"``, ``"slow-import"`` or ``"off"``."""
+    for name in ("pluggy", "packaging.requirements"):  # what core needs by itself is not a plugin's time
+        importlib.import_module(name)
+    found = [_listener(claim) for claim in discovery.claims(discovery.PLUGINS)]
+    offers = [(peft_type, claim) for peft_type, claims in sorted(registry.claims().items()) for claim in claims]
+    tuners = [_tuner(peft_type, claim) for peft_type, claim in offers]
+    environment = _environment()
+    for row in tuners:  # only now: these import torch, and would make every later import look fast
+        if row["state"] in ("ok", "slow-import"):
+            _import_classes(row)
+    listed = overview()
+    off = [{**row, "seconds": None, "message": "", "hint": None, "traceback": None} for row in (*listed["tuners"], *listed["plugins"])]
+    rows = [*tuners, *found, *(row for row in off if row["state"] == "off")]
+    wrong = [row for row in rows if row["state"] not in ("ok", "off")] + [row for row in environment if row["state"] != "ok"]
+    return {"ok": not wrong, "faults": len(wrong), "environment": environment, "plugins": rows}
+
+
+def _tuner(peft_type: str, claim: Claim) -> dict[str, Any]:
+    return {"peft_type": peft_type, **_examined(claim, lambda: registry.resolve(peft_type))}
+
+
+def _listener(claim: Claim) -> dict[str, Any]:
+    return _examined(claim, lambda: registry.import_plugin(claim))
+
+
+def _examined(claim: Claim, load: Callable[[], object]) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "name": claim.name,
+        "distribution": claim.distribution,
+        "version": claim.version,
+        "module": claim.module,
+        "state": "ok",
+        "seconds": None,
+        "message": "",
+        "hint": None,
+        "traceback": None,
+    }
+    begun = time.perf_counter()
+    _guarded(row, load)
+    row["seconds"] = round(time.perf_counter() - begun, 3)
+    if row["state"] == "ok" and row["seconds"] > SLOW:
+        row["state"] = "slow-import"
+        row["message"] = f"importing {claim.module} takes {row['seconds']:.1f} s"
+        row["hint"] = "a plugin's module names its classes as 'package.module:Class' and imports no torch"
+    return row
+
+
+def _guarded(row: dict[str, Any], step: Callable[[], object]) -> None:
+    """Do a step of an examination; what goes wrong is noted in the row."""
+    try:
+        step()
+    except PeftError as error:
+        states: dict[type[PeftError], str] = {DuplicateTunerError: "conflict", IncompatiblePluginError: "incompatible"}
+        row["state"], row["message"], row["hint"] = states.get(type(error), "broken"), error.message, error.hint
+        row["traceback"] = "".join(traceback.format_exception(error.__cause__ or error))
+    except (Exception, SystemExit) as error:  # a module that calls sys.exit() must not end the examination of the others
+        row["state"], row["message"] = "broken", f"{type(error).__name__}: {error}"
+        row["traceback"] = "".join(traceback.format_exception(error))
+
+
+def _import_classes(row: dict[str, Any]) -> None:
+    from ..config import PeftConfig
+
+    def classes() -> None:
+        if not issubclass(registry.config_class(row["peft_type"]), PeftConfig):
+            raise PluginError(f"the config class of {row['peft_type']} is no subclass of PeftConfig")
+        from ..tuners.tuner import TunerBase
+
+        if not issubclass(registry.tuner_class(row["peft_type"]), TunerBase):
+            raise PluginError(f"the tuner class of {row['peft_type']} is no subclass of TunerBase")
+
+    _guarded(row, classes)
+
+
+def _environment() -> list[dict[str, Any]]:
+    """Return Python and what peft-core itself requires, each with its version."""
+    from packaging.requirements import Requirement
+
+    rows = [{"name": "python", "version": platform.python_version(), "requires": "", "state": "ok"}]
+    rows.append({"name": "peft-core", "version": __version__, "requires": "", "state": "ok"})
+    for requirement in map(Requirement, _requirements()):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+            state = "ok" if requirement.specifier.contains(version, prereleases=True) else "incompatible"
+        except metadata.PackageNotFoundError:
+            version, state = "", "missing"
+        rows.append({"name": requirement.name, "version": version, "requires": str(requirement.specifier), "state": state})
+    return rows
+
+
+def _requirements() -> list[str]:
+    try:
+        return metadata.requires("peft-core") or []
+    except metadata.PackageNotFoundError:  # run from a source tree that nobody installed
+        return ["torch", "transformers"]

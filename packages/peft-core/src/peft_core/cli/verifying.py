@@ -1,0 +1,165 @@
+"""`peft-core verify`: whether an adapter folder is whole, and with a base whether it fits."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, WeightFile
+from ..config import get_peft_config
+from ..config.reading import LEGACY_KEYS
+from ..errors import PeftError, UnknownTunerError, listed
+from ..plugins import TunerSpec, registry
+from .folders import Adapter, adapters_in, changed_fields, raw_config, tensors_of, weights_of
+from .output import Report
+
+#: (state, detail); ``"note"`` and ``"skipped"`` are no faults
+Result = tuple[str, str]
+PASSED: Result = ("ok", "")
+#: told after each tensor that was looked at
+Step = Callable[[], None]
+
+
+def verify(directory: Path, base: Path | None = None, step: Step = lambda: None) -> Report:
+    """Return the checks of every adapter in a folder.
+
+    Args:
+        directory: the folder.
+        base: folder of a base model that the adapters are to fit; it is built without its weights.
+        step: called after each tensor.
+
+    Raises:
+        AdapterFileError: there is no adapter at all.
+        ModelError: the base can't be built.
+    """
+    found: list[dict[str, Any]] = []
+    for adapter in adapters_in(directory):
+        checks = [{"check": name, "state": state, "detail": detail} for name, (state, detail) in _checks(adapter, base, step)]
+        found.append({"name": adapter.name, "folder": adapter.path.relative_to(directory).as_posix(), "checks": checks})
+    return {
+        "ok": not any(check["state"] == "fault" for one in found for check in one["checks"]),
+        "directory": str(directory),
+        "base": str(base) if base else None,
+        "adapters": found,
+    }
+
+
+def tensors_in(directory: Path) -> int:
+    """Return how many tensors `verify` will look at, for its progress; 0 where that can't be said."""
+    try:
+        return sum(len(weights_of(adapter).shapes) for adapter in adapters_in(directory))
+    except PeftError:
+        return 0
+
+
+def _checks(adapter: Adapter, base: Path | None, step: Step) -> Iterator[tuple[str, Result]]:
+    raw, readable = _attempt(lambda: raw_config(adapter))
+    usable = readable if raw is None else _config(raw)
+    yield "config", usable
+    file, readable = _attempt(lambda: _with_header(adapter))
+    yield "file", readable if file is None else _one_file(adapter)
+    if file is None:
+        return
+    yield "values", _values(file, step)
+    if raw is None or usable[0] == "fault":
+        return
+    spec, _ = _attempt(lambda: registry.resolve(str(raw.get("peft_type") or "")))
+    yield "keys", ("skipped", "the tuner is not installed") if spec is None else _keys(raw, spec, file)
+    if base is not None:
+        yield "base", _base(adapter, raw, file, base)
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, Result]:
+    """Return what `read` returns, or None and the fault that it is."""
+    try:
+        return read(), PASSED
+    except PeftError as error:
+        return None, ("fault", str(error))
+
+
+def _with_header(adapter: Adapter) -> WeightFile:
+    file = weights_of(adapter)
+    tensors_of(file)
+    return file
+
+
+def _config(raw: Mapping[str, Any]) -> Result:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # unknown fields are noted below
+        try:
+            get_peft_config(raw)
+        except UnknownTunerError as error:
+            return "note", str(error)
+        except PeftError as error:
+            return "fault", str(error)
+    unknown = [name for name in changed_fields(dict(raw))["unknown"] if name not in LEGACY_KEYS]
+    return ("note", f"fields that this release ignores: {listed(unknown)}") if unknown else PASSED
+
+
+def _one_file(adapter: Adapter) -> Result:
+    if all((adapter.path / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        return "fault", f"both {SAFETENSORS_WEIGHTS_NAME} and {WEIGHTS_NAME} are there: readers take the first, whichever is newer"
+    return PASSED
+
+
+def _values(file: WeightFile, step: Step) -> Result:
+    bad = []
+    for name, tensor in file.tensors().items():
+        if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
+            nan, infinite = int(tensor.float().isnan().sum()), int(tensor.float().isinf().sum())
+            bad.append(f"{name} ({nan} NaN, {infinite} infinite of {tensor.numel()})")
+        step()
+    return ("fault", f"not finite: {', '.join(bad[:4])}{f' and {len(bad) - 4} more' if len(bad) > 4 else ''}") if bad else PASSED
+
+
+def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
+    """Look at the names alone: parts that other modules of the same file have, and modules that the config does not target."""
+    if not file.shapes:
+        return "fault", "the file holds no tensors"
+    ends: dict[str, set[str]] = defaultdict(set)
+    for key in file.shapes:
+        parts = key.split(".")
+        cut = next((i for i, part in enumerate(parts) if part.startswith(spec.parameter_prefix)), None)
+        if cut:
+            ends[".".join(parts[:cut])].add(".".join(parts[cut:]))
+    faults = []
+    for path, own in ends.items():
+        fuller = next((other for other in ends.values() if own < other), None)
+        if fuller:
+            faults.append(f"{path} has {listed(sorted(own))} but not {listed(sorted(fuller - own))}, as others have")
+    try:
+        stray = _outside_targets(raw, spec, list(ends))
+    except PeftError as error:
+        return "fault", str(error)
+    if stray:
+        faults.append(f"target_modules={raw['target_modules']!r} does not match {listed(stray, 3)}")
+    return ("fault", "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")) if faults else PASSED
+
+
+def _outside_targets(raw: Mapping[str, Any], spec: TunerSpec, paths: list[str]) -> list[str]:
+    from ..tuners.targeting import ALL_LINEAR, matcher
+
+    targets = raw.get("target_modules")
+    if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR) or raw.get("target_parameters"):
+        return []  # what is matched then is not decided by the names of modules
+    matches = matcher(targets, "target_modules")
+    return [path for path in paths if not matches(path.removeprefix(spec.base_prefix))]
+
+
+def _base(adapter: Adapter, raw: Mapping[str, Any], file: WeightFile, base: Path) -> Result:
+    from ..checkpoint.passport import fingerprint
+    from ..models.peft_model import PeftModel
+    from ..tuners.base_view import BaseView
+    from .bases import build_empty
+
+    model = build_empty(base, raw, dict(sorted(file.shapes.items())))
+    written = file.metadata.get("peft_base", "").rpartition(" ")[2]
+    same = not written or written == fingerprint(BaseView(model))
+    try:
+        PeftModel.from_pretrained(model, adapter.path, low_cpu_mem_usage=True)
+    except PeftError as error:
+        return "fault", str(error)
+    return PASSED if same else ("note", f"it fits, but was written for a base with other parameters (fingerprint {written})")
