@@ -276,3 +276,41 @@ def test_a_choice_for_one_call_is_refused_where_layers_run_again(model: PeftMode
     model(input_ids=ids, labels=ids).loss.backward()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, model.get_parameter(name).grad)
+
+
+def test_a_merge_that_is_done_again_keeps_nothing_of_the_first_time() -> None:
+    """What is kept is a few small integers or a whole copy, depending on sizes: the kind may change when another merge is taken out below."""
+    for size in torch.logspace(-3, 1, 24).tolist():
+        wrapped = get_peft_model(tiny(), config("lo"), "lo")
+        wrapped.add_adapter("ha", config("ha"))
+        randomise(wrapped, "lo", 0)
+        randomise(wrapped, "ha", 1)
+        outer = wrapped.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
+        with torch.no_grad():
+            outer.base_layer.lora_B["lo"].weight.mul_(size)
+            outer.hada_w1_a["ha"].mul_(1 / size)
+        before = outer.weight.detach().clone()
+        outer.base_layer.merge(["lo"])
+        outer.merge(["ha"])
+        outer.base_layer.unmerge()
+        outer.unmerge()
+        assert torch.equal(outer.weight, before), f"size {size}"
+
+
+def test_a_shared_weight_comes_back_when_merges_are_done_again() -> None:
+    """A tied embedding: the layer gets a weight of its own while merged, and the shared one afterwards, in whatever order merges come out."""
+    base = tiny()
+    base.config.tie_word_embeddings = True
+    base.lm_head.weight = base.model.embed_tokens.weight
+    fields = {"peft_type": "LORA", "r": 2, "target_modules": ["lm_head"], "init_lora_weights": False}
+    wrapped = get_peft_model(base, get_peft_config(fields), "a")
+    wrapped.add_adapter("ha", get_peft_config({"peft_type": "LOHA", "r": 2, "target_modules": ["lm_head"], "init_weights": False}))
+    layer = base.lm_head
+    shared, values = base.model.embed_tokens.weight, base.model.embed_tokens.weight.detach().clone()
+    layer.base_layer.merge(["a"])
+    layer.merge(["ha"])
+    assert torch.equal(shared, values), "merging changed the embedding that shares the weight"
+    layer.base_layer.unmerge()
+    layer.unmerge()
+    assert layer.weight is shared
+    assert torch.equal(shared, values)

@@ -51,7 +51,8 @@ class Merge:
     def __init__(self, owner: nn.Module, name: str, adapters: tuple[str, ...], delta: Callable[[], Tensor], *, shared: bool, keep_copy: bool) -> None:
         self.owner, self.name, self.adapters = owner, name, adapters
         self._delta = delta
-        self._original: nn.Parameter | None = owner.get_parameter(name) if shared else None
+        self._shared = shared
+        self._original: nn.Parameter | None = None
         self._keep_copy = keep_copy
         self._residual: Residual | None = None
         self._copy: Tensor | None = None
@@ -63,8 +64,13 @@ class Merge:
         Raises:
             MergeError: `check_finite`, and it contains NaN or infinity.
         """
+        # a merge that is taken out and done again starts from another weight: nothing of the first time may stay
+        parameter = self.owner.get_parameter(self.name)
+        self._original = parameter if self._shared else None
+        self._residual = self._copy = None
+        self._threads = torch.get_num_threads()
         with torch.no_grad():
-            weight = self.owner.get_parameter(self.name).detach()
+            weight = parameter.detach()
             delta = self._delta()
             merged = _sum(weight, delta)
             if check_finite and not torch.isfinite(merged).all():
