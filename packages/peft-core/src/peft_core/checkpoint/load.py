@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..errors import AdapterWeightsError, PeftWarning, did_you_mean, listed
+from ..errors import AdapterWeightsError, MergeError, PeftWarning, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import hooks
 from ..tuners.index import AdapterIndex
@@ -76,8 +76,11 @@ def fill(
         ignore_mismatched_sizes: tensors of other shapes are left out with a warning instead of an error.
 
     Raises:
+        MergeError: the adapter is merged.
         AdapterWeightsError: something does not fit, all of it in one message. Nothing was written then.
     """
+    if adapter in index.merged_adapters():
+        raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
     shapes = fitted_keys(source.shapes, [*slots, *embedded])

@@ -124,7 +124,8 @@ def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> 
     devices: dict[str, list[str]] = {}
     for adapter in module.adapters():
         own = list(module.parameters_of(adapter).values())
-        requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in own]) if own else False
+        if own:  # what has no parameters says nothing about what trains
+            requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in own])
         devices[adapter] = sorted({parameter.device.type for parameter in own})
     return TunerLayerStatus(
         name=name,

@@ -14,7 +14,7 @@ from ..errors import AdapterNotFoundError, MergeError
 from .activation import ALL, Activation, Route
 from .base_ops import BaseOps, require_ops
 from .creation import Creation, filler
-from .folded import MergedDelta, WeightChange
+from .folded import MergedDelta, WeightChange, refuse_wrong_order
 from .merging import MERGES, Merge, merges_of
 from .slots import Slot
 
@@ -265,9 +265,11 @@ class AdapterLayer(nn.Module):
         """Fold adapters into the base weight; None: those in use.
 
         Raises:
-            MergeError: `safe`, and the result is not finite; nothing is changed then.
+            MergeError: the order of nested layers is wrong, or (`safe`) the result is not finite; nothing is changed then.
         """
-        merge = self.plan_merge(self.activation.names if adapters is None else tuple(adapters))
+        chosen = self.activation.names if adapters is None else tuple(adapters)
+        refuse_wrong_order(self, chosen)
+        merge = self.plan_merge(chosen)
         if merge is not None:
             merge.apply(merge.prepare(check_finite=safe))
             self.merges.append(merge)

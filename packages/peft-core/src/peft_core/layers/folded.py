@@ -8,8 +8,49 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..errors import MergeError, listed
+from .merging import merges_of
+
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
+
+
+def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
+    """Check that folding adapters into a weight gives what the layers around it compute.
+
+    A factor acts on what is inside it. Folded in while something inside is still applied beside the weight, it misses that; and what is
+    folded in under a factor that is in the weight already is not multiplied by it.
+
+    Args:
+        layer: where adapters are about to be merged.
+        adapters: all that the caller merges, here and in the layers inside.
+
+    Raises:
+        MergeError: the order is wrong; nothing has changed.
+    """
+    from .adapter_layer import AdapterLayer
+
+    if not any(name in layer.scaling and name not in layer.merged_adapters for name in adapters):
+        return
+    pending: list[str] = []
+    known = set(map(id, layer.merges))
+    inner = layer._modules["base_layer"]
+    while isinstance(inner, AdapterLayer):
+        settled = {*adapters, *inner.merged_adapters}
+        pending += [name for name in inner.activation.names if name in inner.scaling and name not in settled]
+        known.update(map(id, inner.merges))
+        inner = inner._modules["base_layer"]
+    if pending and not layer.additive:
+        raise MergeError(
+            f"{type(layer).__name__} multiplies what is inside it, and there {listed(dict.fromkeys(pending))} would stay unmerged",
+            hint="merge them in the same call",
+        )
+    above = [name for merge in merges_of(layer.get_base_layer()) if id(merge) not in known and not merge.additive for name in merge.adapters]
+    if above:
+        raise MergeError(
+            f"{listed(above)} multiply this weight and are merged already, so that {listed(adapters)} inside would not be multiplied",
+            hint="unmerge first, then merge all in one call",
+        )
 
 
 class WeightChange:

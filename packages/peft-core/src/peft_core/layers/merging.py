@@ -54,6 +54,7 @@ class Merge:
         self._shared = shared
         self._original: nn.Parameter | None = None
         self._keep_copy = keep_copy
+        self.additive = not keep_copy
         self._residual: Residual | None = None
         self._copy: Tensor | None = None
         self._threads = torch.get_num_threads()

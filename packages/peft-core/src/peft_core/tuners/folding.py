@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
+from ..layers.folded import refuse_wrong_order
 from ..layers.merging import MERGES
 from ..layers.slots import LeavesBehind
 from ..plugins import Capability
@@ -45,6 +46,8 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     if already:
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
     layers = [module for module in index.entries.values() if isinstance(module, AdapterLayer)]
+    for layer in layers:
+        refuse_wrong_order(layer, chosen)
     done: list[AdapterLayer] = []
     try:
         with collector_paused():
