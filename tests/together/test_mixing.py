@@ -295,6 +295,7 @@ def test_a_merge_that_is_done_again_keeps_nothing_of_the_first_time() -> None:
     outer = wrapped.get_base_model().get_submodule("model.layers.0.self_attn.q_proj")
     with torch.no_grad():  # with LoRA merged almost nothing is left of the weight, beside which LoHa is large; without, they are alike
         outer.weight.copy_(-0.99999 * outer.base_layer.get_delta_weight("lo"))
+        outer.hada_w1_a["ha"].mul_(30)
     before = outer.weight.detach().clone()
     outer.base_layer.merge(["lo"])
     outer.merge(["ha"])
