@@ -107,7 +107,7 @@ class RoutingError(PeftError, ValueError):
     code = "routing"
 
 
-class MergeError(PeftError, ValueError):
+class MergeError(PeftError, ValueError, RuntimeError):
     """Adapters can't be merged or taken out again."""
 
     code = "merge"

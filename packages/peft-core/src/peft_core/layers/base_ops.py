@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ class BaseOps(Protocol):
 
     @property
     def kind(self) -> str:
-        """``"linear"``, ``"conv1d"`` (transformers' transposed Linear) or ``"embedding"``."""
+        """``"linear"``, ``"conv1d"`` (transformers' transposed Linear), ``"embedding"`` or ``"convolution"``."""
         ...
 
     def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
@@ -28,8 +29,16 @@ class BaseOps(Protocol):
         """Return `delta` (out, in) in the layout of the base's own weight."""
         ...
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return a weight in the base's own layout as the matrix (out, in); the inverse of `stored`."""
+        ...
+
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return what the weight `delta` (out, in) adds to the output for the input `x`."""
+        ...
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return a vector (out,) in the shape in which it multiplies, or is added to, the base's output."""
         ...
 
 
@@ -46,6 +55,14 @@ class LinearOps:
     def stored(self, delta: Tensor) -> Tensor:
         """Return `delta` as it is."""
         return delta
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return `weight` as it is."""
+        return weight
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return (out,): features are the last dimension."""
+        return vector
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return x deltaᵀ."""
@@ -67,6 +84,14 @@ class Conv1DOps:
         """Return deltaᵀ."""
         return delta.T
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return weightᵀ."""
+        return weight.T
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return (out,): features are the last dimension."""
+        return vector
+
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return x deltaᵀ."""
         return F.linear(x, delta)
@@ -86,11 +111,68 @@ class EmbeddingOps:
         """Return deltaᵀ."""
         return delta.T
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return weightᵀ."""
+        return weight.T
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return (out,): features are the last dimension."""
+        return vector
+
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return the rows of deltaᵀ at the ids `x`."""
         scale = getattr(base, "embed_scale", None)
         found = F.embedding(x, delta.T)
         return found if scale is None else found * torch.as_tensor(scale, dtype=found.dtype, device=found.device)
+
+
+@dataclass(frozen=True)
+class ConvolutionOps:
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: weight (out, in / groups, *kernel), seen as the matrix (out, in / groups · ∏ kernel).
+
+    Args:
+        weight_shape: the shape of the weight.
+    """
+
+    weight_shape: tuple[int, ...]
+    kind: str = "convolution"
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (out, in / groups · ∏ kernel)."""
+        return self.weight_shape[0], math.prod(self.weight_shape[1:])
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return `delta` in the shape of a kernel; a factor with one column or row is spread over the kernel's dimensions."""
+        out, inp = delta.shape
+        if inp == 1:
+            return delta.reshape(out, *([1] * (len(self.weight_shape) - 1)))
+        return delta.reshape(out, *self.weight_shape[1:])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return `weight` with all but its first dimension flattened."""
+        return weight.flatten(1)
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return (out, 1, …): channels are followed by the spatial dimensions."""
+        return vector.reshape(-1, *([1] * (len(self.weight_shape) - 2)))
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return the convolution of `x` with `delta`, strided, padded, dilated and grouped as the base does it."""
+        found: Tensor = with_weight(base, self.stored(delta))(x)
+        return found
+
+
+def with_weight(base: nn.Module, weight: Tensor) -> Any:
+    """Return a module that computes as `base` does, but with another weight and without a bias. `base` is not touched.
+
+    It is a shell of the same class with the same settings, so that subclasses with a constructor and a forward of their own keep theirs.
+    """
+    shell = type(base).__new__(type(base))
+    shell.__dict__ = {**base.__dict__, "_parameters": {**base._parameters, "weight": weight, "bias": None}}
+    return shell.forward
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def ops_for(module: nn.Module) -> BaseOps | None:
@@ -99,6 +181,8 @@ def ops_for(module: nn.Module) -> BaseOps | None:
         return LinearOps()
     if isinstance(module, nn.Embedding):
         return EmbeddingOps()
+    if isinstance(module, _CONVOLUTIONS):
+        return ConvolutionOps(tuple(module.weight.shape))
     return Conv1DOps() if is_conv1d(module) else None
 
 

@@ -1,8 +1,9 @@
-"""What a merge adds to a weight, as objects and not closures, so that a merged model can be copied and pickled."""
+"""What a merge does to a weight, as objects and not closures, so that a merged model can be copied and pickled."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,17 +31,26 @@ def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
     """
     from .adapter_layer import AdapterLayer
 
-    if not any(name in layer.scaling and name not in layer.merged_adapters for name in adapters):
+    own = [name for name in adapters if name in layer.scaling and name not in layer.merged_adapters]
+    if not own:
         return
     pending: list[str] = []
     known = set(map(id, layer.merges))
+    if any(not layer.is_additive(name) for name in own):
+        # adapters of this very layer that act before the factor and are not in the weight
+        first = next(name for name in own if not layer.is_additive(name))
+        for name in layer.activation.names:
+            if name == first:
+                break
+            if name in layer.scaling and name not in own and name not in layer.merged_adapters:
+                pending.append(name)
     inner = layer._modules["base_layer"]
     while isinstance(inner, AdapterLayer):
         settled = {*adapters, *inner.merged_adapters}
         pending += [name for name in inner.activation.names if name in inner.scaling and name not in settled]
         known.update(map(id, inner.merges))
         inner = inner._modules["base_layer"]
-    if pending and not layer.additive:
+    if pending and any(not layer.is_additive(name) for name in own):
         raise MergeError(
             f"{type(layer).__name__} multiplies what is inside it, and there {listed(dict.fromkeys(pending))} would stay unmerged",
             hint="merge them in the same call",
@@ -54,21 +64,72 @@ def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
 
 
 class WeightChange:
-    """W' − W of effects that are no sum."""
+    """W → W' of effects that say it as a whole (`merged_weight`) and have no way back but a copy."""
+
+    additive = False
+    invertible = False
 
     def __init__(self, layer: AdapterLayer, adapters: Sequence[str]) -> None:
         self.layer, self.adapters = layer, tuple(adapters)
 
-    def __call__(self) -> Tensor:
-        weight = self.layer.weight.detach()
-        after = weight
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the weight with all effects folded in, in the widest dtype that took part."""
         for adapter in self.adapters:
-            after = self.layer.merged_weight(adapter, after)
-        return after - weight
+            weight = self.layer.merged_weight(adapter, weight)
+        return weight
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return `weight`: there is no way back."""
+        return weight
 
 
-class MergedDelta:
-    """Σ Δ of adapters as they were when merged: copies of their few parameters, multiplied out again when taken out."""
+class BiasChange:
+    """b → b' as `merged_bias` says, one adapter after the other. A copy of the few numbers is the way back."""
+
+    additive = True
+    invertible = False
+
+    def __init__(self, layer: AdapterLayer, adapters: Sequence[str]) -> None:
+        self.layer, self.adapters = layer, tuple(adapters)
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the bias with all effects folded in."""
+        for adapter in self.adapters:
+            changed = self.layer.merged_bias(adapter, weight)
+            assert changed is not None
+            weight = changed
+        return weight
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return `weight`: there is no way back."""
+        return weight
+
+
+class Subtraction:
+    """W → W − Δ with a Δ that was computed once."""
+
+    additive = True
+    invertible = True
+
+    def __init__(self, delta: Tensor) -> None:
+        self.delta = delta.detach()
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return W − Δ."""
+        return _sum(weight, -self.delta.to(weight.device))
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return W' + Δ."""
+        return _sum(weight, self.delta.to(weight.device))
+
+
+class AffineChange:
+    """W → factor ⊙ (W + Δ), one adapter after the other, and back. Most effects are of this kind: for sums there is no factor.
+
+    The few parameters of the adapters are kept as they were when merged, and Δ is multiplied out of them again when it is taken out.
+    """
+
+    invertible = True
 
     def __init__(self, layer: AdapterLayer, adapters: Sequence[str]) -> None:
         self.layer = layer
@@ -77,17 +138,51 @@ class MergedDelta:
             adapter: (layer.scaling[adapter], {(key, name): getattr(module, name).detach().clone() for key, module, name in layer.holders(adapter)})
             for adapter in adapters
         }
+        self.factors = {adapter: factor.detach() for adapter in adapters if (factor := layer.weight_factor(adapter)) is not None}
+        self.additive = not self.factors
 
-    def __call__(self) -> Tensor:
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the weight with all effects folded in, in the widest dtype that took part."""
+        if self.additive:  # summed first: one rounding of a small number instead of one of a large number for each adapter
+            return _sum(weight, self._total())
+        for adapter in self.kept:
+            weight = _sum(weight, self._stored(adapter))
+            if adapter in self.factors:
+                weight = weight * self._factor(adapter, weight)
+        return weight
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return what `apply` was given, up to rounding."""
+        if self.additive:
+            return _sum(weight, -self._total())
+        for adapter in reversed(self.kept):
+            if adapter in self.factors:
+                weight = weight / self._factor(adapter, weight)
+            weight = _sum(weight, -self._stored(adapter))
+        return weight
+
+    def _factor(self, adapter: str, weight: Tensor) -> Tensor:
+        return self.layer.ops.stored(self.factors[adapter].to(weight.device))
+
+    def _total(self) -> Tensor:
         total: Tensor | None = None
-        for adapter, (scaling, values) in self.kept.items():
-            delta = self._delta(adapter, scaling, values)
+        for adapter in self.kept:
+            delta = self._delta(adapter)
             total = delta if total is None else total + delta
         assert total is not None
         return self.layer.ops.stored(total)
 
-    def _delta(self, adapter: str, scaling: float, values: dict[tuple[str, str], Tensor]) -> Tensor:
-        layer = self.layer
+    def _stored(self, adapter: str) -> Tensor:
+        return self.layer.ops.stored(self._delta(adapter))
+
+    def _delta(self, adapter: str) -> Tensor:
+        with self.as_merged(adapter), torch.no_grad():
+            return self.layer.delta_weight(adapter)
+
+    @contextlib.contextmanager
+    def as_merged(self, adapter: str) -> Iterator[None]:
+        """Inside the block the adapter has the values that it had when it was merged."""
+        layer, (scaling, values) = self.layer, self.kept[adapter]
         present = [(module._parameters if name in module._parameters else module._buffers, name, key) for key, module, name in layer.holders(adapter)]
         before = [store[name] for store, name, _ in present]
         scaling_before = layer.scaling[adapter]
@@ -95,9 +190,13 @@ class MergedDelta:
             layer.scaling[adapter] = scaling
             for store, name, key in present:
                 store[name] = values[key, name].to(layer.weight.device)  # type: ignore[assignment]
-            with torch.no_grad():
-                return layer.delta_weight(adapter)
+            yield
         finally:
             layer.scaling[adapter] = scaling_before
             for (store, name, _), tensor in zip(present, before, strict=True):
-                store[name] = tensor  # type: ignore[assignment]
+                store[name] = tensor
+
+
+def _sum(weight: Tensor, delta: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, delta.dtype)
+    return weight.to(wide) + delta.to(wide)

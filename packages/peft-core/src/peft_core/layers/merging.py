@@ -7,8 +7,9 @@ larger ones listed apart, or a full copy where they are many.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,57 +37,62 @@ class Residual:
         return sum(t.numel() * t.element_size() for t in (self.small, self.large_at, self.large))
 
 
-class Merge:
-    """One merge into one weight, and the way back.
+class Change(Protocol):
+    """A change of a weight: what goes in, and, where it can be said, the way back."""
+
+    @property
+    def additive(self) -> bool:
+        """Whether it is a sum, which does not care what is added before and after it."""
+        ...
+
+    @property
+    def invertible(self) -> bool:
+        """Whether `invert` leads back up to rounding; if not, a copy of the weight is kept."""
+        ...
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return the changed weight in the widest dtype that took part."""
+        ...
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return the weight without the change, up to rounding. Must give the same bits when called again."""
+        ...
+
+
+class Fold:
+    """One change of one parameter, and the way back.
 
     Args:
-        owner: the module that has the weight.
-        name: name of the weight in it.
-        adapters: what is merged, for messages.
-        delta: returns ΔW (stored layout) as it is now; must give the same bits when called again.
-        shared: the weight also belongs to another module (tied embeddings): then `owner` gets a weight of its own meanwhile.
-        keep_copy: keep W itself (for effects that are no sum and can't be inverted exactly).
+        owner: the module that has the parameter.
+        name: name of the parameter in it.
+        change: what is done to it.
+        shared: it also belongs to another module (tied embeddings): then `owner` gets one of its own meanwhile.
     """
 
-    def __init__(self, owner: nn.Module, name: str, adapters: tuple[str, ...], delta: Callable[[], Tensor], *, shared: bool, keep_copy: bool) -> None:
-        self.owner, self.name, self.adapters = owner, name, adapters
-        self._delta = delta
+    def __init__(self, owner: nn.Module, name: str, change: Change, *, shared: bool = False) -> None:
+        self.owner, self.name, self.change = owner, name, change
         self._shared = shared
         self._original: nn.Parameter | None = None
-        self._keep_copy = keep_copy
-        self.additive = not keep_copy
         self._residual: Residual | None = None
         self._copy: Tensor | None = None
         self._threads = torch.get_num_threads()
 
-    def prepare(self, *, check_finite: bool) -> Tensor:
-        """Return the merged weight without touching anything.
-
-        Raises:
-            MergeError: `check_finite`, and it contains NaN or infinity.
-        """
-        # a merge that is taken out and done again starts from another weight: nothing of the first time may stay
+    def prepare(self) -> Tensor:
+        """Return the changed parameter's value without touching anything."""
+        # a fold that is taken out and done again starts from another weight: nothing of the first time may stay
         parameter = self.owner.get_parameter(self.name)
         self._original = parameter if self._shared else None
         self._residual = self._copy = None
         self._threads = torch.get_num_threads()
         with torch.no_grad():
             weight = parameter.detach()
-            delta = self._delta()
-            merged = _sum(weight, delta)
-            if check_finite and not torch.isfinite(merged).all():
-                what = "NaNs" if torch.isnan(merged).any() else "infinite values"
-                raise MergeError(
-                    f"{what} detected in the merged weights. The adapter {', '.join(self.adapters)} seems to be broken",
-                    hint="look at its tensors; the base weights are unchanged",
-                    code="merge-not-finite",
-                )
+            merged = self.change.apply(weight).to(weight.dtype)
             if self._original is None:
-                self._keep(weight, merged, delta)
+                self._keep(weight, merged)
             return merged
 
-    def apply(self, merged: Tensor) -> None:
-        """Put the merged weight in place: into the same parameter, or into one of its own where the weight is shared."""
+    def put(self, merged: Tensor) -> None:
+        """Put the changed value in place: into the same parameter, or into one of its own where the parameter is shared."""
         parameter = self.owner.get_parameter(self.name)
         if self._original is not None:
             self.owner.register_parameter(self.name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
@@ -95,41 +101,110 @@ class Merge:
             parameter.copy_(merged)
 
     def undo(self) -> None:
-        """Restore the weight as it was before the merge."""
+        """Restore the parameter as it was before."""
         if self._original is not None:
             self.owner.register_parameter(self.name, self._original)
             return
         parameter = self.owner.get_parameter(self.name)
         with torch.no_grad():
-            if self._copy is not None:
-                parameter.copy_(self._copy.to(parameter.device))
-                return
-            threads = torch.get_num_threads()
-            torch.set_num_threads(self._threads)  # another split of the product could round Δ otherwise
-            try:
-                delta = self._delta()
-            finally:
-                torch.set_num_threads(threads)
-            weight = parameter.detach()
-            plain = _sum(weight, -delta)
-            if self._residual is not None and weight.dtype in _BITS:
-                plain = _corrected(plain, self._residual)
-            parameter.copy_(plain)
+            parameter.copy_(self.before(parameter.detach()))
 
-    def _keep(self, weight: Tensor, merged: Tensor, delta: Tensor) -> None:
-        if self._keep_copy or weight.dtype not in _BITS:
+    def before(self, merged: Tensor) -> Tensor:
+        """Return the value that was there before, given the one that is there now. Changes nothing."""
+        if self._original is not None:
+            return self._original.detach()
+        if self._copy is not None:
+            return self._copy.to(merged.device)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)  # another split of the product could round Δ otherwise
+        try:
+            plain = self.change.invert(merged).to(merged.dtype)
+        finally:
+            torch.set_num_threads(threads)
+        if self._residual is not None and merged.dtype in _BITS:
+            plain = _corrected(plain, self._residual)
+        return plain
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for the way back, besides the adapter's own parameters."""
+        copied = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
+        return copied + (self._residual.nbytes if self._residual is not None else 0)
+
+    def _keep(self, weight: Tensor, merged: Tensor) -> None:
+        if not self.change.invertible or weight.dtype not in _BITS:
             self._copy = weight.clone()
             return
-        plain = _sum(merged, -delta)
+        plain = self.change.invert(merged).to(weight.dtype)
         self._residual = _difference(weight, plain)
         if self._residual is None:
             self._copy = weight.clone()
 
 
-def _sum(weight: Tensor, delta: Tensor) -> Tensor:
-    """Return weight + delta, rounded once to the weight's dtype."""
-    wide = torch.promote_types(weight.dtype, delta.dtype)
-    return (weight.to(wide) + delta.to(wide)).to(weight.dtype)
+class Merge:
+    """Adapters of one layer folded into its base: one fold for each parameter of the base that they change.
+
+    Args:
+        owner: the base module.
+        adapters: what is merged.
+        folds: the changes.
+        permanent: it is part of the base as long as the adapter exists (an initialisation that takes out of the weight what it puts into
+            the adapter), and not undone by unmerging.
+    """
+
+    def __init__(self, owner: nn.Module, adapters: tuple[str, ...], folds: Sequence[Fold], *, permanent: bool = False) -> None:
+        self.owner, self.adapters, self.folds, self.permanent = owner, adapters, tuple(folds), permanent
+
+    @property
+    def additive(self) -> bool:
+        """Whether all changes are sums."""
+        return all(fold.change.additive for fold in self.folds)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for the way back."""
+        return sum(fold.nbytes for fold in self.folds)
+
+    def prepare(self, *, check_finite: bool) -> list[Tensor]:
+        """Return the merged values without touching anything.
+
+        Raises:
+            MergeError: `check_finite`, and one contains NaN or infinity.
+        """
+        values = []
+        for fold in self.folds:
+            merged = fold.prepare()
+            if check_finite and not torch.isfinite(merged).all():
+                what = "NaNs" if torch.isnan(merged).any() else "infinite values"
+                raise MergeError(
+                    f"{what} detected in the merged weights. The adapter {', '.join(self.adapters)} seems to be broken",
+                    hint="look at its tensors; the base weights are unchanged",
+                    code="merge-not-finite",
+                )
+            values.append(merged)
+        return values
+
+    def apply(self, values: Sequence[Tensor]) -> None:
+        """Put what `prepare` returned in place."""
+        for fold, merged in zip(self.folds, values, strict=True):
+            fold.put(merged)
+
+    def undo(self) -> None:
+        """Restore the base as it was before the merge."""
+        for fold in reversed(self.folds):
+            fold.undo()
+
+
+def pristine(owner: nn.Module, name: str = "weight") -> Tensor:
+    """Return a parameter as it was before all that is merged into it now; detached, not to be written to."""
+    value = owner.get_parameter(name).detach()
+    for merge in reversed(owner.__dict__.get(MERGES, ())):
+        if merge.permanent:
+            break
+        for fold in reversed(merge.folds):
+            if fold.name == name:
+                value = fold.before(value)
+    return value
 
 
 def merges_of(owner: nn.Module) -> list[Merge]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import LayerConfig
 from ..errors import UnsupportedModuleError
@@ -15,7 +15,7 @@ from ..layers.activation import Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule
-from ..plugins import TunerSpec, hooks
+from ..plugins import Capability, TunerSpec, hooks
 from . import targeting
 from .base_view import BaseView
 from .call import Call, Output
@@ -147,9 +147,15 @@ class LayerTuner(TunerBase):
         """
         # plugins first: a quantised Linear is often a subclass of the plain one
         if type(module) not in _PLAIN and hooks.make_layer(self.spec.peft_type, module, self.activation) is not None:
+            if _is_quantised(module):
+                self._require(Capability.QUANTISED, module, path)
             return _Builder(None, self.activation, self.spec.peft_type)
         for layer in self.layers:
             if layer.accepts(module):
+                if isinstance(module, nn.Embedding):
+                    self._require(Capability.EMBEDDING, module, path)
+                elif isinstance(module, _CONVOLUTIONS):
+                    self._require(Capability.CONV, module, path)
                 return _Builder(layer, self.activation, self.spec.peft_type)
         supported = sorted({kind.__name__ for layer in self.layers for kind in layer.base_types})
         raise UnsupportedModuleError(
@@ -157,6 +163,13 @@ class LayerTuner(TunerBase):
             f"the following modules are supported: {', '.join(supported)}",
             hint="target one of its children, or leave it out with exclude_modules",
         )
+
+    def _require(self, capability: Capability, module: nn.Module, path: str) -> None:
+        if not self.spec.can(capability):
+            raise UnsupportedModuleError(
+                f"Target module {path!r} is a {type(module).__name__}, and {self.spec.peft_type} does not declare {capability.name}",
+                hint="leave it out with exclude_modules; the tuner's author declares what it can wrap in its TunerSpec",
+            )
 
 
 @dataclass(frozen=True)
@@ -187,8 +200,15 @@ class Filler:
         layer.attach(self.adapter, self.settings, creation)
 
 
+def _is_quantised(module: nn.Module) -> bool:
+    """Return whether a module keeps its weight in another form than as floating-point numbers."""
+    weight = getattr(module, "weight", None)
+    return weight is None or not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor)
+
+
 #: torch's own classes, for which no plugin needs to be asked
-_PLAIN = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_PLAIN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,210 @@
+"""Folding the adapters of one layer into its base, and taking them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AdapterNotFoundError, MergeError
+from .activation import Activation
+from .adapter_weights import AdapterWeights
+from .base_ops import BaseOps
+from .folded import AffineChange, BiasChange, Subtraction, WeightChange, refuse_wrong_order
+from .merging import MERGES, Fold, Merge, merges_of, pristine
+
+if TYPE_CHECKING:
+    from .adapter_layer import AdapterLayer
+
+
+class AdapterMerging(AdapterWeights):
+    """What `AdapterLayer` knows of merging. An effect is W → factor ⊙ (W + ΔW), or what `merged_weight` says."""
+
+    #: the effect is a sum W + ΔW
+    additive: ClassVar[bool] = True
+    #: names of the base's parameters that adapters change
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+
+    activation: Activation
+    ops: BaseOps
+    merges: list[Merge]
+    shifts: dict[str, Merge]
+    shared_weight: bool
+
+    # ---- what a tuner writes --------------------------------------------------------------------------------------
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return scaling · ΔW (out, in) in the parameters' dtype. Must depend on the adapter's parameters and scaling alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta_weight(adapter)")
+
+    def weight_factor(self, adapter: str) -> Tensor | None:
+        """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum.
+
+        It is asked once, when the adapter is merged, and may depend on the base weight (`base_weight`).
+        """
+        return None
+
+    def merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
+        """Return the base weight with the adapter folded in, for effects that are no factor ⊙ (W + ΔW). Unmerging then needs a copy of W."""
+        return weight + self.ops.stored(self.delta_weight(adapter)).to(weight.dtype)
+
+    def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
+        """Return the base's bias with the adapter folded in; `bias` itself where the adapter does not change it.
+
+        Raises:
+            MergeError: it would have to be changed, but the base has none.
+        """
+        return bias
+
+    def is_additive(self, adapter: str) -> bool:
+        """Return whether the adapter's effect is a sum, which does not care what else is added."""
+        return self.additive
+
+    # ---- merging --------------------------------------------------------------------------------------------------
+    @property
+    def merged(self) -> bool:
+        """Whether some adapter is folded into the base weight."""
+        return bool(self.merges)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters folded into the base weight, in that order."""
+        return [adapter for merge in self.merges for adapter in merge.adapters]
+
+    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those adapters that have weights here, nothing done yet; None if there is nothing to do.
+
+        Raises:
+            MergeError: one of them can't be merged into this base.
+        """
+        own = tuple(adapter for adapter in adapters if adapter in self.scaling and adapter not in self.merged_adapters)
+        if not own:
+            return None
+        base = self.get_base_layer()
+        layer = cast("AdapterLayer", self)
+        folds = [Fold(base, self.weight_name, self._change(own), shared=self.shared_weight)]
+        bias = base._parameters.get(self.bias_name)
+        with torch.no_grad():
+            if any(self.merged_bias(adapter, bias) is not bias for adapter in own):
+                folds.append(Fold(base, self.bias_name, BiasChange(layer, own)))
+        return Merge(base, own, folds)
+
+    def _change(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
+        layer = cast("AdapterLayer", self)
+        whole = type(self).merged_weight is not AdapterMerging.merged_weight
+        with torch.no_grad():
+            return WeightChange(layer, adapters) if whole else AffineChange(layer, adapters)
+
+    def merge(self, adapters: Sequence[str] | None = None, *, safe: bool = False) -> None:
+        """Fold adapters into the base weight; None: those in use.
+
+        Raises:
+            MergeError: the order of nested layers is wrong, or (`safe`) the result is not finite; nothing is changed then.
+        """
+        chosen = self.activation.names if adapters is None else tuple(adapters)
+        refuse_wrong_order(cast("AdapterLayer", self), chosen)
+        merge = self.plan_merge(chosen)
+        if merge is not None:
+            merge.apply(merge.prepare(check_finite=safe))
+            self.merges.append(merge)
+            merges_of(merge.owner).append(merge)
+
+    def undo_last_merge(self) -> None:
+        """Take the last merge of this layer back; it must be the last into its weight."""
+        merge = self.merges.pop()
+        merge.undo()
+        merges_of(merge.owner).remove(merge)
+        _tidy(merge.owner)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out again; the base weight returns bit for bit.
+
+        What other layers around the same weight merged later is taken out first, and folded in again.
+        """
+        if self.merges:
+            _take_out(self.get_base_layer(), self.merges)
+            self.merges.clear()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
+
+        Raises:
+            AdapterNotFoundError: the adapter has no weights here.
+            MergeError: the effect is no change of this weight.
+        """
+        if adapter not in self.scaling:
+            raise AdapterNotFoundError(f"this {type(self).__name__} has no adapter {adapter!r}", hint=f"it has {self.adapters()}")
+        change = self._change((adapter,)) if not self.is_additive(adapter) else None
+        if change is None:
+            return self.ops.stored(self.delta_weight(adapter))
+        weight = self.base_weight()
+        with torch.no_grad():
+            return change.apply(weight) - weight
+
+    def base_weight(self) -> Tensor:
+        """Return the base weight as it is when nothing is merged, in its own layout; not to be written to."""
+        base = self.get_base_layer()
+        return pristine(base, self.weight_name) if MERGES in base.__dict__ else cast(Tensor, getattr(base, self.weight_name))
+
+    # ---- initialisations that change the base ----------------------------------------------------------------------
+    def shift_base(self, adapter: str, delta: Tensor) -> None:
+        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists, so that a new adapter may start elsewhere than at 0.
+
+        A weight that belongs to other modules too (tied embeddings) becomes one of this module's own meanwhile.
+
+        Raises:
+            MergeError: something is merged into the weight.
+        """
+        base = self.get_base_layer()
+        if any(not merge.permanent for merge in base.__dict__.get(MERGES, ())):
+            raise MergeError(
+                f"the initialisation of {adapter!r} changes the base weight, and adapters are merged into it", hint="unmerge_adapter() first"
+            )
+        fold = Fold(base, self.weight_name, Subtraction(self.ops.stored(delta)), shared=self.shared_weight)
+        merge = Merge(base, (adapter,), [fold], permanent=True)
+        merge.apply(merge.prepare(check_finite=True))
+        self.shifts[adapter] = merge
+        merges_of(base).append(merge)
+
+    def restore_base(self, adapter: str | None = None) -> None:
+        """Undo what `shift_base` did for an adapter, or for all; the base weight returns bit for bit."""
+        chosen = [adapter] if adapter is not None else list(self.shifts)
+        merges = [self.shifts.pop(name) for name in chosen if name in self.shifts]
+        if merges:
+            _take_out(self.get_base_layer(), merges)
+
+    def settle(self) -> None:
+        """Leave the base weight as it is now, for good: it is unloaded with the adapters merged into it."""
+        self.shifts.clear()
+        self.merges.clear()
+        self.get_base_layer().__dict__.pop(MERGES, None)
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
+        if adapter in self.shifts:
+            self.restore_base(adapter)
+        super().drop(adapter)
+
+
+def _take_out(base: nn.Module, merges: Sequence[Merge]) -> None:
+    stack = merges_of(base)
+    wanted = set(map(id, merges))
+    others: list[Merge] = []
+    while wanted:
+        merge = stack.pop()
+        merge.undo()
+        if id(merge) in wanted:
+            wanted.discard(id(merge))
+        else:
+            others.append(merge)
+    for merge in reversed(others):
+        merge.apply(merge.prepare(check_finite=False))
+        stack.append(merge)
+    _tidy(base)
+
+
+def _tidy(base: nn.Module) -> None:
+    if not base.__dict__.get(MERGES, True):
+        del base.__dict__[MERGES]
