@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft_core.config import Extras, LayerConfig, require_number, require_positive_integer, require_probability
-from peft_core.errors import ConfigError, did_you_mean
+from peft_core.errors import ConfigError, PeftWarning, did_you_mean
+
+from .subconfigs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 
 BIAS = ("none", "all", "lora_only")
-#: initial values of A and B by name
-INITS = ("gaussian",)
-
-
-@dataclass
-class LoraRuntimeConfig:
-    """Settings of a running process, never saved.
-
-    Args:
-        ephemeral_gpu_offload: move norm computations to the accelerator for a moment.
-    """
-
-    ephemeral_gpu_offload: bool = False
+#: settings of an initialisation: field → the word that `init_lora_weights` says, and the class of the settings
+SETTINGS_OF_INITS = {
+    "eva_config": ("eva", EvaConfig),
+    "corda_config": ("corda", CordaConfig),
+    "loftq_config": ("loftq", LoftQConfig),
+    "lora_ga_config": ("lora_ga", LoraGAConfig),
+}
 
 
 @dataclass
@@ -37,12 +46,25 @@ class LoraConfig(LayerConfig):
         fan_in_fan_out: the base stores (in, out). Set by itself for transformers' Conv1D.
         bias: which biases of the base train: ``"none"``, ``"all"``, ``"lora_only"`` (those of adapted modules).
         use_rslora: s = alpha / √r (arXiv 2312.03732).
-        init_lora_weights: True: A uniform on ±1/√in, B zero; ``"gaussian"``: A normal with std 1/r, B zero; False: both random.
-
-    All other fields exist in files of this format; a value that this release does not support is an error, never ignored.
+        init_lora_weights: True: A uniform on ±1/√in, B zero; False: both random; or the name of an initialiser: ``"gaussian"``,
+            ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``, ``"olora"``, ``"mica"``, ``"eva"``, ``"corda"``, ``"lora_ga"``, ``"loftq"``, or a
+            plugin's.
+        loftq_config, eva_config, corda_config, lora_ga_config: settings of the initialisers of these names.
+        use_dora: the direction of each output weight is adapted by LoRA, its length by a number of its own (arXiv 2402.09353).
+        lora_bias: B has a bias, too.
+        layer_replication: pairs (start, end) of layers of which the model is put together anew; replicas share the base's weights.
+        target_parameters: names of parameters (of experts, say) to adapt, besides modules.
+        trainable_token_indices: rows of the embeddings to train: of the input embeddings, or by name of a module.
+        ensure_weight_tying: what is tied in the base stays tied in the adapter.
+        alora_invocation_tokens, use_qalora, qalora_group_size, use_bdlora, kasa_config, velora_config, monteclora_config, arrow_config:
+            variants; an adapter has one.
+        variant: name of a plugin's variant.
+        grouped_convolutions: on convolutions with groups, A has them too, with rank r in each; such adapters can be merged.
+        megatron_config, megatron_core: for parallel linear layers of Megatron.
+        runtime_config: settings of this process, never saved.
 
     Raises:
-        ConfigError: a bad value.
+        ConfigError: a bad value, or values that exclude one another.
 
     Source: arXiv 2106.09685.
     """
@@ -57,59 +79,116 @@ class LoraConfig(LayerConfig):
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: dict[str, Any] = field(default_factory=dict)
-    eva_config: dict[str, Any] | None = None
-    corda_config: dict[str, Any] | None = None
-    lora_ga_config: dict[str, Any] | None = None
+    loftq_config: LoftQConfig | dict[str, Any] = field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | None = None
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
-    arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | None = None
+    arrow_config: ArrowConfig | None = None
+    kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
+    variant: str | None = None
+    grouped_convolutions: bool = False
 
     default_peft_type: ClassVar[str | None] = "LORA"
     transient: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
+    additional: ClassVar[frozenset[str]] = frozenset({"variant", "grouped_convolutions"})
 
     def check(self) -> None:
-        """Check every value by itself.
+        """Check every value by itself, and which exclude one another.
 
         Raises:
             ConfigError: a bad value, or one that this release does not support.
         """
         super().check()
         require_positive_integer("r", self.r)
+        require_positive_integer("qalora_group_size", self.qalora_group_size)
         require_number("lora_alpha", self.lora_alpha)
         require_probability("lora_dropout", self.lora_dropout)
         if self.bias not in BIAS:
             raise ConfigError(f"bias={self.bias!r} is unknown", hint=did_you_mean(str(self.bias), BIAS) or f"write one of {BIAS}")
-        if not isinstance(self.init_lora_weights, bool) and self.init_lora_weights not in INITS:
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported by this release of peft-lora",
-                hint=did_you_mean(str(self.init_lora_weights), INITS) or f"write True, False or one of {INITS}",
-            )
+        self._check_init()
+        if self.lora_bias and (not isinstance(self.init_lora_weights, bool) or self.use_dora):
+            raise ConfigError("lora_bias works with init_lora_weights=True or False only, and not with DoRA", hint="leave one of them out")
+        if isinstance(self.target_parameters, str):
+            raise ConfigError(f"target_parameters={self.target_parameters!r} is a str", hint=f"write [{self.target_parameters!r}]")
+        if self.layer_replication is not None:
+            self._check_replication()
         defaults = {f.name: f.default for f in fields(self)}
         for name in _NOT_YET:
             value = getattr(self, name)
             if value not in (None, False, {}, []) and value != defaults[name]:
                 raise ConfigError(f"{name}={value!r} is not supported by this release of peft-lora", hint=f"leave {name} at its default")
 
+    def _check_init(self) -> None:
+        word = self.init_lora_weights
+        if not isinstance(word, (bool, str)):
+            raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
+        for name, (init, settings) in SETTINGS_OF_INITS.items():
+            given = getattr(self, name)
+            if word != init:
+                if given:
+                    warnings.warn(f"`{name}` is ignored: init_lora_weights is {word!r}, not {init!r}", PeftWarning, stacklevel=5)
+                    setattr(self, name, {} if name == "loftq_config" else None)
+            elif isinstance(given, dict) and given:
+                unknown = [key for key in given if key not in {f.name for f in fields(settings)}]
+                if unknown:
+                    known = [f.name for f in fields(settings)]
+                    raise ConfigError(f"{name} has no field {unknown[0]!r}", hint=did_you_mean(unknown[0], known) or f"its fields are {known}")
+                setattr(self, name, settings(**given))
+            elif not given:
+                if init == "loftq":
+                    raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'", hint="pass LoftQConfig(loftq_bits=4)")
+                warnings.warn(
+                    f"init_lora_weights is {init!r} but `{name}` is not specified. Using the default configuration.", PeftWarning, stacklevel=5
+                )
+                setattr(self, name, settings())
+        if isinstance(word, str):
+            from .extensions import initializer_specs
+
+            specs = initializer_specs()
+            if not any(spec.matches(word) for spec in specs):
+                known = [spec.shown or spec.name for spec in specs]
+                raise ConfigError(
+                    f"init_lora_weights={word!r} is unknown",
+                    hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}",
+                )
+
+    def _check_replication(self) -> None:
+        pairs = self.layer_replication
+        ok = isinstance(pairs, (list, tuple)) and all(_is_range(pair) for pair in pairs)
+        if not ok or not pairs:
+            raise ConfigError(f"layer_replication={pairs!r}", hint="give pairs (start, end) of layer numbers, start < end: [(0, 3), (1, 4)]")
+
     def extras(self) -> Extras:
         """Return saved modules and trained biases."""
         bias = {"none": "none", "all": "all", "lora_only": "targets"}.get(self.bias, self.bias)
         return Extras(modules_to_save=tuple(self.modules_to_save or ()), bias=bias)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field that belongs in a file; settings as dicts."""
+        return {
+            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in super().to_dict().items()
+        }
+
+
+def _is_range(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) and pair[0] < pair[1]
+
 
 _NOT_YET = (
-    *("megatron_config", "trainable_token_indices", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "use_dora"),
-    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias"),
+    *("megatron_config", "trainable_token_indices"),
+    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
     *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
 )

@@ -6,32 +6,47 @@ import dataclasses
 import warnings
 from typing import Any
 
-from peft_core import BaseView, LayerTuner, ModuleValues, PeftWarning, Plan
-from peft_core.layers.base_ops import is_conv1d
+from torch import nn
+
+from peft_core import BaseView, LayerTuner, ModuleValues, PeftWarning, Plan, is_conv1d, ops_for
 
 from .config import LoraConfig
-from .layer import Embedding, Linear, LoraSettings
+from .extensions import initializer_of, variant_of
+from .initializers.base import Initializer
+from .layers.common import LoraSettings
+from .layers.convolution import Convolution
+from .layers.embedding import Embedding
+from .layers.linear import Linear
+from .variants.base import Variant
 
 
 class LoraTuner(LayerTuner):
     """Wraps the targeted layers, each with its own rank and alpha."""
 
-    layers = (Linear, Embedding)
+    layers = (Linear, Embedding, Convolution)
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are."""
+        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are.
+
+        Raises:
+            ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
+        """
+        self._chosen = initializer_of(config), variant_of(config)
         plan = super().plan(base, adapter, config)
+        initializer, variant = self._chosen
+        for wrap in plan.wraps:
+            kind = kind_of(base.modules[wrap.path])
+            initializer.require_kind(kind, wrap.path)
+            if variant is not None:
+                variant.require_kind(kind, wrap.path)
         return dataclasses.replace(plan, resolved={**plan.resolved, "fan_in_fan_out": self._fan_in_fan_out(base, plan, config)})
 
     def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
         """Return rank, alpha and the rest for one module."""
-        return LoraSettings(
-            r=module.rank(config.r),
-            alpha=module.alpha(config.lora_alpha),
-            dropout=float(config.lora_dropout),
-            rslora=config.use_rslora,
-            init=config.init_lora_weights,
-        )
+        initializer, variant = self._chosen
+        return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
+
+    _chosen: tuple[Initializer, type[Variant] | None]
 
     def _fan_in_fan_out(self, base: BaseView, plan: Plan, config: LoraConfig) -> bool:
         kinds = {is_conv1d(base.modules[wrap.path]) for wrap in plan.wraps}
@@ -45,3 +60,9 @@ class LoraTuner(LayerTuner):
             stacklevel=6,
         )
         return actual
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the kind of a base layer, as initialisers and variants name it."""
+    ops = ops_for(module)
+    return ops.kind if ops is not None else "other"

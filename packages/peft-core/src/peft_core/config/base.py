@@ -59,6 +59,8 @@ class PeftConfig:
     default_peft_type: ClassVar[str | None] = None
     #: fields that are never written
     transient: ClassVar[frozenset[str]] = frozenset()
+    #: fields that other readers of the format do not know: written only where they differ from their default
+    additional: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
@@ -107,7 +109,11 @@ class PeftConfig:
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file, enums and sets still as they are."""
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.init and f.name not in self.transient}
+        return {
+            f.name: plain(getattr(self, f.name))
+            for f in dataclasses.fields(self)
+            if f.init and f.name not in self.transient and not (f.name in self.additional and getattr(self, f.name) == f.default)
+        }
 
     def to_json(self, **overrides: Any) -> str:
         """Return the text of `adapter_config.json`: keys and sets sorted, so that equal configs give equal bytes."""

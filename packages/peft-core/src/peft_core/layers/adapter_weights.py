@@ -18,7 +18,7 @@ class AdapterWeights(nn.Module):
     """What `AdapterLayer` knows of the parameters of its adapters."""
 
     #: attributes that hold per-adapter weights: `nn.ParameterDict` or `nn.ModuleDict`, keyed by adapter
-    containers: ClassVar[tuple[str, ...]] = ()
+    containers: tuple[str, ...] = ()
     #: plain dicts keyed by adapter that `drop` clears
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling",)
     scaling: dict[str, float]
@@ -84,20 +84,31 @@ class AdapterWeights(nn.Module):
         """How the adapter that is being added is to be made; for `add`."""
         return self._creation
 
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """The dtype of the parameters of the adapter that is being added: float32, or the base's where autocasting is off."""
+        dtype = self._base_dtype_and_device()[0]
+        return dtype if dtype == torch.float64 or (dtype in _HALF and not self._creation.autocast) else torch.float32
+
     def make_parameter(self, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> nn.Parameter:
         """Return a frozen parameter on the base's device: filled in float32, rounded to the base's dtype, then as autocast wants it."""
         dtype, device = self._base_dtype_and_device()
-        keep_half = dtype in _HALF and not self._creation.autocast
+        kept = self.parameter_dtype
         if self._creation.meta:
-            return nn.Parameter(torch.empty(tuple(shape), dtype=dtype if keep_half else torch.float32, device="meta"), requires_grad=False)
+            return nn.Parameter(torch.empty(tuple(shape), dtype=kept, device="meta"), requires_grad=False)
         tensor = torch.empty(tuple(shape), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
         if self._creation.initialise:
             with torch.no_grad():
                 fill(tensor)
-        if dtype in _HALF:
-            tensor = tensor.to(dtype)
-            tensor = tensor if keep_half else tensor.float()
+        tensor = tensor.to(dtype).to(kept) if dtype in _HALF else tensor
         return nn.Parameter(tensor, requires_grad=False)
+
+    def keep_parameter(self, value: Tensor) -> nn.Parameter:
+        """Return a frozen parameter with a computed value, with as many of its bits as `parameter_dtype` has."""
+        if self._creation.meta:
+            return nn.Parameter(torch.empty(value.shape, dtype=self.parameter_dtype, device="meta"), requires_grad=False)
+        device = self._base_dtype_and_device()[1]
+        return nn.Parameter(value.detach().to(device=device, dtype=self.parameter_dtype, copy=True).contiguous(), requires_grad=False)
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
         weight = self.weight

@@ -9,6 +9,7 @@ from importlib import metadata
 
 TUNERS = "peft_core.tuners"
 PLUGINS = "peft_core.plugins"
+HOOKSPECS = "peft_core.hookspecs"
 SWITCH = "PEFT_CORE_PLUGINS"
 
 

@@ -1,0 +1,262 @@
+"""What all layers of LoRA share: creating A and B, the scale, variants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import AdapterLayer, MergeError
+
+from .. import formulas
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..initializers.base import Initializer, Start
+    from ..variants.base import Variant
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What a layer is told: rank and alpha of this module, and what holds for all.
+
+    Args:
+        path: the module's original name in the base.
+        r, alpha: of this module.
+        config: the adapter's whole config.
+        initializer: says what A and B start with.
+        variant: class of the variant; None for plain LoRA.
+    """
+
+    path: str
+    r: int
+    alpha: float
+    config: LoraConfig
+    initializer: Initializer
+    variant: type[Variant] | None = None
+
+
+class LoraLayer(AdapterLayer):
+    """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
+
+    Attributes:
+        r, lora_alpha, lora_dropout, scaling: by adapter.
+        variants: by adapter, where it is not plain LoRA.
+        groups: into how many independent parts the base splits its input.
+    """
+
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept")
+    #: the containers under the name that the reference implementation has for them
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    groups: int = 1
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        super().__init__(base_layer, activation)
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.lora_dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.variants: dict[str, Variant] = {}
+        #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
+        self.unusual: dict[str, bool] = {}
+        self.frozen: dict[str, frozenset[str]] = {}
+        #: what was computed from weights and holds until they change, by adapter
+        self.kept: dict[str, Any] = {}
+
+    # ---- what each kind of layer says -----------------------------------------------------------------------------
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) as matrices, as they are stored."""
+        raise NotImplementedError
+
+    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Put A and B, shaped as `factor_shapes` says, where they belong."""
+        raise NotImplementedError
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes in which A and B are stored."""
+        out, inp = self.matrix_shape
+        return (r, inp), (out, r)
+
+    def bias_holder(self, adapter: str) -> nn.Module:
+        """Return the module that holds B, to which `lora_bias` adds a bias.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        holder: nn.Module = self.lora_B[adapter]
+        return holder
+
+    # ---- creating --------------------------------------------------------------------------------------------------
+    def add(self, adapter: str, config: LoraSettings) -> None:
+        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
+        self.note(adapter, config)
+        creation = self.creation
+        variant = config.variant(self, adapter, config) if config.variant is not None else None
+        draws = creation.initialise and not creation.meta
+        start: Start | None = None
+        if draws or config.initializer.needs_base:
+            if draws and config.config.init_lora_weights is not False:
+                self.draw_as_plain_layers(config.r)
+            start = config.initializer.start(self, config)
+            if variant is not None:
+                start = variant.start(start)
+        shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
+        values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
+        parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
+        self.place(adapter, *parameters)
+        if start is not None:
+            self.frozen[adapter] = start.frozen
+            if start.shift is not False and not self.weight.is_meta:
+                self.shift_base(adapter, self._product(adapter, start) if start.shift is True else start.shift)
+        if config.config.lora_bias:
+            self._add_bias(adapter, config)
+        if variant is not None:
+            self.variants[adapter] = variant
+            self.containers = (*self.containers, *(name for name in variant.containers if name not in self.containers))
+            variant.add()
+        if variant is not None or config.config.lora_bias:
+            self.unusual[adapter] = True
+
+    def note(self, adapter: str, settings: LoraSettings) -> None:
+        """Write down what holds for a new adapter."""
+        self.r[adapter] = settings.r
+        self.lora_alpha[adapter] = settings.alpha
+        self.lora_dropout[adapter] = float(settings.config.lora_dropout)
+        self.use_rslora[adapter] = settings.config.use_rslora
+        self.scaling[adapter] = formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
+
+    def draw_as_plain_layers(self, r: int) -> None:
+        """Draw the values that two plain layers of these shapes would draw first: a seed then gives the same A as it always gave."""
+        for shape in self.factor_shapes(r):
+            torch.empty(shape).uniform_()
+
+    def _factor(self, shape: tuple[int, ...], value: Any) -> nn.Parameter:
+        if not isinstance(value, Tensor):
+            return self.make_parameter(shape, value)
+        rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
+        return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
+
+    def _product(self, adapter: str, start: Start) -> Tensor:
+        assert isinstance(start.a, Tensor)
+        assert isinstance(start.b, Tensor)
+        kept = self.parameter_dtype
+        return formulas.delta(start.a.to(kept).float(), start.b.to(kept).float(), self.scaling[adapter])
+
+    def _add_bias(self, adapter: str, settings: LoraSettings) -> None:
+        out = self.matrix_shape[0]
+        bound = 1 / settings.r**0.5 if settings.config.init_lora_weights is False else 0.0
+        self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+    def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield (end of the file key, module, attribute) for each tensor of an adapter."""
+        for key, module, name in super().holders(adapter):
+            yield key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"), module, name
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return what trains, by the end of its file key."""
+        found = super().parameters_of(adapter)
+        frozen = self.frozen.get(adapter)
+        return {key: value for key, value in found.items() if key.split(".")[0][-1] not in frozen} if frozen else found
+
+    def beta(self, adapter: str) -> Tensor | None:
+        """Return the bias of B (out,) that `lora_bias` adds; None without."""
+        return self.bias_holder(adapter)._parameters.get("bias")
+
+    def is_additive(self, adapter: str) -> bool:
+        """Return whether the adapter's effect is a sum."""
+        variant = self.variants.get(adapter)
+        return variant is None or variant.additive
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return s·ΔW (out, in); with a factor, what is added before it."""
+        variant = self.variants.get(adapter)
+        return variant.delta() if variant is not None else self.plain_delta(adapter)
+
+    def plain_delta(self, adapter: str) -> Tensor:
+        """Return s·B·A (out, in)."""
+        a, b = self.factors(adapter)
+        return formulas.delta(a, b, self.scaling[adapter])
+
+    def weight_factor(self, adapter: str) -> Tensor | None:
+        """Return what the variant multiplies W + ΔW by; None for a sum."""
+        variant = self.variants.get(adapter)
+        return None if variant is None else variant.factor()
+
+    def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
+        """Return the bias of the base with s·β added."""
+        beta = self.beta(adapter) if adapter in self.unusual else None
+        if beta is None:
+            return bias
+        if bias is None:
+            raise MergeError(
+                f"the adapter {adapter!r} has lora_bias, and the {type(self.get_base_layer()).__name__} that it is merged into has no bias",
+                hint="use it unmerged, or give the base a bias of zeros first",
+            )
+        return bias + self.scaling[adapter] * beta.to(bias.dtype)
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's weights out, and undo what its creation did to the base."""
+        variant = self.variants.get(adapter)
+        if variant is not None:
+            variant.drop()
+        super().drop(adapter)
+
+    def train(self, mode: bool = True) -> LoraLayer:
+        """Switch between training and evaluation, and forget what was computed from the weights."""
+        self.forget()
+        super().train(mode)
+        return self
+
+    def forget(self) -> None:
+        """Drop everything that is kept to be computed once."""
+        self.kept.clear()
+
+    # ---- the scale --------------------------------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling to `scale` times what alpha and rank make of it; a name without weights here is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self._usual_scaling(adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the adapters in use."""
+        if scale == 1:
+            return
+        for adapter in self.activation.names:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the adapters in use; None: back to what alpha and rank make of it."""
+        for adapter in self.activation.names:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale
+
+    @staticmethod
+    def scaling_of(settings: LoraSettings) -> float:
+        """Return s for an adapter that is being added."""
+        return formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
+
+    def _usual_scaling(self, adapter: str) -> float:
+        return formulas.scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])
+
+
+def bare(kind: type[nn.Module], **attributes: Any) -> Any:
+    """Return a module without the initialisation that its constructor would run and throw away."""
+    module: Any = kind.__new__(kind)
+    nn.Module.__init__(module)
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def plain_linear(weight: nn.Parameter) -> nn.Linear:
+    """Return a bias-free Linear with this weight."""
+    out, inp = weight.shape
+    layer: nn.Linear = bare(nn.Linear, out_features=out, in_features=inp, weight=weight)
+    layer.register_parameter("bias", None)
+    return layer

@@ -1,0 +1,153 @@
+"""LoRA around `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and their subclasses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peft_core import ConfigError, MergeError, with_weight
+
+from .. import formulas
+from .common import LoraLayer, LoraSettings, bare
+
+
+class Convolution(LoraLayer):
+    """LoRA around a convolution: A is one with the base's own kernel, stride, padding, dilation and padding mode, B has a kernel of 1.
+
+    Shapes, for a base (out, in / groups, *kernel): `lora_A.<adapter>.weight` (r, in, *kernel), `lora_B.<adapter>.weight` (out, r / groups, 1, …).
+    With `grouped_convolutions` in the config A is grouped as the base is, with r for each group: (r · groups, in / groups, *kernel) and
+    (out, r, 1, …); only so can an adapter on a grouped convolution be merged.
+
+    Attributes:
+        grouped: by adapter, whether A has the base's groups.
+    """
+
+    containers = ("lora_A", "lora_B")
+    base_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    per_adapter: ClassVar[tuple[str, ...]] = (*LoraLayer.per_adapter, "grouped")
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        super().__init__(base_layer, activation)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.grouped: dict[str, bool] = {}
+        base: Any = self.get_base_layer()
+        self.base_groups: int = base.groups
+        self.kernel: tuple[int, ...] = tuple(base.weight.shape[2:])
+        self._grouped_now = False
+
+    def add(self, adapter: str, config: LoraSettings) -> None:
+        """Create A and B.
+
+        Raises:
+            ConfigError: r can't be shared out among the base's groups.
+        """
+        grouped = self.base_groups > 1 and config.config.grouped_convolutions
+        if self.base_groups > 1 and not grouped and config.r % self.base_groups:
+            raise ConfigError(
+                f"r={config.r} of {config.path!r} is no multiple of the {self.base_groups} groups of its convolution",
+                hint="set grouped_convolutions=True (r for each group; can be merged), or choose another r with rank_pattern",
+            )
+        self.grouped[adapter] = self._grouped_now = grouped
+        self.groups = 1 if grouped else self.base_groups
+        super().add(adapter, config)
+
+    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes in which A and B are stored."""
+        base: Any = self.get_base_layer()
+        ones = (1,) * len(self.kernel)
+        if self._grouped_now:
+            return (r * self.base_groups, base.in_channels // self.base_groups, *self.kernel), (base.out_channels, r, *ones)
+        return (r, base.in_channels, *self.kernel), (base.out_channels, r // self.base_groups, *ones)
+
+    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Make A a copy of the base with another weight (no constructor is called: subclasses may have any), B a plain convolution."""
+        base: Any = self.get_base_layer()
+        self.lora_A[adapter] = _twin(base, a, self.base_groups if self.grouped[adapter] else 1)
+        self.lora_B[adapter] = _pointwise(base, b, self.base_groups)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A (r, in · ∏ kernel) and B (out, r / groups) as matrices."""
+        return self.lora_A[adapter].weight.flatten(1), self.lora_B[adapter].weight.flatten(1)  # type: ignore[operator]
+
+    def plain_delta(self, adapter: str) -> Tensor:
+        """Return s·B·A (out, in / groups · ∏ kernel), group by group where the base has groups.
+
+        Raises:
+            MergeError: A sees all inputs of a grouped base, which no grouped kernel can express.
+        """
+        a, b = self.factors(adapter)
+        if self.base_groups == 1:
+            return formulas.delta(a, b, self.scaling[adapter])
+        if not self.grouped[adapter]:
+            raise MergeError(
+                f"the adapter {adapter!r} on a convolution with {self.base_groups} groups lets each group see all inputs: there is no such kernel",
+                hint="use it unmerged, or train with grouped_convolutions=True",
+            )
+        g = self.base_groups
+        return formulas.grouped_delta(formulas.in_groups(a, g), formulas.in_groups(b, g), self.scaling[adapter])
+
+    def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·B(A·drop(x))."""
+        if adapter in self.unusual:
+            variant = self.variants.get(adapter)
+            if variant is not None:
+                return variant.contribute(x, y)
+        y = y.add_(self.change(adapter, F.dropout(x, self.lora_dropout[adapter], self.training)), alpha=self.scaling[adapter])
+        beta = self.beta(adapter) if adapter in self.unusual else None
+        return y if beta is None else y.add_(self.ops.features(beta), alpha=self.scaling[adapter])
+
+    def change(self, adapter: str, x: Tensor) -> Tensor:
+        """Return B(A·x) in the dtype of x."""
+        a: Any = self.lora_A[adapter]
+        b: Any = self.lora_B[adapter]
+        weights = (a.weight, b.weight) if x.dtype is a.weight.dtype else (a.weight.to(x.dtype), b.weight.to(x.dtype))
+        hidden = a.forward(x) if weights[0] is a.weight else with_weight(a, weights[0])(x)
+        found: Tensor = _CONVOLVE[len(self.kernel)](hidden, weights[1], groups=self.base_groups)
+        return found
+
+
+_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+#: attributes of a module that belong to it alone
+_OWN = ("_parameters", "_buffers", "_modules")
+
+
+def _twin(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
+    """Return a module of the base's class with its settings and another weight."""
+    twin = bare(type(base))
+    for name, value in base.__dict__.items():
+        if name not in twin.__dict__ and name not in ("forward", "_old_forward", "_hf_hook"):
+            twin.__dict__[name] = copy.copy(value)
+    twin._buffers.update(base._buffers)
+    twin._modules.update({name: copy.deepcopy(part) for name, part in base._modules.items()})
+    twin.out_channels, twin.groups = weight.shape[0], groups
+    twin.weight = weight
+    twin.register_parameter("bias", None)
+    twin.train(base.training)
+    return twin  # type: ignore[no-any-return]
+
+
+def _pointwise(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
+    """Return a plain convolution with a kernel of 1."""
+    dimensions = weight.dim() - 2
+    ones, zeros = (1,) * dimensions, (0,) * dimensions
+    layer = bare(
+        _PLAIN[dimensions],
+        in_channels=weight.shape[1] * groups,
+        out_channels=weight.shape[0],
+        kernel_size=ones,
+        stride=ones,
+        padding=zeros,
+        dilation=ones,
+        transposed=False,
+        output_padding=zeros,
+        groups=groups,
+        padding_mode="zeros",
+        weight=weight,
+    )
+    layer.register_parameter("bias", None)
+    return layer  # type: ignore[no-any-return]

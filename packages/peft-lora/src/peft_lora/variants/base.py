@@ -1,0 +1,89 @@
+"""What a variant is: another formula around the same A and B, in one layer for one adapter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from peft_core import ConfigError
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..initializers.base import Start
+    from ..layers.common import LoraLayer, LoraSettings
+
+
+class Variant:
+    """Base class of variants. One object for each layer and adapter.
+
+    Args:
+        layer: where the adapter is.
+        adapter: its name.
+        settings: rank, alpha, the module's path and the whole config.
+
+    Attributes:
+        name: for messages.
+        kinds: the base layers around which it works (`Initializer.kinds` lists the names).
+        containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
+        additive: its effect is a sum W + ΔW.
+    """
+
+    name: ClassVar[str] = ""
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
+    containers: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = True
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        """Check that a config suits the variant.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
+    @classmethod
+    def require_kind(cls, kind: str, path: str) -> None:
+        """Check that the variant works around a kind of base layer.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if kind not in cls.kinds:
+            raise ConfigError(
+                f"{cls.name} does not work on {path!r}, which is of the kind {kind!r}",
+                hint=f"it knows {', '.join(sorted(cls.kinds))}; leave the module out with exclude_modules",
+            )
+
+    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+        self.layer, self.adapter, self.settings = layer, adapter, settings
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B as they are stored; by default those of plain LoRA."""
+        return self.layer.factor_shapes(self.settings.r)
+
+    def start(self, start: Start) -> Start:
+        """Return what A and B start with, given what the initialiser says."""
+        return start
+
+    def add(self) -> None:
+        """Create the variant's own parameters with `layer.new`; A and B are there already."""
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the base's output `y` for `x` with the adapter's effect. `y` may be overwritten, `x` may not."""
+        raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
+
+    def delta(self) -> Tensor:
+        """Return s·ΔW (out, in); by default s·B·A.
+
+        Raises:
+            MergeError: there is none.
+        """
+        return self.layer.plain_delta(self.adapter)
+
+    def factor(self) -> Tensor | None:
+        """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum."""
+        return None
+
+    def drop(self) -> None:
+        """Undo what `add` did besides creating parameters."""
