@@ -6,6 +6,7 @@ import copy
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -89,13 +90,54 @@ def test_a_life_line_by_line(log: Path, tmp_path: Path) -> None:
     ]
     assert all(event["pid"] == os.getpid() and event["time"].endswith("+00:00") for event in events)
     saved, read = (next(event for event in events if event["event"] == kind) for kind in ("saved", "loaded"))
-    assert saved["path"] == read["path"] == str(tmp_path / "out")
+    assert saved["path"] == read["path"] == os.path.realpath(tmp_path / "out")
+    assert read["source"] == str(tmp_path / "out")
     assert saved["files"] == read["files"] == peft_audit_log.digests(tmp_path / "out")
     assert set(saved["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
     assert read["adapter"] == "read"
     assert events[0]["peft_type"] == "AUDITED_GAIN"
     assert read["model"] != events[0]["model"], "two models of one class can't be told apart"
     assert loaded.active_adapters == ["read"]
+
+
+def test_the_end_of_a_life(log: Path) -> None:
+    model = get_peft_model(Net(), config(), "first")
+    model.add_adapter("second", config())
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.merge_and_unload()
+    end = [{key: event[key] for key in ("event", "adapters", "merged") if key in event} for event in peft_audit_log.read(log)[3:]]
+    assert end == [
+        {"event": "merged", "adapters": ["first"]},
+        {"event": "unmerged", "adapters": ["first"]},
+        {"event": "merged", "adapters": ["first"]},
+        {"event": "unloaded", "adapters": ["first", "second"], "merged": ["first"]},
+    ]
+
+
+def test_every_event_of_core_has_a_line_in_the_log_and_in_the_readme() -> None:
+    from peft_audit_log import plugin
+
+    events = {name.removeprefix("peft_adapter_") for name in vars(plugin) if name.startswith("peft_adapter_")}
+    core = {name.removeprefix("peft_adapter_") for name in vars(registry.manager().hook) if name.startswith("peft_adapter_")}
+    assert events == core
+    readme = Path(__file__).parents[1] / "README.md"
+    if readme.is_file():
+        assert events <= set(re.findall(r"`(\w+)`", readme.read_text(encoding="utf-8")))
+
+
+def test_folders_are_noted_as_what_they_were(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative to a folder that is left, or through a link that leads elsewhere later."""
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)
+        get_peft_model(Net(), config()).save_pretrained("french-3")
+    (tmp_path / "french").symlink_to("french-3")
+    PeftModel.from_pretrained(Net(), tmp_path / "french")
+    saved, read = (next(event for event in peft_audit_log.read(log) if event["event"] == kind) for kind in ("saved", "loaded"))
+    assert saved["path"] == read["path"]
+    assert (read["path"], read["source"]) == (os.path.realpath(tmp_path / "french-3"), str(tmp_path / "french"))
+    (tmp_path / "french").unlink()  # the link may lead elsewhere by now
+    assert peft_audit_log.changed([read]) == {}
 
 
 def test_each_line_is_json_by_itself(log: Path) -> None:
@@ -127,11 +169,11 @@ def test_changed_files_are_found(log: Path, tmp_path: Path) -> None:
     assert peft_audit_log.changed(peft_audit_log.read(log)) == {}
     weights = tmp_path / "out" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
-    assert peft_audit_log.changed(peft_audit_log.read(log)) == {str(tmp_path / "out"): ["adapter_model.safetensors"]}
+    assert peft_audit_log.changed(peft_audit_log.read(log)) == {os.path.realpath(tmp_path / "out"): ["adapter_model.safetensors"]}
     model.save_pretrained(tmp_path / "out")
     assert peft_audit_log.changed(peft_audit_log.read(log)) == {}, "a later save is what counts"
     weights.unlink()
-    assert peft_audit_log.changed(peft_audit_log.read(log)) == {str(tmp_path / "out"): ["adapter_model.safetensors"]}
+    assert peft_audit_log.changed(peft_audit_log.read(log)) == {os.path.realpath(tmp_path / "out"): ["adapter_model.safetensors"]}
 
 
 @pytest.mark.parametrize(("damage", "code"), [("", 0), ("changed", 1), ("no json", 2), ("no file", 2)])

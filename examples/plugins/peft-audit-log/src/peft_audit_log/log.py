@@ -52,7 +52,7 @@ def read(path: str | os.PathLike[str]) -> list[Event]:
 
 
 def digests(folder: str | os.PathLike[str]) -> dict[str, str]:
-    """Return the SHA-256 of each adapter file in a folder; empty where there is none (an id on the Hub)."""
+    """Return the SHA-256 of each adapter file in a folder; empty where there is none."""
     found = {}
     for name in FILES:
         path = Path(folder) / name

@@ -23,21 +23,39 @@ def peft_adapter_added(model: Any, adapter_name: str, config: Any) -> None:
 
 
 @hookimpl
-def peft_adapter_loaded(model: Any, adapter_name: str, path: str) -> None:
-    """Note where the weights of an adapter came from, and what was in the files."""
-    _note("loaded", model, adapter=adapter_name, path=_place(path))
+def peft_adapter_loaded(model: Any, adapter_name: str, path: str, source: str) -> None:
+    """Note where the weights of an adapter came from, as the caller named it and where that was, and what was in the files."""
+    _note("loaded", model, adapter=adapter_name, path=path, source=source)
 
 
 @hookimpl
 def peft_adapter_saved(model: Any, adapter_name: str, path: str) -> None:
     """Note where an adapter was written, and what is in the files."""
-    _note("saved", model, adapter=adapter_name, path=_place(path))
+    _note("saved", model, adapter=adapter_name, path=os.path.realpath(path))
 
 
 @hookimpl
 def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
     """Note which adapters are in use from now on."""
     _note("activated", model, adapters=list(adapter_names))
+
+
+@hookimpl
+def peft_adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
+    """Note which adapters were folded into the base weights."""
+    _note("merged", model, adapters=list(adapter_names))
+
+
+@hookimpl
+def peft_adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
+    """Note which adapters were taken out of the base weights."""
+    _note("unmerged", model, adapters=list(adapter_names))
+
+
+@hookimpl
+def peft_adapter_unloaded(model: Any, adapter_names: tuple[str, ...], merged: tuple[str, ...]) -> None:
+    """Note that a model is a plain base again, and which adapters stay in its weights."""
+    _note("unloaded", model, adapters=list(adapter_names), merged=list(merged))
 
 
 @hookimpl
@@ -53,11 +71,6 @@ def _note(event: str, model: Any, **facts: Any) -> None:
     if "path" in facts:
         facts["files"] = log.digests(facts["path"])
     log.append(path, {"event": event, "model": _name(model), "base": getattr(model, "name_or_path", None) or None, **facts})
-
-
-def _place(path: str) -> str:
-    """Return a folder as an absolute path, so that the log can be read from elsewhere; an id on the Hub as it is."""
-    return os.path.abspath(path) if os.path.isdir(path) else path
 
 
 def _name(model: Any) -> str:

@@ -18,7 +18,7 @@ from ..checkpoint.state_dict import WRAPPER_PREFIX, adapter_tensors, key_renamer
 from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, listed
 from ..layers.creation import Creation
-from ..plugins import registry
+from ..plugins import hooks, registry
 from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
 from .adapted import AdaptedModel
 from .configs import require_adapter, take_hub_arguments
@@ -118,6 +118,7 @@ def inject_adapter_in_model(
     model.__dict__["peft_config"] = index.configs
     index.activation.select([*index.active, adapter_name])
     index.set_trainable(adapter_name, not peft_config.inference_mode)
+    hooks.adapter_activated(index.base, index.active)
     return model
 
 

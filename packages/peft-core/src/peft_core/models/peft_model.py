@@ -87,7 +87,8 @@ class PeftModel(AdaptedModel):
             mapping = key_mapping
             if mapping is None and not config.is_prompt_learning:
                 mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
-            source = Tensors.of_file(find_weights(model_id, **hub), torch_device, str(config.peft_type), config, mapping)
+            file = find_weights(model_id, **hub)
+            source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
             wrapped = target(
                 model,
                 config,
@@ -100,7 +101,7 @@ class PeftModel(AdaptedModel):
         except BaseException:
             config.inference_mode = before
             raise
-        hooks.adapter_loaded(model, adapter_name, str(model_id))
+        hooks.adapter_loaded(model, adapter_name, file.path.parent, str(model_id))
         return wrapped if is_trainable else wrapped.eval()
 
     @classmethod

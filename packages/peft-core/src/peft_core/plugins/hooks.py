@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 from ..errors import PeftWarning
@@ -42,9 +43,10 @@ def adapter_added(model: Any, adapter_name: str, config: Any) -> None:
     _announce("peft_adapter_added", model=model, adapter_name=adapter_name, config=config)
 
 
-def adapter_loaded(model: Any, adapter_name: str, path: str) -> None:
-    """Tell listeners that an adapter's weights were read."""
-    _announce("peft_adapter_loaded", model=model, adapter_name=adapter_name, path=path)
+def adapter_loaded(model: Any, adapter_name: str, folder: Path, source: str) -> None:
+    """Tell listeners that an adapter's weights were read from a folder, which the caller named `source`."""
+    if registry.manager().hook.peft_adapter_loaded.get_hookimpls():  # nobody else needs to know what the links lead to
+        _announce("peft_adapter_loaded", model=model, adapter_name=adapter_name, path=str(folder.resolve()), source=source)
 
 
 def adapter_saved(model: Any, adapter_name: str, path: str) -> None:
@@ -55,6 +57,21 @@ def adapter_saved(model: Any, adapter_name: str, path: str) -> None:
 def adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
     """Tell listeners which adapters are in use from now on."""
     _announce("peft_adapter_activated", model=model, adapter_names=adapter_names)
+
+
+def adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
+    """Tell listeners which adapters were folded into the base weights."""
+    _announce("peft_adapter_merged", model=model, adapter_names=adapter_names)
+
+
+def adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
+    """Tell listeners which adapters were taken out of the base weights."""
+    _announce("peft_adapter_unmerged", model=model, adapter_names=adapter_names)
+
+
+def adapter_unloaded(model: Any, adapter_names: tuple[str, ...], merged: tuple[str, ...]) -> None:
+    """Tell listeners that the base is free of its adapters, and which of them stay in its weights."""
+    _announce("peft_adapter_unloaded", model=model, adapter_names=adapter_names, merged=merged)
 
 
 def adapter_deleted(model: Any, adapter_name: str) -> None:

@@ -19,7 +19,7 @@ from ..errors import (
     did_you_mean,
     listed,
 )
-from . import discovery
+from . import discovery, implementing
 from .discovery import Claim
 from .spec import TunerSpec
 
@@ -173,8 +173,12 @@ class Registry:
             return manager
 
     def register_plugin(self, plugin: object, name: str | None = None) -> None:
-        """Add an object or module with hook implementations in this process (what an entry point does for a package)."""
-        self.manager().register(plugin, name=name)
+        """Add an object or module with hook implementations in this process (what an entry point does for a package).
+
+        Raises:
+            PluginError: it implements what is no hook, or takes an argument that the hook does not give.
+        """
+        implementing.register(self.manager(), plugin, owner=f"{name or type(plugin).__name__} (registered in this process)", name=name)
 
     def unregister_plugin(self, plugin: object) -> None:
         """Take out what `register_plugin` added."""
@@ -189,6 +193,13 @@ class Registry:
 
             self._manager = pluggy.PluginManager(hookspecs.PROJECT)
             self._manager.add_hookspecs(hookspecs)
+            for claim in discovery.claims(discovery.HOOKSPECS):  # hooks that a tuner package owns; light modules
+                if discovery.unmet_requirement(claim) is not None:
+                    continue  # its tuner says so when it is asked for
+                try:
+                    self._manager.add_hookspecs(importlib.import_module(claim.module))
+                except Exception as error:
+                    warnings.warn(f"the hooks of {claim} can't be read: {type(error).__name__}: {error}", PeftWarning, stacklevel=3)
         return self._manager
 
     def import_plugin(self, claim: Claim) -> types.ModuleType:
@@ -207,19 +218,14 @@ class Registry:
             )
         try:
             module = importlib.import_module(claim.module)
-            manager = self._bare_manager()
-            if not manager.is_registered(module):
-                manager.register(module, name=f"{claim.distribution}:{claim.module}")
-                try:
-                    manager.check_pending()
-                except Exception:
-                    manager.unregister(module)  # or its fault would be found again with the next plugin
-                    raise
         except Exception as error:
             raise PluginError(
                 f"the plugin {claim} (module {claim.module}) can't be imported: {type(error).__name__}: {error}",
                 hint=f"reinstall it, or switch it off with PEFT_CORE_PLUGINS=-{claim.distribution}; other tuners are not affected",
             ) from error
+        manager = self._bare_manager()
+        if not manager.is_registered(module):
+            implementing.register(manager, module, owner=str(claim), name=f"{claim.distribution}:{claim.module}")
         return module
 
     def _load(self, claim: Claim) -> None:

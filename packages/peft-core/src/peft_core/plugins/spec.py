@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import enum
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -35,9 +37,11 @@ class TunerSpec:
         call_arguments: keywords of a model call that belong to the tuner and that the base never sees.
         tags: what the model card says, for the Hub's search.
         capabilities: what it can do; `Capability.NONE` by default.
+        examples: name → fields of a config that shows the tuner; what the conformance suite runs when it is told no configs.
+            The extra key ``"base"`` names a model of `peft_core.testing.BASES`.
 
     Raises:
-        ConfigError: a malformed name or place.
+        ConfigError: a malformed name, place or example.
     """
 
     peft_type: str
@@ -48,19 +52,23 @@ class TunerSpec:
     call_arguments: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     capabilities: Capability = Capability.NONE
+    examples: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.peft_type):
             raise ConfigError(f"peft_type={self.peft_type!r} is not an upper-case identifier", hint="write for example 'MY_TUNER'")
         if not self.parameter_prefix:
             raise ConfigError(f"the tuner {self.peft_type} has an empty parameter_prefix", hint="write for example 'my_'")
-        for field in ("config", "tuner"):
-            place = getattr(self, field)
+        for attribute in ("config", "tuner"):
+            place = getattr(self, attribute)
             if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
                 raise ConfigError(
-                    f"{field}={place!r} of the tuner {self.peft_type} is no place of a class",
+                    f"{attribute}={place!r} of the tuner {self.peft_type} is no place of a class",
                     hint="write 'package.module:Class'",
                 )
+        for name, example in self.examples.items():
+            if not isinstance(example, Mapping):
+                raise ConfigError(f"the example {name!r} of the tuner {self.peft_type} is a {type(example).__name__}", hint="give fields of a config")
 
     def can(self, capability: Capability) -> bool:
         """Return whether the tuner declares `capability`."""

@@ -11,9 +11,8 @@ from torch import nn
 from ..errors import PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.folded import refuse_wrong_order
-from ..layers.merging import MERGES
 from ..layers.slots import LeavesBehind
-from ..plugins import Capability
+from ..plugins import Capability, hooks
 from .perform import collector_paused
 
 if TYPE_CHECKING:
@@ -60,14 +59,20 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         for layer in reversed(done):
             layer.undo_last_merge()
         raise
+    folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merges[-1].adapters for layer in done))
+    if folded:
+        hooks.adapter_merged(index.base, folded)
 
 
 def unmerge(index: AdapterIndex) -> None:
     """Take out all merged adapters, in reverse."""
+    merged = tuple(merged_adapters(index))
     with collector_paused():
         for module in reversed(list(index.entries.values())):
             if isinstance(module, AdapterLayer):
                 module.unmerge()
+    if merged:
+        hooks.adapter_unmerged(index.base, merged)
 
 
 def unload(
@@ -90,17 +95,22 @@ def unload(
     else:
         unmerge(index)
         kept = index.active
+    names, folded = tuple(index.configs), tuple(merged_adapters(index))
     replaced: dict[str, nn.Module] = {}
     for (_, path), module in index.entries.items():
         if isinstance(module, LeavesBehind):
             replaced[path] = module.remains(kept)
         elif isinstance(module, AdapterLayer):
-            module.merges.clear()
-            module.get_base_layer().__dict__.pop(MERGES, None)
+            for adapter in [name for name in module.shifts if name not in module.merged_adapters]:
+                module.restore_base(adapter)  # only what is merged may leave the base weight as its initialisation changed it
+    for module in index.entries.values():
+        if isinstance(module, AdapterLayer):
+            module.settle()
     for path in {path for kind, path in index.entries if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
     index.retire()
+    hooks.adapter_unloaded(index.base, names, folded)
     return index.base
 
 

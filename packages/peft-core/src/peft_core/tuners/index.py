@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -89,6 +90,14 @@ class AdapterIndex:
     def prefix(self, adapter: str) -> str:
         """Return what stands before a base module's path in the adapter's file, also while the adapter is being added."""
         return self._adding.base_prefix if self._adding is not None else self.spec(adapter).base_prefix
+
+    def operation(self, name: str) -> Callable[..., Any] | None:
+        """Return the function that the tuner of an adapter offers as `name`: of the first in load order that does; None if none does."""
+        for config in self.configs.values():
+            found = self.tuners[str(config.peft_type)].operations.get(name)
+            if found is not None:
+                return found
+        return None
 
     @property
     def active(self) -> tuple[str, ...]:
@@ -309,7 +318,7 @@ class AdapterIndex:
                 for tuner in self.tuners.values():
                     tuner.mounted.get(path, {}).pop(adapter, None)
         del self.own[adapter], self.configs[adapter]
-        active = self.activation.names
+        active = before = self.activation.names
         if adapter in active:
             rest = tuple(name for name in active if name != adapter)
             if rest or not self.configs:
@@ -320,6 +329,8 @@ class AdapterIndex:
                 self.activation.select((first,))
                 self.set_trainable(first, not self.configs[first].inference_mode)
         self.refresh()
+        if self.activation.names and self.activation.names != before:
+            hooks.adapter_activated(self.base, self.activation.names)
         hooks.adapter_deleted(self.base, adapter)
 
     def retire(self) -> None:
@@ -338,6 +349,18 @@ def index_of(model: nn.Module) -> AdapterIndex | None:
     """Return the index of a `PeftModel`, or of a model with injected adapters; None if it has none."""
     found = model.__dict__.get(ATTRIBUTE)
     return found if isinstance(found, AdapterIndex) else None
+
+
+def require_index(model: nn.Module) -> AdapterIndex:
+    """Return the index of a `PeftModel` (compiled or not), or of a model with injected adapters.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapters.
+    """
+    found = index_of(model) or index_of(getattr(model, "_orig_mod", model))
+    if found is None:
+        raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
+    return found
 
 
 def adopt(model: nn.Module) -> tuple[AdapterIndex, bool]:
