@@ -52,6 +52,7 @@ SMALL, LARGE = Size(256, 8, 688), Size(1024, 2, 2752)
 VARIANTS: dict[str, Callable[[Any], Any]] = {
     "lora": lambda lib: lib.LoraConfig(target_modules=TARGETS, r=8, lora_dropout=0.0, init_lora_weights=False),
     "lora+dropout": lambda lib: lib.LoraConfig(target_modules=TARGETS, r=8, lora_dropout=0.05, init_lora_weights=False),
+    "dora": lambda lib: lib.LoraConfig(target_modules=TARGETS, r=8, use_dora=True, init_lora_weights=False),
     "loha": lambda lib: lib.LoHaConfig(target_modules=TARGETS, r=8, init_weights=False),
 }
 

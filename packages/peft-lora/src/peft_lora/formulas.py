@@ -53,7 +53,8 @@ def in_groups(matrix: Tensor, groups: int) -> Tensor:
 def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     """Return ‖W + s·B·A‖² of each row without forming it: ‖W‖² + 2s·Σ(WAᵀ ⊙ B) + s²·Σ(B(AAᵀ) ⊙ B).
 
-    Where the terms cancel, the rows are formed after all.
+    Where the terms cancel, the rows are formed after all; in a compiled graph and on accelerators, where that would break the graph or wait
+    for the device, the products are formed in float64 instead.
 
     Args:
         weight: W (out, in).
@@ -65,10 +66,23 @@ def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor
     Returns:
         (out,) in float64.
     """
-    cross = (torch.mm(weight.to(b.dtype), a.T).double() * b).sum(1)
-    own = (torch.mm(b, torch.mm(a, a.T)).double() * b).sum(1) * s * s
-    found = weight_norms + 2 * s * cross + own
-    low = found < 1e-4 * (weight_norms + own)
-    if not torch.compiler.is_compiling() and bool(low.any()):
-        found[low] = (weight[low].double() + s * b[low].double() @ a.double()).square().sum(1)
+    branch = weight.device.type == "cpu" and not torch.compiler.is_compiling()
+    wide = torch.float32 if branch and b.dtype is not torch.float64 else torch.float64
+    a, b = a.to(wide), b.to(wide)
+    # half precision is widened a few rows at a time: no second W
+    parts = weight.split(max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
+    cross = torch.cat([a.mm(part.to(wide).t()) for part in parts], 1)  # (r, out)
+    columns = b.t()
+    own = (a.mm(a.t()).mm(columns).double() * columns).sum(0) * (s * s)
+    found = weight_norms + (cross.double() * columns).sum(0) * (2 * s) + own
+    if branch:
+        low = found < 1e-4 * (weight_norms + own)
+        if bool(low.any()):
+            found[low] = (weight[low].double() + s * b[low].double() @ a.double()).square().sum(1)
     return found.clamp_(min=0)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Return ‖W‖² of each row (out,) in float64."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
+    return norms.square()

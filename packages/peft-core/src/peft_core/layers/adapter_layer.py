@@ -36,6 +36,8 @@ class AdapterLayer(AdapterMerging):
 
     #: classes of base layers that this layer can wrap
     base_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    #: whether `cast_input` does anything
+    casts_input: bool = True
 
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__()
@@ -83,15 +85,7 @@ class AdapterLayer(AdapterMerging):
             route = activation.default
         base: Any = self._modules["base_layer"]
         state = base.__dict__
-        if (
-            state["_forward_hooks"]
-            or state["_forward_pre_hooks"]
-            or state["_backward_hooks"]
-            or state["_backward_pre_hooks"]
-            or nn_module._global_forward_hooks
-            or nn_module._global_forward_pre_hooks
-            or "forward" in state
-        ):
+        if _observed(state):
             # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
             y: Tensor = base(x, *args, **kwargs).clone()
         elif self._direct:
@@ -110,6 +104,13 @@ class AdapterLayer(AdapterMerging):
                 y = self.contribute(adapter, x, y)
         return y
 
+    def plain_base(self) -> nn.Linear | None:
+        """Return the base if it is a plain, frozen `nn.Linear` that nobody observes: then a product with its weight is all that it does."""
+        base: Any = self._modules["base_layer"]
+        if not self._direct or _observed(base.__dict__) or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
+            return None
+        return base if type(base.weight) is nn.Parameter else None  # type: ignore[no-any-return]
+
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it."""
         batch = x.shape[0]
@@ -123,10 +124,9 @@ class AdapterLayer(AdapterMerging):
                 y.index_copy_(0, rows, self.contribute(adapter, x[rows], y[rows]))  # in place: a copy of y per adapter would cost most
         return y
 
-    @staticmethod
-    def cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return `x` in the adapter's dtype; under autocast, or if it holds ids, as it is."""
-        if x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+    def cast_input(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return `x` in the adapter's dtype; under autocast, if it holds ids, or in `disable_input_dtype_casting`, as it is."""
+        if x.dtype == dtype or not self.casts_input or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(dtype)
 
@@ -164,6 +164,19 @@ class AdapterLayer(AdapterMerging):
     def extra_repr(self) -> str:
         """Return the names of the adapters."""
         return f"adapters={list(self.adapters())}"
+
+
+def _observed(state: dict[str, Any]) -> bool:
+    """Return whether somebody has hooks on a module, or a forward of their own."""
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or "forward" in state
+    )
 
 
 _FRESH = (nn.Linear, nn.Embedding)

@@ -39,6 +39,13 @@ class AdapterMerging(AdapterWeights):
         """Return scaling · ΔW (out, in) in the parameters' dtype. Must depend on the adapter's parameters and scaling alone."""
         raise NotImplementedError(f"{type(self).__name__} must define delta_weight(adapter)")
 
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Return (B, A) with B (out, R), A (R, in) and B·A = `delta_weight`, where R is small; None if there are none.
+
+        What decomposes an effect is then as cheap as they are, and never forms (out, in).
+        """
+        return None
+
     def weight_factor(self, adapter: str) -> Tensor | None:
         """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum.
 
@@ -167,6 +174,12 @@ class AdapterMerging(AdapterWeights):
         merge.apply(merge.prepare(check_finite=True))
         self.shifts[adapter] = merge
         merges_of(base).append(merge)
+
+    def shift_of(self, adapter: str) -> Tensor | None:
+        """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
+        merge = self.shifts.get(adapter)
+        change = merge.folds[0].change if merge is not None else None
+        return self.ops.matrix(change.delta) if isinstance(change, Subtraction) else None
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Undo what `shift_base` did for an adapter, or for all; the base weight returns bit for bit."""

@@ -18,9 +18,11 @@ class AdapterWeights(nn.Module):
     """What `AdapterLayer` knows of the parameters of its adapters."""
 
     #: attributes that hold per-adapter weights: `nn.ParameterDict` or `nn.ModuleDict`, keyed by adapter
-    containers: tuple[str, ...] = ()
+    containers: ClassVar[tuple[str, ...]] = ()
     #: plain dicts keyed by adapter that `drop` clears
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling",)
+    #: names of the base's own parameters, where those are adapted and not the module as a whole
+    targeted_parameters: tuple[str, ...] = ()
     scaling: dict[str, float]
     _creation: Creation
 

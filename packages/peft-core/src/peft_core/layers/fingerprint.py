@@ -7,17 +7,33 @@ import ctypes
 from torch import Tensor
 
 
-def fingerprint(tensor: Tensor) -> tuple[int, ...]:
-    """Return numbers that change when a tensor's values do, for less than the price of a kernel.
+class Watch:
+    """Remembers the state of a tensor and says for less than the price of a kernel whether it is still the same.
 
     In-place operations count in the tensor's version. What is written through `.data` does not; on the CPU the first and the last bytes are
-    looked at, so that a tensor that is written as a whole is seen to have changed, whoever wrote it. On other devices nothing but the version
-    tells; switching between training and evaluation forgets what layers keep.
+    looked at, so that a tensor that is written as a whole is seen to have changed, whoever wrote it. On other devices nothing but address and
+    version tell; layers forget what they keep when they are switched between training and evaluation.
+
+    Args:
+        tensor: what to watch. Of tensors that were made in inference mode nothing can be known: they never hold.
+        closely: look at the bytes, too.
     """
-    address = tensor.data_ptr()
-    version = 0 if tensor.is_inference() else tensor._version
-    size = tensor.nbytes
-    if tensor.device.type != "cpu" or size < 8 or not tensor.is_contiguous():
-        return address, version
-    read = ctypes.c_uint64.from_address
-    return address, version, read(address).value, read(address + size - 8).value
+
+    __slots__ = ("address", "first", "first_was", "last", "last_was", "version")
+
+    def __init__(self, tensor: Tensor, *, closely: bool = True) -> None:
+        self.address = tensor.data_ptr()
+        self.version = -1 if tensor.is_inference() else tensor._version
+        self.first = self.last = None
+        self.first_was = self.last_was = 0
+        if closely and tensor.device.type == "cpu" and tensor.nbytes >= 8 and tensor.is_contiguous():
+            self.first = ctypes.c_uint64.from_address(self.address)
+            self.last = ctypes.c_uint64.from_address(self.address + tensor.nbytes - 8)
+            self.first_was, self.last_was = self.first.value, self.last.value
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Return whether `tensor` is where the watched one was, with the same values as far as can be told."""
+        # the address comes first: the memory behind an old one may be gone
+        if self.version < 0 or tensor.data_ptr() != self.address or tensor._version != self.version:
+            return False
+        return self.first is None or (self.first.value == self.first_was and self.last.value == self.last_was)  # type: ignore[union-attr]

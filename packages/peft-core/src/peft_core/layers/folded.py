@@ -135,7 +135,10 @@ class AffineChange:
         self.layer = layer
         # clones are aligned as the allocator aligns, so that the same product is rounded the same way later
         self.kept = {
-            adapter: (layer.scaling[adapter], {(key, name): getattr(module, name).detach().clone() for key, module, name in layer.holders(adapter)})
+            adapter: (
+                _fixed(layer.scaling[adapter]),
+                {(key, name): getattr(module, name).detach().clone() for key, module, name in layer.holders(adapter)},
+            )
             for adapter in adapters
         }
         self.factors = {adapter: factor.detach() for adapter in adapters if (factor := layer.weight_factor(adapter)) is not None}
@@ -195,6 +198,11 @@ class AffineChange:
             layer.scaling[adapter] = scaling_before
             for (store, name, _), tensor in zip(present, before, strict=True):
                 store[name] = tensor
+
+
+def _fixed(scaling: float) -> float:
+    """Return a scaling that stays as it is: where it is a tensor (of a compiled model), somebody may fill it with another value."""
+    return scaling.clone() if isinstance(scaling, Tensor) else scaling
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_core import is_conv1d
 
+from .. import kernels
 from .common import LoraLayer, plain_linear
 
 
@@ -44,8 +45,34 @@ class Linear(LoraLayer):
         b = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
         return a, b  # type: ignore[return-value]
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base's output with the effect of the adapters in use on each row."""
+        if torch.is_grad_enabled():
+            y = self._with_base(x)
+            if y is not None:
+                return y
+        return super().forward(x, *args, **kwargs)
+
+    def _with_base(self, x: Tensor) -> Tensor | None:
+        """Return the output where one plain adapter acts on a plain frozen Linear: one step in the graph for both. None elsewhere."""
+        route = self.activation.current()
+        if self.merges or route.per_row is not None or not kernels.can_record() or torch.is_autocast_enabled(x.device.type):
+            return None
+        here = [name for name in route.names if name in self.scaling]
+        base = self.plain_base() if len(here) == 1 else None
+        if base is None or base.weight.dtype is not x.dtype:
+            return None
+        if here[0] in self.unusual:
+            variant = self.variants.get(here[0])
+            return None if variant is None else variant.with_base(x, base)
+        a, b = self.factors(here[0])
+        if not (a.requires_grad or b.requires_grad or x.requires_grad):
+            return None
+        p = self.lora_dropout[here[0]] if self.training else 0.0
+        return kernels.low_rank_linear(x, base.weight, base.bias, a, b, self.scaling[here[0]], p)
+
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x)): two small products and one addition into `y`, rounded once to its dtype."""
+        """Return y + s·B(A·drop(x)) and what the adapter does besides, rounded once to the dtype of `y`."""
         if adapter in self.unusual:
             variant = self.variants.get(adapter)
             if variant is not None:
@@ -54,19 +81,21 @@ class Linear(LoraLayer):
         return self.low_rank(adapter, x, y)
 
     def low_rank(self, adapter: str, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
-        """Return y + s·B(A·drop(x)); without `drop`, `x` is dropped already."""
-        a, b = self.factors(adapter)
+        """Return y + s·B(A·drop(x)); without `drop`, `x` is dropped already. `y` may be overwritten."""
+        # straight to the dicts: nn.Module's attribute look-up would cost as much as one of the two products
+        modules = self._modules
+        a: Any = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        b: Any = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
         dtype = x.dtype
+        s = self.scaling[adapter]
         p = drop and self.training and self.lora_dropout[adapter]
         if not p and x.numel() == self.matrix_shape[1] and dtype is y.dtype and dtype is a.dtype and y.is_contiguous():
             # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
-            y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=self.scaling[adapter])
+            y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=s)
             return y
-        if dtype is not a.dtype:
-            x = self.cast_input(x, a.dtype)
-        if p:
-            x = F.dropout(x, p)
-        return y.add_(F.linear(F.linear(x, a), b), alpha=self.scaling[adapter])
+        if torch.is_grad_enabled() and kernels.can_record() and not torch.is_autocast_enabled(x.device.type):
+            return kernels.record_low_rank(y, x, a, b, s, float(p))
+        return kernels.add_low_rank(y, F.dropout(x, p) if p else x, a, b, s)
 
     def with_beta(self, adapter: str, y: Tensor) -> Tensor:
         """Return y + s·β, where `lora_bias` gave B a bias β."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_core import ConfigError
 
@@ -72,6 +72,10 @@ class Variant:
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the base's output `y` for `x` with the adapter's effect. `y` may be overwritten, `x` may not."""
         raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
+
+    def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
+        """Return the whole output of a plain, frozen Linear with the adapter's effect, where that is cheaper in training; None: as usual."""
+        return None
 
     def delta(self) -> Tensor:
         """Return s·ΔW (out, in); by default s·B·A.

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_core import ConfigError, fingerprint
+from peft_core import ConfigError, Watch
 
-from .. import formulas
+from .. import formulas, kernels
 from .base import Variant
 
 if TYPE_CHECKING:
@@ -87,8 +87,18 @@ class Dora(Variant):
             s = layer.scaling[self.adapter]
             if layer.ops.kind == "convolution" and layer.base_groups > 1:
                 return self._grouped_norms(weight, a.double(), b.double(), s)
-            wide = torch.promote_types(a.dtype, torch.float64 if torch.compiler.is_compiling() else torch.float32)
-            return formulas.squared_row_norms(weight, _row_norms(weight), a.to(wide), b.to(wide), s).sqrt()
+            return formulas.squared_row_norms(weight, self._weight_norms(weight), a, b, s).sqrt_()
+
+    def _weight_norms(self, weight: Tensor) -> Tensor:
+        """Return ‖W‖² of each row, computed again when W has changed."""
+        if torch.compiler.is_compiling():
+            return formulas.row_norms(weight)
+        kept = self.layer.kept.get(WEIGHT_NORMS)
+        if kept is None or not kept[0].holds(weight):
+            with torch.inference_mode(False):
+                kept = self.layer.kept[WEIGHT_NORMS] = (Watch(weight), formulas.row_norms(weight))
+        norms: Tensor = kept[1]
+        return norms
 
     def _grouped_norms(self, weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
         layer: Any = self.layer
@@ -118,52 +128,80 @@ class Dora(Variant):
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is."""
         layer: Any = self.layer
-        s = layer.scaling[self.adapter]
-        ops, embedding = layer.ops, layer.ops.kind == "embedding"
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.lora_dropout[self.adapter]):
+            kept = layer.kept.get(self.adapter)
+            if kept is None or not kept.holds(self, y.dtype):
+                with torch.inference_mode(False):
+                    kept = layer.kept[self.adapter] = Kept(self, y.dtype)
+            y = self._plain(x, y).mul_(kept.factor)
+            return y if kept.rest is None else y.add_(kept.rest)
+        ops = layer.ops
+        embedding = ops.kind == "embedding"
         bias = None if embedding else layer.bias
         p = layer.lora_dropout[self.adapter] if layer.training and not embedding else 0.0
-        if not torch.is_grad_enabled() and not p and not torch.compiler.is_compiling():
-            factor, rest = self._cached(bias, y.dtype)
-            y = self._plain(x, y, s).mul_(factor)
-            return y if rest is None else y.add_(rest)
         f: Tensor = ops.features(self.vector().to(y.dtype))
         if not p:
             if bias is None:
-                return self._plain(x, y, s) * f
+                return self._plain(x, y) * f
             b: Tensor = ops.features(bias.to(y.dtype))
-            return (self._plain(x, y, s) - b) * f + b
+            return (self._plain(x, y) - b) * f + b
         dropped = F.dropout(x, p)
         weight = ops.matrix(layer.base_weight()).to(x.dtype)
         through_base: Tensor = ops.apply(layer.get_base_layer(), dropped, weight)
-        return y + (f - 1) * through_base + self._plain(dropped, torch.zeros_like(y), s, drop=False) * f
+        return y + (f - 1) * through_base + self._plain(dropped, torch.zeros_like(y), drop=False) * f
 
-    def _plain(self, x: Tensor, y: Tensor, s: float, *, drop: bool = True) -> Tensor:
+    def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
+        """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
+        layer: Any = self.layer
+        if layer.training and layer.lora_dropout[self.adapter]:
+            return None
+        a, b = layer.factors(self.adapter)
+        m = self.magnitude
+        return kernels.dora_linear(x, base.weight, base.bias, a, b, m, self.vector().detach(), layer.scaling[self.adapter])
+
+    def _plain(self, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
         """Return y + s·B·A·x."""
         layer: Any = self.layer
         if layer.ops.kind in ("linear", "conv1d"):
             found: Tensor = layer.low_rank(self.adapter, x, y, drop=drop)
             return found
         change: Tensor = layer.change(self.adapter, x)
-        return y.add_(change, alpha=s)
-
-    def _cached(self, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return f and (1 − f)·b in the shapes and the dtype of the output, computed again when a tensor behind them has changed."""
-        layer: Any = self.layer
-        a, b = layer.factors(self.adapter)
-        m, weight = self.magnitude, layer.base_weight()
-        behind = (a, b, m, weight) if bias is None else (a, b, m, weight, bias)
-        key = (*map(fingerprint, behind), layer.scaling[self.adapter], dtype)
-        kept = layer.kept.get(self.adapter)
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False):
-                f = self.vector().detach()
-                rest = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
-                kept = layer.kept[self.adapter] = (key, layer.ops.features(f.to(dtype)), rest)
-        factor, rest = kept[1:]
-        return factor, rest
+        return y.add_(change, alpha=layer.scaling[self.adapter])
 
 
-def _row_norms(weight: Tensor) -> Tensor:
-    """Return ‖W‖² of each row (out,) in float64."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-    return norms.square()
+#: where a layer keeps ‖W‖²; no adapter can be called so
+WEIGHT_NORMS = "‖W‖².dora"
+
+
+class Kept:
+    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same."""
+
+    __slots__ = ("base", "dtype", "factor", "rest", "scaling", "watches")
+
+    def __init__(self, variant: Dora, dtype: torch.dtype) -> None:
+        layer: Any = variant.layer
+        f = variant.vector().detach()
+        base = layer.get_base_layer()
+        bias = None if layer.ops.kind == "embedding" else base.bias
+        a, b = layer.factors(variant.adapter)
+        self.base = base
+        self.watches = (Watch(a), Watch(b), Watch(variant.magnitude), Watch(base.weight, closely=False), None if bias is None else Watch(bias))
+        self.dtype, self.scaling = dtype, layer.scaling[variant.adapter]
+        self.factor: Tensor = layer.ops.features(f.to(dtype))
+        self.rest: Tensor | None = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
+
+    def holds(self, variant: Dora, dtype: torch.dtype) -> bool:
+        """Return whether it still does."""
+        layer: Any = variant.layer
+        parameters = self.base._parameters
+        watch_a, watch_b, watch_m, watch_w, watch_bias = self.watches
+        a, b = layer.factors(variant.adapter)
+        return (
+            dtype is self.dtype
+            and layer.scaling[variant.adapter] == self.scaling
+            and watch_a.holds(a)
+            and watch_b.holds(b)
+            and watch_m.holds(variant.magnitude)
+            and watch_w.holds(parameters["weight"])
+            and (watch_bias is None or watch_bias.holds(parameters["bias"]))
+        )
