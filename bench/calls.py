@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import LARGE, PROMPTS, SMALL, TARGETS, VARIANTS, Size, Trio, libraries
+from models import LARGE, PROMPTS, SHALLOW, SMALL, TARGETS, VARIANTS, Size, Trio, libraries
 from timing import Report, compare, saved_mib
 from torch import Tensor
 
@@ -65,8 +65,8 @@ def _train(name: str, size: Size, trio: Trio, report: Report, quick: bool) -> No
 def mixed(report: Report, quick: bool) -> None:
     """Time one batch in which every row uses an adapter of its own."""
     ours, peer = libraries()
-    names = [f"a{number}" for number in range(16)]
-    for size in (SMALL, LARGE):
+    for size, count in ((SMALL, 16), (LARGE, 16), (SHALLOW, 64)):
+        names = [f"a{number}" for number in range(count)]
         base = size.make()
         configs = [peer.LoraConfig(target_modules=TARGETS, r=8, init_lora_weights=False) for _ in names]
         by_peer = peer.get_peft_model(copy.deepcopy(base), configs[0], adapter_name=names[0])
@@ -87,7 +87,7 @@ def mixed(report: Report, quick: bool) -> None:
 
             with torch.no_grad():
                 difference = trio.max_diff(call)
-                figures = compare(trio.calls(call), 5 if quick else 15, batch_s=0.1)
+                figures = compare(trio.calls(call), *turns(tokens, quick))
             report.row(f"mixed batch/{len(names)} adapters/h{size.hidden}/{len(names)}×{tokens}", {**figures, "max_diff": difference})
 
 

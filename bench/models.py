@@ -46,7 +46,7 @@ class Size:
         return make_base(self.hidden, self.layers, self.intermediate, self.heads)
 
 
-SMALL, LARGE = Size(256, 8, 688), Size(1024, 2, 2752)
+SMALL, LARGE, SHALLOW = Size(256, 8, 688), Size(1024, 2, 2752), Size(256, 4, 688)
 
 #: methods that wrap layers: name → config, made by either library. One line more is one more method.
 VARIANTS: dict[str, Callable[[Any], Any]] = {

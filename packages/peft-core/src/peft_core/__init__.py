@@ -22,24 +22,33 @@ _HOME = {
     "layers.activation": "ALL BASE Activation Route",
     "layers.adapter_layer": "AdapterLayer",
     "layers.creation": "Creation",
-    "layers.base_ops": "ops_for",
+    "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
+    "layers.casting": "disable_input_dtype_casting",
+    "layers.fingerprint": "Watch fingerprint",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
     "tuners.base_view": "BaseView",
     "tuners.call": "Call Site VirtualTokens",
+    "tuners.reshaping": "Reshape",
     "tuners.targeting": "Patterns",
-    "tuners.tuner": "LayerTuner ModuleValues Plan TunerBase Wrap",
+    "tuners.index": "AdapterIndex require_index",
+    "tuners.tuner": "Contents Incoming LayerTuner ModuleValues Plan Translation TunerBase Wrap",
+    "checkpoint.save": "write_adapter",
+    "checkpoint.state_dict": "file_key",
     "inspection.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "models.tuner_model": "TunerModel",
     "models.peft_model": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
+    "models.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
     "models.factory": ("get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
+    from .checkpoint.save import write_adapter as write_adapter
+    from .checkpoint.state_dict import file_key as file_key
     from .config import Extras as Extras
     from .config import LayerConfig as LayerConfig
     from .config import PeftConfig as PeftConfig
@@ -75,8 +84,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.activation import Activation as Activation
     from .layers.activation import Route as Route
     from .layers.adapter_layer import AdapterLayer as AdapterLayer
+    from .layers.base_ops import BaseOps as BaseOps
+    from .layers.base_ops import is_conv1d as is_conv1d
     from .layers.base_ops import ops_for as ops_for
+    from .layers.base_ops import with_weight as with_weight
+    from .layers.casting import disable_input_dtype_casting as disable_input_dtype_casting
     from .layers.creation import Creation as Creation
+    from .layers.fingerprint import Watch as Watch
+    from .layers.fingerprint import fingerprint as fingerprint
     from .layers.slots import AdapterModule as AdapterModule
     from .layers.slots import LeavesBehind as LeavesBehind
     from .layers.slots import Mergeable as Mergeable
@@ -88,6 +103,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.factory import inject_adapter_in_model as inject_adapter_in_model
     from .models.factory import load_peft_weights as load_peft_weights
     from .models.factory import set_peft_model_state_dict as set_peft_model_state_dict
+    from .models.hotswap import hotswap_adapter as hotswap_adapter
+    from .models.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
     from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from .models.peft_model import PeftModel as PeftModel
     from .models.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -110,10 +127,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .tuners.call import Call as Call
     from .tuners.call import Site as Site
     from .tuners.call import VirtualTokens as VirtualTokens
+    from .tuners.index import AdapterIndex as AdapterIndex
+    from .tuners.index import require_index as require_index
+    from .tuners.reshaping import Reshape as Reshape
     from .tuners.targeting import Patterns as Patterns
+    from .tuners.tuner import Contents as Contents
+    from .tuners.tuner import Incoming as Incoming
     from .tuners.tuner import LayerTuner as LayerTuner
     from .tuners.tuner import ModuleValues as ModuleValues
     from .tuners.tuner import Plan as Plan
+    from .tuners.tuner import Translation as Translation
     from .tuners.tuner import TunerBase as TunerBase
     from .tuners.tuner import Wrap as Wrap
 

@@ -6,13 +6,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-_MODULE_OF = {"LoHaConfig": "config", "LoHaTuner": "tuner", "LoHaLayer": "layer", "Linear": "layer"}
+_MODULE_OF = {
+    "LoHaConfig": "config",
+    "LoHaTuner": "tuner",
+    "LoHaLayer": "layers.common",
+    "Linear": "layers.linear",
+    "Convolution": "layers.convolution",
+    "Embedding": "layers.embedding",
+}
 __all__ = ["__version__", *sorted(_MODULE_OF)]
 
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import LoHaConfig as LoHaConfig
-    from .layer import Linear as Linear
-    from .layer import LoHaLayer as LoHaLayer
+    from .layers.common import LoHaLayer as LoHaLayer
+    from .layers.convolution import Convolution as Convolution
+    from .layers.embedding import Embedding as Embedding
+    from .layers.linear import Linear as Linear
     from .tuner import LoHaTuner as LoHaTuner
 
 

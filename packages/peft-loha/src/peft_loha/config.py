@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from peft_core.config import LayerConfig, require_number, require_positive_integer, require_probability
+from peft_core.errors import ConfigError, did_you_mean
+
+ROWS_OR_COMPONENTS = ("rows", "components")
 
 
 @dataclass
@@ -17,10 +20,12 @@ class LoHaConfig(LayerConfig):
     Args:
         r: rank of each of the two products.
         alpha: numerator of the scaling.
-        rank_dropout: in training each output row of ΔW is dropped with this probability, in [0, 1).
+        rank_dropout: in training each output row of ΔW is dropped with this probability, in [0, 1); the rows that stay are divided by their share.
         module_dropout: in training the adapter is skipped with this probability for a whole call, in [0, 1].
-        use_effective_conv2d: Tucker form for convolutions.
+        use_effective_conv2d: the Tucker form for convolutions, in any number of dimensions, whose kernel is not 1.
         init_weights: True: w2_b is zero, so that a new adapter changes nothing; False: all random.
+        rank_dropout_on: ``"rows"``, as above; ``"components"``: `rank_dropout` drops each of the r components of both products, what the name
+            says, and divides by 1 − p. Other readers of the format do not know this field.
 
     Raises:
         ConfigError: a bad value.
@@ -34,17 +39,22 @@ class LoHaConfig(LayerConfig):
     module_dropout: float = 0.0
     use_effective_conv2d: bool = False
     init_weights: bool = True
+    rank_dropout_on: str = "rows"
 
     default_peft_type: ClassVar[str | None] = "LOHA"
+    additional: ClassVar[frozenset[str]] = frozenset({"rank_dropout_on"})
 
     def check(self) -> None:
         """Check every value by itself.
 
         Raises:
-            ConfigError: a bad value, or one that this release does not support.
+            ConfigError: a bad value.
         """
         super().check()
         require_positive_integer("r", self.r)
         require_number("alpha", self.alpha)
         require_probability("rank_dropout", self.rank_dropout)
         require_probability("module_dropout", self.module_dropout, one=True)
+        if self.rank_dropout_on not in ROWS_OR_COMPONENTS:
+            hint = did_you_mean(str(self.rank_dropout_on), ROWS_OR_COMPONENTS) or f"write one of {ROWS_OR_COMPONENTS}"
+            raise ConfigError(f"rank_dropout_on={self.rank_dropout_on!r} is unknown", hint=hint)

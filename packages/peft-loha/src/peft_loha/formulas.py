@@ -9,9 +9,13 @@ a product of rank r² of the row-wise Khatri–Rao product of the B and the colu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
@@ -21,11 +25,69 @@ def hadamard(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
 
 def khatri_rao(b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> tuple[Tensor, Tensor]:
     """Return K_B (out, r²) and K_A (r², in) with K_B·K_A = (B₁A₁) ⊙ (B₂A₂)."""
-    r, inp = a1.shape
-    out = b1.shape[0]
-    kb = (b1.unsqueeze(2) * b2.unsqueeze(1)).reshape(out, r * r)
-    ka = (a1.unsqueeze(1) * a2.unsqueeze(0)).reshape(r * r, inp)
-    return kb, ka
+    return (b1.unsqueeze(2) * b2.unsqueeze(1)).flatten(1), columns(a1, a2)
+
+
+def columns(a1: Tensor, a2: Tensor) -> Tensor:
+    """Return the column-wise Khatri–Rao product (r², n) of two matrices (r, n): row a·r + b is a1[a] ⊙ a2[b]."""
+    return (a1.unsqueeze(1) * a2.unsqueeze(0)).flatten(0, 1)
+
+
+def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return W[o, c, κ] = Σ_ab t[a, b, κ]·A[b, c]·B[a, o] (out, in, *kernel).
+
+    Args:
+        t: core (r, r, *kernel).
+        a: A (r, in).
+        b: B (r, out), the other way round than in the flat form.
+    """
+    r = t.shape[0]
+    inner = torch.einsum("abk,bc->ack", t.reshape(r, r, -1), a)
+    return torch.einsum("ack,ao->ock", inner, b).reshape(b.shape[1], a.shape[1], *t.shape[2:])
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the ways to the same output cost, in multiplications of a large matrix product.
+
+    Args:
+        out, inp: the matrix has the shape (out, in).
+        r: rank.
+
+    Khatri–Rao costs r²(in + out) a token. A whole matrix costs in·out a token, or nothing where it stands for the base's own, and first it
+    has to be formed: passes over memory, which cost as much as this many multiplications an entry, more where the matrix leaves the cache.
+    """
+
+    out: int
+    inp: int
+    r: int
+
+    @property
+    def thin(self) -> int:
+        """Khatri–Rao, a token."""
+        return self.r * self.r * (self.inp + self.out)
+
+    @property
+    def whole(self) -> int:
+        """A product with a whole matrix, a token."""
+        return self.inp * self.out
+
+    @property
+    def forming(self) -> int:
+        """Forming W + s·ΔW once."""
+        return self.whole * (2 * self.r + (30 if self.whole <= 1 << 18 else 160))
+
+    def prefer_whole_delta(self, tokens: int) -> bool:
+        """Return whether x ΔWᵀ is cheaper with ΔW than with Khatri–Rao factors, beside the base."""
+        return (tokens + 1) * self.thin > tokens * self.whole + self.forming
+
+    def prefer_whole_weight(self, tokens: int) -> bool:
+        """Return whether x (W + s·ΔW)ᵀ is cheaper than xWᵀ and x ΔWᵀ with Khatri–Rao factors."""
+        return tokens * self.thin > self.forming
+
+    def prefer_whole_gradient(self, tokens: int) -> bool:
+        """Return whether the factors' gradients are cheaper from dL/dW than from those of the Khatri–Rao factors."""
+        return 2 * tokens * self.thin > tokens * self.whole + 2 * self.forming
 
 
 def add_applied_to_one(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, ones: Tensor) -> Tensor:
@@ -38,20 +100,35 @@ def add_applied_to_one(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b
         x: (…, in) with one token.
         ones: r ones, for the sum over a row.
     """
-    terms = b1.mm(F.linear(a1 * x.view(-1), a2))
-    terms = terms * b2 if torch.is_grad_enabled() else terms.mul_(b2)
+    if b1.shape[0] < 512:
+        terms = b1.mm(F.linear(a1 * x.view(-1), a2))
+        terms = terms * b2 if torch.is_grad_enabled() else terms.mul_(b2)
+    else:  # as (r, out): the product is faster by more than the other side's strides cost
+        across = F.linear(F.linear(a2 * x.view(-1), a1), b1)
+        terms = (across * b2.t() if torch.is_grad_enabled() else across.mul_(b2.t())).t()
     y.view(-1).addmv_(terms, ones, alpha=s)  # sums, scales and adds in one call
     return y
 
 
-def add_applied(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor) -> Tensor:
-    """Add s·x ΔWᵀ (…, out) to `y` in place, for x (…, in), by the cheaper of two equal ways for this many tokens.
+def add_applied(y: Tensor, s: float, x: Tensor, factors: Factors, *, fixed: bool = False) -> Tensor:
+    """Add s·x ΔWᵀ to `y` in place, in plain operations, in the dtype of `x` (factors are formed in their own).
 
-    Multiplications: Khatri–Rao r²(in + out) a token after as much once; ΔW in·out a token after 2r·in·out once.
+    Args:
+        y: (…, out).
+        s: scaling.
+        x: (…, in).
+        factors: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
+        fixed: choose the way without looking at the number of tokens, so that a compiled graph does not depend on it.
     """
+    b1, a1, _, _ = factors
     out, inp, r = b1.shape[0], a1.shape[1], a1.shape[0]
-    tokens = x.numel() // inp
-    if (tokens + 1) * r * r * (inp + out) < (tokens + 2 * r) * inp * out:
-        kb, ka = khatri_rao(b1, a1, b2, a2)
-        return y.add_(F.linear(F.linear(x, ka), kb), alpha=s)
-    return y.add_(F.linear(x, hadamard(b1, a1, b2, a2)), alpha=s)
+    costs = Costs(out, inp, r)
+    dtype = b1.dtype if torch.is_autocast_enabled(x.device.type) else x.dtype
+    if costs.thin > costs.whole if fixed else costs.prefer_whole_delta(x.numel() // max(inp, 1)):
+        return y.add_(F.linear(x, hadamard(*factors).to(dtype)), alpha=s)
+    kb, ka = khatri_rao(*factors)
+    hidden = F.linear(x, ka.to(dtype))
+    if y.dtype is dtype and y.is_contiguous() and hidden.dtype is dtype:
+        y.view(-1, out).addmm_(hidden.view(-1, r * r), kb.to(dtype).t(), alpha=s)
+        return y
+    return y.add_(F.linear(hidden, kb.to(dtype)), alpha=s)

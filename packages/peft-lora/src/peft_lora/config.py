@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -30,6 +31,14 @@ SETTINGS_OF_INITS = {
     "corda_config": ("corda", CordaConfig),
     "loftq_config": ("loftq", LoftQConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),
+}
+#: settings of a variant, whose presence asks for it: field → the class of the settings
+SETTINGS_OF_VARIANTS = {
+    "use_bdlora": BdLoraConfig,
+    "kasa_config": KasaConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "arrow_config": ArrowConfig,
 }
 
 
@@ -60,6 +69,8 @@ class LoraConfig(LayerConfig):
             variants; an adapter has one.
         variant: name of a plugin's variant.
         grouped_convolutions: on convolutions with groups, A has them too, with rank r in each; such adapters can be merged.
+        out_projection_twice: on MultiheadAttention, the change of the out-projection counts twice, as the package `peft` has it (up to 0.21.2 at
+            least): for adapters that were trained with it.
         megatron_config, megatron_core: for parallel linear layers of Megatron.
         runtime_config: settings of this process, never saved.
 
@@ -99,10 +110,11 @@ class LoraConfig(LayerConfig):
     ensure_weight_tying: bool = False
     variant: str | None = None
     grouped_convolutions: bool = False
+    out_projection_twice: bool = False
 
     default_peft_type: ClassVar[str | None] = "LORA"
     transient: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
-    additional: ClassVar[frozenset[str]] = frozenset({"variant", "grouped_convolutions"})
+    additional: ClassVar[frozenset[str]] = frozenset({"variant", "grouped_convolutions", "out_projection_twice"})
 
     def check(self) -> None:
         """Check every value by itself, and which exclude one another.
@@ -118,6 +130,7 @@ class LoraConfig(LayerConfig):
         if self.bias not in BIAS:
             raise ConfigError(f"bias={self.bias!r} is unknown", hint=did_you_mean(str(self.bias), BIAS) or f"write one of {BIAS}")
         self._check_init()
+        self._check_variants()
         if self.lora_bias and (not isinstance(self.init_lora_weights, bool) or self.use_dora):
             raise ConfigError("lora_bias works with init_lora_weights=True or False only, and not with DoRA", hint="leave one of them out")
         if isinstance(self.target_parameters, str):
@@ -141,11 +154,7 @@ class LoraConfig(LayerConfig):
                     warnings.warn(f"`{name}` is ignored: init_lora_weights is {word!r}, not {init!r}", PeftWarning, stacklevel=5)
                     setattr(self, name, {} if name == "loftq_config" else None)
             elif isinstance(given, dict) and given:
-                unknown = [key for key in given if key not in {f.name for f in fields(settings)}]
-                if unknown:
-                    known = [f.name for f in fields(settings)]
-                    raise ConfigError(f"{name} has no field {unknown[0]!r}", hint=did_you_mean(unknown[0], known) or f"its fields are {known}")
-                setattr(self, name, settings(**given))
+                setattr(self, name, _settings(name, given, settings))
             elif not given:
                 if init == "loftq":
                     raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'", hint="pass LoftQConfig(loftq_bits=4)")
@@ -164,11 +173,24 @@ class LoraConfig(LayerConfig):
                     hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}",
                 )
 
+    def _check_variants(self) -> None:
+        for name, settings in SETTINGS_OF_VARIANTS.items():
+            given = getattr(self, name)
+            if isinstance(given, dict):
+                setattr(self, name, _settings(name, given, settings))
+            elif given is not None and not isinstance(given, settings):
+                raise ConfigError(f"{name}={given!r} is a {type(given).__name__}", hint=f"give {settings.__name__}(...), or None")
+        if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
+            raise ConfigError(
+                "alora_invocation_tokens is empty: an adapter without an invocation would never act", hint="give token ids, or None for plain LoRA"
+            )
+
     def _check_replication(self) -> None:
         pairs = self.layer_replication
         ok = isinstance(pairs, (list, tuple)) and all(_is_range(pair) for pair in pairs)
         if not ok or not pairs:
             raise ConfigError(f"layer_replication={pairs!r}", hint="give pairs (start, end) of layer numbers, start < end: [(0, 3), (1, 4)]")
+        self.layer_replication = [(start, end) for start, end in pairs]  # files have lists
 
     def extras(self) -> Extras:
         """Return saved modules and trained biases."""
@@ -183,12 +205,21 @@ class LoraConfig(LayerConfig):
         }
 
 
+def _settings(name: str, given: dict[str, Any], settings: Callable[..., Any]) -> Any:
+    """Return settings made of a dict.
+
+    Raises:
+        ConfigError: it has a key that is no field.
+    """
+    known = [f.name for f in fields(settings)]  # type: ignore[arg-type]
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise ConfigError(f"{name} has no field {unknown[0]!r}", hint=did_you_mean(unknown[0], known) or f"its fields are {known}")
+    return settings(**given)
+
+
 def _is_range(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) and pair[0] < pair[1]
 
 
-_NOT_YET = (
-    *("megatron_config", "trainable_token_indices"),
-    *("velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication"),
-    *("target_parameters", "use_bdlora", "arrow_config", "kasa_config", "ensure_weight_tying"),
-)
+_NOT_YET = ("megatron_config", "trainable_token_indices", "ensure_weight_tying")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from peft_core.plugins import Capability, TunerSpec, hookimpl
 
@@ -17,8 +18,23 @@ def peft_tuners() -> Iterable[TunerSpec]:
         config="peft_lora.config:LoraConfig",
         tuner="peft_lora.tuner:LoraTuner",
         parameter_prefix="lora_",
+        call_arguments=("alora_offsets",),
         tags=("lora",),
-        capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Capability.CONV,
+        capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Capability.CONV | Capability.HOTSWAP,
+        examples={
+            "linear": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
+            "embedding": {"r": 4, "target_modules": ["embed_tokens"]},
+            "transposed": {"r": 4, "target_modules": ["c_attn", "c_proj"], "base": "gpt2", "fan_in_fan_out": True},
+            "convolution": {"r": 4, "target_modules": ["stem", "body"], "base": "conv2d-net"},
+            "rslora-patterns": {
+                "r": 4,
+                "use_rslora": True,
+                "target_modules": "all-linear",
+                "rank_pattern": {"q_proj": 2},
+                "alpha_pattern": {"layers.0.*": 16},
+            },
+            "saved-head": {"r": 4, "target_modules": ["query", "value"], "base": "bert-seq-cls"},
+        },
     )
 
 
@@ -28,9 +44,37 @@ def peft_lora_initializers() -> Iterable[InitializerSpec]:
     yield InitializerSpec("gaussian", "peft_lora.initializers.plain:Gaussian")
     yield InitializerSpec("pissa", "peft_lora.initializers.pissa:Pissa")
     yield InitializerSpec("pissa_niter_[0-9]+", "peft_lora.initializers.pissa:Pissa", shown="pissa_niter_4")
+    yield InitializerSpec("orthogonal", "peft_lora.initializers.orthogonal:Orthogonal")
+    yield InitializerSpec("olora", "peft_lora.initializers.olora:Olora")
+    yield InitializerSpec("mica", "peft_lora.initializers.mica:Mica")
+    yield InitializerSpec("eva", "peft_lora.initializers.eva:Eva")
+    yield InitializerSpec("corda", "peft_lora.initializers.corda:Corda")
+    yield InitializerSpec("lora_ga", "peft_lora.initializers.lora_ga:LoraGA")
+    yield InitializerSpec("loftq", "peft_lora.initializers.loftq:LoftQ")
 
 
 @hookimpl(trylast=True)
 def peft_lora_variants() -> Iterable[VariantSpec]:
     """Offer the variants that come with peft-lora."""
     yield VariantSpec("dora", "peft_lora.variants.dora:Dora", field="use_dora")
+    yield VariantSpec("alora", "peft_lora.variants.alora:Alora", field="alora_invocation_tokens")
+    yield VariantSpec("qalora", "peft_lora.variants.qalora:QaLora", field="use_qalora")
+    yield VariantSpec("bdlora", "peft_lora.variants.bdlora:BdLora", field="use_bdlora")
+    yield VariantSpec("kasa", "peft_lora.variants.kasa:Kasa", field="kasa_config")
+    yield VariantSpec("velora", "peft_lora.variants.velora:Velora", field="velora_config")
+    yield VariantSpec("monteclora", "peft_lora.variants.monteclora:Monteclora", field="monteclora_config")
+    yield VariantSpec("arrow", "peft_lora.variants.arrow:Arrow", field="arrow_config")
+
+
+#: what `preprocess_corda` and `preprocess_loraga` leave on modules of the base, by the word that `init_lora_weights` says
+_LEFT_BY = {"corda": ("eigens", "covariance_matrix"), "lora_ga": ("_peft_loraga_grad", "_peft_loraga_like")}
+
+
+@hookimpl
+def peft_adapter_added(model: Any, config: Any) -> None:
+    """Take away what an initialiser computed beforehand and the new adapter has used; not earlier, since adding may fail."""
+    names = _LEFT_BY.get(str(getattr(config, "init_lora_weights", "")))
+    if names is not None and str(config.peft_type) == "LORA":
+        for module in model.modules():
+            for name in names:
+                module.__dict__.pop(name, None)

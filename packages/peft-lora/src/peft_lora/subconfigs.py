@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from peft_core.config import require_number, require_positive_integer
 from peft_core.errors import ConfigError, did_you_mean
@@ -223,6 +223,8 @@ class ArrowConfig:
         router_temperature: divides the scores before the softmax.
         use_gks: subtract general knowledge.
         rng_seed: kept for files; prototypes are computed exactly.
+        task_adapter_names, gks_adapter_names: set by `create_arrow_model`: the experts at that time, and the general adapters, which are no
+            experts.
 
     Raises:
         ConfigError: a bad value.
@@ -232,8 +234,8 @@ class ArrowConfig:
     router_temperature: float = 1.0
     use_gks: bool = False
     rng_seed: int | None = None
-    task_adapter_names: list[str] | None = field(default=None, init=False)
-    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
 
     def __post_init__(self) -> None:
         require_positive_integer("top_k", self.top_k)

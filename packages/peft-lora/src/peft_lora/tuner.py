@@ -4,26 +4,59 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import nn
 
-from peft_core import BaseView, LayerTuner, ModuleValues, PeftWarning, Plan, is_conv1d, ops_for
+from peft_core import (
+    BaseView,
+    Call,
+    ConfigError,
+    Contents,
+    Incoming,
+    LayerTuner,
+    ModuleValues,
+    PeftWarning,
+    Plan,
+    Reshape,
+    Translation,
+    Wrap,
+    is_conv1d,
+    ops_for,
+)
 
+from . import experts
 from .config import LoraConfig
 from .extensions import initializer_of, variant_of
+from .hotswap import SWAPPABLE, plan_swap
 from .initializers.base import Initializer
+from .layers.attention import Attention, AttentionOps
 from .layers.common import LoraSettings
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
+from .planning import ParametersFiller, parameter_wraps, with_out_projections
+from .relative import relative_to_base
+from .replication import Replication
+from .variants import alora
 from .variants.base import Variant
+from .variants.kasa import kasa_loss, refuse_mixture
+from .variants.monteclora import monteclora_loss
+from .weighted import add_weighted_adapter
 
 
 class LoraTuner(LayerTuner):
     """Wraps the targeted layers, each with its own rank and alpha."""
 
-    layers = (Linear, Embedding, Convolution)
+    layers = (Linear, Embedding, Convolution, Attention)
+    operations: ClassVar[Mapping[str, Callable[..., Any]]] = {
+        "add_weighted_adapter": add_weighted_adapter,
+        # the names of the reference implementation
+        "_get_kasa_loss": kasa_loss,
+        "_get_monteclora_loss": monteclora_loss,
+    }
+    swappable: ClassVar[frozenset[str]] = SWAPPABLE
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are.
@@ -32,24 +65,80 @@ class LoraTuner(LayerTuner):
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
         self._chosen = initializer_of(config), variant_of(config)
-        plan = super().plan(base, adapter, config)
         initializer, variant = self._chosen
-        for wrap in plan.wraps:
+        refuse_mixture(config, {name: other for name, other in self.configs.items() if name != adapter})
+        if variant is not None:
+            variant.require_base(base)
+        plan = super().plan(base, adapter, config)
+        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
+        parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
+        for wrap in modules:
             kind = kind_of(base.modules[wrap.path])
             initializer.require_kind(kind, wrap.path)
             if variant is not None:
                 variant.require_kind(kind, wrap.path)
-        return dataclasses.replace(plan, resolved={**plan.resolved, "fan_in_fan_out": self._fan_in_fan_out(base, plan, config)})
+        fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
+        if parameters and variant is not None:
+            raise ConfigError(f"{variant.name} does not work with target_parameters", hint="target modules only, or use plain LoRA")
+        if parameters and config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
+            raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
+        wraps = (*with_out_projections(base, modules, config, self.activation), *parameters)
+        return dataclasses.replace(plan, wraps=wraps, resolved={**plan.resolved, "fan_in_fan_out": fan_in_fan_out})
+
+    def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+        """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
+        return experts.translation(base, config, shapes)
+
+    def reshape(self, base: BaseView, config: LoraConfig) -> Reshape | None:
+        """Return the replication of layers that the config asks for."""
+        return Replication(base, config.layer_replication) if config.layer_replication else None
+
+    @property
+    def takes_part_in_calls(self) -> bool:
+        """Whether there is an aLoRA adapter, whose layers must know where its invocation is; otherwise a forward goes straight to the base."""
+        return any(config.alora_invocation_tokens for config in self.configs.values())
+
+    def prepare(self, call: Call) -> Call:
+        """Return the call with the tokens on which aLoRA adapters act."""
+        used = call.route.used
+        invocations = {
+            name: config.alora_invocation_tokens for name, config in self.configs.items() if name in used and config.alora_invocation_tokens
+        }
+        return alora.tell(call, invocations) if invocations else call
+
+    def adapts_modules(self, config: LoraConfig) -> bool:
+        """Return False where parameters are named and modules are not."""
+        return not config.target_parameters
+
+    def further_wraps(self, base: BaseView, adapter: str, config: LoraConfig, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
+        """Return the wraps of parameters."""
+        return parameter_wraps(base, adapter, config, lambda path: self.settings(config, values(path)), self.activation)
 
     def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
         """Return rank, alpha and the rest for one module."""
         initializer, variant = self._chosen
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
 
+    def relative_to_base(self, adapter: str, now: Contents, initial: Contents) -> Contents:
+        """Return a PiSSA, OLoRA, CorDA or LoRA-GA adapter as plain LoRA of twice the rank for the base as it was before.
+
+        Raises:
+            ConfigError, AdapterWeightsError: `initial` is no such adapter in its first state, or the initialisation can't be converted.
+        """
+        return relative_to_base(adapter, now, initial, initializer_of(now.config))
+
+    def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[Incoming]) -> Callable[[], None]:
+        """Return what writes the weights of another adapter in the place of one, its rank and scale included.
+
+        Raises:
+            ConfigError, AdapterWeightsError: they do not fit.
+        """
+        return plan_swap(adapter, config, incoming)
+
     _chosen: tuple[Initializer, type[Variant] | None]
 
-    def _fan_in_fan_out(self, base: BaseView, plan: Plan, config: LoraConfig) -> bool:
-        kinds = {is_conv1d(base.modules[wrap.path]) for wrap in plan.wraps}
+    def _fan_in_fan_out(self, base: BaseView, wraps: Sequence[Wrap], config: LoraConfig) -> bool:
+        kinds = {is_conv1d(base.modules[wrap.path]) for wrap in wraps}
         if len(kinds) != 1 or config.fan_in_fan_out in kinds:
             return config.fan_in_fan_out
         actual = kinds.pop()
@@ -64,5 +153,5 @@ class LoraTuner(LayerTuner):
 
 def kind_of(module: nn.Module) -> str:
     """Return the kind of a base layer, as initialisers and variants name it."""
-    ops = ops_for(module)
+    ops = AttentionOps() if Attention.accepts(module) else ops_for(module)
     return ops.kind if ops is not None else "other"

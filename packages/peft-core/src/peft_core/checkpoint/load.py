@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, PeftWarning, did_you_mean, listed
 from ..layers.slots import Slot
-from ..plugins import hooks
+from ..plugins import hooks, registry
 from ..tuners.index import AdapterIndex
 from . import embeddings
 from .files import WeightFile
-from .state_dict import fitted_keys, key_renamer, keyed_slots
+from .state_dict import WRAPPER_PREFIX, fitted_keys, key_renamer, keyed_slots
 
 Strict = bool | str
 
@@ -63,6 +64,22 @@ class Tensors:
         return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), noted)
 
 
+def translated(index: AdapterIndex, config: PeftConfig, source: Tensors) -> Tensors:
+    """Return the tensors as they belong on this base; where they were written for another layout of it, the config changes, too.
+
+    Raises:
+        ConfigError: they were written for a layout that can't be translated.
+    """
+    tuner = index.tuner_for(registry.resolve(str(config.peft_type)))
+    found = tuner.translate(index.view, config, {key.removeprefix(WRAPPER_PREFIX): shape for key, shape in source.shapes.items()})
+    if found is None:
+        return source
+    for name, value in found.fields.items():
+        setattr(config, name, value)
+    tensors = found.convert({key.removeprefix(WRAPPER_PREFIX): tensor for key, tensor in source.read().items()})
+    return replace(Tensors.of(tensors, source.origin), writer=source.writer)
+
+
 def fill(
     index: AdapterIndex, adapter: str, source: Tensors, *, wrapped: bool = True, strict: Strict = True, ignore_mismatched_sizes: bool = False
 ) -> LoadResult:
@@ -107,6 +124,7 @@ def fill(
     if misshapen and ignore_mismatched_sizes:
         warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
     tensors = fitted_keys(source.read(), slots)
+    index.last_route = None  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
     for key, slot in slots.items():
         if key in tensors and key not in skipped:

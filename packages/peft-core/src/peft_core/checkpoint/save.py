@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..plugins import hooks
-from ..tuners.index import AdapterIndex
+from ..tuners.index import AdapterIndex, require_index
+from ..tuners.tuner import Contents
 from . import embeddings, model_card
-from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target
+from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target, find_weights
 from .passport import passport
 from .stack import MANIFEST_NAME, manifest_text
 from .state_dict import adapter_tensors
@@ -32,6 +33,7 @@ def save_adapters(
     save_embedding_layers: bool | str = "auto",
     is_main_process: bool = True,
     state_dict: Mapping[str, Any] | None = None,
+    initial: str | os.PathLike[str] | None = None,
 ) -> None:
     """Write adapters and the model card; all files appear together or not at all.
 
@@ -44,10 +46,12 @@ def save_adapters(
         save_embedding_layers: also write the base's embeddings: True, False, or "auto" (if they are targeted or resized).
         is_main_process: False only makes the folders.
         state_dict: take tensors from here instead of from the model.
+        initial: folder of the adapter as it was saved when it had just been created; it is written relative to the original base then.
 
     Raises:
-        AdapterFileError: `save_directory` is a file.
+        AdapterFileError: `save_directory` is a file; or `initial` holds no adapter.
         AdapterNotFoundError: an unknown name is selected.
+        CapabilityError: `initial` is given, and the adapter's tuner never changes the base.
     """
     root = Path(save_directory)
     if root.is_file():
@@ -55,6 +59,7 @@ def save_adapters(
     adapters = list(index.configs) if selected_adapters is None else list(selected_adapters)
     index.require(*adapters)
     folders = {adapter: root if adapter == ROOT_ADAPTER else root / adapter for adapter in adapters}
+    created = _contents_of(initial) if initial is not None and is_main_process else None
     for folder in (root, *folders.values()):
         folder.mkdir(parents=True, exist_ok=True)
     if not is_main_process:
@@ -62,8 +67,13 @@ def save_adapters(
     with AtomicFolder() as staged:
         for adapter, folder in folders.items():
             config = index.configs[adapter]
-            tensors: dict[str, Tensor] = adapter_tensors(index, adapter, state_dict=state_dict, model=model)
-            tensors.update(embeddings.tensors_to_save(index, adapter, save_embedding_layers))
+            tensors: Mapping[str, Tensor] = {
+                **adapter_tensors(index, adapter, state_dict=state_dict, model=model),
+                **embeddings.tensors_to_save(index, adapter, save_embedding_layers),
+            }
+            if created is not None:
+                converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, Contents(config, tensors), created)
+                config, tensors = converted.config, converted.tensors
             name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
             staged.remove(folder / other)  # an older save of the other kind would be read instead, or be taken for this one
             staged.tensors(folder / name, tensors, passport(str(config.peft_type), index.view))
@@ -73,6 +83,39 @@ def save_adapters(
         staged.text(root / "README.md", model_card.render(index, root / "README.md"))
     for adapter, folder in folders.items():
         hooks.adapter_saved(index.base, adapter, str(folder))
+
+
+def _contents_of(folder: str | os.PathLike[str]) -> Contents:
+    """Return config and tensors of an adapter's folder."""
+    return Contents(PeftConfig.from_pretrained(folder), find_weights(folder).tensors())
+
+
+def write_adapter(
+    folder: str | os.PathLike[str], config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module, *, safe_serialization: bool = True
+) -> None:
+    """Write one adapter that need not be in a model (a converted one, say): config and weights, both or neither.
+
+    Args:
+        folder: created if missing.
+        config: written as one for inference.
+        tensors: by their keys in the file.
+        model: the adapted model for whose base they are.
+        safe_serialization: safetensors; False: a pickled dict.
+
+    Raises:
+        AdapterFileError: `folder` is a file.
+        AdapterNotFoundError: the model has no adapter.
+    """
+    index = require_index(model)
+    root = Path(folder)
+    if root.is_file():
+        raise AdapterFileError(f"{str(root)!r} should be a directory, not a file", hint="choose another path")
+    root.mkdir(parents=True, exist_ok=True)
+    name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
+    with AtomicFolder() as staged:
+        staged.remove(root / other)
+        staged.tensors(root / name, dict(tensors), passport(str(config.peft_type), index.view))
+        staged.text(config_target(root), config_text(index, config))
 
 
 def config_text(index: AdapterIndex, config: PeftConfig) -> str:

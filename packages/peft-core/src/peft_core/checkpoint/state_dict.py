@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
@@ -28,11 +29,21 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
     prefix = index.prefix(adapter) if wrapped else ""
     keyed = {}
     for path, end, slot in index.slots(adapter):
-        if path is None:
-            keyed[end] = slot
-        else:
-            keyed[f"{prefix}{path}.{end}" if path else f"{prefix}{end}"] = slot
+        keyed[file_key(prefix, path, end)] = slot
     return keyed
+
+
+def file_key(prefix: str, path: str | None, end: str) -> str:
+    """Return the key of one tensor in a file.
+
+    Args:
+        prefix: what stands before paths in the base (`TunerSpec.base_prefix`); empty without a wrapper.
+        path: of the module in the base; None for what is mounted beside it.
+        end: the end of the key, as the module's slots name it.
+    """
+    if path is None:
+        return end
+    return f"{prefix}{path}.{end}" if path else f"{prefix}{end}"
 
 
 def adapter_tensors(
@@ -81,6 +92,19 @@ def key_renamer(key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
         return WRAPPER_PREFIX + stem if key.startswith(WRAPPER_PREFIX) else stem
 
     return rename
+
+
+def without_adapter(key: str, adapter: str, prefix: str) -> str:
+    """Return a name of a tensor in memory as files have it: without the adapter's name behind a parameter with this prefix.
+
+    ``torch.compile``'s own part of the name goes, too.
+    """
+    parts = [part for part in key.split(".") if part != "_orig_mod"]
+    for place, (part, following) in enumerate(itertools.pairwise(parts)):
+        if part.startswith(prefix) and following == adapter:
+            del parts[place + 1]
+            break
+    return ".".join(parts)
 
 
 def fitted_keys(tensors: Mapping[str, _T], expected: Iterable[str]) -> dict[str, _T]:

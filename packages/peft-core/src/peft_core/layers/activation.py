@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -33,6 +34,8 @@ class Route:
     names: tuple[str, ...] = ()
     per_row: tuple[tuple[str, ...], ...] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    #: the same as numbers, for compiled graphs: see `Activation.chosen`; (adapters,), or (rows, adapters) with `per_row`
+    chosen: Tensor | None = field(default=None, repr=False)
     _ids: dict[tuple[str, int, torch.device | None], Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,7 +74,7 @@ class Route:
         return {"names": self.names, "per_row": self.per_row, "facts": dict(self.facts)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in {**state, "_ids": {}}.items():
+        for name, value in {**state, "chosen": None, "_ids": {}}.items():
             object.__setattr__(self, name, value)
 
 
@@ -112,6 +115,10 @@ class Activation:
         #: what layers follow unless their thread says otherwise
         self.default = self.selected
         self.local = threading.local()
+        #: adapter → its number
+        self.places: dict[str, int] = {}
+        #: which adapters act, by number: a compiled graph reads this tensor, and is not compiled again when another adapter is chosen
+        self.chosen = torch.zeros(0, dtype=torch.bool)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -130,6 +137,22 @@ class Activation:
 
     def _refresh(self) -> None:
         self.default = self.selected if self.enabled else NO_ROUTE
+        with torch.inference_mode(False):
+            self.chosen = self._numbers(self.default.names).to(self.chosen.device)
+
+    def place(self, name: str, device: torch.device) -> None:
+        """Give an adapter a number. `device`: where its layers are."""
+        if name not in self.places:
+            self.places[name] = len(self.places)
+            with torch.inference_mode(False):
+                self.chosen = self._numbers(self.default.names).to(device if device.type != "meta" else "cpu")
+
+    def _numbers(self, names: Iterable[str]) -> Tensor:
+        numbers = torch.zeros(len(self.places), dtype=torch.bool)
+        for name in names:
+            if name in self.places:
+                numbers[self.places[name]] = True
+        return numbers
 
     def current(self) -> Route:
         """Return the route of the calling thread."""
@@ -141,6 +164,10 @@ class Activation:
     def use(self, route: Route) -> Iterator[None]:
         """Follow `route` in this thread until the block ends."""
         previous = getattr(self.local, "route", None)
+        if route.chosen is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # something may have been compiled
+            rows = [route.names] if route.per_row is None else route.per_row
+            numbers = torch.stack([self._numbers(names) for names in rows]).to(self.chosen.device)
+            object.__setattr__(route, "chosen", numbers[0] if route.per_row is None else numbers)
         self.local.route = route
         try:
             yield
@@ -150,19 +177,21 @@ class Activation:
     def fork(self) -> Activation:
         """Return a separate activation with the same choice, which follows the same per-thread overrides."""
         twin = Activation(self.names)
-        twin.local = self.local
+        twin.local, twin.places, twin.chosen = self.local, self.places, self.chosen
         twin.enable(self.enabled)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "enabled": self.enabled}
+        return {"names": self.names, "enabled": self.enabled, "places": self.places, "device": str(self.chosen.device)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["names"])  # type: ignore[misc]
+        self.places, self.chosen = dict(state["places"]), self.chosen.to(state["device"])
         self.enable(state["enabled"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Activation:
         twin = Activation(copy.deepcopy(self.names))
+        twin.places, twin.chosen = dict(self.places), self.chosen
         twin.enable(self.enabled)
         memo[id(self)] = twin
         return twin

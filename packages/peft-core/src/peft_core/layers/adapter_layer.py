@@ -79,10 +79,6 @@ class AdapterLayer(AdapterMerging):
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row."""
-        activation = self.activation
-        route = getattr(activation.local, "route", None)
-        if route is None:
-            route = activation.default
         base: Any = self._modules["base_layer"]
         state = base.__dict__
         if _observed(state):
@@ -96,12 +92,37 @@ class AdapterLayer(AdapterMerging):
             y = y if self._fresh else y.clone()
         if self.merges:
             return y
+        activation = self.activation
+        route = getattr(activation.local, "route", None)
+        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
+            chosen = activation.chosen if route is None else route.chosen
+            if chosen is not None:
+                return self.contribute_chosen(chosen, x, y)
+        if route is None:
+            route = activation.default
         if route.per_row is not None:
             return self.contribute_by_row(route, x, y)
         scaling = self.scaling
         for adapter in route.names:
             if adapter in scaling:
                 y = self.contribute(adapter, x, y)
+        return y
+
+    def contribute_chosen(self, chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.
+
+        All adapters are computed and selected from, so that a graph pays for those that it does not use.
+
+        Args:
+            chosen: bool (adapters,), or (rows, adapters), by the numbers in `Activation.places`.
+            x, y: as in `contribute`.
+        """
+        for adapter in self.scaling:
+            changed = self.contribute(adapter, x, y.clone())
+            flag = chosen[..., self.activation.places[adapter]]
+            if flag.dim():
+                flag = flag.repeat_interleave(y.shape[0] // flag.shape[0]).view(-1, *([1] * (y.dim() - 1)))
+            y = torch.where(flag, changed, y)
         return y
 
     def plain_base(self) -> nn.Linear | None:
@@ -138,6 +159,12 @@ class AdapterLayer(AdapterMerging):
             base = base._modules["base_layer"]
         assert base is not None
         return base
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The module whose place this wrapper has taken."""
+        found: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        return found
 
     @property
     def weight(self) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .activation import Activation
 from .creation import Creation, filler
 from .slots import Slot
 
@@ -23,6 +24,7 @@ class AdapterWeights(nn.Module):
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling",)
     #: names of the base's own parameters, where those are adapted and not the module as a whole
     targeted_parameters: tuple[str, ...] = ()
+    activation: Activation
     scaling: dict[str, float]
     _creation: Creation
 
@@ -46,6 +48,7 @@ class AdapterWeights(nn.Module):
         self._creation = creation
         try:
             self.scaling[adapter] = 1.0
+            self.activation.place(adapter, self.weight.device)
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)
@@ -110,7 +113,9 @@ class AdapterWeights(nn.Module):
         if self._creation.meta:
             return nn.Parameter(torch.empty(value.shape, dtype=self.parameter_dtype, device="meta"), requires_grad=False)
         device = self._base_dtype_and_device()[1]
-        return nn.Parameter(value.detach().to(device=device, dtype=self.parameter_dtype, copy=True).contiguous(), requires_grad=False)
+        # strides of its own: a column cut out of a matrix counts as contiguous, but is multiplied, and rounded, in another way
+        tensor = torch.empty(value.shape, dtype=self.parameter_dtype, device=device).copy_(value.detach())
+        return nn.Parameter(tensor, requires_grad=False)
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
         weight = self.weight

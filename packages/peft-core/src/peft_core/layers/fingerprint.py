@@ -37,3 +37,9 @@ class Watch:
         if self.version < 0 or tensor.data_ptr() != self.address or tensor._version != self.version:
             return False
         return self.first is None or (self.first.value == self.first_was and self.last.value == self.last_was)  # type: ignore[union-attr]
+
+
+def fingerprint(tensor: Tensor) -> tuple[int, ...]:
+    """Return what a `Watch` looks at, as a key: cheaper to write, dearer to ask. Of tensors made in inference mode no two are equal."""
+    watch = Watch(tensor)
+    return watch.address, watch.version if watch.version >= 0 else -id(watch), watch.first_was, watch.last_was

@@ -46,10 +46,14 @@ def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     if not current.is_meta:
         with torch.no_grad():
             current.copy_(value)
-    elif name in module._parameters:
-        module._parameters[name] = nn.Parameter(value.to(current.dtype), requires_grad=current.requires_grad)
+        return
+    value = value.to(current.dtype)
+    if value.data_ptr() % 64:  # a tensor of a file may lie anywhere; products with it would be rounded otherwise than with a trained one
+        value = value.clone()
+    if name in module._parameters:
+        module._parameters[name] = nn.Parameter(value, requires_grad=current.requires_grad)
     else:
-        module._buffers[name] = value.to(current.dtype)
+        module._buffers[name] = value
 
 
 @runtime_checkable

@@ -86,6 +86,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
     def _add(
         self, name: str, config: PeftConfig, autocast: bool, meta: bool, source: Tensors | None = None, strict: Strict = True
     ) -> LoadResult | None:
+        if source is not None:
+            source = loading.translated(self._peft_index, config, source)
         creation = Creation(meta=meta and (source is None or strict is True), autocast=autocast, initialise=source is None or strict is not True)
         result: list[LoadResult] = []
         self._peft_index.add(
@@ -155,6 +157,18 @@ class AdaptedModel(nn.Module, AdapterOperations):
             return self.base_model(*args, **kwargs)
         return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the base with its adapters in place, and leave to Python what chooses among them.
+
+        Choosing adapters for the rows of a batch then compiles nothing again, as it would in ``torch.compile(model)``, which compiles the names
+        into the graph. Switching between frozen adapters (``set_adapter(name, inference_mode=True)``), disabling them and `use_adapters` need no
+        new graph either way; where `set_adapter` lets others train than before, one is needed.
+
+        Args:
+            *args, **kwargs: as for `torch.compile`.
+        """
+        self.get_base_model().compile(*args, **kwargs)
+
     def generate(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """Generate with the base and the adapters in use. Virtual tokens never appear in the result.
 
@@ -167,9 +181,9 @@ class AdaptedModel(nn.Module, AdapterOperations):
         """
         index = self._peft_index
         base = self.get_base_model()
+        arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
         if adapter_names is None and not index.speakers:
             return base.generate(*args, **kwargs)  # type: ignore[operator]
-        arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
         if adapter_names is not None:
             some = (
                 args[0]
@@ -189,6 +203,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         *,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
@@ -202,11 +217,14 @@ class AdaptedModel(nn.Module, AdapterOperations):
             selected_adapters: which; default all.
             save_embedding_layers: also write the base's embeddings: True, False, or ``"auto"`` (if targeted or resized).
             is_main_process: False: only make the folders.
+            path_initial_model_for_weight_conversion: folder of the adapter as it was saved when it had just been created. An adapter that took
+                its first values out of the base (PiSSA, ...) is then written as one for the original base; this model stays as it is.
             state_dict: take the tensors from here (names of this model) instead of from the model.
 
         Raises:
             AdapterFileError: `save_directory` is a file.
             AdapterNotFoundError: `selected_adapters` names one that the model lacks.
+            CapabilityError: there is nothing to convert in adapters of this method.
         """
         saving.save_adapters(
             self._peft_index,
@@ -217,6 +235,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             state_dict=state_dict,
+            initial=path_initial_model_for_weight_conversion,
         )
 
     def push_to_hub(
@@ -290,7 +309,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
         config.inference_mode = not is_trainable
         index = self._peft_index
         mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
-        source = Tensors.of_file(find_weights(model_id, **hub), torch_device, str(config.peft_type), config, mapping)
+        file = find_weights(model_id, **hub)
+        source = loading.translated(index, config, Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping))
         if adapter_name in index.configs:
             check_same_effect(index.configs[adapter_name], config, adapter_name)
             result = loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -315,7 +335,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             index.set_trainable(adapter_name, is_trainable)
             if not is_trainable:
                 self.eval()  # but not where only the weights of an adapter in training are replaced
-        hooks.adapter_loaded(index.base, adapter_name, str(model_id))
+        hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_id))
         return result
 
     # ---- looking ---------------------------------------------------------------------------------------------------
@@ -343,7 +363,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
         except AttributeError:
             if name == "base_model" or name == ATTRIBUTE:
                 raise
-            return getattr(self.base_model, name)
+            operation = self._operation(name)
+            return getattr(self.base_model, name) if operation is None else operation
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

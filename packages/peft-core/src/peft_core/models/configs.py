@@ -61,8 +61,13 @@ def default_key_mapping(index: AdapterIndex, config: PeftConfig) -> Mapping[str,
 _IRRELEVANT = frozenset({"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"})
 
 
-def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str) -> None:
+def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str, allowed: frozenset[str] = frozenset()) -> None:
     """Check that weights saved with one config can be used under another.
+
+    Args:
+        present, loaded: the two configs.
+        adapter: for messages.
+        allowed: further fields in which they may differ.
 
     Raises:
         ConfigError: they compute differently; the message names the fields.
@@ -74,7 +79,7 @@ def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str) -> 
         )
     differing = [
         f"{name}={theirs.get(name)!r} instead of {ours.get(name)!r}"
-        for name in sorted({*ours, *theirs} - _IRRELEVANT)
+        for name in sorted({*ours, *theirs} - _IRRELEVANT - allowed)
         if (ours.get(name) or None) != (theirs.get(name) or None)
     ]
     if differing:

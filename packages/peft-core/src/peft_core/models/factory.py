@@ -128,7 +128,7 @@ def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -
         parts = key.removeprefix(WRAPPER_PREFIX).split(".")
         cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
         if cut:
-            paths.add(".".join(parts[:cut]))
+            paths.add(".".join(part for part in parts[:cut] if part != "base_layer"))  # wrappers inside others
     unknown = sorted(paths - index.view.modules.keys())
     if unknown:
         raise ConfigError(
@@ -218,7 +218,7 @@ def set_peft_model_state_dict(
     return loading.fill(
         index,
         adapter_name,
-        Tensors.of(peft_model_state_dict),
+        loading.translated(index, copy.copy(index.configs[adapter_name]), Tensors.of(peft_model_state_dict)),
         wrapped=isinstance(model, AdaptedModel),
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..errors import AdapterNotFoundError, PeftWarning
+from ..layers.adapter_layer import AdapterLayer
 from ..tuners import folding
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 
@@ -120,6 +122,12 @@ class AdapterOperations:
         with index.activation.use(route):
             yield
 
+    def _operation(self, name: str) -> Callable[..., Any] | None:
+        """Return what a tuner offers for this model as `name` (`TunerBase.operations`); None if there is no such thing."""
+        index: AdapterIndex | None = self.__dict__.get(ATTRIBUTE)  # copies and pickles have none yet
+        found = index.operation(name) if index is not None else None
+        return None if found is None else functools.partial(found, self)
+
     @property
     def active_adapters(self) -> list[str]:
         """The adapters in use, in load order."""
@@ -139,7 +147,13 @@ class AdapterOperations:
     @property
     def targeted_module_names(self) -> list[str]:
         """The modules of the base that adapters wrap."""
-        return list(dict.fromkeys(path for kind, path in self._peft_index.entries if kind and not kind.startswith("@")))
+        entries = self._peft_index.entries.items()
+        return list(dict.fromkeys(path for (kind, path), module in entries if kind and not kind.startswith("@") and not _parameters_in(module)))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The parameters of the base that adapters change by themselves, without wrapping their module as a whole."""
+        return [f"{path}.{name}" for (_, path), module in self._peft_index.entries.items() for name in _parameters_in(module)]
 
 
 class TunerModel(nn.Module, AdapterOperations):
@@ -186,7 +200,12 @@ class TunerModel(nn.Module, AdapterOperations):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            operation = self._operation(name)
+            return getattr(self.model, name) if operation is None else operation
+
+
+def _parameters_in(module: object) -> tuple[str, ...]:
+    return module.targeted_parameters if isinstance(module, AdapterLayer) else ()
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -32,11 +32,17 @@ class BaseView:
         self.base = base
         self.chosen: frozenset[str] | None = None
         self.heads: tuple[str, ...] = ()
+        self.read()
+
+    def read(self) -> None:
+        """Read the base anew, after its structure has changed; nothing in it may be wrapped."""
+        for name in ("leaf_names", "embeddings"):  # what was computed once
+            self.__dict__.pop(name, None)
         self.modules: dict[str, nn.Module] = {}
         self.sites: dict[str, list[tuple[nn.Module, str]]] = {}
         first_name: dict[int, str] = {}
         owners: dict[int, int] = defaultdict(int)
-        for name, module in base.named_modules():
+        for name, module in self.base.named_modules():
             self.modules[name] = module
             first_name[id(module)] = name
             for parameter in module._parameters.values():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,9 +285,18 @@ class Biases(TunerBase):
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and "bias" in name:
-                    stem = f"{path}.base_layer" if path in targets else path
-                    found[f"{stem}.{name}" if stem else name] = (module, name)
+                    found[".".join((*_wrapped_path(path, targets), name))] = (module, name)
         return Plan(adopts={"": _BiasAdoption(self.holder, adapter, found)})
+
+
+def _wrapped_path(path: str, targets: Collection[str]) -> Iterator[str]:
+    """Yield the parts of a module's path in a model whose `targets` are wrapped."""
+    so_far = ""
+    for part in path.split(".") if path else ():
+        so_far = f"{so_far}.{part}" if so_far else part
+        yield part
+        if so_far in targets:
+            yield "base_layer"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..layers.adapter_layer import AdapterLayer
 from ..layers.folded import refuse_wrong_order
 from ..layers.slots import LeavesBehind
 from ..plugins import Capability, hooks
+from . import reshaping
 from .perform import collector_paused
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     already = [name for name in merged_adapters(index) if name in chosen]
     if already:
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
+    if chosen:
+        reshaping.refuse_merge(index)
     layers = [module for module in index.entries.values() if isinstance(module, AdapterLayer)]
     for layer in layers:
         refuse_wrong_order(layer, chosen)
@@ -109,6 +112,7 @@ def unload(
     for path in {path for kind, path in index.entries if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
+    reshaping.restore(index)
     index.retire()
     hooks.adapter_unloaded(index.base, names, folded)
     return index.base

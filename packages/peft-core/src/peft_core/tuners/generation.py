@@ -48,11 +48,14 @@ class GenerationDoor:
         prepared = self.original(input_ids, *args, **kwargs)
         if arguments is None:
             return prepared
+        local = self.index.activation.local
+        task = getattr(local, "task", None)
         route = self.index.activation.current()
-        task = getattr(self.index.activation.local, "task", None)
-        call = Call(task, {}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
+        call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
         for tuner in self.index.speakers:
             call = tuner.prepare(call)
+        if call.route is not route:  # facts: for the layers in this step, and for the tuner in the next
+            route = local.route = call.route
         if not call.virtual:
             return prepared
         text = {name: prepared[name] for name in ("input_ids", "inputs_embeds", "past_key_values") if prepared.get(name) is not None}

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import PeftConfig
-from ..errors import AdapterNameError, AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
+from ..errors import AdapterNotFoundError, CapabilityError, MergeError, PeftWarning, RoutingError, did_you_mean, listed
 from ..layers.activation import BASE, Activation, Route
 from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
-from . import builtin, folding, generation
+from . import builtin, folding, generation, naming, reshaping
 from .assemble import BaseForward
 from .base_view import BaseView, checkpointed
-from .perform import Undo, collector_paused, perform
+from .perform import Undo, collector_paused, perform, take_off
+from .reshaping import Reshape
 from .tuner import Plan, TunerBase
 
 #: attribute of an adapted base model under which its index is found
@@ -50,8 +51,13 @@ class AdapterIndex:
         self.speakers: tuple[TunerBase, ...] = ()
         self.call_arguments: frozenset[str] = frozenset()
         self.frozen_base = False
+        #: the route of the last call that named adapters for its rows
+        self.last_route: Any = None
         self.forward = BaseForward(self.view)
-        self._adding: TunerSpec | None = None
+        #: the change that was made to the base's structure, and the method that asked for it
+        self.reshaped: Reshape | None = None
+        self.reshaped_by = ""
+        self._adding: TunerBase | None = None
 
     # ---- asking ---------------------------------------------------------------------------------------------------
     def require(self, *adapters: str) -> None:
@@ -87,9 +93,17 @@ class AdapterIndex:
         """Return the spec of an adapter's tuner."""
         return self.tuners[str(self.configs[adapter].peft_type)].spec
 
+    def tuner(self, adapter: str) -> TunerBase:
+        """Return an adapter's tuner, also while the adapter is being added."""
+        return self._adding if self._adding is not None else self.tuners[str(self.configs[adapter].peft_type)]
+
+    def tuner_for(self, spec: TunerSpec) -> TunerBase:
+        """Return this model's tuner of a method; a new one, not kept yet, if it has none."""
+        return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
+
     def prefix(self, adapter: str) -> str:
         """Return what stands before a base module's path in the adapter's file, also while the adapter is being added."""
-        return self._adding.base_prefix if self._adding is not None else self.spec(adapter).base_prefix
+        return self.tuner(adapter).spec.base_prefix
 
     def operation(self, name: str) -> Callable[..., Any] | None:
         """Return the function that the tuner of an adapter offers as `name`: of the first in load order that does; None if none does."""
@@ -111,24 +125,8 @@ class AdapterIndex:
         Raises:
             AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
         """
-        if not isinstance(adapter, str) or not adapter:
-            raise AdapterNameError(f"{adapter!r} is no adapter name", hint="give a non-empty string")
-        if adapter in self.configs:
-            raise AdapterNameError(
-                f"Adapter with name {adapter!r} already exists", hint="choose another name, or delete_adapter it first", code="name-taken"
-            )
-        if adapter == BASE or any(mark in adapter for mark in "./\\") or any(hasattr(kind(), adapter) for kind in (nn.ModuleDict, nn.ParameterDict)):
-            raise AdapterNameError(
-                f"{adapter!r} can't be the name of an adapter",
-                hint=f"it becomes a key of a ModuleDict and the name of a folder: no dots or slashes, none of its attributes, not {BASE!r}",
-            )
         prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in self.tuners.values())}
-        for prefix in sorted(p for p in prefixes if p):
-            if adapter.startswith(prefix):
-                raise AdapterNameError(
-                    f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys could not be told apart in files",
-                    hint="choose another name",
-                )
+        naming.check_name(adapter, self.configs, prefixes)
 
     def add(
         self,
@@ -158,31 +156,30 @@ class AdapterIndex:
         spec = registry.resolve(str(config.peft_type))
         self.check_name(adapter, spec)
         config.check()
-        view = (view or self.view).with_heads(heads)
-        with collector_paused():
-            plans = self._plans(spec, adapter, config, view)
+        tuner = self.tuner_for(spec)
+        with collector_paused(), Undo() as undo:
+            reshaping.reshape(self, tuner, adapter, config, undo)
+            plans = self._plans(tuner, adapter, config, (view or self.view).with_heads(heads))
             if mount_on is None and any(plan.mounts for _, _, plan in plans):
                 raise CapabilityError(
                     f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model"
                 )
-            with Undo() as undo:
-                keys: list[Key] = []
-                for kind, part, plan in plans:
-                    perform(self, kind, part, plan, adapter, creation, mount_on, keys, undo)
-                self.own[adapter] = list(dict.fromkeys(keys))
-                undo.call(self.own.pop, adapter, None)
-                if before_commit is not None:
-                    undo.call(setattr, self, "_adding", None)
-                    self._adding = spec
-                    before_commit()
-                    self._adding = None
-                self._commit(adapter, config, plans, heads, undo)
+            keys: list[Key] = []
+            for kind, part, plan in plans:
+                perform(self, kind, part, plan, adapter, creation, mount_on, keys, undo)
+            self.own[adapter] = list(dict.fromkeys(keys))
+            undo.call(self.own.pop, adapter, None)
+            if before_commit is not None:
+                undo.call(setattr, self, "_adding", None)
+                self._adding = tuner
+                before_commit()
+                self._adding = None
+            self._commit(adapter, config, plans, heads, undo)
         hooks.adapter_added(self.base, adapter, config)
 
-    def _plans(self, spec: TunerSpec, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
-        tuner = self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
+    def _plans(self, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
         main = tuner.plan(view, adapter, config)
-        plans: list[tuple[str, TunerBase, Plan]] = [(spec.peft_type, tuner, main)]
+        plans: list[tuple[str, TunerBase, Plan]] = [(tuner.spec.peft_type, tuner, main)]
         for kind, part, request in builtin.requests(self.tuners, self.activation, config.extras(), view, main):
             plans.append((kind, part, part.plan(view, adapter, request)))
         return plans
@@ -218,8 +215,11 @@ class AdapterIndex:
 
     def refresh(self) -> None:
         """Recompute what depends on which adapters there are."""
+        self.last_route = None
         used = {str(config.peft_type) for config in self.configs.values()}
         present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (builtin.SAVED, builtin.BIAS)]
+        for kind, tuner in self.tuners.items():
+            tuner.configs = {name: config for name, config in self.configs.items() if str(config.peft_type) == kind}
         self.speakers = tuple(tuner for tuner in present if tuner.takes_part_in_calls)
         self.call_arguments = frozenset(name for tuner in present for name in tuner.spec.call_arguments)
 
@@ -249,6 +249,7 @@ class AdapterIndex:
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters."""
+        self.last_route = None
         for parameter in self.parameters_of(adapter):
             if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
                 parameter.requires_grad_(trainable)
@@ -260,8 +261,9 @@ class AdapterIndex:
             folding.unmerge(self)
         was = self.activation.enabled
         self.activation.enable(False)
+        overridden = getattr(self.activation.local, "route", None) is not None
         try:
-            with self.activation.use(Route()):
+            with self.activation.use(Route()) if overridden else contextlib.nullcontext():
                 yield
         finally:
             self.activation.enable(was)
@@ -274,11 +276,7 @@ class AdapterIndex:
             CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
             RoutingError: adapters are merged; or layers are checkpointed in training, and would be run again after the route has ended.
         """
-        if self.base.training and torch.is_grad_enabled() and checkpointed(self.base):
-            raise RoutingError(
-                "with gradient checkpointing, layers run again in the backward pass, when a choice of adapters for one call or block is gone",
-                hint="choose with set_adapter, or switch checkpointing off",
-            )
+        self.check_moment()
         unknown = [name for name in route.used if name not in self.configs]
         if unknown:
             raise AdapterNotFoundError(
@@ -288,6 +286,18 @@ class AdapterIndex:
         if route.per_row is not None and len(set(route.per_row)) > 1:
             for name in route.used:
                 self.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")
+
+    def check_moment(self) -> None:
+        """Check that adapters may be chosen for one call or block now.
+
+        Raises:
+            RoutingError: adapters are merged; or layers are checkpointed in training, and would be run again after the choice has ended.
+        """
+        if self.base.training and torch.is_grad_enabled() and checkpointed(self.base):
+            raise RoutingError(
+                "with gradient checkpointing, layers run again in the backward pass, when a choice of adapters for one call or block is gone",
+                hint="choose with set_adapter, or switch checkpointing off",
+            )
         if self.merged_adapters():
             raise RoutingError(f"{listed(self.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
 
@@ -328,10 +338,31 @@ class AdapterIndex:
                 warnings.warn(f"the active adapter {adapter!r} was deleted; {first!r} is active now", PeftWarning, stacklevel=4)
                 self.activation.select((first,))
                 self.set_trainable(first, not self.configs[first].inference_mode)
+        reshaping.restore_when_unused(self)
         self.refresh()
         if self.activation.names and self.activation.names != before:
             hooks.adapter_activated(self.base, self.activation.names)
         hooks.adapter_deleted(self.base, adapter)
+
+    def leave(self, adapter: str, paths: Collection[str]) -> None:
+        """Take an adapter out of some of the modules that it wraps; a wrapper that no adapter uses any more is taken off.
+
+        Args:
+            adapter: its name.
+            paths: original names of modules; those that it does not wrap are ignored.
+
+        Raises:
+            AdapterNotFoundError: the model has no such adapter.
+            MergeError: it is merged.
+        """
+        self.require(adapter)
+        if adapter in self.merged_adapters():
+            raise MergeError(f"the adapter {adapter!r} is merged and can't leave modules", hint="unmerge_adapter() first")
+        kind = str(self.configs[adapter].peft_type)
+        for key in [key for key in self.own[adapter] if key[0] == kind and key[1] in paths]:
+            self.own[adapter].remove(key)
+            self.entries[key].drop(adapter)
+            take_off(self, key)
 
     def retire(self) -> None:
         """Forget all adapters; the base is no adapted model any more."""

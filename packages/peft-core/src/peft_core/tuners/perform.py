@@ -154,5 +154,15 @@ def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
     occupied = index.view.modules[path]
     module.train(occupied.training)
     if isinstance(module, AdapterLayer):
-        weight = occupied._parameters.get("weight")
+        weight = occupied._parameters.get(module.weight_name)
         module.shared_weight = weight is not None and id(weight) in index.view.shared_weights
+
+
+def take_off(index: AdapterIndex, key: Key) -> None:
+    """Put what a wrapper wraps in its place, if the wrapper holds no adapter any more. One inside another wrapper stays: it does nothing."""
+    module: Any = index.entries[key]
+    if not isinstance(module, AdapterLayer) or module.adapters() or _occupant(index, key[1]) is not module:
+        return
+    for parent, leaf in index.view.sites[key[1]]:
+        parent._modules[leaf] = module.wrapped
+    del index.entries[key]

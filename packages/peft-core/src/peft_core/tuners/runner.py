@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..errors import RoutingError
 from ..layers.activation import EMPTY, Route, read_names
+from ..layers.fingerprint import Watch
 from .assemble import assemble
 from .call import Call, Output, batch_of
 from .index import AdapterIndex
@@ -33,13 +35,50 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
         )
     if not index.activation.enabled:
         return Route()
+    kept: LastRoute | None = index.last_route
+    if kept is not None and kept.per_row == per_row and not torch.compiler.is_compiling() and kept.holds():
+        index.check_moment()
+        return kept.route
     index.check_route(Route(per_row=per_row))
-    # adapters act in load order, whatever the order in which a caller names them
-    ordered = {row: tuple(name for name in index.configs if name in row) for row in set(per_row)}
+    route = _ordered(index, per_row)
+    if not torch.compiler.is_compiling():
+        # the last one is enough: layers keep what they computed for it, as servers send the same rows step by step
+        index.last_route = LastRoute(per_row, route, index)
+    return route
+
+
+class LastRoute:
+    """A route, and a sample of the weights of its adapters: what layers computed for the route is good while they stay as they are.
+
+    Layers look at the versions of their own tensors; that does not show what is written through `.data`, or moved to another place.
+    """
+
+    def __init__(self, per_row: tuple[tuple[str, ...], ...], route: Route, index: AdapterIndex) -> None:
+        self.per_row, self.route = per_row, route
+        self.sample: list[tuple[Tensor, Watch]] = []
+        for name in route.used:
+            modules = index.modules_of(name)
+            for (_, module), which in zip(modules[:1] + modules[1:][-1:], (-1, 0), strict=False):
+                tensor = list(module.parameters_of(name).values())[which]
+                if not tensor.is_meta:
+                    self.sample.append((tensor, Watch(tensor)))
+
+    def holds(self) -> bool:
+        """Return whether the sample is unchanged."""
+        for tensor, watch in self.sample:
+            if not watch.holds(tensor):
+                return False
+        return True
+
+
+def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
+    """Return the route on which adapters act in load order, whatever the order in which a caller names them."""
+    place = {name: number for number, name in enumerate(index.configs)}
+    ordered = {row: tuple(sorted(set(row), key=place.__getitem__)) for row in set(per_row)}
     if len(ordered) == 1:
         return Route(names=ordered[per_row[0]])
-    used = {name for row in ordered for name in row}
-    return Route(tuple(name for name in index.configs if name in used), tuple(ordered[row] for row in per_row))
+    used = sorted({name for row in ordered for name in row}, key=place.__getitem__)
+    return Route(tuple(used), tuple(ordered[row] for row in per_row))
 
 
 def run(

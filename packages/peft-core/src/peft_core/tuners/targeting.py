@@ -31,7 +31,7 @@ class Selection:
     """The modules that a config targets, in the model's order, and the targets as they belong in the config from now on."""
 
     names: tuple[str, ...]
-    targets: Targets
+    targets: Targets | None
 
 
 def select(base: BaseView, config: LayerConfig, default: Targets | None = None) -> Selection:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..config import LayerConfig
-from ..errors import UnsupportedModuleError
+from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
 from ..layers.activation import Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
-from ..layers.slots import AdapterModule
+from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
 from . import targeting
 from .base_view import BaseView
 from .call import Call, Output
+from .reshaping import Reshape
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,47 @@ class Plan:
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Incoming:
+    """What is to take the place of an adapter's weights in one module.
+
+    Args:
+        path: the module's original name in the base.
+        module: it holds the weights.
+        tensors: the new ones by the end of their file key; empty if nothing came for this module.
+    """
+
+    path: str
+    module: AdapterModule
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the file of an adapter holds.
+
+    Args:
+        config: its config.
+        tensors: by their keys in the file.
+    """
+
+    config: Any
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How an adapter that was written for another layout of a base is read on this one.
+
+    Args:
+        fields: fields of its config → their values here.
+        convert: makes the file's tensors those that belong here; names are without what stands before a module's path in the file.
+    """
+
+    fields: Mapping[str, Any]
+    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
 class TunerBase:
     """What core knows of a method, with the defaults. One object per model and method, shared by its adapters.
 
@@ -60,12 +103,41 @@ class TunerBase:
         spec: what the tuner says about itself.
         activation: which adapters act; handed to the layers.
         mounted: for each mount the modules of this tuner's adapters, kept by core: ``mounted["prompt_encoder"]["french"]``.
+        configs: the configs of this tuner's adapters, in load order, kept by core.
+        operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
+        swappable: fields of a config in which an adapter may differ from the one whose place it takes (`Capability.HOTSWAP`).
     """
+
+    operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
+    swappable: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: TunerSpec, activation: Activation) -> None:
         self.spec = spec
         self.activation = activation
         self.mounted: dict[str, dict[str, nn.Module]] = {}
+        self.configs: dict[str, Any] = {}
+
+    def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+        """Return how a file is read on this base; None: as it is. Changes nothing.
+
+        Args:
+            base: the base model.
+            config: the file's.
+            shapes: the file's tensors: name, without what stands before a module's path → shape.
+
+        Raises:
+            ConfigError: it was written for a layout that can't be translated.
+        """
+        return None
+
+    def reshape(self, base: BaseView, config: Any) -> Reshape | None:
+        """Return how the structure of the base has to change before an adapter is planned; None: it stays as it is. Changes nothing itself.
+
+        Args:
+            base: the base model; a change that an earlier adapter asked for is made already.
+            config: the new adapter's config.
+        """
+        return None
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         """Read, validate and say what is to be done; change nothing.
@@ -81,16 +153,72 @@ class TunerBase:
         raise NotImplementedError(f"{type(self).__name__} must define plan(base, adapter, config)")
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with this tuner's virtual tokens or facts added. Only called if overridden."""
+        """Return the call with this tuner's virtual tokens or facts added. Only called while `takes_part_in_calls`.
+
+        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far, and finds the facts that it told before.
+        """
         return call
 
     def finish(self, call: Call, output: Output) -> Output:
         """Return the output as the caller is to see it, for example with a loss added. Only called if overridden."""
         return output
 
+    def swap(self, adapter: str, config: Any, incoming: Sequence[Incoming]) -> Callable[[], None]:
+        """Check that new weights fit in the place of an adapter's, and return what writes them there. Changes nothing itself.
+
+        By default every tensor must have come in the shape that is there.
+
+        Args:
+            adapter: whose weights they replace.
+            config: the new weights' config; it differs from the adapter's in `swappable` fields and in targets only.
+            incoming: each module of the adapter with what came for it.
+
+        Raises:
+            AdapterWeightsError: something does not fit.
+        """
+        pairs: list[tuple[Slot, Tensor]] = []
+        for part in incoming:
+            slots = part.module.slots(adapter)
+            missing = [end for end in slots if end not in part.tensors]
+            if missing:
+                raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+            for end, slot in slots.items():
+                shape = tuple(part.tensors[end].shape)
+                if shape != slot.shape:
+                    raise AdapterWeightsError(
+                        f"size mismatch: {end!r} of {part.path!r} is {shape}, expected {slot.shape}", hint="delete the adapter and load the other"
+                    )
+                pairs.append((slot, part.tensors[end]))
+
+        def write() -> None:
+            for slot, tensor in pairs:
+                slot.write(tensor)
+
+        return write
+
+    def relative_to_base(self, adapter: str, now: Contents, initial: Contents) -> Contents:
+        """Return an adapter whose creation changed the base as one for the original base, to be saved. Changes nothing.
+
+        Args:
+            adapter: its name, for messages.
+            now: the adapter as it would be saved.
+            initial: as it was saved when it had just been created.
+
+        Raises:
+            CapabilityError: adapters of this tuner never change the base; the default.
+            PeftError: it can't be done.
+        """
+        raise CapabilityError(
+            f"the adapter {adapter!r} ({self.spec.peft_type}) left the base as it was when it was created: there is nothing to convert",
+            hint="save it without path_initial_model_for_weight_conversion",
+        )
+
     @property
     def takes_part_in_calls(self) -> bool:
-        """Whether `prepare` or `finish` is overridden; otherwise a forward goes straight to the base."""
+        """Whether `prepare` or `finish` is overridden; otherwise a forward goes straight to the base.
+
+        Asked when adapters come and go, so that an override may look at `configs`.
+        """
         return type(self).prepare is not TunerBase.prepare or type(self).finish is not TunerBase.finish
 
 
@@ -113,16 +241,34 @@ class LayerTuner(TunerBase):
             UnsupportedModuleError: a target is of a kind that this tuner does not know.
             ConfigError: a malformed expression.
         """
-        chosen = targeting.select(base, config, self.default_targets(base))
+        targets = config.target_modules
+        if targets or self.adapts_modules(config):
+            chosen = targeting.select(base, config, self.default_targets(base))
+        else:
+            chosen = targeting.Selection((), targets)
         patterns = {name: targeting.Patterns(getattr(config, name), name) for name in ("rank_pattern", "alpha_pattern")}
         wraps = []
         for path in chosen.names:
             values = ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])
             wraps.append(Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values))))
+        wraps.extend(self.further_wraps(base, adapter, config, lambda path: ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])))
         for name, pattern in patterns.items():
             if pattern.unused:
                 warnings.warn(f"{name}: {pattern.unused} matched none of the adapted modules", RuntimeWarning, stacklevel=5)
         return Plan(wraps=tuple(wraps), resolved={"target_modules": chosen.targets})
+
+    def adapts_modules(self, config: Any) -> bool:
+        """Return whether a config that names no modules means those that are usual for the base; if not, there are `further_wraps` only."""
+        return True
+
+    def further_wraps(self, base: BaseView, adapter: str, config: Any, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
+        """Return wraps besides those of the chosen modules; none by default.
+
+        Args:
+            base, adapter, config: as `plan`.
+            values: path → the values that the config's patterns give it.
+        """
+        return ()
 
     def settings(self, config: Any, module: ModuleValues) -> Any:
         """Return what the layer of one module is told (the `config` of its `add`): by default the adapter's config.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from peft_core import ConfigError
+from peft_core import ConfigError, PeftWarning
+from peft_core.errors import listed
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -40,7 +42,8 @@ class Initializer:
 
     Attributes:
         kinds: the base layers that it can start: ``"linear"``, ``"conv1d"``, ``"embedding"``, ``"convolution"``, ``"attention"``, ``"parameter"``.
-        needs_base: it looks at the base weight also when a file will overwrite A and B, because it shifts the base.
+        needs_base: it is asked also when a file will supply A and B, because it shifts the base.
+        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; for what depends on the layer there is `Start.frozen`.
 
     Raises:
         ConfigError: the config does not suit it.
@@ -48,9 +51,11 @@ class Initializer:
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     needs_base: ClassVar[bool] = False
+    frozen: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
+        self._told = False
 
     def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
         """Return what the adapter of one layer starts with. Changes nothing.
@@ -63,6 +68,27 @@ class Initializer:
             ConfigError: it can't be done for this layer.
         """
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
+
+    def subtracts_start(self) -> bool:
+        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`Start.shift` is True).
+
+        Then an adapter can be saved relative to the original base, given what it started with.
+
+        Raises:
+            ConfigError: it takes out something else, so that it can't.
+        """
+        return False
+
+    def tell_others(self, adapters: Sequence[str], path: str) -> None:
+        """Warn, once, that other adapters of a layer see another base from now on."""
+        if adapters and not self._told:
+            self._told = True
+            warnings.warn(
+                f"init_lora_weights={self.config.init_lora_weights!r} changes the base weight of {path!r}, and perhaps of others, which "
+                f"{listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted",
+                PeftWarning,
+                stacklevel=2,
+            )
 
     def require_kind(self, kind: str, path: str) -> None:
         """Check that a base layer is of a kind that this initialiser knows.

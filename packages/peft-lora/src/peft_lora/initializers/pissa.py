@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from peft_core import ConfigError
-
 from .base import Initializer, Start
+from .matrices import float_matrix, split, svd
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -29,31 +26,11 @@ class Pissa(Initializer):
         word = str(config.init_lora_weights)
         self.iterations = int(word.rpartition("_")[2]) if word != "pissa" else None
 
+    def subtracts_start(self) -> bool:
+        """Return True."""
+        return True
+
     def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
         """Return the principal part of W."""
-        weight = layer.ops.matrix(layer.base_weight()).detach()
-        weight = require_float(weight, settings.path).float()
-        r = min(settings.r, *weight.shape)
-        if self.iterations is None:
-            u, s, vt = torch.linalg.svd(weight, full_matrices=False)
-        else:
-            with torch.random.fork_rng(devices=[weight.device] if weight.device.type == "cuda" else []):
-                torch.manual_seed(0)
-                u, s, v = torch.svd_lowrank(weight, q=min(r + 10, *weight.shape), niter=self.iterations)
-                vt = v.T
-        root = (s[:r] / layer.scaling_of(settings)).sqrt()
-        return Start(root[:, None] * vt[:r], u[:, :r] * root, shift=True)
-
-
-def require_float(weight: torch.Tensor, path: str) -> torch.Tensor:
-    """Return `weight` if it is of a floating-point dtype.
-
-    Raises:
-        ConfigError: it is not (a quantised base).
-    """
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ConfigError(
-            f"the initialisation decomposes the weight of {path!r}, which is of the dtype {weight.dtype}",
-            hint="load the base in float32, float16 or bfloat16",
-        )
-    return weight
+        found = svd(float_matrix(layer, settings), settings.r, self.iterations)
+        return Start(*split(*found, layer.scaling_of(settings), settings.path), shift=True)

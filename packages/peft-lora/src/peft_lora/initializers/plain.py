@@ -31,7 +31,8 @@ class Plain(Initializer):
         if layer.ops.kind == "embedding":
             return Start(torch.Tensor.zero_ if zero_b else torch.Tensor.normal_, torch.Tensor.normal_)
         inp = layer.matrix_shape[1]
-        return Start(uniform(1 / math.sqrt(inp)), torch.Tensor.zero_ if zero_b else uniform(1 / math.sqrt(settings.r / layer.groups)))
+        columns = layer.factor_shapes(settings.r)[1][1]  # r, in groups r / groups, for experts r · experts
+        return Start(uniform(1 / math.sqrt(inp)), torch.Tensor.zero_ if zero_b else uniform(1 / math.sqrt(columns)))
 
 
 class Gaussian(Plain):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, MergeError
+from peft_core import AdapterLayer, MergeError, Slot
 
-from .. import formulas
+from .. import formulas, rooms
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -49,7 +49,9 @@ class LoraLayer(AdapterLayer):
         groups: into how many independent parts the base splits its input.
     """
 
-    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept")
+    per_adapter: ClassVar[tuple[str, ...]] = (
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept", "columns"),
+    )
     #: the containers under the name that the reference implementation has for them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     groups: int = 1
@@ -64,6 +66,8 @@ class LoraLayer(AdapterLayer):
         #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
         self.unusual: dict[str, bool] = {}
         self.frozen: dict[str, frozenset[str]] = {}
+        #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
+        self.columns: dict[str, int] = {}
         #: what was computed from weights and holds until they change, by adapter
         self.kept: dict[str, Any] = {}
 
@@ -108,15 +112,18 @@ class LoraLayer(AdapterLayer):
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
         self.place(adapter, *parameters)
+        self.frozen[adapter] = config.initializer.frozen
         if start is not None:
-            self.frozen[adapter] = start.frozen
+            self.frozen[adapter] |= start.frozen
             if start.shift is not False and not self.weight.is_meta:
+                config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
                 self.shift_base(adapter, self._product(adapter, start) if start.shift is True else start.shift)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
             self.variants[adapter] = variant
-            self.containers = (*self.containers, *(name for name in variant.containers if name not in self.containers))
+            # of this layer: which containers there are depends on the variants of its adapters
+            self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
             variant.add()
         if variant is not None or config.config.lora_bias:
             self.unusual[adapter] = True
@@ -144,7 +151,8 @@ class LoraLayer(AdapterLayer):
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
         kept = self.parameter_dtype
-        return formulas.delta(start.a.to(kept).float(), start.b.to(kept).float(), self.scaling[adapter])
+        wide = torch.promote_types(kept, torch.float32)
+        return formulas.delta(start.a.to(kept).to(wide), start.b.to(kept).to(wide), self.scaling[adapter])
 
     def _add_bias(self, adapter: str, settings: LoraSettings) -> None:
         out = self.matrix_shape[0]
@@ -156,12 +164,20 @@ class LoraLayer(AdapterLayer):
         """Yield (end of the file key, module, attribute) for each tensor of an adapter."""
         for key, module, name in super().holders(adapter):
             yield key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"), module, name
+        variant = self.variants.get(adapter)
+        if variant is not None:
+            yield from variant.buffers()
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return what trains, by the end of its file key."""
         found = super().parameters_of(adapter)
         frozen = self.frozen.get(adapter)
         return {key: value for key, value in found.items() if key.split(".")[0][-1] not in frozen} if frozen else found
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds of the adapter: of factors with room for more, the part in use."""
+        slots = super().slots(adapter)
+        return rooms.used_slots(self, adapter, slots) if adapter in self.columns else slots
 
     def beta(self, adapter: str) -> Tensor | None:
         """Return the bias of B (out,) that `lora_bias` adds; None without."""
@@ -181,6 +197,14 @@ class LoraLayer(AdapterLayer):
         """Return s·B·A (out, in)."""
         a, b = self.factors(adapter)
         return formulas.delta(a, b, self.scaling[adapter])
+
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where a variant's is no such product."""
+        variant = self.variants.get(adapter)
+        if variant is not None:
+            return variant.low_rank_factors()
+        a, b = self.factors(adapter)
+        return b * self.scaling[adapter], a
 
     def weight_factor(self, adapter: str) -> Tensor | None:
         """Return what the variant multiplies W + ΔW by; None for a sum."""
@@ -217,10 +241,19 @@ class LoraLayer(AdapterLayer):
         self.kept.clear()
 
     # ---- the scale --------------------------------------------------------------------------------------------------
+    def set_scaling(self, adapter: str, value: float) -> None:
+        """Set the scaling itself. Where it is a tensor, because a compiled graph reads it, that one is filled."""
+        present: Any = self.scaling[adapter]
+        if isinstance(present, Tensor):
+            present.fill_(value)
+            self.kept.pop(adapter, None)  # what is kept from this scaling can't see that it changed
+        else:
+            self.scaling[adapter] = value
+
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to `scale` times what alpha and rank make of it; a name without weights here is ignored."""
         if adapter in self.scaling:
-            self.scaling[adapter] = scale * self._usual_scaling(adapter)
+            self.set_scaling(adapter, scale * self._usual_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the adapters in use."""
@@ -228,13 +261,13 @@ class LoraLayer(AdapterLayer):
             return
         for adapter in self.activation.names:
             if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+                self.set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the adapters in use; None: back to what alpha and rank make of it."""
         for adapter in self.activation.names:
             if adapter in self.scaling:
-                self.scaling[adapter] = self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale
+                self.set_scaling(adapter, self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale)
 
     @staticmethod
     def scaling_of(settings: LoraSettings) -> float:
@@ -243,6 +276,11 @@ class LoraLayer(AdapterLayer):
 
     def _usual_scaling(self, adapter: str) -> float:
         return formulas.scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])
+
+
+def add_scaled(y: Tensor, change: Tensor, s: float) -> Tensor:
+    """Return y + s·change, written into `y`. Where s is a tensor, a compiled graph reads its value anew each time."""
+    return y.add_(change * s) if isinstance(s, Tensor) else y.add_(change, alpha=s)
 
 
 def bare(kind: type[nn.Module], **attributes: Any) -> Any:

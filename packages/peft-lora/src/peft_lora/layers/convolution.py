@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_core import ConfigError, MergeError, with_weight
 
 from .. import formulas
-from .common import LoraLayer, LoraSettings, bare
+from .common import LoraLayer, LoraSettings, add_scaled, bare
 
 
 class Convolution(LoraLayer):
@@ -90,15 +90,19 @@ class Convolution(LoraLayer):
         g = self.base_groups
         return formulas.grouped_delta(formulas.in_groups(a, g), formulas.in_groups(b, g), self.scaling[adapter])
 
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Return s·B and A as matrices; None where the base has groups, each of which has a product of its own."""
+        return None if self.base_groups > 1 else super().low_rank_factors(adapter)
+
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(x))."""
         if adapter in self.unusual:
             variant = self.variants.get(adapter)
             if variant is not None:
                 return variant.contribute(x, y)
-        y = y.add_(self.change(adapter, F.dropout(x, self.lora_dropout[adapter], self.training)), alpha=self.scaling[adapter])
+        y = add_scaled(y, self.change(adapter, F.dropout(x, self.lora_dropout[adapter], self.training)), self.scaling[adapter])
         beta = self.beta(adapter) if adapter in self.unusual else None
-        return y if beta is None else y.add_(self.ops.features(beta), alpha=self.scaling[adapter])
+        return y if beta is None else add_scaled(y, self.ops.features(beta), self.scaling[adapter])
 
     def change(self, adapter: str, x: Tensor) -> Tensor:
         """Return B(A·x) in the dtype of x."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_core import UnsupportedModuleError
 
-from .common import LoraLayer
+from .common import LoraLayer, add_scaled
 
 
 class Embedding(LoraLayer):
@@ -63,7 +63,7 @@ class Embedding(LoraLayer):
         variant = self.variants.get(adapter)
         if variant is not None:
             return variant.contribute(x, y)
-        return y.add_(self.change(adapter, x), alpha=self.scaling[adapter])
+        return add_scaled(y, self.change(adapter, x), self.scaling[adapter])
 
     def change(self, adapter: str, ids: Tensor) -> Tensor:
         """Return (Aᵀ[ids])Bᵀ, times `embed_scale`."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_core import is_conv1d
+from peft_core import Route, is_conv1d
 
 from .. import kernels
-from .common import LoraLayer, plain_linear
+from . import rows
+from .common import LoraLayer, add_scaled, plain_linear
+
+#: where a layer keeps what it stacked for the last route; no adapter can be called so
+ROWS = "rows."
 
 
 class Linear(LoraLayer):
@@ -21,11 +25,14 @@ class Linear(LoraLayer):
     """
 
     containers = ("lora_A", "lora_B")
+    per_adapter: ClassVar[tuple[str, ...]] = (*LoraLayer.per_adapter, "ends")
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        #: by adapter the dicts in which A and B are: a decode step visits each layer with cold caches, and every object on the way costs
+        self.ends: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -34,16 +41,15 @@ class Linear(LoraLayer):
 
     def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
-        self.lora_A[adapter] = plain_linear(a)
-        self.lora_B[adapter] = plain_linear(b)
+        down, up = plain_linear(a), plain_linear(b)
+        self.lora_A[adapter] = down
+        self.lora_B[adapter] = up
+        self.ends[adapter] = (down._parameters, up._parameters)
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""
-        # straight to the dicts: nn.Module's attribute look-up would cost as much as one of the two products
-        modules = self._modules
-        a = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        b = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        return a, b  # type: ignore[return-value]
+        down, up = self.ends[adapter]
+        return down["weight"], up["weight"]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row."""
@@ -82,12 +88,12 @@ class Linear(LoraLayer):
 
     def low_rank(self, adapter: str, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
         """Return y + s·B(A·drop(x)); without `drop`, `x` is dropped already. `y` may be overwritten."""
-        # straight to the dicts: nn.Module's attribute look-up would cost as much as one of the two products
-        modules = self._modules
-        a: Any = modules["lora_A"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
-        b: Any = modules["lora_B"]._modules[adapter]._parameters["weight"]  # type: ignore[union-attr]
+        down, up = self.ends[adapter]
+        a, b = down["weight"], up["weight"]
         dtype = x.dtype
         s = self.scaling[adapter]
+        if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped: the graph reads it anew each time
+            s, b = 1.0, b * s
         p = drop and self.training and self.lora_dropout[adapter]
         if not p and x.numel() == self.matrix_shape[1] and dtype is y.dtype and dtype is a.dtype and y.is_contiguous():
             # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
@@ -97,7 +103,24 @@ class Linear(LoraLayer):
             return kernels.record_low_rank(y, x, a, b, s, float(p))
         return kernels.add_low_rank(y, F.dropout(x, p) if p else x, a, b, s)
 
+    def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
+        kept: Any = self.kept.get(ROWS)
+        if kept is not None and kept[0] is route and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            stack = kept[1]
+            if stack.holds(self, x.dtype):
+                return rows.add_by_row(x, y, stack.a, stack.b)
+        if torch.is_autocast_enabled(x.device.type) or not rows.worth_stacking(self, route):
+            return super().contribute_by_row(route, x, y)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            assert route.per_row is not None
+            here = [tuple(name for name in row if name in self.scaling) for row in route.per_row]
+            return rows.add_by_row(x, y, *rows.stacked(self, here, x.dtype))
+        stack = rows.Stack(self, route, x.dtype)
+        self.kept[ROWS] = (route, stack)
+        return rows.add_by_row(x, y, stack.a, stack.b)
+
     def with_beta(self, adapter: str, y: Tensor) -> Tensor:
         """Return y + s·β, where `lora_bias` gave B a bias β."""
         beta = self.beta(adapter)
-        return y if beta is None else y.add_(beta, alpha=self.scaling[adapter])
+        return y if beta is None else add_scaled(y, beta, self.scaling[adapter])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from peft_core import ConfigError
+from peft_core import BaseView, ConfigError
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -55,6 +56,14 @@ class Variant:
                 hint=f"it knows {', '.join(sorted(cls.kinds))}; leave the module out with exclude_modules",
             )
 
+    @classmethod
+    def require_base(cls, base: BaseView) -> None:
+        """Check that the variant works on a model.
+
+        Raises:
+            ConfigError: it does not.
+        """
+
     def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
         self.layer, self.adapter, self.settings = layer, adapter, settings
 
@@ -84,6 +93,14 @@ class Variant:
             MergeError: there is none.
         """
         return self.layer.plain_delta(self.adapter)
+
+    def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
+        """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where there are none."""
+        return None
+
+    def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield (end of the file key, module, attribute) for each tensor that files hold and that does not train."""
+        return iter(())
 
     def factor(self) -> Tensor | None:
         """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from peft_core import ConfigError, Watch
 
 from .. import formulas, kernels
+from ..helpers import caches_dora
 from .base import Variant
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ class Dora(Variant):
             weight = layer.make_parameter(shape, torch.Tensor.zero_)
         else:
             weight = layer.keep_parameter(self.norms().reshape(shape))
-        holder[self.adapter] = Magnitude(weight)
+        holder[self.adapter] = module = Magnitude(weight)
+        self.home: dict[str, Any] = module._parameters
 
     def _shape(self) -> tuple[int, ...]:
         out = self.layer.matrix_shape[0]
@@ -73,8 +76,7 @@ class Dora(Variant):
     @property
     def magnitude(self) -> Tensor:
         """m (out,)."""
-        found: Any = self.layer._modules["lora_magnitude_vector"]._modules[self.adapter]  # type: ignore[union-attr]
-        weight: Tensor = found._parameters["weight"]
+        weight: Tensor = self.home["weight"]
         return weight if weight.dim() == 1 else weight.flatten()
 
     # ---- norms -------------------------------------------------------------------------------------------------------
@@ -128,12 +130,18 @@ class Dora(Variant):
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is."""
         layer: Any = self.layer
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.lora_dropout[self.adapter]):
-            kept = layer.kept.get(self.adapter)
-            if kept is None or not kept.holds(self, y.dtype):
+        adapter = self.adapter
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.lora_dropout[adapter]):
+            a, b = layer.factors(adapter)
+            kept: Kept | None = layer.kept.get(adapter)
+            if kept is None or not caches_dora() or not kept.holds(self.home["weight"], a, b, layer.scaling[adapter], y.dtype):
                 with torch.inference_mode(False):
-                    kept = layer.kept[self.adapter] = Kept(self, y.dtype)
-            y = self._plain(x, y).mul_(kept.factor)
+                    kept = layer.kept[adapter] = Kept(self, y.dtype)
+            if kept.linear and x.numel() == a.shape[1] and x.dtype is y.dtype is a.dtype and y.is_contiguous():
+                y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=kept.scaling)  # one token, as in plain LoRA
+            else:
+                y = self._plain(x, y)
+            y.mul_(kept.factor)
             return y if kept.rest is None else y.add_(kept.rest)
         ops = layer.ops
         embedding = ops.kind == "embedding"
@@ -166,7 +174,7 @@ class Dora(Variant):
             found: Tensor = layer.low_rank(self.adapter, x, y, drop=drop)
             return found
         change: Tensor = layer.change(self.adapter, x)
-        return y.add_(change, alpha=layer.scaling[self.adapter])
+        return y.add_(change * layer.scaling[self.adapter])
 
 
 #: where a layer keeps ‖W‖²; no adapter can be called so
@@ -174,34 +182,38 @@ WEIGHT_NORMS = "‖W‖².dora"
 
 
 class Kept:
-    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same."""
+    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same.
 
-    __slots__ = ("base", "dtype", "factor", "rest", "scaling", "watches")
+    All tensors are asked in one go, and few objects are touched: see `peft_core.Watch` for what is looked at.
+    """
+
+    __slots__ = ("base", "dtype", "factor", "linear", "places", "rest", "scaling", "versions", "was", "words")
 
     def __init__(self, variant: Dora, dtype: torch.dtype) -> None:
         layer: Any = variant.layer
         f = variant.vector().detach()
-        base = layer.get_base_layer()
-        bias = None if layer.ops.kind == "embedding" else base.bias
+        self.linear = layer.ops.kind in ("linear", "conv1d")
+        self.base = layer.get_base_layer()._parameters
+        bias = None if layer.ops.kind == "embedding" else self.base["bias"]
         a, b = layer.factors(variant.adapter)
-        self.base = base
-        self.watches = (Watch(a), Watch(b), Watch(variant.magnitude), Watch(base.weight, closely=False), None if bias is None else Watch(bias))
-        self.dtype, self.scaling = dtype, layer.scaling[variant.adapter]
+        m, weight = variant.magnitude, self.base["weight"]
+        self.scaling, self.dtype = layer.scaling[variant.adapter], dtype
+        self.places = a.data_ptr() ^ b.data_ptr() ^ m.data_ptr() ^ weight.data_ptr()
+        known = not any(t.is_inference() for t in (a, b, m, weight))  # of those made in inference mode nothing can be known
+        self.versions = a._version + b._version + m._version + weight._version if known else -1
+        self.words = tuple(ctypes.c_uint32.from_address(t.data_ptr()) for t in (a, b, m) if t.device.type == "cpu" and t.nbytes >= 4)
+        self.was = sum(word.value for word in self.words)
         self.factor: Tensor = layer.ops.features(f.to(dtype))
         self.rest: Tensor | None = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
 
-    def holds(self, variant: Dora, dtype: torch.dtype) -> bool:
-        """Return whether it still does."""
-        layer: Any = variant.layer
-        parameters = self.base._parameters
-        watch_a, watch_b, watch_m, watch_w, watch_bias = self.watches
-        a, b = layer.factors(variant.adapter)
-        return (
-            dtype is self.dtype
-            and layer.scaling[variant.adapter] == self.scaling
-            and watch_a.holds(a)
-            and watch_b.holds(b)
-            and watch_m.holds(variant.magnitude)
-            and watch_w.holds(parameters["weight"])
-            and (watch_bias is None or watch_bias.holds(parameters["bias"]))
-        )
+    def holds(self, m: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> bool:
+        """Return whether it still does, given the tensors of today."""
+        weight = self.base["weight"]
+        if self.versions < 0 or a.data_ptr() ^ b.data_ptr() ^ m.data_ptr() ^ weight.data_ptr() != self.places:
+            return False
+        if a._version + b._version + m._version + weight._version != self.versions or dtype is not self.dtype:
+            return False
+        total = 0
+        for word in self.words:
+            total += word.value
+        return total == self.was and scaling == self.scaling

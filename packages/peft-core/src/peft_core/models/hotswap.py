@@ -1,0 +1,166 @@
+"""Replacing the weights of an adapter in place: parameters stay the same objects, so that compiled graphs and optimisers keep them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import embeddings
+from ..checkpoint.files import find_weights
+from ..checkpoint.load import Tensors
+from ..checkpoint.state_dict import file_key, fitted_keys, without_adapter
+from ..config import PeftConfig
+from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
+from ..layers.slots import Slot
+from ..plugins import Capability, hooks
+from ..tuners.index import AdapterIndex, require_index
+from ..tuners.tuner import Incoming
+from .adapted import AdaptedModel
+from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
+
+#: fields that choose modules: an adapter on fewer modules may take the place of one on more
+_TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
+
+
+def hotswap_adapter(
+    model: nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    torch_device: str | None = None,
+    *,
+    key_mapping: Mapping[str, str] | None = None,
+    **kwargs: Any,
+) -> None:
+    """Replace the weights of an adapter by those of another, from a folder or the Hub. The model may be compiled.
+
+    Everything is read and compared before anything is written.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        model_id: folder, or repository id.
+        adapter_name: whose place the new one takes.
+        torch_device: where tensors are read to before they are copied.
+        key_mapping: as `PeftModel.load_adapter`.
+        **kwargs: download options (`revision`, `subfolder`, `token`, ...).
+
+    Raises:
+        ConfigFileError, AdapterFileError: there is no adapter.
+        others as `hotswap_adapter_from_state_dict`.
+    """
+    index = require_index(model)
+    index.require(adapter_name)
+    hub = take_hub_arguments(kwargs)
+    config = read_config(model_id, hub)
+    file = find_weights(model_id, **hub)
+    mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
+    source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
+    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
+    hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_id))
+
+
+def hotswap_adapter_from_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str | None = None
+) -> None:
+    """Replace the weights of an adapter by tensors. The model may be compiled.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        state_dict: named as in a file, or as in the model (with the adapter's name in them).
+        adapter_name: whose place they take.
+        config: belongs to the tensors; its rank and scale become the adapter's.
+        parameter_prefix: what the names of parameters begin with; default: as the tuner says.
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+        CapabilityError: its tuner does not declare HOTSWAP.
+        MergeError: it is merged.
+        ConfigError: the configs differ in what can't be swapped.
+        AdapterWeightsError: the tensors do not fit. Nothing is changed in all these cases.
+    """
+    index = require_index(model)
+    _swap(
+        index,
+        adapter_name,
+        config,
+        lambda: state_dict,
+        "the given state dict",
+        wrapped=isinstance(_inner(model), AdaptedModel),
+        parameter_prefix=parameter_prefix,
+    )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    found: nn.Module = getattr(model, "_orig_mod", model)
+    return found
+
+
+def _swap(
+    index: AdapterIndex, adapter: str, config: PeftConfig, read: Any, origin: str, *, wrapped: bool, parameter_prefix: str | None = None
+) -> None:
+    index.require(adapter)
+    index.require_capability(adapter, Capability.HOTSWAP, "replaced in place")
+    if adapter in index.merged_adapters():
+        raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
+    config.check()
+    present = index.configs[adapter]
+    tuner = index.tuners[str(present.peft_type)]
+    check_same_effect(present, config, adapter, allowed=tuner.swappable | _TARGETING)
+    parts = _incoming(index, adapter, read(), origin, wrapped=wrapped, parameter_prefix=parameter_prefix)
+    writes = [index.tuners.get(kind, tuner).swap(adapter, config, incoming) for kind, incoming in parts.items()]
+    for write in writes:
+        write()
+    for name in tuner.swappable:
+        if hasattr(config, name):
+            setattr(present, name, getattr(config, name))
+
+
+def _incoming(
+    index: AdapterIndex, adapter: str, tensors: Mapping[str, Tensor], origin: str, *, wrapped: bool, parameter_prefix: str | None
+) -> dict[str, list[Incoming]]:
+    """Return what came for each module, by method.
+
+    Raises:
+        AdapterWeightsError: a tensor is for none of them.
+    """
+    spec = index.spec(adapter)
+    prefix = spec.base_prefix if wrapped else ""
+    known = {
+        (kind, path): {file_key(prefix, path if kind else None, end): end for end in module.slots(adapter)}
+        for (kind, path), module in index.modules_of(adapter)
+    }
+    keys = {key for ends in known.values() for key in ends}
+    found = {}
+    for key, tensor in tensors.items():
+        plain = without_adapter(key, adapter, parameter_prefix or spec.parameter_prefix)
+        # in memory, a vector may be the weight of a module of its own
+        found[plain if plain in keys or not plain.endswith(".weight") else _vector(plain, keys)] = tensor
+    embedded = embeddings.slots(index, adapter, wrapped=wrapped)
+    fitted = fitted_keys(found, {*keys, *embedded})
+    # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
+    surplus = [key for key in fitted if key not in keys and not _equals(fitted[key], embedded.get(key))]
+    if surplus:
+        raise AdapterWeightsError(
+            f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: not known are {listed(surplus, 4)}",
+            hint=did_you_mean(surplus[0], keys) or "an adapter can only take the place of one on the same modules, or on more",
+        )
+    parts: dict[str, list[Incoming]] = {}
+    for (kind, path), module in index.modules_of(adapter):
+        came = {end: fitted[key] for key, end in known[kind, path].items() if key in fitted}
+        parts.setdefault(kind, []).append(Incoming(path, module, came))
+    return parts
+
+
+def _equals(tensor: Tensor, slot: Slot | None) -> bool:
+    if slot is None or tuple(tensor.shape) != slot.shape:
+        return False
+    present = slot.read()
+    return torch.equal(tensor.to(present.device, present.dtype), present)
+
+
+def _vector(key: str, keys: set[str]) -> str:
+    stem = key.removesuffix(".weight")
+    return stem if fitted_keys({stem: None}, keys).keys() <= keys else key

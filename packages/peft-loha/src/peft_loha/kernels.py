@@ -1,0 +1,143 @@
+"""x ↦ x(W + s·ΔW)ᵀ + bias for a frozen W and many tokens, as one step of the graph that keeps little and costs little.
+
+Everything is computed in the dtype of the activations. What is derived from the factors (r² or in·out numbers, not tokens) is formed in their
+own dtype, rounded once, and formed again in the backward instead of kept. Products with a side of length r² have it first: BLAS is up to
+twice as slow at the other orientations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formulas import Costs, Factors, add_applied, columns
+
+
+def can_record() -> bool:
+    """Return whether this file's function may stand in the graph: not where something else wants to look into it."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float, *, record: bool) -> Tensor:
+    """Return x(W + s·ΔW)ᵀ + bias for a frozen W.
+
+    Args:
+        x: (…, in), in the dtype of `weight`.
+        weight, bias: W (out, in) and the bias (out,) of the base.
+        factors: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
+        s: scaling.
+        record: somebody wants gradients.
+    """
+    if record:
+        return LoHaLinear.apply(x, weight, bias, *factors, s)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(x, weight, bias, factors, s)[0]
+
+
+def whole_weight(weight: Tensor, factors: Factors, s: float) -> Tensor:
+    """Return W + s·ΔW (out, in) in new memory."""
+    return _merged(weight, *_halves(factors), s)
+
+
+class LoHaLinear(torch.autograd.Function):
+    """x ↦ x(W + s·ΔW)ᵀ + bias with W and bias frozen; where W + s·ΔW is not formed, products add into those of the base."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, s: float) -> Tensor:
+        """Return the output (…, out) for `x` (…, in)."""
+        y, hidden = _forward(x, weight, bias, (b1, a1, b2, a2), s)
+        ctx.save_for_backward(x, weight, b1, a1, b2, a2, hidden)
+        ctx.s = s
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """Return the gradients of x and of the four factors."""
+        x, weight, *factors, hidden = ctx.saved_tensors
+        want_x, _, _, *want = ctx.needs_input_grad[:7]
+        if torch.is_grad_enabled():  # somebody differentiates this again: everything must follow from the inputs
+            return _differentiable(x, weight, factors, ctx.s, g, ctx.needs_input_grad)
+        gx, found = _gradients(x, weight, factors, ctx.s, g, hidden, want_x, any(want))
+        return gx, None, None, *(value if wanted else None for value, wanted in zip(found, want, strict=True)), None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float) -> tuple[Tensor, Tensor | None]:
+    """Return the output, and K_A·xᵀ (r², tokens) where it was needed for it."""
+    b1, a1, b2, a2 = factors
+    if _costs(factors).prefer_whole_weight(_tokens(x)) and b1.dtype is x.dtype:
+        return F.linear(x, whole_weight(weight, factors, s), bias), None
+    ka, kb = columns(a1, a2).to(x.dtype), columns(b1.t(), b2.t()).to(x.dtype)
+    y = F.linear(x, weight, bias)
+    hidden = ka.mm(x.reshape(-1, x.shape[-1]).t())
+    y.view(-1, y.shape[-1]).addmm_(hidden.t(), kb, alpha=s)
+    return y, hidden
+
+
+def _gradients(
+    x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, want_x: bool, want_factors: bool
+) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
+    b1, a1, b2, a2 = factors
+    costs, tokens = _costs(factors), _tokens(x)
+    x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    whole = costs.prefer_whole_gradient(tokens) and b1.dtype is x.dtype and want_factors
+    merged = want_x and (whole or (costs.prefer_whole_weight(tokens) and b1.dtype is x.dtype))  # with dL/dW its parts are there anyway
+    w1, w2 = _halves(factors) if whole or merged else (None, None)
+    gx: Tensor | None = None
+    if want_x:
+        gx = g2.mm(_merged(weight, w1.clone() if whole else w1, w2, s) if merged else weight)  # type: ignore[union-attr, arg-type]
+    if whole:
+        assert w1 is not None
+        assert w2 is not None
+        change = g2.t().mm(x2).mul_(s)
+        w1.mul_(change)
+        w2.mul_(change)
+        return None if gx is None else gx.view(x.shape), (w2.mm(a1.t()), b1.t().mm(w2), w1.mm(a2.t()), b2.t().mm(w1))
+    found: tuple[Tensor | None, ...] = (None,) * 4
+    if want_factors or (want_x and not merged):
+        r, dtype = a1.shape[0], x.dtype
+        b1t, b2t = b1.t() * s, b2.t()
+        g_hidden = columns(b1t, b2t).to(dtype).mm(g2.t())
+        if gx is not None and not merged:
+            gx.addmm_(g_hidden.t(), columns(a1, a2).to(dtype))
+        if want_factors:
+            if hidden is None:
+                hidden = columns(a1, a2).to(dtype).mm(x2.t())
+            g_ka = g_hidden.mm(x2).to(a1.dtype).view(r, r, -1)
+            g_kb = hidden.mm(g2).to(b1.dtype).view(r, r, -1)
+            # sums over the other factor's component
+            g_b1, g_b2 = (g_kb * b2t).sum(1).mul_(s), (g_kb * b1t.unsqueeze(1)).sum(0)
+            g_a1, g_a2 = (g_ka * a2).sum(1), (g_ka * a1.unsqueeze(1)).sum(0)
+            found = (g_b1.t().contiguous(), g_a1, g_b2.t().contiguous(), g_a2)
+    return None if gx is None else gx.view(x.shape), found
+
+
+def _differentiable(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, needed: Any) -> Any:
+    """Return the gradients with a graph of their own."""
+    inputs = (x, *factors)
+    wanted = (needed[0], *needed[3:7])
+    plain = add_applied(F.linear(x, weight), s, x, tuple(factors))
+    found = iter(torch.autograd.grad(plain, [t for t, want in zip(inputs, wanted, strict=True) if want], g, create_graph=True))
+    gx, *rest = (next(found) if want else None for want in wanted)
+    return gx, None, None, *rest, None
+
+
+def _halves(factors: Any) -> tuple[Tensor, Tensor]:
+    b1, a1, b2, a2 = factors
+    return b1.mm(a1), b2.mm(a2)
+
+
+def _merged(weight: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:
+    """Return W + s·w1 ⊙ w2 in the memory of `w1`."""
+    w1.mul_(w2)
+    return (w1 if s == 1 else w1.mul_(s)).add_(weight)
+
+
+def _costs(factors: Any) -> Costs:
+    b1, a1, _, _ = factors
+    return Costs(b1.shape[0], a1.shape[1], a1.shape[0])
+
+
+def _tokens(x: Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)

@@ -1,0 +1,154 @@
+"""What all layers of LoHa share: the four factors, the scale, dropout."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import AdapterLayer
+
+from .. import formulas
+from ..formulas import Factors
+
+
+@dataclass(frozen=True)
+class LoHaSettings:
+    """What a layer is told: rank and alpha of this module, and what holds for all."""
+
+    r: int
+    alpha: float
+    rank_dropout: float
+    module_dropout: float
+    init: bool
+    drop_components: bool = False
+    effective: bool = False
+
+
+class LoHaLayer(AdapterLayer):
+    """What all LoHa layers share: ΔW = s·(B₁A₁) ⊙ (B₂A₂), with the base weight seen as the matrix (out, in).
+
+    Shapes: `hada_w1_a`, `hada_w2_a` (out, r) are B₁, B₂; `hada_w1_b`, `hada_w2_b` (r, in) are A₁, A₂.
+
+    Attributes:
+        r, alpha, rank_dropout, drop_components, module_dropout, scaling: by adapter.
+    """
+
+    containers: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "drop_components", "module_dropout")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        super().__init__(base_layer, activation)
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.rank_dropout: dict[str, float] = {}
+        self.drop_components: dict[str, bool] = {}
+        self.module_dropout: dict[str, float] = {}
+
+    # ---- creating --------------------------------------------------------------------------------------------------
+    def add(self, adapter: str, config: LoHaSettings) -> None:
+        """Create the four factors; with `init`, A₂ is zero, so that a new adapter changes nothing."""
+        self.note(adapter, config)
+        out, inp = self.matrix_shape
+        r, bound = config.r, self.bound_of_a
+        self.new("hada_w1_a", adapter, (out, r), bound=1 / math.sqrt(r))
+        self.new("hada_w1_b", adapter, (r, inp), bound=bound)
+        self.new("hada_w2_a", adapter, (out, r), bound=1 / math.sqrt(r))
+        self.new("hada_w2_b", adapter, (r, inp), bound=None if config.init else bound)
+
+    @property
+    def bound_of_a(self) -> float:
+        """A₁ starts uniform on ± this: 1/√in."""
+        return 1 / math.sqrt(self.matrix_shape[1])
+
+    def note(self, adapter: str, settings: LoHaSettings) -> None:
+        """Write down what holds for a new adapter."""
+        self.r[adapter] = settings.r
+        self.alpha[adapter] = settings.alpha
+        self.rank_dropout[adapter] = settings.rank_dropout
+        self.drop_components[adapter] = settings.drop_components
+        self.module_dropout[adapter] = settings.module_dropout
+        self.scaling[adapter] = settings.alpha / settings.r
+
+    # ---- asking -----------------------------------------------------------------------------------------------------
+    def factors(self, adapter: str) -> Factors:
+        """Return B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in)."""
+        # straight to the dicts: in decoding, asking costs as much as computing
+        held = self._modules
+        b1: Any = held["hada_w1_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a1: Any = held["hada_w1_b"]._parameters[adapter]  # type: ignore[union-attr]
+        b2: Any = held["hada_w2_a"]._parameters[adapter]  # type: ignore[union-attr]
+        a2: Any = held["hada_w2_b"]._parameters[adapter]  # type: ignore[union-attr]
+        return b1, a1, b2, a2
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return s·ΔW (out, in)."""
+        return self.scaling[adapter] * self.change_of_weight(adapter)
+
+    def change_of_weight(self, adapter: str, factors: Factors | None = None) -> Tensor:
+        """Return ΔW (out, in), without s; of other factors than the adapter's, if they are given."""
+        return formulas.hadamard(*(self.factors(adapter) if factors is None else factors))
+
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Return (out, r²) and (r², in) whose product is s·ΔW: the Khatri–Rao factors."""
+        kb, ka = formulas.khatri_rao(*self.factors(adapter))
+        return kb * self.scaling[adapter], ka
+
+    # ---- dropout ----------------------------------------------------------------------------------------------------
+    def dropped(self, adapter: str, device: torch.device) -> tuple[Factors, Tensor | None] | None:
+        """Return the factors for one call in training, and a 0 or 1 to multiply the effect by, if there is one; None: skip the adapter.
+
+        Dropping rows of ΔW is dropping rows of B₁, and dropping components is dropping columns of B₁ and B₂: nothing of the size of the
+        output is masked.
+        """
+        factors = self.factors(adapter)
+        draw = torch.rand(1)  # always, and before the rows: a seed gives the same run whichever dropout is on
+        skip, p = self.module_dropout[adapter], self.rank_dropout[adapter]
+        stays: Tensor | None = None
+        if skip:
+            if torch.compiler.is_compiling():  # a branch on a random number would break the graph
+                stays = (draw > skip).to(device)
+            elif draw <= skip:
+                return None  # no gradient at all, so that optimisers leave the adapter alone
+        if p:
+            factors = self.masked(adapter, factors, p)
+        return factors, stays
+
+    def masked(self, adapter: str, factors: Factors, p: float) -> Factors:
+        """Return the factors with rank dropout."""
+        b1, a1, b2, a2 = factors
+        if self.drop_components[adapter]:
+            r = self.r[adapter]
+            first, second = (torch.rand(2, r, device=b1.device) > p).to(b1.dtype) / (1 - p)
+            return b1 * first, a1, b2 * second, a2
+        return b1 * row_mask(b1, self.matrix_shape[0], p).unsqueeze(1), a1, b2, a2
+
+    # ---- the scale --------------------------------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set the scaling to `scale` times alpha/r; a name without weights here is ignored."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scaling of the adapters in use."""
+        if scale == 1:
+            return
+        for adapter in self.activation.names:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scaling of the adapters in use; None: back to alpha/r."""
+        for adapter in self.activation.names:
+            if adapter in self.scaling:
+                self.scaling[adapter] = self.alpha[adapter] / self.r[adapter] if scale is None else self.scaling[adapter] / scale
+
+
+def row_mask(like: Tensor, out: int, p: float) -> Tensor:
+    """Return which of `out` rows stay, divided by the share that does; all zero if none does (not 0/0)."""
+    mask = (torch.rand(out, device=like.device) > p).to(like.dtype)
+    return mask / mask.mean().clamp(min=1 / out)

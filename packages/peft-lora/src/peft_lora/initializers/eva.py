@@ -1,0 +1,38 @@
+"""EVA (arXiv 2410.07170) before it has seen data; `peft_lora.eva` shows it some."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from .base import Initializer, Start
+from .plain import Plain
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..layers.common import LoraLayer, LoraSettings
+
+
+class Eva(Plain):
+    """A as with True and B zero, until `initialize_lora_eva_weights` gives A the principal directions of the layer's inputs."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+
+
+class Directions(Initializer):
+    """A as given, B zero.
+
+    Args:
+        config: the adapter's config.
+        rows: A (r, in).
+    """
+
+    def __init__(self, config: LoraConfig, rows: Tensor) -> None:
+        super().__init__(config)
+        self.rows = rows
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+        """Return them."""
+        return Start(self.rows, torch.Tensor.zero_)

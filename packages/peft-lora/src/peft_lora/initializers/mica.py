@@ -1,0 +1,39 @@
+"""MiCA (arXiv 2604.01694): B is frozen on the minor singular directions of W, A trains from zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from peft_core import ConfigError
+
+from .base import Initializer, Start
+from .matrices import float_matrix
+
+if TYPE_CHECKING:
+    from ..layers.common import LoraLayer, LoraSettings
+
+
+class Mica(Initializer):
+    """B = the r left singular vectors of W with the smallest singular values, frozen; A = 0, which trains. The base stays as it is.
+
+    An embedding's W is the matrix (dim, vocabulary).
+    """
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    frozen: ClassVar[frozenset[str]] = frozenset({"B"})
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+        """Return the last left singular vectors, and zeros.
+
+        Raises:
+            ConfigError: r is larger than there are singular vectors.
+        """
+        if settings.r > min(layer.matrix_shape):
+            raise ConfigError(
+                f"init_lora_weights='mica' needs r ≤ {min(layer.matrix_shape)} on {settings.path!r}, which is {layer.matrix_shape}, not {settings.r}",
+                hint="choose a smaller r, for this module alone with rank_pattern",
+            )
+        u = torch.linalg.svd(float_matrix(layer, settings), full_matrices=False).U
+        return Start(torch.Tensor.zero_, u[:, -settings.r :])

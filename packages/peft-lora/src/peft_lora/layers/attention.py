@@ -1,0 +1,345 @@
+"""LoRA around `nn.MultiheadAttention`: its packed in-projection, and its out-projection."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import AdapterLayer, BaseOps, Route, RoutingError, Slot, UnsupportedModuleError
+
+from .common import LoraLayer, LoraSettings, plain_linear
+from .linear import Linear
+from .substitution import shell
+
+OUT = "out_proj"
+
+
+@dataclass(frozen=True)
+class AttentionOps:
+    """`nn.MultiheadAttention`: the weight of the projections to queries, keys and values, one under the other (3·embed, embed)."""
+
+    kind: str = "attention"
+
+    def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
+        """Return (3·embed, embed)."""
+        embed = int(base.embed_dim)  # type: ignore[arg-type]
+        return 3 * embed, embed
+
+    def stored(self, delta: Tensor) -> Tensor:
+        """Return `delta` as it is."""
+        return delta
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return `weight` as it is."""
+        return weight
+
+    def features(self, vector: Tensor) -> Tensor:
+        """Return (out,): features are the last dimension."""
+        return vector
+
+    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+        """Return what `delta` adds to queries, keys and values of `x`, side by side."""
+        return nn.functional.linear(x, delta)
+
+
+@dataclass(frozen=True)
+class OutProjectionSettings(LoraSettings):
+    """What the out-projection is told.
+
+    Args:
+        carried: the adapter is on the whole attention, whose file keys it shares.
+        times: how often the change of the weight counts.
+    """
+
+    carried: bool = False
+    times: int = 1
+
+
+class OutProjection(Linear):
+    """LoRA on the out-projection of an attention, which is used by its weight only: `Attention` around it computes with both."""
+
+    per_adapter: ClassVar[tuple[str, ...]] = (*Linear.per_adapter, "carried", "times")
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        super().__init__(base_layer, activation)
+        #: adapters that are on the whole attention
+        self.carried: dict[str, bool] = {}
+        self.times: dict[str, int] = {}
+
+    def note(self, adapter: str, settings: LoraSettings) -> None:
+        """Write down what holds for a new adapter."""
+        super().note(adapter, settings)
+        self.carried[adapter] = isinstance(settings, OutProjectionSettings) and settings.carried
+        self.times[adapter] = settings.times if isinstance(settings, OutProjectionSettings) else 1
+        self.scaling[adapter] *= self.times[adapter]
+
+    def _usual_scaling(self, adapter: str) -> float:
+        return super()._usual_scaling(adapter) * self.times[adapter]
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds under this module's own path: nothing where the attention names it."""
+        return {} if self.carried.get(adapter) else self.own_slots(adapter)
+
+    def own_slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return the adapter's tensors by the end of their name."""
+        return super().slots(adapter)
+
+
+class Attention(LoraLayer):
+    """LoRA around `nn.MultiheadAttention` and its subclasses, with the same rank and alpha for both of its weights.
+
+    Shapes: `lora_A.<adapter>.weight` (r, embed) and `lora_B.<adapter>.weight` (3·embed, r) for the packed in-projection; the out-projection is
+    an `OutProjection` in the attention, `base_layer.out_proj.lora_A.<adapter>.weight` (r, embed) and `….lora_B.…` (embed, r).
+
+    Both weights are computed with the adapters' effect, differentiably, and the base runs with them: nothing on it is exchanged. Dropout can't
+    act on a weight. Rows under different adapters are computed apart.
+
+    Raises:
+        UnsupportedModuleError: the attention is inside another tuner's layer.
+    """
+
+    containers = ("lora_A", "lora_B")
+    base_types = (nn.MultiheadAttention,)
+    weight_name = "in_proj_weight"
+    bias_name = "in_proj_bias"
+
+    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+        if isinstance(base_layer, AdapterLayer):
+            raise UnsupportedModuleError(
+                f"a {type(base_layer).__name__} of another tuner is around the MultiheadAttention already", hint="adapt it with one of them"
+            )
+        super().__init__(base_layer, activation)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    @classmethod
+    def ops_of(cls, base: nn.Module) -> BaseOps:
+        """Return how the base uses its in-projection."""
+        return AttentionOps()
+
+    def add(self, adapter: str, config: LoraSettings) -> None:
+        """Create A and B of the in-projection."""
+        if self.creation.initialise and not self.creation.meta:
+            self._draw_out_projection(config)
+        super().add(adapter, config)
+
+    def _draw_out_projection(self, settings: LoraSettings) -> None:
+        """Draw what the reference implementation draws for the out-projection before this, and throws away: a seed then gives the same values."""
+        embed, r = self.matrix_shape[1], settings.r
+        start = settings.initializer.start(self, settings)
+        if settings.config.init_lora_weights is not False:
+            torch.empty(r, embed).uniform_(), torch.empty(embed, r).uniform_()
+        for shape, fill in (((r, embed), start.a), ((embed, r), start.b)):
+            if not isinstance(fill, Tensor):
+                fill(torch.empty(shape))
+
+    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+        """Put A and B into plain Linears, so that they are called as in the reference implementation."""
+        self.lora_A[adapter] = plain_linear(a)
+        self.lora_B[adapter] = plain_linear(b)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """Return A (r, embed) and B (3·embed, r)."""
+        return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapters that act here, those on the out-projection alone included."""
+        alone = [name for layer in _around(self._out()) if isinstance(layer, OutProjection) for name in layer.adapters() if not layer.carried[name]]
+        return tuple(dict.fromkeys((*self.scaling, *alone)))
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds, the out-projection's tensors included."""
+        found = dict(super().slots(adapter))
+        for layer in _around(self._out()):
+            if isinstance(layer, OutProjection) and layer.carried.get(adapter):
+                found.update((f"base_layer.{OUT}.{end}", slot) for end, slot in layer.own_slots(adapter).items())
+        return found
+
+    # ---- forward --------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the base returns, computed with the weights under the adapters in use. Arguments are those of the base."""
+        route = self.activation.current()
+        if route.per_row is None:
+            return self._attend(route.names, args, kwargs)
+        return self._attend_by_row(route, args, kwargs)
+
+    def _attend(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], *, alone: bool = False) -> Any:
+        """Run the base under `names`; `alone`: layers inside must not look at the route, since the rows are not those of the call."""
+        base: Any = self._modules["base_layer"]
+        given = _effective(self, names, self.weight_name, self.bias_name)
+        out = self._out()
+        inner = _effective(out, names, "weight", "bias") if isinstance(out, AdapterLayer) else {}
+        if not given and not inner and not alone:
+            return base(*args, **kwargs)
+        if torch.compiler.is_compiling() and type(base) is nn.MultiheadAttention:
+            stem = ".".join((OUT, *("base_layer" for _ in _around(out))))
+            tensors = {**given, **{f"{stem}.{name}": tensor for name, tensor in inner.items()}}
+            return torch.func.functional_call(base, tensors, tuple(args), dict(kwargs))
+        bare_out = out.get_base_layer() if isinstance(out, AdapterLayer) else out
+        return shell(base, given, {OUT: shell(bare_out, inner)})(*args, **kwargs)
+
+    def _attend_by_row(self, route: Route, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        base: Any = self._modules["base_layer"]
+        bound = inspect.signature(type(base).forward).bind(base, *args, **kwargs)
+        given = dict(bound.arguments)
+        query = given.get("query")
+        if not isinstance(query, Tensor):
+            raise RoutingError(
+                f"{type(base).__name__}.forward has no argument `query`, so that its rows can't be told apart", hint="use one adapter for all rows"
+            )
+        dim = 0 if base.batch_first or query.dim() != 3 else 1
+        batch = query.shape[dim] if query.dim() == 3 else 1
+        parts = _groups(route, batch, query.device)
+        if len(parts) == 1:
+            return self._attend(next(iter(parts)), args, kwargs, alone=True)
+        outputs: list[tuple[Tensor, Any]] = []
+        for names, rows in parts.items():
+            call = inspect.BoundArguments(bound.signature, _rows_of(given, rows, dim, batch))
+            outputs.append((rows, self._attend(names, call.args[1:], call.kwargs, alone=True)))
+        first = outputs[0][1]
+        if isinstance(first, Tensor):
+            return _joined([(rows, part) for rows, part in outputs], dim, batch)
+        attended = _joined([(rows, part[0]) for rows, part in outputs], dim, batch)
+        weights = None if first[1] is None else _joined([(rows, part[1]) for rows, part in outputs], 0, batch)
+        return attended, weights
+
+    def _out(self) -> nn.Module:
+        found: nn.Module = self._modules["base_layer"]._modules[OUT]  # type: ignore[union-attr, assignment]
+        return found
+
+    @property
+    def _qkv_same_embed_dim(self) -> bool:
+        # torch's TransformerEncoderLayer asks this before it hands the plain weights to a fused kernel, past any adapter
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in _FORWARDED:
+                raise
+        base: Any = self.__dict__["_modules"]["base_layer"]
+        if name not in ("in_proj_weight", "in_proj_bias", OUT):
+            return getattr(base, name)
+        # who computes with the weights past `forward`, or asks whether they need gradients, is shown those under the adapters in use
+        names = self.activation.current().names
+        if name != OUT:
+            return _effective(self, names, self.weight_name, self.bias_name).get(name, getattr(base, name))
+        out = self._out()
+        inner = _effective(out, names, "weight", "bias") if isinstance(out, AdapterLayer) else {}
+        return shell(out.get_base_layer(), inner) if isinstance(out, AdapterLayer) and inner else out
+
+
+#: what callers read from the attention that they believe to have in hand
+_FORWARDED = frozenset(
+    [
+        "embed_dim",
+        "kdim",
+        "vdim",
+        "num_heads",
+        "head_dim",
+        "dropout",
+        "batch_first",
+        "add_zero_attn",
+        "in_proj_weight",
+        "in_proj_bias",
+        "out_proj",
+        "bias_k",
+        "bias_v",
+        "merge_masks",
+    ]
+)
+
+
+def _around(module: nn.Module) -> Iterator[AdapterLayer]:
+    """Yield the adapter layers around a module, the outermost first."""
+    while isinstance(module, AdapterLayer):
+        yield module
+        module = module._modules["base_layer"]  # type: ignore[assignment]
+
+
+def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, bias_name: str) -> dict[str, Tensor]:
+    """Return weight and bias of the innermost base, by name, with the effect of those `names` that have weights around it and are not merged.
+
+    Rounded once to the base's dtype, and differentiable. Empty where none of them acts.
+    """
+    layers = [layer for layer in _around(outermost) if not layer.merges]
+    acting = [(layer, name) for layer in reversed(layers) for name in names if name in layer.scaling]
+    if not acting:
+        return {}
+    base = outermost.get_base_layer()
+    weight: Tensor = getattr(base, weight_name)
+    bias: Tensor | None = getattr(base, bias_name)
+    dtype = weight.dtype
+    found = {}
+    with torch.autocast(weight.device.type, enabled=False):
+        for layer, name in acting:
+            delta = layer.ops.stored(layer.delta_weight(name))
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            weight = weight.to(wide) + delta.to(wide)
+            factor = layer.weight_factor(name)
+            if factor is not None:
+                weight = weight * layer.ops.stored(factor)
+            beta = layer.beta(name) if isinstance(layer, LoraLayer) else None
+            if beta is not None:
+                change = layer.scaling[name] * beta.to(dtype)
+                bias = change if bias is None else bias + change
+                found[bias_name] = bias
+    return {weight_name: weight.to(dtype), **found}
+
+
+def _groups(route: Route, batch: int, device: torch.device) -> dict[tuple[str, ...], Tensor]:
+    """Return the rows (rows,) that use the same adapters, by these adapters in the order in which they act."""
+    assert route.per_row is not None
+    repeat, rest = divmod(batch, len(route.per_row))
+    if rest or not repeat:
+        raise RoutingError(
+            f"adapter_names has {len(route.per_row)} entries, but an attention sees a batch of {batch} rows", hint="give one entry per sample"
+        )
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for position, names in enumerate(route.per_row):
+        ordered = tuple(name for name in route.used if name in names)
+        rows.setdefault(ordered, []).extend(range(position * repeat, (position + 1) * repeat))
+    return {names: torch.tensor(ids, device=device) for names, ids in rows.items()}
+
+
+def _rows_of(given: Mapping[str, Any], rows: Tensor, dim: int, batch: int) -> dict[str, Any]:
+    """Return the arguments of an attention's forward for some rows; tensors that were one object stay one."""
+    taken: dict[int, Tensor] = {}
+    found = dict(given)
+    for name in ("query", "key", "value"):
+        tensor = given.get(name)
+        if isinstance(tensor, Tensor):
+            found[name] = taken.setdefault(id(tensor), tensor.index_select(dim, rows))
+    padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
+    if isinstance(padding, Tensor):
+        found["key_padding_mask"] = padding.index_select(0, rows)
+    if isinstance(mask, Tensor) and mask.dim() == 3:  # (batch · heads, target, source); with two dimensions it is that of every row
+        found["attn_mask"] = mask.reshape(batch, -1, *mask.shape[1:]).index_select(0, rows).flatten(0, 1)
+    return found
+
+
+def _joined(parts: Sequence[tuple[Tensor, Tensor]], dim: int, batch: int) -> Tensor:
+    """Return the parts of a batch in the order of its rows."""
+    order = torch.cat([rows for rows, _ in parts])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(batch, device=order.device)
+    return torch.cat([part for _, part in parts], dim).index_select(dim, back)
+
+
+def out_settings(settings: LoraSettings, *, carried: bool, twice: bool) -> OutProjectionSettings:
+    """Return what an out-projection is told.
+
+    Args:
+        settings: of the attention, or of the out-projection where that alone is targeted.
+        carried: the adapter is on the whole attention.
+        twice: its change counts twice (`LoraConfig.out_projection_twice`).
+    """
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    return OutProjectionSettings(**values, carried=carried, times=2 if twice else 1)

@@ -1,0 +1,212 @@
+"""aLoRA (arXiv 2504.12397): the adapter acts from the last occurrence of its invocation tokens on; before it, everything is the base's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_core import ALL, BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
+
+from ..layers.common import add_scaled
+from .products import LowRank
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+#: under this name the route of a call has a `Reach` for each aLoRA adapter in it
+FACT = "alora"
+ARGUMENT = "alora_offsets"
+
+
+@dataclass(frozen=True, eq=False)
+class Reach:
+    """On which tokens of a call an adapter acts: the last o of a row's text, plus what was generated since.
+
+    Args:
+        offsets: o for each row that uses the adapter (rows,); 0: the row has no invocation, and the adapter does not act on it.
+        prompt: number of tokens in which the offsets were found.
+        length: number of tokens so far.
+        everywhere: known to act on each row.
+    """
+
+    offsets: Tensor
+    prompt: int
+    length: int
+    everywhere: bool = False
+    _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
+
+    def grown(self, length: int) -> Reach:
+        """Return the reach in a later step of `generate`, when there are `length` tokens."""
+        return replace(self, length=length, _masks={})
+
+    def mask(self, tokens: int) -> Tensor | None:
+        """Return on which of the last `tokens` positions the adapter acts (rows, tokens), made once per call; None: on all."""
+        if tokens not in self._masks:
+            if tokens == 1 and self.everywhere:
+                self._masks[tokens] = None
+            else:
+                reached = torch.where(self.offsets > 0, self.offsets + (self.length - self.prompt), 0)
+                self._masks[tokens] = torch.arange(tokens, 0, -1, device=self.offsets.device) <= reached[:, None]
+        return self._masks[tokens]
+
+
+class Alora(LowRank):
+    """y + s·B(A·drop(x)) on the tokens from the last invocation on, y on the tokens before it and in rows without one."""
+
+    name = "aLoRA"
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        """Check that a config suits aLoRA.
+
+        Raises:
+            ConfigError: the invocation is no list of token ids; the initialisation changes the base, which is to stay what it is.
+        """
+        tokens = config.alora_invocation_tokens
+        if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, int) and token >= 0 for token in tokens):
+            raise ConfigError(
+                f"alora_invocation_tokens={tokens!r} is no list of token ids", hint="give tokenizer(text, add_special_tokens=False)['input_ids']"
+            )
+
+    @classmethod
+    def require_base(cls, base: BaseView) -> None:
+        """Check that the base has one sequence of tokens.
+
+        Raises:
+            ConfigError: it is an encoder-decoder model.
+        """
+        if getattr(base.config, "is_encoder_decoder", False):
+            raise ConfigError(
+                f"aLoRA does not work on the encoder-decoder model {base.name}: an invocation in the encoder's text says nothing about the decoder's",
+                hint="use plain LoRA",
+            )
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·B(A·drop(x)) where the adapter acts, y elsewhere.
+
+        Raises:
+            RoutingError: nobody said where it acts, or the input's shape does not tell which tokens it has.
+        """
+        layer: Any = self.layer
+        mask = self._mask(x)
+        if mask is None:
+            return super().contribute(x, y)
+        a, b = layer.factors(self.adapter)
+        p = self.dropout()
+        hidden = F.linear(F.dropout(x, p) if p else x, a.to(x.dtype)).masked_fill(~mask, 0)
+        y = add_scaled(y, F.linear(hidden, b.to(hidden.dtype)), layer.scaling[self.adapter])
+        beta = layer.beta(self.adapter)
+        return y if beta is None else add_scaled(y, mask * beta, layer.scaling[self.adapter])
+
+    def _mask(self, x: Tensor) -> Tensor | None:
+        """Return where the adapter acts, to be multiplied with (…, r); None: everywhere."""
+        reach: Reach | None = self.layer.activation.current().facts.get(FACT, {}).get(self.adapter)
+        if reach is None:
+            raise RoutingError(
+                f"nobody has looked for the invocation tokens of the aLoRA adapter {self.adapter!r}",
+                hint="call the PeftModel, not the model inside it; with gradient checkpointing, layers run again after the call: switch it off",
+            )
+        rows = reach.offsets.shape[0]
+        if x.dim() == 3 and x.shape[0] == rows:
+            mask = reach.mask(x.shape[1])
+            return None if mask is None else mask[..., None]
+        if x.dim() == 2 and x.shape[0] in (rows, rows * reach.length):  # tokens of all rows, one after the other
+            tokens = x.shape[0] // rows
+            if tokens == reach.length or reach.length > reach.prompt:
+                mask = reach.mask(tokens)
+                return None if mask is None else mask.reshape(-1, 1)
+        raise RoutingError(
+            f"{self.settings.path!r} sees an input {tuple(x.shape)}, which does not tell which tokens of the {rows} rows it has",
+            hint="aLoRA needs (rows, tokens, features), or all tokens one after the other; leave the module out with exclude_modules",
+        )
+
+    def delta(self) -> Tensor:
+        """There is none.
+
+        Raises:
+            MergeError: always: the effect depends on the token.
+        """
+        raise MergeError(
+            f"the aLoRA adapter {self.adapter!r} acts on some tokens only: no change of the base weight does that", hint="use it unmerged"
+        )
+
+    def low_rank_factors(self) -> None:
+        """There are none: the effect depends on the token."""
+
+
+def tell(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
+    """Return the call with the `Reach` of each adapter of `invocations` that some row uses.
+
+    Args:
+        call: with `input_ids` (rows, tokens), or with the argument `alora_offsets`: for each row the offset from the end, None for none.
+        invocations: adapter → its invocation tokens.
+
+    Raises:
+        RoutingError: `alora_offsets` can't be used.
+    """
+    ids, given = call.inputs.get("input_ids"), call.arguments.get(ARGUMENT)
+    known: Mapping[str, Reach] | None = call.route.facts.get(FACT)
+    if call.generating and known is not None:  # what was found in the prompt holds for all that is generated after it
+        assert isinstance(ids, Tensor)
+        return call.telling(**{FACT: {name: reach.grown(ids.shape[1]) for name, reach in known.items()}})
+    length = _length(call)
+    offsets = None if given is None else _read(given, call.batch, call.device)
+    if offsets is None and (not isinstance(ids, Tensor) or not ids.shape[1]):
+        warnings.warn(
+            f"no input_ids in which the invocation tokens of {', '.join(invocations)} could be found: the adapter does not act in this call; "
+            f"pass {ARGUMENT}=[...]",
+            PeftWarning,
+            stacklevel=5,
+        )
+        offsets = torch.zeros(call.batch, dtype=torch.long, device=call.device)
+    found: dict[str, Reach] = {}
+    for adapter, tokens in invocations.items():
+        rows = call.route.rows(adapter, call.batch, call.device)
+        if rows is None:
+            continue
+        own = last_invocation(ids, tokens) if offsets is None else offsets  # type: ignore[arg-type]
+        own = own if rows is ALL else own[rows]
+        found[adapter] = Reach(own, length, length, everywhere=call.generating and bool((own > 0).all()))
+    return call.telling(**{FACT: found})
+
+
+def last_invocation(ids: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Return for each row how far from its end the last occurrence of `tokens` starts (rows,); 0 where there is none.
+
+    Args:
+        ids: (rows, length).
+        tokens: the sequence to look for.
+    """
+    rows, length = ids.shape
+    if len(tokens) > length:
+        return torch.zeros(rows, dtype=torch.long, device=ids.device)
+    here = (ids.unfold(1, len(tokens), 1) == torch.tensor(tokens, device=ids.device)).all(-1)
+    ends = torch.arange(length, length - here.shape[1], -1, device=ids.device)
+    return torch.where(here, ends, length + 1).amin(1).remainder(length + 1)
+
+
+def _length(call: Call) -> int:
+    """Return the number of tokens in the call."""
+    for name in ("input_ids", "inputs_embeds"):
+        value = call.inputs.get(name)
+        if isinstance(value, Tensor):
+            return int(value.shape[1])
+    return 0
+
+
+def _read(given: Any, batch: int, device: torch.device) -> Tensor:
+    """Return `alora_offsets` as numbers (batch,), each repeated for the beams of its row."""
+    values = given.tolist() if isinstance(given, Tensor) else given
+    if not isinstance(values, (list, tuple)) or not all(value is None or (isinstance(value, int) and value >= 0) for value in values):
+        raise RoutingError(f"{ARGUMENT}={given!r} is no list of offsets", hint="give for each row how many tokens from the end it starts, or None")
+    repeat, rest = divmod(batch, len(values)) if values else (0, 1)
+    if rest or not repeat:
+        raise RoutingError(f"{ARGUMENT} has {len(values)} entries, but the batch has {batch} rows", hint="give one entry per row; None for none")
+    return torch.tensor([value or 0 for value in values], dtype=torch.long, device=device).repeat_interleave(repeat)

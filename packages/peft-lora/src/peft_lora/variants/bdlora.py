@@ -1,0 +1,106 @@
+"""BD-LoRA: A or B consists of blocks on its diagonal, so that each device of a tensor-parallel model holds whole blocks."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft_core import ConfigError
+
+from ..initializers.base import Start
+from .products import LowRank, refuse_computed_starts
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..layers.common import LoraLayer, LoraSettings
+    from ..subconfigs import BdLoraConfig
+
+
+class BdLora(LowRank):
+    """ΔW = s·B·A, where the A of some modules and the B of others is block-diagonal; see `BdLoraConfig`.
+
+    Shapes, of n blocks: such an A is stored as (r, in / n), such a B as (out, r / n): the blocks one under the other.
+    """
+
+    name = "BD-LoRA"
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        """Check that a config suits BD-LoRA.
+
+        Raises:
+            ConfigError: the initialisation computes whole matrices.
+        """
+        refuse_computed_starts(config, cls.name, "it computes A and B without blocks")
+
+    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+        super().__init__(layer, adapter, settings)
+        config: Any = settings.config.use_bdlora
+        self.blocks = int(config.nblocks)
+        #: which of the two has blocks: "A", "B" or neither
+        self.side = _side(config, settings.path)
+        out, inp = layer.matrix_shape
+        sizes = {"A": {"in": inp, "r": settings.r}, "B": {"out": out, "r": settings.r}, "": {}}[self.side]
+        for size, number in sizes.items():
+            if number % self.blocks:
+                raise ConfigError(
+                    f"{size}={number} of {settings.path!r} is no multiple of nblocks={self.blocks}: its {self.side} can't be split into blocks",
+                    hint="choose another nblocks or r, or leave the module out with exclude_modules",
+                )
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A and B as they are stored."""
+        (r, inp), (out, _) = self.layer.factor_shapes(self.settings.r)
+        return (r, inp // self.blocks if self.side == "A" else inp), (out, r // self.blocks if self.side == "B" else r)
+
+    def start(self, start: Start) -> Start:
+        """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in)."""
+        if self.side != "A":
+            return start
+        inp = self.layer.matrix_shape[1]
+        bound = math.sqrt(6 * self.blocks / inp)
+        whole = (self.settings.r, inp)
+
+        def fill(tensor: Tensor) -> None:
+            if self.settings.config.init_lora_weights is not False:
+                torch.empty(whole).uniform_()  # the reference implementation fills a whole A before it makes blocks: a seed gives the same values
+            tensor.uniform_(-bound, bound)
+
+        return Start(fill, start.b)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and B (out, r) with zeros around the blocks."""
+        a, b = self.layer.factors(self.adapter)
+        if self.side == "A":
+            a = torch.block_diag(*a.chunk(self.blocks))
+        elif self.side == "B":
+            b = torch.block_diag(*b.chunk(self.blocks))
+        return a, b
+
+    def behind(self) -> tuple[Tensor, ...]:
+        """Return A and B."""
+        return self.layer.factors(self.adapter)
+
+
+def _side(config: BdLoraConfig, path: str) -> str:
+    """Return which factor of a module has blocks: ``"A"``, ``"B"``, or ``""`` for neither.
+
+    Raises:
+        ConfigError: both lists name the module, or neither does and `match_strict` is set.
+    """
+    lists = {"A": config.target_modules_bd_a or (), "B": config.target_modules_bd_b or ()}
+    found = {side: [part for part in parts if part in path] for side, parts in lists.items()}
+    if found["A"] and found["B"]:
+        raise ConfigError(
+            f"both lists of BD-LoRA name {path!r}: target_modules_bd_a with {found['A']}, target_modules_bd_b with {found['B']}",
+            hint="a module has blocks in A or in B; write names that are in only one of the lists",
+        )
+    if not (found["A"] or found["B"]) and config.match_strict:
+        raise ConfigError(
+            f"{path!r} is in neither list of BD-LoRA: target_modules_bd_a={list(lists['A'])}, target_modules_bd_b={list(lists['B'])}",
+            hint="name it in one of them, or set match_strict=False to give it plain LoRA",
+        )
+    return next((side for side in "AB" if found[side]), "")

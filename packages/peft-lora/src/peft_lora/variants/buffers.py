@@ -1,0 +1,32 @@
+"""Tensors of a variant that files hold and that no optimiser trains."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class BufferDict(nn.Module):
+    """Buffers by adapter, as `nn.ParameterDict` has parameters: `lora_velora_embed.<adapter>`."""
+
+    def __contains__(self, adapter: str) -> bool:
+        return adapter in self._buffers
+
+    def __getitem__(self, adapter: str) -> Tensor:
+        found = self._buffers[adapter]
+        assert found is not None
+        return found
+
+    def __setitem__(self, adapter: str, value: Tensor) -> None:
+        self.register_buffer(adapter, value)
+
+    def __delitem__(self, adapter: str) -> None:
+        del self._buffers[adapter]
+
+
+def holder_of(layer: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:
+    """Return the module of a layer in which a variant keeps what it has for each adapter; made when it is first needed."""
+    found = layer._modules.get(name)
+    if found is None:
+        found = kind()
+        layer.add_module(name, found)
+    return found

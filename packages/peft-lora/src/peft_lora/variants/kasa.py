@@ -1,0 +1,171 @@
+"""KaSA (arXiv 2412.06071): the smallest singular components of W make room for s·B·diag(δ)·A."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import ConfigError, MergeError, ModelError
+
+from .losses import layers_with, names_of
+from .products import LowRank, refuse_computed_starts
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..layers.common import LoraLayer, LoraSettings
+
+
+class Kasa(LowRank):
+    """W' = W without its r smallest singular components, for as long as the adapter exists; ΔW = s·B·diag(δ)·A beside it.
+
+    Shapes: `lora_diag` δ (r,), normal at the start. Several KaSA adapters share the W' that lacks the components of the largest rank.
+
+    Raises:
+        ConfigError: r is not smaller than both sides of W.
+    """
+
+    name = "KaSA"
+    containers = ("lora_diag",)
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        """Check that a config suits KaSA.
+
+        Raises:
+            ConfigError: the initialisation computes A and B from W, which KaSA changes.
+        """
+        refuse_computed_starts(config, cls.name, "it computes A and B from the base weight, which KaSA truncates")
+
+    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+        super().__init__(layer, adapter, settings)
+        if settings.r >= min(layer.matrix_shape):
+            out, inp = layer.matrix_shape
+            raise ConfigError(
+                f"KaSA needs an r smaller than the {min(out, inp)} singular components of {settings.path!r} ({out} × {inp}), not {settings.r}",
+                hint="choose a smaller r, for this module with rank_pattern",
+            )
+
+    def add(self) -> None:
+        """Create δ, and take the smallest components out of W."""
+        self.layer.new("lora_diag", self.adapter, (self.settings.r,), init=torch.Tensor.normal_)
+        self.truncate()
+
+    def truncate(self) -> None:
+        """Take the r smallest singular components out of W, unless another KaSA adapter has taken as many."""
+        layer: Any = self.layer
+        shifted = max((other.settings.r for other in self._others() if other.adapter in layer.shifts), default=0)
+        if layer.weight.is_meta or shifted >= self.settings.r:
+            return
+        layer.shift_base(self.adapter, smallest_components(layer.ops.matrix(layer.base_weight()), self.settings.r))
+
+    def drop(self) -> None:
+        """Leave to the other KaSA adapters of the layer the W' that they need.
+
+        Raises:
+            MergeError: adapters are merged into W.
+        """
+        layer: Any = self.layer
+        others = self._others()
+        if self.adapter not in layer.shifts or not others:
+            return  # the layer undoes a shift
+        heir = next((other for other in others if other.settings.r == self.settings.r and other.adapter not in layer.shifts), None)
+        if heir is not None:
+            layer.shifts[heir.adapter] = layer.shifts.pop(self.adapter)
+            return
+        if layer.merged:
+            raise MergeError(
+                f"{self.adapter!r} truncated the base for {[other.adapter for other in others]}, too, and adapters are merged into it",
+                hint="unmerge_adapter() first",
+            )
+        for adapter in (*(other.adapter for other in others), self.adapter):
+            layer.restore_base(adapter)
+        for other in others:
+            other.truncate()
+
+    def _others(self) -> list[Kasa]:
+        return [variant for variant in self.layer.variants.values() if isinstance(variant, Kasa) and variant is not self]
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return diag(δ)·A and B."""
+        a, b = self.layer.factors(self.adapter)
+        return self.diagonal[:, None] * a, b
+
+    def behind(self) -> tuple[Tensor, ...]:
+        """Return A, B and δ."""
+        return (*self.layer.factors(self.adapter), self.diagonal)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """δ (r,)."""
+        found: Tensor = self.layer.lora_diag[self.adapter]
+        return found
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·B(δ ⊙ A·drop(x)).
+
+        Raises:
+            ModelError: the base had no weights when the adapter was added, so that nothing was taken out of them.
+        """
+        if not self.layer.shifts:
+            raise ModelError(
+                f"the base of {self.settings.path!r} had no weights when the KaSA adapter {self.adapter!r} was added: it is not truncated",
+                hint="load the base's weights first, then add the adapter",
+            )
+        return super().contribute(x, y)
+
+    def loss(self) -> Tensor:
+        """Return beta · Σδ² + gamma · (‖BᵀB − I‖ + ‖AAᵀ − I‖), Frobenius norms, in float32."""
+        config: Any = self.settings.config.kasa_config
+        a, b = (factor.float() for factor in self.layer.factors(self.adapter))
+        one = torch.eye(a.shape[0], device=a.device)
+        orthogonality = torch.linalg.matrix_norm(b.T @ b - one) + torch.linalg.matrix_norm(a @ a.T - one)
+        return config.beta * self.diagonal.float().square().sum() + config.gamma * orthogonality  # type: ignore[no-any-return]
+
+
+def refuse_mixture(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+    """Check that either all adapters of a model are KaSA or none is: KaSA changes the base under all of them.
+
+    Raises:
+        ConfigError: a new one would mix them.
+    """
+    for name, other in others.items():
+        if (other.kasa_config is None) != (config.kasa_config is None):
+            new, present = ("does not use KaSA", "does") if config.kasa_config is None else ("uses KaSA", "does not")
+            raise ConfigError(
+                f"KaSA truncates the base weights for all adapters: the new adapter {new} and {name!r} {present}",
+                hint="delete_adapter the other, or use two models",
+            )
+
+
+def smallest_components(weight: Tensor, r: int) -> Tensor:
+    """Return Σ σᵢuᵢvᵢᵀ over the r smallest singular values of a matrix (out, in), in float32 or wider."""
+    u, s, vh = torch.linalg.svd(weight.detach().to(torch.promote_types(weight.dtype, torch.float32)), full_matrices=False)
+    found: Tensor = (u[:, -r:] * s[-r:]) @ vh[-r:]
+    return found
+
+
+def kasa_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Tensor:
+    """Return the auxiliary loss of KaSA: Σ over layers of beta · Σδ² + gamma · (‖BᵀB − I‖ + ‖AAᵀ − I‖).
+
+    It is never added to the model's loss by itself.
+
+    Args:
+        model: a model with KaSA adapters.
+        adapter_names: which; None: those in use.
+
+    Returns:
+        A scalar; 0 without a KaSA adapter among them.
+
+    Source: arXiv 2412.06071.
+
+    Example:
+        >>> loss = model(**batch).loss + kasa_loss(model)
+    """
+    losses = [variant.loss() for variant in layers_with(model, Kasa, names_of(model, adapter_names))]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+__all__ = ["Kasa", "kasa_loss", "smallest_components"]

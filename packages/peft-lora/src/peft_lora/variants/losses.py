@@ -1,0 +1,41 @@
+"""Finding the variants of which an auxiliary loss consists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+from torch import nn
+
+from peft_core import AdapterNotFoundError
+
+from ..layers.common import LoraLayer
+from .base import Variant
+
+V = TypeVar("V", bound=Variant)
+
+
+def names_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the adapters that a caller means; None for those in use.
+
+    Raises:
+        AdapterNotFoundError: a name that no LoRA layer of the model knows.
+    """
+    if adapter_names is None:
+        return None
+    names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+    known = dict.fromkeys(name for module in model.modules() if isinstance(module, LoraLayer) for name in module.adapters())
+    for name in names:
+        if name not in known:
+            raise AdapterNotFoundError(f"Adapter {name!r} not found among the LoRA adapters {list(known)}", hint="adapter_names=None: those in use")
+    return names
+
+
+def layers_with(model: nn.Module, kind: type[V], names: tuple[str, ...] | None) -> Iterator[V]:
+    """Yield the variants of a kind in all layers of a model, of the adapters named, or of those in use."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.activation.current().used if names is None else names:
+                variant = module.variants.get(name)
+                if isinstance(variant, kind):
+                    yield variant

@@ -1,0 +1,117 @@
+"""QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs, so that ΔW is constant within a group and fits into zero points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from peft_core import ConfigError
+
+from ..initializers.base import Start
+from .products import LowRank, add_product, refuse_computed_starts
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+    from ..layers.common import LoraLayer, LoraSettings
+
+
+class QaLora(LowRank):
+    """y + s·B(A·p) with p the sums over each group of g neighbouring inputs: ΔW[o, i] = s·(BA)[o, i // g].
+
+    Shapes: A is stored as (r, in / g). Dropout acts on the sums.
+
+    Raises:
+        ConfigError: `in` is no multiple of `qalora_group_size`.
+    """
+
+    name = "QALoRA"
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        """Check that a config suits QALoRA.
+
+        Raises:
+            ConfigError: the initialisation computes an A that is not constant within groups.
+        """
+        refuse_computed_starts(config, cls.name, "it computes an A for single inputs, not for groups")
+
+    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+        super().__init__(layer, adapter, settings)
+        self.group = settings.config.qalora_group_size
+        inp = layer.matrix_shape[1]
+        if inp % self.group:
+            raise ConfigError(
+                f"{settings.path!r} has {inp} inputs, which is no multiple of qalora_group_size={self.group}",
+                hint="choose another group size, or leave the module out with exclude_modules",
+            )
+
+    def factor_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the shapes of A (r, in / g) and B (out, r)."""
+        (r, inp), b = self.layer.factor_shapes(self.settings.r)
+        return (r, inp // self.group), b
+
+    def start(self, start: Start) -> Start:
+        """Return what A and B start with: A uniform on ±1/√(in / g)."""
+        if self.settings.config.init_lora_weights == "gaussian":
+            return start
+        bound = (self.layer.matrix_shape[1] // self.group) ** -0.5
+        return Start(lambda tensor: tensor.uniform_(-bound, bound), start.b)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in), each column g times, and B."""
+        a, b = self.layer.factors(self.adapter)
+        return a.repeat_interleave(self.group, dim=1), b
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·B(A·drop(p))."""
+        layer: Any = self.layer
+        a, b = layer.factors(self.adapter)
+        sums = x.unflatten(-1, (-1, self.group)).sum(-1)
+        found: Tensor = layer.with_beta(self.adapter, add_product(y, sums, a, b, layer.scaling[self.adapter], self.dropout()))
+        return found
+
+
+def qalora_from_peer(tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
+    """Return the tensors of a QALoRA file of the reference implementation such that they compute the same here.
+
+    It multiplies the groups' means by in / g, where the paper takes sums (a factor of g): each A is multiplied by (in / g) / g.
+
+    Args:
+        tensors: as `peft_core.load_peft_weights` returns them; A is (r, in / g).
+        group_size: g, `qalora_group_size` of the file's config.
+
+    Example:
+        >>> tensors = qalora_from_peer(load_peft_weights(folder), 32)
+        >>> set_peft_model_state_dict(model, tensors, strict=True)
+    """
+    return {name: tensor * (tensor.shape[1] / group_size) if name.endswith("lora_A.weight") else tensor for name, tensor in tensors.items()}
+
+
+def merged_zero_points(zeros: Tensor, scales: Tensor, delta: Tensor) -> Tensor:
+    """Return the zero points that take a QALoRA adapter into a weight quantised by groups: zeros − ΔW / scales.
+
+    With W = scales · (q − zeros) the codes q stay as they are, and the new zero points are no integers.
+
+    Args:
+        zeros, scales: (out, in / g), one for each group.
+        delta: ΔW (out, in), constant within groups.
+
+    Raises:
+        ConfigError: the groups are not those of ΔW.
+    """
+    out, inp = delta.shape
+    groups = scales.shape[-1]
+    if scales.shape != zeros.shape or scales.shape[0] != out or inp % groups:
+        raise ConfigError(
+            f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} are no groups of a ΔW {tuple(delta.shape)}",
+            hint="quantise with qalora_group_size, or a divisor of it",
+        )
+    parts = delta.unflatten(1, (groups, -1))
+    if not torch.equal(parts, parts[..., :1].expand_as(parts)):
+        raise ConfigError(
+            f"ΔW differs within the {inp // groups} inputs that share a zero point", hint="quantise with qalora_group_size, or a divisor of it"
+        )
+    return zeros - parts[..., 0] / scales
