@@ -21,7 +21,7 @@ OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "exam
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
 IMPORT_LINTER = "import-linter==2.16"
-PYTEST = "pytest==9.2.0"
+PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
 CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -58,7 +58,7 @@ def demo_lm(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""
-    session.install(*PINS, *editable(*PACKAGES), *CLI, PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
+    session.install(*PINS, *editable(*PACKAGES), *CLI, *PYTEST, IMPORT_LINTER)
     apart = ("--ignore=tests/interop", "--ignore=tests/docs")  # sessions of their own
     session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
 
@@ -68,7 +68,7 @@ def tests(session: nox.Session) -> None:
 def alone(session: nox.Session, package: str) -> None:
     """One package with only what it declares: finds a missing dependency and a forbidden neighbour."""
     neighbours = ("core",) if package == "core" else ("core", package)
-    session.install(*PINS, *editable(*neighbours), PYTEST)
+    session.install(*PINS, *editable(*neighbours), *PYTEST)
     session.run("pytest", f"tests/{package}", *session.posargs, env=ONE_THREAD)
 
 
@@ -99,7 +99,7 @@ def outside(session: nox.Session) -> None:
             command = ("python", "-m", "build", package, "--outdir", str(away / "dist"))
             session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
         core = next((away / "dist").glob("peft_core-*.whl"))
-        session.install(*PINS, PYTEST, f"{core}[testing]")
+        session.install(*PINS, *PYTEST, f"{core}[testing]")
         for package in OUTSIDE:
             name = Path(package).name
             session.install("--no-deps", *(str(wheel) for wheel in (away / "dist").glob(f"{name.replace('-', '_')}-*.whl")))
@@ -109,13 +109,50 @@ def outside(session: nox.Session) -> None:
                 session.run("python", "-I", "-m", "pytest", "-q", "-W", "error", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session(reuse_venv=False)  # pip would keep an older build of the same version
+def conformance(session: nox.Session) -> None:
+    """The conformance suite on every tuner, ours and those of examples/plugins, as wheels and without a test file; writes a report."""
+    report = Path(session.create_tmp()).resolve() / "conformance"
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        session.install("--target", str(away / "tools"), "build==1.6.1")
+        for package in (*(f"packages/peft-{package}" for package in PACKAGES), *OUTSIDE):
+            command = ("python", "-m", "build", package, "--outdir", str(away / "dist"))
+            session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
+        session.install(*PINS, *PYTEST, *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
+        (away / "empty").mkdir()
+        with session.chdir(away / "empty"):
+            command = ("python", "-I", "-m", "pytest", "-q", "-n", "2", "-W", "error", "--peft-tuner", "all", "--peft-report", str(report))
+            session.run(*command, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(reuse_venv=False)  # pip would keep an older build of the same version
+def walkthrough(session: nox.Session) -> None:
+    """docs/write-a-tuner.md to the letter: from an empty folder, with a wheel of core and nothing else of ours, to a wheel elsewhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        session.install("--target", str(away / "tools"), "build==1.6.1")
+        command = ("python", "-m", "build", "packages/peft-core", "--outdir", str(away / "dist"))
+        session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
+        core = next((away / "dist").glob("peft_core-*.whl"))
+        # what the page's own pip commands are to choose: our wheel (as a link, since older pips mix up a URL with extras), and no CUDA
+        ours = (f"--find-links {core.parent.as_uri()}", f"peft-core=={core.name.split('-')[1]}")
+        pins = away / "pins.txt"
+        pins.write_text("\n".join([*ours, *PINS, *PYTEST, "build==1.6.1"]))
+        runner = Path("tests/docs/walkthrough.py").resolve()
+        (away / "empty").mkdir()
+        with session.chdir(away / "empty"):
+            environment = {**ONE_THREAD, "PIP_CONSTRAINT": str(pins)}
+            session.run("python", str(runner), "docs/write-a-tuner.md", env=environment)
+
+
 @nox.session(name="new-tuner", reuse_venv=False)  # the clock starts at nothing
 def new_tuner(session: nox.Session) -> None:
     """From an empty folder to tuner packages that pass their own tests, with wheels only, in under 5 minutes."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         away = Path(folder)
-        session.install(*PINS, PYTEST, "build==1.6.1")
+        session.install(*PINS, *PYTEST, "build==1.6.1")
         session.run("python", "-m", "build", "packages/peft-core", "--outdir", str(away / "dist"), silent=True)
         session.install(*PINS, *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
         with session.chdir(away):
@@ -143,21 +180,21 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """mypy --strict on all four packages."""
-    session.install(*PINS, *editable(*PACKAGES), *CLI, PYTEST, "mypy==2.4.1")
+    session.install(*PINS, *editable(*PACKAGES), *CLI, *PYTEST, "mypy==2.4.1")
     session.run("mypy", "--strict", *(f"packages/peft-{package}/src" for package in PACKAGES))
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Execute every code block of README and docs."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST)
+    session.install(*PINS, *editable(*PACKAGES), *PYTEST)
     session.run("pytest", "tests/docs", *session.posargs, env=OFFLINE)
 
 
 @nox.session
 def interop(session: nox.Session) -> None:
     """Files and outputs against the peer (peft), both ways."""
-    session.install(*PINS, *editable(*PACKAGES), PYTEST, IMPORT_LINTER, "pytest-xdist==3.8.0")
+    session.install(*PINS, *editable(*PACKAGES), *PYTEST, IMPORT_LINTER)
     install_peer(session)
     # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
     peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -1,4 +1,4 @@
-"""peft-prompt passes the conformance suite with each of its methods, on decoders and on a sequence classifier."""
+"""peft-prompt passes the conformance suite with each of its methods, on decoders and on encoders with heads."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ from peft_core.testing import TunerSuite
 
 
 class TestPromptTuning(TunerSuite):
+    """On the examples of its spec."""
+
     peft_type = "PROMPT_TUNING"
-    neutral_start = False
-    configs = {
-        "llama": {"num_virtual_tokens": 4},
-        "gpt2": {"num_virtual_tokens": 4, "base": "gpt2"},
-        "vocabulary": {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"},
-        "bert": {"num_virtual_tokens": 4, "base": "bert-seq-cls"},
-    }
 
 
 class TestPrefixTuning(TunerSuite):
+    """On the examples of its spec."""
+
     peft_type = "PREFIX_TUNING"
-    neutral_start = False
+
+
+class TestPromptTuningOfEncoders(TunerSuite):
+    peft_type = "PROMPT_TUNING"
     configs = {
-        "llama": {"num_virtual_tokens": 4},
-        "gpt2": {"num_virtual_tokens": 4, "base": "gpt2"},
-        "projection": {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 12},
-        "zero": {"num_virtual_tokens": 4, "init_weights": "zero"},
-        "bert": {"num_virtual_tokens": 4, "base": "bert-seq-cls"},
+        "tokens": {"num_virtual_tokens": 3, "base": "bert-token-cls"},
+        "answers": {"num_virtual_tokens": 3, "base": "bert-qa"},
     }

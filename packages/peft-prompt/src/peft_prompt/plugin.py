@@ -17,6 +17,12 @@ def peft_tuners() -> Iterable[TunerSpec]:
         parameter_prefix="prompt_tuning_",
         base_prefix="base_model.",
         capabilities=Capability.PER_SAMPLE,
+        examples={
+            "decoder": {"num_virtual_tokens": 4},
+            "gpt2": {"num_virtual_tokens": 4, "base": "gpt2"},
+            "vocabulary": {"num_virtual_tokens": 4, "prompt_tuning_init": "SAMPLE_VOCAB"},
+            "encoder": {"num_virtual_tokens": 4, "base": "bert-seq-cls"},
+        },
     )
     yield TunerSpec(
         peft_type="PREFIX_TUNING",
@@ -25,4 +31,11 @@ def peft_tuners() -> Iterable[TunerSpec]:
         parameter_prefix="prefix_tuning_",
         base_prefix="base_model.",
         capabilities=Capability.PER_SAMPLE,
+        examples={
+            "decoder": {"num_virtual_tokens": 4},
+            "gpt2": {"num_virtual_tokens": 4, "base": "gpt2"},
+            "projection": {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 12},
+            "zero": {"num_virtual_tokens": 4, "init_weights": "zero"},
+            "encoder": {"num_virtual_tokens": 4, "base": "bert-seq-cls"},
+        },
     )

@@ -18,6 +18,12 @@ def peft_tuners() -> Iterable[TunerSpec]:
         tuner="peft_ia3.tuner:IA3Tuner",
         parameter_prefix="ia3_",
         capabilities=Capability.MERGE | Capability.PER_SAMPLE,
+        examples={
+            "outputs": {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []},
+            "feedforward": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+            "defaults": {},
+            "transposed": {"base": "gpt2"},
+        },
     )
 
 

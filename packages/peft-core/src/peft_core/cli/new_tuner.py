@@ -36,12 +36,25 @@ _VALUES = {
     "layer": {
         "formula": "ΔW = alpha·u vᵀ with two learned vectors",
         "options": '"target_modules": ["q_proj"]',
-        "spec": "        capabilities=Capability.MERGE | Capability.PER_SAMPLE,\n",
+        "spec": (
+            "        capabilities=Capability.MERGE | Capability.PER_SAMPLE,\n"
+            "        examples={  # what the conformance suite runs\n"
+            '            "linear": {"alpha": 2.0, "target_modules": ["q_proj", "down_proj"]},\n'
+            '            "classifier": {"target_modules": ["query"], "base": "bert-seq-cls"},\n'
+            "        },\n"
+        ),
     },
     "prompt": {
         "formula": "a learned table of tokens, each with a learned gain",
         "options": '"num_virtual_tokens": 8',
-        "spec": '        base_prefix="base_model.",\n        capabilities=Capability.PER_SAMPLE,\n',
+        "spec": (
+            '        base_prefix="base_model.",\n'
+            "        capabilities=Capability.PER_SAMPLE,\n"
+            "        examples={  # what the conformance suite runs\n"
+            '            "causal": {"num_virtual_tokens": 3},\n'
+            '            "classifier": {"num_virtual_tokens": 2, "base": "bert-seq-cls"},\n'
+            "        },\n"
+        ),
     },
 }
 

@@ -1,18 +1,15 @@
-"""Checks of what an adapter computes, of its files and of its capabilities."""
+"""Checks of what an adapter computes, and of its files."""
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from functools import partial
-from typing import Any
 
 import torch
 
 from .. import (
-    AdapterLayer,
     AdapterWeightsError,
-    Capability,
-    CapabilityError,
     PeftConfig,
     PeftModel,
     get_peft_model_state_dict,
@@ -20,30 +17,36 @@ from .. import (
 )
 from .base import SuiteBase
 from .helpers import (
-    layers_of,
     parameters_of,
     quiet,
     raises,
-    randomise,
     trainability,
 )
 
 
 class BehaviourChecks(SuiteBase):
-    """Checks of what an adapter computes, of its files and of its capabilities."""
+    """Checks of what an adapter computes, and of its files."""
 
     # ---- config and files ------------------------------------------------------------------------------------------
     def test_config_survives_json(self, name: str) -> None:
-        """A config written to `adapter_config.json` and read again says the same."""
+        """A config takes every field that it is given, and says the same when it was written to `adapter_config.json` and read again.
+
+        Protects from an adapter that is loaded with other settings than it was trained with.
+        """
         config = self.config(name)
+        _same_fields(config, self.config_from_keywords(name), "made of a dict, not with keywords")
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
             again = PeftConfig.from_pretrained(folder)
         assert type(again) is type(config), f"read back as {type(again).__name__}"
         assert again.to_json() == config.to_json(), "the config changes when it is written and read"
+        _same_fields(again, config, "written and read")
 
     def test_save_and_load(self, name: str) -> None:
-        """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device."""
+        """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device.
+
+        Protects from trained weights that are lost, or changed, on their way through a file.
+        """
         model = self.model(name)
         expected = self.output(model, name)
         with tempfile.TemporaryDirectory() as folder, quiet():
@@ -58,7 +61,10 @@ class BehaviourChecks(SuiteBase):
                 assert not trains, f"loaded for inference, but {trains[:3]} train"
 
     def test_files_hold_everything_and_no_names(self, name: str) -> None:
-        """The tensors of a file determine the adapter, and their names do not contain the adapter's."""
+        """The tensors of a file determine the adapter, and their names do not contain the adapter's.
+
+        Protects from files that are incomplete, and files that can only be loaded under the name they were saved with.
+        """
         first, second = self.model(name, "zebra", seed=1), self.model(name, "zebra", seed=7)
         with quiet():
             state = get_peft_model_state_dict(first, adapter_name="zebra")
@@ -69,7 +75,10 @@ class BehaviourChecks(SuiteBase):
         assert torch.equal(self.output(second, name), self.output(first, name)), "the file does not determine what the adapter computes"
 
     def test_strict_keys(self, name: str) -> None:
-        """Missing, surplus and misshapen tensors are errors that change nothing."""
+        """Missing, surplus and misshapen tensors are errors that change nothing.
+
+        Protects from a file that does not fit and is half loaded without a word.
+        """
         model = self.model(name)
         before = self.output(model, name)
         with quiet():
@@ -86,16 +95,22 @@ class BehaviourChecks(SuiteBase):
 
     # ---- what the adapter computes ---------------------------------------------------------------------------------
     def test_identity_at_start(self, name: str) -> None:
-        """A new adapter leaves the outputs as they are (unless the suite says otherwise)."""
+        """A new adapter leaves the outputs as they are (unless the suite says otherwise).
+
+        Protects from training that begins with a damaged model.
+        """
         expected = self.output(self.base(name), name)
         found = self.output(self.model(name, random=False), name)
-        if self.neutral_start:
+        if self.starts_neutral:
             self.close(found, expected, "a new adapter changes the outputs")
         else:
             assert torch.isfinite(found).all(), "a new adapter gives infinite outputs"
 
     def test_has_an_effect(self, name: str) -> None:
-        """Weights that are not zero change the outputs, and none of the adapter's parameters is without effect."""
+        """Weights that are not zero change the outputs, and none of the adapter's parameters is without effect.
+
+        Protects from parameters that cost memory and training time, and do nothing.
+        """
         model = self.model(name)
         base = self.output(self.base(name), name)
         found = self.output(model, name)
@@ -109,7 +124,10 @@ class BehaviourChecks(SuiteBase):
                 parameter.copy_(kept)
 
     def test_disable(self, name: str) -> None:
-        """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included."""
+        """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included.
+
+        Protects from a reference model (for DPO, for evaluations) that is not the base, and training that stops when an evaluation was in between.
+        """
         model = self.model(name)
         before, flags = self.output(model, name), trainability(model)
         with model.disable_adapter():
@@ -118,7 +136,10 @@ class BehaviourChecks(SuiteBase):
         assert trainability(model) == flags, "disabling changed what trains"
 
     def test_two_adapters(self, name: str) -> None:
-        """Adapters of one model do not see one another; the one in use trains, the other does not."""
+        """Adapters of one model do not see one another; the one in use trains, the other does not.
+
+        Protects from one adapter answering, or being trained, in the place of another.
+        """
         model = self.model(name, "one", "two")
         alone = {adapter: self.output(self.model(name, "x", seed=seed), name) for adapter, seed in (("one", 1), ("two", 2))}
         for adapter, other in (("two", "one"), ("one", "two")):
@@ -128,7 +149,10 @@ class BehaviourChecks(SuiteBase):
             assert not any(p.requires_grad for p in parameters_of(model, other).values()), f"{other!r} is not in use but trains"
 
     def test_delete(self, name: str) -> None:
-        """Deleting an adapter removes its parameters and leaves the others; without any, the base is left."""
+        """Deleting an adapter removes its parameters and leaves the others; without any, the base is left.
+
+        Protects from memory that is never freed, and other adapters that change when one is deleted.
+        """
         model = self.model(name, "one", "two")
         expected = self.output(model, name)
         count = sum(p.numel() for p in self.model(name, "one").parameters())
@@ -141,7 +165,10 @@ class BehaviourChecks(SuiteBase):
         assert torch.equal(self.output(model, name), self.output(self.base(name), name)), "without adapters the model differs from the base"
 
     def test_unload(self, name: str) -> None:
-        """`unload` gives the base back: the same object, the same modules, the same outputs."""
+        """`unload` gives the base back: the same object, the same modules, the same outputs.
+
+        Protects from a base model that stays wrapped or changed after the adapter is gone.
+        """
         base = self.base(name)
         modules = {key: id(module) for key, module in base.named_modules()}
         model = self.model(name, base=base)
@@ -151,64 +178,8 @@ class BehaviourChecks(SuiteBase):
             assert {key: id(module) for key, module in base.named_modules()} == modules, "unload left other modules behind"
             assert torch.equal(self.output(base, name), self.output(self.base(name), name)), "after unload the base computes something else"
 
-    # ---- capabilities, both ways -----------------------------------------------------------------------------------
-    def test_merge(self, name: str) -> None:
-        """Declared MERGE: the merged base computes what the adapter computed. Not declared: refused, and nothing changes."""
-        model = self.model(name)
-        expected = self.output(model, name)
-        if not self.spec.can(Capability.MERGE):
-            raises(CapabilityError, model.merge_adapter, "merging without the capability MERGE")
-            assert torch.equal(self.output(model, name), expected), "a refused merge changed the outputs"
-            return
-        model.merge_adapter(safe_merge=True)
-        assert any(module.merges for module in layers_of(model)), "nothing was merged"
-        self.close(self.output(model, name), expected, "merged, the outputs differ", 5)
-        again = self.model(name)
-        merged = again.merge_and_unload()
-        self.close(self.output(merged, name), expected, "after merge_and_unload the outputs differ", 5)
-        wrapped = [key for key, module in merged.named_modules() if isinstance(module, AdapterLayer)]
-        assert not wrapped, f"merge_and_unload left wrappers behind: {wrapped[:3]}"
 
-    def test_unmerge_is_exact(self, name: str) -> None:
-        """Merging and taking out again, many times, in every dtype, leaves every bit of the base weights as it was."""
-        if not self.spec.can(Capability.MERGE):
-            raises(CapabilityError, self.model(name).merge_adapter, "merging without the capability MERGE")
-            return
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            model = self.model(name, base=self.base(name).to(dtype))
-            before = {id(layer): layer.weight.detach().clone() for layer in layers_of(model)}
-            for cycle in range(5):
-                model.merge_adapter()
-                changed = any(not torch.equal(layer.weight, before[id(layer)]) for layer in layers_of(model))
-                assert changed, f"{dtype}: merging changed no weight"
-                randomise(model, "default", 50 + cycle)  # what trains meanwhile must not leak into the base
-                model.unmerge_adapter()
-                for layer in layers_of(model):
-                    assert torch.equal(layer.weight, before[id(layer)]), f"{dtype}: the base weight differs after {cycle + 1} cycles"
-
-    def test_safe_merge_refuses_nan(self, name: str) -> None:
-        """A safe merge of a broken adapter is refused, and no weight of the model changes."""
-        if not self.spec.can(Capability.MERGE):
-            return
-        model = self.model(name)
-        before = {id(layer): layer.weight.detach().clone() for layer in layers_of(model)}
-        with torch.no_grad():
-            for parameter in list(layers_of(model)[-1].parameters_of("default").values())[-1:]:
-                parameter.fill_(float("nan"))
-        raises(ValueError, lambda: model.merge_adapter(safe_merge=True), "a safe merge of NaN")
-        assert all(torch.equal(layer.weight, before[id(layer)]) for layer in layers_of(model)), "a refused merge changed base weights"
-
-    def test_per_sample(self, name: str) -> None:
-        """Declared PER_SAMPLE: each row computes what it would alone. Not declared: refused."""
-        model = self.model(name, "one", "two")
-        names: list[Any] = ["two", "__base__", "one"]
-        if not self.spec.can(Capability.PER_SAMPLE):
-            raises(CapabilityError, lambda: self.output(model, name, adapter_names=names), "rows with different adapters")
-            return
-        found = self.output(model, name, adapter_names=names)
-        length = self.output(self.base(name), name).shape[1]
-        for row, adapter in enumerate(names):
-            with model.use_adapters(*([] if adapter == "__base__" else [adapter])):
-                alone = self.output(model, name)[row]
-            # virtual tokens, of other rows too, come first: what is compared are the caller's own tokens
-            self.close(found[row][-length:], alone[-length:], f"row {row} ({adapter}) differs from what it computes alone")
+def _same_fields(found: PeftConfig, expected: PeftConfig, what: str) -> None:
+    names = [field.name for field in dataclasses.fields(expected) if field.compare]
+    differ = [f"{name}={getattr(found, name)!r}" for name in names if getattr(found, name) != getattr(expected, name)]
+    assert not differ, f"{what}, the config says {', '.join(differ)}"

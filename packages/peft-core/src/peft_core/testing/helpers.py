@@ -79,6 +79,51 @@ def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
     return found
 
 
+Kept = list[tuple[str, nn.Module, str, Tensor]]
+
+
+def tensors_of(base: nn.Module) -> Kept:
+    """Return a copy of each parameter and buffer of a model, with the module that holds it: found again there when it is wrapped."""
+    return [
+        (f"{path}.{name}", module, name, tensor.detach().clone())
+        for path, module in base.named_modules()
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    ]
+
+
+def as_they_are(kept: Kept) -> Kept:
+    """Return the same tensors with copies of what they are now: adding an adapter may change the base for as long as it is there."""
+    return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in kept]
+
+
+def changed_tensors(kept: Kept) -> list[str]:
+    """Return the names of those tensors that are no longer what they were, bit for bit."""
+    found = []
+    for key, module, name, before in kept:
+        now = getattr(module, name)
+        if now.dtype != before.dtype or now.shape != before.shape or not torch.equal(bits(now), bits(before)):
+            found.append(key)
+    return found
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Return the bytes of a tensor: NaN equals itself, and 0.0 is not -0.0."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+
+
+def layer_inputs(model: PeftModel, inputs: dict[str, Tensor]) -> list[tuple[AdapterLayer, Tensor]]:
+    """Return the adapter layers that a call reaches, each with what it is given."""
+    found: list[tuple[AdapterLayer, Tensor]] = []
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: found.append((layer, args[0].detach().clone()))) for layer in layers_of(model)]
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
 def raises(kind: type[BaseException], action: Callable[[], Any], what: str) -> None:
     """Fail unless `action` raises `kind`."""
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, did_you_mean, listed
 
@@ -64,6 +65,35 @@ def _t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0))
 
 
+class ConvNet(nn.Module):
+    """Two convolutions and a classifier; the forward takes `pixels` (rows, 3, …) and returns (rows, 4)."""
+
+    def __init__(self, conv: type[nn.Conv1d] | type[nn.Conv2d]) -> None:
+        super().__init__()
+        self.stem = conv(3, 6, 3, stride=2, padding=1)
+        self.body = conv(6, 5, 2, dilation=2, bias=False)
+        self.classifier = nn.Linear(5, 4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return the scores of 4 classes."""
+        features: Tensor = self.body(nn.functional.gelu(self.stem(pixels)))
+        scores: Tensor = self.classifier(features.flatten(2).mean(-1))
+        return scores
+
+
+class OneLayer(nn.Module):
+    """A model that is one layer, called ``target``."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.target = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the layer computes."""
+        found: Tensor = self.target(x)
+        return found
+
+
 #: name → what builds it
 BASES: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama,
@@ -73,21 +103,64 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "bert-token-cls": functools.partial(_bert, "BertForTokenClassification", num_labels=3),
     "bert-qa": functools.partial(_bert, "BertForQuestionAnswering"),
     "t5": _t5,
+    "conv1d-net": functools.partial(ConvNet, nn.Conv1d),
+    "conv2d-net": functools.partial(ConvNet, nn.Conv2d),
+}
+#: name → the task of its configs, where it has one
+TASKS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert-seq-cls": "SEQ_CLS",
+    "bert-token-cls": "TOKEN_CLS",
+    "bert-qa": "QUESTION_ANS",
 }
 
 
-@functools.cache
-def _built(name: str, seed: int) -> nn.Module:
+def inputs_of(name: str, rows: int) -> dict[str, Tensor]:
+    """Return inputs of a tiny model, the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    if name in ("conv1d-net", "conv2d-net"):
+        return {"pixels": torch.randn(rows, 3, *[9] * (1 if name == "conv1d-net" else 2), generator=generator)}
+    ids = torch.randint(1, VOCABULARY, (rows, 6), generator=generator)
+    extra = {"decoder_input_ids": ids.flip(1)[:, :4]} if name == "t5" else {}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw the same random numbers in the block each time; those drawn after it are what they would have been."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
-        return BASES[name]().eval()
+        yield
     finally:
         torch.set_rng_state(state)
 
 
+def unsettle(model: nn.Module) -> nn.Module:
+    """Change fresh weights so that a fault shows in the outputs, the same way each time; returns the model.
+
+    Vectors (biases, the weights of norms) move away from 0 and 1: forgetting one counts. Matrices that transformers begins at a spread of
+    0.02 get one of 0.15: behind several of the small ones, nothing that a layer does is seen any more.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+            elif parameter.numel() > 1 and float(parameter.std()) < 0.05:
+                parameter.mul_(0.15 / float(parameter.std()))
+    return model
+
+
+@functools.cache
+def _built(name: str, seed: int) -> nn.Module:
+    with seeded(seed):
+        return unsettle(BASES[name]()).eval()
+
+
 def tiny(name: str = "llama", seed: int = 0) -> nn.Module:
-    """Return a fresh copy of a tiny model in eval mode, with the same weights each time.
+    """Return a fresh copy of a tiny model in eval mode, with the same weights each time; no bias is 0, no weight of a norm 1.
 
     Args:
         name: a key of `BASES`.

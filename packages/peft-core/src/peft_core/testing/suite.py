@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from .behaviour import BehaviourChecks
+from .capabilities import CapabilityChecks
 from .robustness import RobustnessChecks
+from .shapes import ShapeChecks
 
 
-class TunerSuite(BehaviourChecks, RobustnessChecks):
+class TunerSuite(ShapeChecks, RobustnessChecks, CapabilityChecks, BehaviourChecks):
     """Subclass it in a test file, name the tuner and a few configs; pytest collects the checks.
 
     Attributes and what can be overridden: see `peft_core.testing.base.SuiteBase`.

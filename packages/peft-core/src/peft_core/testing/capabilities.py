@@ -1,0 +1,299 @@
+"""Checks of what a tuner declares: a capability that is declared works, one that is not is refused and nothing changes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import (
+    AdapterLayer,
+    Capability,
+    CapabilityError,
+    ConfigError,
+    PeftConfig,
+    PeftModel,
+    UnsupportedModuleError,
+    get_peft_config,
+    get_peft_model,
+    hotswap_adapter,
+)
+from ..plugins import hookimpl, registry
+from .base import SuiteBase
+from .conditions import Condition, only, refuses_quantised, wraps_layers
+from .helpers import anatomy, as_they_are, changed_tensors, layer_inputs, layers_of, parameters_of, quiet, raises, randomise, tensors_of, trainability
+from .models import OneLayer, seeded, unsettle
+
+
+def _takes(capability: Capability, make: Callable[[], nn.Module]) -> Condition:
+    """Apply to tuners that wrap layers, but not to a config that excludes a kind which its tuner declares, and adapts with defaults."""
+
+    def condition(suite: SuiteBase, name: str) -> str | None:
+        reason = wraps_layers(suite, name)
+        if reason is not None or not suite.spec.can(capability):
+            return reason
+        refusal = _refusal(make(), suite.config_on(name, "target"))
+        defaults = get_peft_config({"peft_type": suite.peft_type, "target_modules": ["target"]})
+        return refusal if refusal is None or _refusal(make(), defaults) is None else None
+
+    return condition
+
+
+def _refusal(layer: nn.Module, config: PeftConfig) -> str | None:
+    try:
+        with quiet():
+            get_peft_model(OneLayer(layer), config)
+    except ConfigError as error:
+        return f"the config refuses {type(layer).__name__}: {error}"
+    return None
+
+
+class CapabilityChecks(SuiteBase):
+    """Checks of what a tuner declares, both ways."""
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+    def test_merge(self, name: str) -> None:
+        """Declared MERGE: the merged base computes what the adapter computed. Not declared: refused, and nothing changes.
+
+        Protects from deploying a merged model that is not the one that was evaluated.
+        """
+        model = self.model(name)
+        expected = self.output(model, name)
+        if not self.spec.can(Capability.MERGE):
+            self._refuses_to_merge(model, name)
+            return
+        model.merge_adapter(safe_merge=True)
+        assert any(module.merges for module in layers_of(model)), "nothing was merged"
+        self.close(self.output(model, name), expected, "merged, the outputs differ", 5)
+        again = self.model(name)
+        merged = again.merge_and_unload()
+        self.close(self.output(merged, name), expected, "after merge_and_unload the outputs differ", 5)
+        wrapped = [key for key, module in merged.named_modules() if isinstance(module, AdapterLayer)]
+        assert not wrapped, f"merge_and_unload left wrappers behind: {wrapped[:3]}"
+
+    def test_unmerge_is_exact(self, name: str) -> None:
+        """Merging and taking out again, many times, in every dtype, leaves every bit of the base's parameters and buffers as it was.
+
+        Protects from a base that drifts a little with each adapter that is merged for a while.
+        """
+        if not self.spec.can(Capability.MERGE):
+            self._refuses_to_merge(self.model(name), name)
+            return
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            base = self.base(name).to(dtype)
+            places = tensors_of(base)
+            model = self.model(name, base=base)
+            before = as_they_are(places)
+            for cycle in range(5):
+                model.merge_adapter()
+                assert changed_tensors(before), f"{dtype}: merging changed no weight"
+                randomise(model, "default", 50 + cycle)  # what trains meanwhile must not leak into the base
+                model.unmerge_adapter()
+                assert not changed_tensors(before), f"{dtype}: after {cycle + 1} cycles the base differs in {changed_tensors(before)[:3]}"
+
+    def test_safe_merge_refuses_nan(self, name: str) -> None:
+        """A safe merge of a broken adapter is refused, and no tensor of the model changes. Not declared MERGE: refused anyway.
+
+        Protects from a base that is full of NaN after a merge, with no way back.
+        """
+        base = self.base(name)
+        places = tensors_of(base)
+        model = self.model(name, base=base)
+        before = as_they_are(places)
+        if not self.spec.can(Capability.MERGE):
+            self._refuses_to_merge(model, name)
+            return
+        with torch.no_grad():
+            for parameter in list(layers_of(model)[-1].parameters_of("default").values())[-1:]:
+                parameter.fill_(float("nan"))
+        raises(ValueError, lambda: model.merge_adapter(safe_merge=True), "a safe merge of NaN")
+        assert not changed_tensors(before), f"a refused merge changed {changed_tensors(before)[:3]}"
+
+    def _refuses_to_merge(self, model: PeftModel, name: str) -> None:
+        expected, modules = self.output(model, name), anatomy(model)
+        for what in (model.merge_adapter, model.merge_and_unload):
+            for safe in (False, True):
+                raises(CapabilityError, partial(what, safe_merge=safe), "merging without the capability MERGE")
+        assert torch.equal(self.output(model, name), expected), "a refused merge changed the outputs"
+        assert anatomy(model) == modules, "a refused merge changed the modules"
+
+    # ---- several adapters ------------------------------------------------------------------------------------------
+    def test_per_sample(self, name: str) -> None:
+        """Declared PER_SAMPLE: each row computes what it would alone. Not declared: refused.
+
+        Protects from a batch in which the adapter of one user answers another.
+        """
+        model = self.model(name, "one", "two")
+        names: list[Any] = ["two", "__base__", "one"]
+        if not self.spec.can(Capability.PER_SAMPLE):
+            before = self.output(model, name)
+            raises(CapabilityError, lambda: self.output(model, name, adapter_names=names), "rows with different adapters")
+            assert torch.equal(self.output(model, name), before), "a refused call changed the outputs"
+            return
+        found = self.output(model, name, adapter_names=names)
+        length = self.output(self.base(name), name).shape[1]
+        for row, adapter in enumerate(names):
+            with model.use_adapters(*([] if adapter == "__base__" else [adapter])):
+                alone = self.output(model, name)[row]
+            # virtual tokens, of other rows too, come first: what is compared are the caller's own tokens
+            self.close(found[row][-length:], alone[-length:], f"row {row} ({adapter}) differs from what it computes alone")
+
+    def test_two_at_once(self, name: str) -> None:
+        """Two adapters in use act together: effects that are sums add up, merging both gives the same, and unmerging is exact.
+
+        Protects from an adapter that silently drops out, or counts twice, when adapters are combined.
+        """
+        base = self.base(name)
+        places = tensors_of(base)
+        model = self.model(name, "one", "two", base=base)
+        before = as_they_are(places)
+        with model.use_adapters("one", "two"):
+            both = self.output(model, name)
+        for adapter in ("one", "two"):
+            with model.use_adapters(adapter):
+                alone = self.output(model, name)
+            assert alone.shape != both.shape or not torch.equal(alone, both), f"with both in use, only {adapter!r} has an effect"
+        for layer, x in layer_inputs(model, self.inputs_for(model, name)):
+            self._sums(model, layer, x)
+        if self.spec.can(Capability.PER_SAMPLE):
+            routed = self.output(model, name, adapter_names=[["one", "two"]] * 3)
+            self.close(routed, both, "named for each row, both adapters compute something else")
+        model.set_adapter(["one", "two"])
+        self.close(self.output(model, name), both, "set_adapter with both computes something else than use_adapters")
+        if not self.spec.can(Capability.MERGE):
+            self._refuses_to_merge(model, name)
+            return
+        model.merge_adapter()
+        self.close(self.output(model, name), both, "merged, both adapters compute something else", 10)
+        model.unmerge_adapter()
+        assert not changed_tensors(before), f"after unmerging both the base differs in {changed_tensors(before)[:3]}"
+        self.close(self.output(model, name), both, "after unmerging both the adapters compute something else")
+
+    def _sums(self, model: PeftModel, layer: AdapterLayer, x: Tensor) -> None:
+        if not all(layer.is_additive(adapter) for adapter in ("one", "two")):
+            return
+        with torch.no_grad():
+            plain = layer.get_base_layer()(x)
+            effects = []
+            for names in (["one", "two"], ["one"], ["two"]):
+                with model.use_adapters(*names):
+                    effects.append(layer(x) - plain)
+        # what is subtracted is as large as the base's output, and so is the rounding
+        scale = plain.abs().max()
+        error = (effects[0] - effects[1] - effects[2]).abs().max()
+        assert error <= 10 * self.tolerance * max(scale, effects[0].abs().max()), f"the effects of two adapters do not add up: off by {error:.2e}"
+
+    def test_hotswap(self, name: str) -> None:
+        """Declared HOTSWAP: another adapter's file takes an adapter's place in the same parameters. Not declared: refused, nothing changes.
+
+        Protects from a server that recompiles, or answers with the old weights, when an adapter is exchanged.
+        """
+        model, other = self.model(name), self.model(name, seed=7)
+        before, expected = self.output(model, name), self.output(other, name)
+        places = {key: (id(parameter), parameter.data_ptr()) for key, parameter in parameters_of(model, "default").items()}
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            other.save_pretrained(folder)
+            if not self.spec.can(Capability.HOTSWAP):
+                raises(CapabilityError, partial(hotswap_adapter, model, folder, "default"), "replacing weights without the capability HOTSWAP")
+                assert torch.equal(self.output(model, name), before), "a refused replacement changed the outputs"
+                return
+            hotswap_adapter(model, folder, "default")
+        assert torch.equal(self.output(model, name), expected), "after the replacement the model computes something else than the new adapter"
+        found = {key: (id(parameter), parameter.data_ptr()) for key, parameter in parameters_of(model, "default").items()}
+        assert found == places, f"other parameters than before: {[key for key in places if found.get(key) != places[key]][:3]}"
+
+    # ---- kinds of layers -------------------------------------------------------------------------------------------
+    @only(_takes(Capability.EMBEDDING, partial(nn.Embedding, 4, 4)))
+    def test_embedding(self, name: str) -> None:
+        """Declared EMBEDDING: an embedding can be adapted and merged. Not declared: it is refused, and nothing changes.
+
+        Protects from an embedding that is adapted as if its ids were numbers, and from an error in the middle of an adaptation.
+        """
+        ids = torch.tensor([[0, 3, 10], [3, 7, 1]])
+        with seeded(4):
+            self._kind(name, Capability.EMBEDDING, nn.Embedding(11, 5), ids)
+
+    @only(_takes(Capability.CONV, partial(nn.Conv1d, 4, 4, 1)))
+    def test_convolution(self, name: str) -> None:
+        """Declared CONV: convolutions in one and two dimensions can be adapted and merged. Not declared: they are refused, nothing changes.
+
+        Protects from a convolution whose stride, padding or dilation the adapter forgets.
+        """
+        with seeded(4):
+            self._kind(name, Capability.CONV, nn.Conv1d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 9))
+            self._kind(name, Capability.CONV, nn.Conv1d(4, 6, 1), torch.randn(2, 4, 5))
+            self._kind(name, Capability.CONV, nn.Conv2d(3, 4, (3, 2), padding=(1, 0), dilation=2), torch.randn(2, 3, 7, 8))
+            self._kind(name, Capability.CONV, nn.Conv2d(2, 6, 1), torch.randn(2, 2, 3, 4))
+
+    @only(refuses_quantised)
+    def test_quantised(self, name: str) -> None:
+        """Not declared QUANTISED: a quantised layer is refused, also where another plugin offers the adapter layer; nothing changes.
+
+        Protects from an adapter around packed weights that its method reads as if they were numbers.
+        """
+        offer = _OffersLayers()
+        registry.register_plugin(offer)
+        try:
+            self._refuses(name, OneLayer(PackedLinear(4, 4)), Capability.QUANTISED)
+        finally:
+            registry.unregister_plugin(offer)
+
+    def _refuses(self, name: str, base: OneLayer, capability: Capability) -> None:
+        kind = type(base.target).__name__
+        before, modules, flags = tensors_of(base), anatomy(base), trainability(base)
+        with quiet():
+            action = partial(get_peft_model, base, self.config_on(name, "target"))
+            raises(UnsupportedModuleError, action, f"an adapter on {kind} without the capability {capability.name}")
+        assert anatomy(base) == modules, f"refusing {kind} changed the modules"
+        assert trainability(base) == flags, f"refusing {kind} changed what trains"
+        assert not changed_tensors(before), f"refusing {kind} changed its weights"
+
+    def _kind(self, name: str, capability: Capability, layer: nn.Module, x: Tensor) -> None:
+        kind = type(layer).__name__
+        base = OneLayer(layer)
+        unsettle(base).eval()
+        if not self.spec.can(capability):
+            self._refuses(name, base, capability)
+            return
+        places = tensors_of(base)
+        model = self.model_on(name, base)
+        before = as_they_are(places)
+        with torch.no_grad():
+            plain = layers_of(model)[0].get_base_layer()(x)
+        found = model(x)
+        assert found.shape == plain.shape, f"{kind}: the output has the shape {tuple(found.shape)}, the base's {tuple(plain.shape)}"
+        assert found.dtype == plain.dtype, f"{kind}: the output is {found.dtype}, the base's {plain.dtype}"
+        assert not torch.equal(found, plain), f"{kind}: the adapter has no effect"
+        torch.autograd.backward(found.square().sum())
+        for key, parameter in parameters_of(model, "default").items():
+            assert parameter.grad is not None, f"{kind}: {key} has no gradient"
+            assert torch.isfinite(parameter.grad).all(), f"{kind}: {key} has a gradient that is not finite"
+        with torch.no_grad():
+            with model.disable_adapter():
+                assert torch.equal(model(x), plain), f"{kind}: disabled, the model differs from the base"
+            if self.spec.can(Capability.MERGE):
+                model.merge_adapter(safe_merge=True)
+                self.close(model(x), found, f"{kind}: merged, the outputs differ", 5)
+                model.unmerge_adapter()
+                assert not changed_tensors(before), f"{kind}: after unmerging the base differs"
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose weight is packed into bytes: enough of a quantised layer to be refused."""
+
+    def __init__(self, inp: int, out: int) -> None:
+        super().__init__(inp, out)
+        del self.weight
+        self.register_buffer("weight", torch.zeros(out, inp, dtype=torch.uint8))
+
+
+class _OffersLayers:
+    """A plugin that has an adapter layer for everything."""
+
+    @hookimpl
+    def peft_make_layer(self, base_layer: nn.Module, activation: Any) -> Any:
+        return AdapterLayer(base_layer, activation)

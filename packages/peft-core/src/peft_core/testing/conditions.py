@@ -1,0 +1,84 @@
+"""When a check does not apply: a condition that is asked before the check is generated, and an exception for what only shows while it runs.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import unittest
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from .base import SuiteBase
+
+Condition = Callable[[Any, str], "str | None"]
+Suite = TypeVar("Suite", bound="SuiteBase")
+
+
+class NotApplicable(unittest.SkipTest):
+    """A check says nothing about this config; the message is the reason. pytest shows it as a skip, `run_suite` as "not run"."""
+
+
+def only(condition: Condition) -> Callable[[Callable[[Suite, str], None]], Callable[[Suite, str], None]]:
+    """Give a check a condition: it returns the reason why the check does not apply to a config, or None.
+
+    Where it can be answered when tests are collected, pytest gets no item for that config, so that nothing is skipped.
+    """
+
+    def decorate(check: Callable[[Suite, str], None]) -> Callable[[Suite, str], None]:
+        @functools.wraps(check)
+        def guarded(self: Suite, name: str) -> None:
+            reason = condition(self, name)
+            if reason is not None:
+                raise NotApplicable(reason)
+            check(self, name)
+
+        guarded.condition = condition  # type: ignore[attr-defined]
+        return guarded
+
+    return decorate
+
+
+def wraps_layers(suite: SuiteBase, name: str) -> str | None:
+    """Apply to tuners that wrap layers of the base."""
+    return None if suite.wraps_layers else f"{suite.peft_type} wraps no layers"
+
+
+def refuses_quantised(suite: SuiteBase, name: str) -> str | None:
+    """Apply to tuners that wrap layers, quantised ones not among them."""
+    from ..plugins import Capability
+
+    declared = f"{suite.peft_type} declares QUANTISED: the layers come from plugins, and have their tests there"
+    return wraps_layers(suite, name) or (declared if suite.spec.can(Capability.QUANTISED) else None)
+
+
+def offers_tokens(suite: SuiteBase, name: str) -> str | None:
+    """Apply to methods with virtual tokens on bases that take `input_ids`."""
+    if not suite.config(name).is_prompt_learning:
+        return f"{suite.peft_type} has no virtual tokens"
+    return None if "input_ids" in suite.inputs(name) else "the base takes no input_ids"
+
+
+def generates(suite: SuiteBase, name: str) -> str | None:
+    """Apply to configs whose task generates."""
+    from ..tuners.tasks import task_of
+
+    task = suite.config(name).task_type
+    return None if task_of(task).generates else f"the task {task or '(none)'} does not generate"
+
+
+def explained(check: Callable[..., Any]) -> tuple[str, str]:
+    """Return what a check tests and what it protects users from: the two paragraphs of its docstring, each on one line.
+
+    An author's check may lack either: it is "" then.
+    """
+    paragraphs = [" ".join(part.split()) for part in (inspect.getdoc(check) or "").split("\n\n")]
+    harm = next((part for part in paragraphs if part.startswith(PROTECTS)), "")
+    return paragraphs[0] if paragraphs[0] != harm else "", harm.removeprefix(PROTECTS).strip()
+
+
+#: how the paragraph begins that says why a check is there
+PROTECTS = "Protects from"

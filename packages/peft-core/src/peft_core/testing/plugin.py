@@ -1,0 +1,146 @@
+"""The pytest plugin: `--peft-tuner`, `--peft-config` and `--peft-report`. pytest imports it at each start, so it imports next to nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable
+
+#: the module that a run without test files collects
+SUITES = Path(__file__).with_name("installed.py")
+#: what a report carries to the process that writes ours
+FACTS = "peft_conformance"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options."""
+    group = parser.getgroup("peft-core", "conformance of tuners (peft-core)")
+    group.addoption(
+        "--peft-tuner",
+        action="append",
+        default=[],
+        metavar="TYPE",
+        help="run the conformance suite on this installed tuner, without a test file; may be repeated; `all`: every installed one",
+    )
+    group.addoption("--peft-config", metavar="FILE", help="JSON, name → fields: the configs to run instead of the tuner's examples")
+    group.addoption("--peft-report", metavar="DIR", help="write conformance.json and conformance.html of all suites that run into this folder")
+
+
+# ---- tuners without a test file ------------------------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Resolve the tuners, and have their suites collected."""
+    if config.getoption("peft_report") and not hasattr(config, "workerinput"):  # workers of pytest-xdist leave it to the first process
+        from .report import Reporter
+
+        config.pluginmanager.register(Reporter(config, FACTS), "peft_conformance_report")
+    if not config.getoption("peft_tuner"):
+        if config.getoption("peft_config"):
+            raise pytest.UsageError("--peft-config says how to run a tuner; name it with --peft-tuner TYPE")
+        return
+    types = _resolved(config.getoption("peft_tuner"))
+    if config.getoption("peft_config") and len(types) != 1:
+        raise pytest.UsageError(f"--peft-config holds the configs of one tuner, and {len(types)} are to run: {', '.join(types)}")
+    config.stash[_TYPES] = types
+    config.stash[_CONFIGS] = _configs(config)
+    # paths that the user gave are collected, too; where there are none, the working directory's own tests are not meant
+    given = list(config.args) if config.args_source is pytest.Config.ArgsSource.ARGS else []
+    config.args[:] = given if str(SUITES) in given else [*given, str(SUITES)]
+
+
+_TYPES = pytest.StashKey[list[str]]()
+_CONFIGS = pytest.StashKey["dict[str, dict[str, Any]] | None"]()
+
+
+def _resolved(given: Iterable[str]) -> list[str]:
+    from ..errors import PeftError
+    from ..plugins import registry
+
+    found: dict[str, None] = {}
+    for text in given:
+        names = sorted(registry.claims()) if text.casefold() == "all" else [text]
+        if not names:
+            raise pytest.UsageError("--peft-tuner all: no tuner is installed")
+        for name in names:
+            try:
+                found[registry.resolve(name).peft_type] = None
+            except PeftError as error:
+                raise pytest.UsageError(f"--peft-tuner {text}: {error}") from error
+    return list(found)
+
+
+def _configs(config: pytest.Config) -> dict[str, dict[str, Any]] | None:
+    given = config.getoption("peft_config")
+    if given is None:
+        return None
+    path = config.invocation_params.dir / given
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise pytest.UsageError(f"--peft-config {given}: can't be read as JSON: {error}") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(fields, dict) for fields in found.values()):
+        raise pytest.UsageError(f'--peft-config {given}: expected one object, name → fields, such as {{"small": {{"target_modules": ["q_proj"]}}}}')
+    return found
+
+
+class InstalledSuites(pytest.Module):
+    """The suites of the tuners that were named on the command line."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """Put one suite for each tuner into the module, and collect them as pytest collects any class."""
+        from .installed import suite_for
+
+        suites = [suite_for(peft_type, self.config.stash[_CONFIGS]) for peft_type in self.config.stash[_TYPES]]
+        for suite in suites:
+            setattr(self.obj, suite.__name__, suite)
+        wanted = {suite.__name__ for suite in suites}  # another run in this process may have left its own
+        return [found for found in super().collect() if found.name in wanted]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Collect our own module as the suites of the tuners that were named."""
+    if module_path != SUITES or _TYPES not in parent.config.stash:
+        return None
+    module: pytest.Module = InstalledSuites.from_parent(parent, path=module_path, name="peft-core", nodeid="peft-core")
+    return module
+
+
+# ---- suites, from test files too ------------------------------------------------------------------------------------------
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> list[pytest.Item | pytest.Collector] | None:
+    """Leave out checks that apply to no config of a suite: without an item, nothing is skipped."""
+    suite = _suite(collector.obj) if isinstance(collector, pytest.Class) else None
+    if suite is None or not hasattr(obj, "condition"):
+        return None
+    asking = suite()
+    return [] if all(asking.not_run(name, config) is not None for config in suite.named_configs()) else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Give the report of a check what our own report says of it: under pytest-xdist that is written in another process."""
+    report = yield
+    if item.config.getoption("peft_report") and isinstance(item, pytest.Function):
+        suite, call = _suite(item.cls), getattr(item, "callspec", None)
+        if suite is not None and call is not None and "name" in call.params:
+            from .facts import facts_of
+
+            place = {"suite": f"{suite.__module__}.{suite.__qualname__}", "check": item.function.__name__, "config": call.params["name"]}
+            setattr(report, FACTS, {**place, **(facts_of(suite) if report.when == "setup" else {})})
+    return report
+
+
+def _suite(kind: Any) -> Any | None:
+    """Return the class if it is a suite."""
+    base = sys.modules.get(f"{__package__}.base")  # before somebody imported it, no class can be a suite
+    return kind if base is not None and isinstance(kind, type) and issubclass(kind, base.SuiteBase) else None
