@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -20,20 +20,24 @@ class Block:
     """One fenced block.
 
     Args:
-        language: what stands behind the opening fence.
+        language: the first word behind the opening fence.
         code: the lines between the fences.
         line: number of its first line in the page.
         output: the text block that follows directly on a Python block: what it must print.
+        named: the second word behind the opening fence, a file's name.
     """
 
     language: str
     code: str
     line: int
     output: str | None = None
+    named: str | None = None
 
     @property
     def file(self) -> str | None:
-        """The name in a first line such as ``# folder/name.py``: such a block is a file and not run."""
+        """The name behind the fence (```` ```python folder/name.py````) or in a first line such as ``# folder/name.py``: a file, not run."""
+        if self.named is not None:
+            return self.named
         first, _, _ = self.code.partition("\n")
         found = _FILE.match(first.strip())
         return found.group(1) if found else None
@@ -47,8 +51,8 @@ class Page:
 
     @property
     def name(self) -> str:
-        """Its path from the root of the repository."""
-        return self.path.relative_to(ROOT).as_posix()
+        """Its path from the root of the repository, if it is in there."""
+        return self.path.relative_to(ROOT).as_posix() if self.path.is_relative_to(ROOT) else self.path.as_posix()
 
     @cached_property
     def text(self) -> str:
@@ -62,10 +66,11 @@ class Page:
             mark = _FENCE.match(line)
             if fence:
                 if mark and mark.group(1) == fence and not mark.group(2):
-                    block = Block(language, "\n".join(code) + "\n", start)
+                    word, _, named = language.partition(" ")
+                    block = Block(word, "\n".join(code) + "\n", start, named=named.strip() or None)
                     # only blank lines between: it is the output of the block before
-                    if language == "text" and found and found[-1].language == "python" and end == start:
-                        found[-1] = Block("python", found[-1].code, found[-1].line, block.code)
+                    if word == "text" and found and found[-1].language == "python" and end == start:
+                        found[-1] = replace(found[-1], output=block.code)
                     else:
                         found.append(block)
                     fence, end = "", number + 2

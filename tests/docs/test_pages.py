@@ -24,7 +24,7 @@ RUNNABLE = [name for name, page in PAGES.items() if any(block.language == "pytho
 #: what a reader can be told to type, as the first word of a command
 PROGRAMS = {"python", "pip", "nox", "pytest", "cd", "git"}
 #: what `python -m` can start
-MODULES = {"pip", "nox", "pytest", "venv"}
+MODULES = {"build", "pip", "nox", "pytest", "venv"}
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -70,6 +70,7 @@ def fault_of(words: list[str]) -> str | None:
     if not words:
         return None
     program, *rest = words
+    program = re.sub(r"^(?:\.\./)?[\w.-]+/bin/", "", program)  # of a virtual environment that the page has made
     if program == "python" and rest[:1] == ["-m"]:
         program, rest = rest[1], rest[2:]
         if program not in MODULES:
@@ -92,6 +93,8 @@ def fault_of(words: list[str]) -> str | None:
         ("PEFT_CORE_PLUGINS=none python -c pass", None),
         ("nox -s no-such-session", "no nox session"),
         ("python -m peft_core_cli", "not known"),
+        ("../fresh/bin/python -m pytest", None),
+        ("../fresh/bin/peft-core plugins", "not known"),
         ("peft-core plugins", "not known"),
         ("pip install ./packages/peft-nothing", "does not exist"),
     ],

@@ -112,11 +112,13 @@ def test_half_precision_is_rounded_once() -> None:
     assert (error <= expected.float().abs() * 2**-8).all()
 
 
-def test_there_is_no_delta() -> None:
+@torch.no_grad()
+def test_there_is_no_delta_but_a_change_of_the_weight() -> None:
     model = adapted("a")
     layer = next(module for module in model.modules() if isinstance(module, IA3Layer))
-    with pytest.raises(MergeError, match="additive"):
-        layer.get_delta_weight("a")
+    with pytest.raises(MergeError, match="there is no ΔW"):
+        layer.delta_weight("a")
+    torch.testing.assert_close(layer.get_delta_weight("a"), layer.weight * layer.ia3_l["a"] - layer.weight)
 
 
 def test_feedforward_modules_are_targets() -> None:

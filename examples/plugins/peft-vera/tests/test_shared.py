@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_core import ConfigError, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft_core import (
+    ConfigError,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft_core.testing import tiny
-from torch import Tensor, nn
-
 from peft_vera import Projection, VeraConfig, VeraLayer
+from torch import Tensor, nn
 
 
 def model_of(r: int = 6, **fields) -> PeftModel:
@@ -154,6 +160,29 @@ def test_a_failed_add_leaves_no_projection() -> None:
 class _Broken(VeraConfig):
     def extras(self):
         raise RuntimeError("on purpose")
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_in_a_model_that_keeps_its_class(meta: bool) -> None:
+    """Injected, the projection hangs on the base itself, and goes with the last adapter."""
+    ids = torch.arange(1, 7).view(1, 6)
+    wrapped = model_of()
+    tensors = get_peft_model_state_dict(wrapped)
+    config = VeraConfig(r=6, target_modules=["q_proj", "down_proj"], projection_prng_key=9)
+    model = inject_adapter_in_model(config, tiny(), state_dict=tensors, low_cpu_mem_usage=meta)
+    set_peft_model_state_dict(model, tensors, strict=True)
+    assert_shared(model)
+    assert get_peft_model_state_dict(model).keys() == {key.removeprefix("base_model.model.") for key in tensors}
+    with torch.no_grad():
+        for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin.eval()(input_ids=ids).logits, wrapped(input_ids=ids).logits)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        inject_adapter_in_model(_Broken(r=3, target_modules=["q_proj"]), model, "broken")
+    assert list(model.vera_projections) == ["default"]
+    with pytest.warns(match="already has adapters"):
+        base = get_peft_model(model, VeraConfig(r=2, target_modules=["v_proj"]), "other").unload()
+    assert base is model
+    assert base.state_dict().keys() == tiny().state_dict().keys()
 
 
 def test_the_seed_decides() -> None:

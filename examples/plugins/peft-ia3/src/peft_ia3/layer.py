@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from peft_core import ALL, Activation, AdapterLayer, MergeError, ops_for
 from torch import Tensor, nn
 
@@ -39,7 +38,6 @@ class IA3Layer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__(base_layer, activation)
         self.feedforward: dict[str, bool] = {}
-        self.biases: list[Tensor | None] = []  # the bias as it was before each merge of this layer
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -96,43 +94,9 @@ class IA3Layer(AdapterLayer):
         """Return the weight with its rows (feed-forward: its columns) scaled, in the wider of the two dtypes: core rounds once."""
         return weight * self.ops.stored(self.ia3_l[adapter])
 
-    def merge(self, adapters: Any = None, *, safe: bool = False) -> None:
-        """Fold adapters into the weight, and into the bias: scaling the output scales it, too."""
-        count, before = len(self.merges), set(self.merged_adapters)
-        super().merge(adapters, safe=safe)
-        if len(self.merges) == count:
-            return
-        bias = self.bias
-        factors = [self.vector(name) for name in self.merged_adapters if name not in before and not self.feedforward[name]]
-        if bias is None or not factors:
-            self.biases.append(None)
-            return
-        self.biases.append(bias.detach().clone())
-        with torch.no_grad():
-            scaled = bias
-            for factor in factors:
-                scaled = scaled * factor
-            if safe and not torch.isfinite(scaled).all():
-                self.undo_last_merge()
-                raise MergeError("the bias scaled by IA3 is not finite", hint="look at the adapter's tensors; the base is unchanged")
-            bias.copy_(scaled)
-
-    def undo_last_merge(self) -> None:
-        """Take the last merge of this layer back."""
-        super().undo_last_merge()
-        self._restore(self.biases.pop())
-
-    def unmerge(self) -> None:
-        """Take every merged adapter out again; weight and bias return bit for bit."""
-        super().unmerge()
-        while self.biases:
-            self._restore(self.biases.pop())
-
-    def _restore(self, before: Tensor | None) -> None:
-        bias = self.bias
-        if before is not None and bias is not None:
-            with torch.no_grad():
-                bias.copy_(before)
+    def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
+        """Return the bias, scaled where the output is."""
+        return bias if bias is None or self.feedforward[adapter] else bias * self.vector(adapter)
 
 
 def _scaled(value: Tensor, vector: Tensor) -> Tensor:

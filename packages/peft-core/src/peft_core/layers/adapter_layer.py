@@ -13,6 +13,7 @@ from .activation import ALL, Activation, Route
 from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
 from .creation import Creation
+from .kept import KeptWeight, kept_weight
 from .merging import Merge
 
 
@@ -36,6 +37,9 @@ class AdapterLayer(AdapterMerging):
 
     #: classes of base layers that this layer can wrap
     base_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    #: in evaluation without gradients the merged weight of the only adapter in use is kept for plain float32 Linears with no more entries
+    #: than this; 0: never. For layers whose whole effect on a Linear is a change of weight and bias
+    keep_up_to: ClassVar[int] = 0
     #: whether `cast_input` does anything
     casts_input: bool = True
 
@@ -54,6 +58,8 @@ class AdapterLayer(AdapterMerging):
         self._direct = type(base_layer) is nn.Linear
         # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
         self._fresh = isinstance(base_layer, AdapterLayer) or self.ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH
+        self._small = self._direct and self.matrix_shape[0] * self.matrix_shape[1] <= self.keep_up_to and self.weight.dtype is torch.float32
+        self.kept_now: KeptWeight | None = None
         self._creation = Creation()
 
     @classmethod
@@ -80,6 +86,10 @@ class AdapterLayer(AdapterMerging):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row."""
         base: Any = self._modules["base_layer"]
+        if self._small and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed(base.__dict__)):
+            kept = kept_weight(self, x)
+            if kept is not None and kept.weight is not None:
+                return F.linear(x, kept.weight, kept.bias)
         state = base.__dict__
         if _observed(state):
             # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
@@ -108,6 +118,12 @@ class AdapterLayer(AdapterMerging):
                 y = self.contribute(adapter, x, y)
         return y
 
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Switch between training and evaluation, and forget what was computed from the weights."""
+        self.kept_now = None
+        super().train(mode)
+        return self
+
     def contribute_chosen(self, chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.
 
@@ -130,7 +146,7 @@ class AdapterLayer(AdapterMerging):
         base: Any = self._modules["base_layer"]
         if not self._direct or _observed(base.__dict__) or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
             return None
-        return base if type(base.weight) is nn.Parameter else None  # type: ignore[no-any-return]
+        return base if type(base.weight) is nn.Parameter else None
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it."""

@@ -91,14 +91,15 @@ class AdapterMerging(AdapterWeights):
             return None
         base = self.get_base_layer()
         layer = cast("AdapterLayer", self)
-        folds = [Fold(base, self.weight_name, self._change(own), shared=self.shared_weight)]
+        folds = [Fold(base, self.weight_name, self.change_of(own), shared=self.shared_weight)]
         bias = base._parameters.get(self.bias_name)
         with torch.no_grad():
             if any(self.merged_bias(adapter, bias) is not bias for adapter in own):
                 folds.append(Fold(base, self.bias_name, BiasChange(layer, own)))
         return Merge(base, own, folds)
 
-    def _change(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
+    def change_of(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
+        """Return what merging these adapters does to the base weight."""
         layer = cast("AdapterLayer", self)
         whole = type(self).merged_weight is not AdapterMerging.merged_weight
         with torch.no_grad():
@@ -143,7 +144,7 @@ class AdapterMerging(AdapterWeights):
         """
         if adapter not in self.scaling:
             raise AdapterNotFoundError(f"this {type(self).__name__} has no adapter {adapter!r}", hint=f"it has {self.adapters()}")
-        change = self._change((adapter,)) if not self.is_additive(adapter) else None
+        change = self.change_of((adapter,)) if not self.is_additive(adapter) else None
         if change is None:
             return self.ops.stored(self.delta_weight(adapter))
         weight = self.base_weight()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MergeError, listed
 from .merging import merges_of
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
     """Check that folding adapters into a weight gives what the layers around it compute.
 
-    A factor acts on what is inside it. Folded in while something inside is still applied beside the weight, it misses that; and what is
-    folded in under a factor that is in the weight already is not multiplied by it.
+    A factor acts on what is inside it. Folded in while something inside is still applied beside the weight, it misses that; what is
+    folded in under a factor that is in the weight already is not multiplied by it; and what is folded in from outside a factor that is not
+    in the weight is multiplied by it.
 
     Args:
         layer: where adapters are about to be merged.
@@ -35,6 +36,7 @@ def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
     if not own:
         return
     pending: list[str] = []
+    factors: list[str] = []
     known = set(map(id, layer.merges))
     if any(not layer.is_additive(name) for name in own):
         # adapters of this very layer that act before the factor and are not in the weight
@@ -47,12 +49,20 @@ def refuse_wrong_order(layer: AdapterLayer, adapters: Sequence[str]) -> None:
     inner = layer._modules["base_layer"]
     while isinstance(inner, AdapterLayer):
         settled = {*adapters, *inner.merged_adapters}
-        pending += [name for name in inner.activation.names if name in inner.scaling and name not in settled]
+        beside = [name for name in inner.activation.names if name in inner.scaling and name not in settled]
+        pending += beside
+        factors += [name for name in beside if not inner.is_additive(name)]
         known.update(map(id, inner.merges))
         inner = inner._modules["base_layer"]
     if pending and any(not layer.is_additive(name) for name in own):
         raise MergeError(
             f"{type(layer).__name__} multiplies what is inside it, and there {listed(dict.fromkeys(pending))} would stay unmerged",
+            hint="merge them in the same call",
+        )
+    if factors:
+        raise MergeError(
+            f"{listed(dict.fromkeys(factors))} multiply what is inside them and would stay unmerged, so that {listed(own)} from outside would be "
+            f"multiplied, too",
             hint="merge them in the same call",
         )
     above = [name for merge in merges_of(layer.get_base_layer()) if id(merge) not in known and not merge.additive for name in merge.adapters]
@@ -186,13 +196,15 @@ class AffineChange:
     def as_merged(self, adapter: str) -> Iterator[None]:
         """Inside the block the adapter has the values that it had when it was merged."""
         layer, (scaling, values) = self.layer, self.kept[adapter]
-        present = [(module._parameters if name in module._parameters else module._buffers, name, key) for key, module, name in layer.holders(adapter)]
+        present: list[tuple[Any, str, str]] = [
+            (module._parameters if name in module._parameters else module._buffers, name, key) for key, module, name in layer.holders(adapter)
+        ]
         before = [store[name] for store, name, _ in present]
         scaling_before = layer.scaling[adapter]
         try:
             layer.scaling[adapter] = scaling
             for store, name, key in present:
-                store[name] = values[key, name].to(layer.weight.device)  # type: ignore[assignment]
+                store[name] = values[key, name].to(layer.weight.device)
             yield
         finally:
             layer.scaling[adapter] = scaling_before
@@ -203,6 +215,11 @@ class AffineChange:
 def _fixed(scaling: float) -> float:
     """Return a scaling that stays as it is: where it is a tensor (of a compiled model), somebody may fill it with another value."""
     return scaling.clone() if isinstance(scaling, Tensor) else scaling
+
+
+def home_of(module: nn.Module, name: str) -> dict[str, Any]:
+    """Return the dict of a module in which a parameter or buffer is."""
+    return module._parameters if name in module._parameters else module._buffers
 
 
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:

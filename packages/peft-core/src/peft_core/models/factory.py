@@ -101,19 +101,22 @@ def inject_adapter_in_model(
         `model`.
 
     Raises:
-        CapabilityError: the method needs modules beside the base (virtual tokens).
+        CapabilityError: the method takes part in calls (virtual tokens, facts for its layers), and those of a bare model are its own.
         others as `get_peft_model`; the model is as before.
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
-    if peft_config.is_prompt_learning:
-        raise CapabilityError(f"{peft_config.peft_type} can't be injected: its virtual tokens stand beside the model", hint="use get_peft_model")
+    spec = registry.resolve(str(peft_config.peft_type))
     index, _ = adopt(model)
+    if registry.tuner_class(spec.peft_type)(spec, index.activation).takes_part_in_calls:
+        raise CapabilityError(
+            f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
+        )
     view = None
     if state_dict is not None:
-        view = index.view.choosing(_paths_in(state_dict, registry.resolve(str(peft_config.peft_type)).parameter_prefix, index))
+        view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
         _warn_if_config_differs(index, peft_config, adapter_name, view.chosen or frozenset())
-    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage), view=view)
+    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage), view=view, mount_on=model)
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
     index.activation.select([*index.active, adapter_name])
@@ -122,12 +125,16 @@ def inject_adapter_in_model(
     return model
 
 
+#: how keys begin of what stands beside the base and is no module of it (`base_model.vera_A`)
+_BESIDE = ["base_model"]
+
+
 def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
     paths = set()
     for key in state_dict:
         parts = key.removeprefix(WRAPPER_PREFIX).split(".")
         cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
-        if cut:
+        if cut and parts[:cut] != _BESIDE:
             paths.add(".".join(part for part in parts[:cut] if part != "base_layer"))  # wrappers inside others
     unknown = sorted(paths - index.view.modules.keys())
     if unknown:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..plugins import Capability, TunerSpec, hooks, registry
 from . import builtin, folding, generation, naming, reshaping
 from .assemble import BaseForward
 from .base_view import BaseView, checkpointed
-from .perform import Undo, collector_paused, perform, take_off
+from .perform import Undo, collector_paused, perform
 from .reshaping import Reshape
 from .tuner import Plan, TunerBase
 
@@ -344,31 +344,14 @@ class AdapterIndex:
             hooks.adapter_activated(self.base, self.activation.names)
         hooks.adapter_deleted(self.base, adapter)
 
-    def leave(self, adapter: str, paths: Collection[str]) -> None:
-        """Take an adapter out of some of the modules that it wraps; a wrapper that no adapter uses any more is taken off.
-
-        Args:
-            adapter: its name.
-            paths: original names of modules; those that it does not wrap are ignored.
-
-        Raises:
-            AdapterNotFoundError: the model has no such adapter.
-            MergeError: it is merged.
-        """
-        self.require(adapter)
-        if adapter in self.merged_adapters():
-            raise MergeError(f"the adapter {adapter!r} is merged and can't leave modules", hint="unmerge_adapter() first")
-        kind = str(self.configs[adapter].peft_type)
-        for key in [key for key in self.own[adapter] if key[0] == kind and key[1] in paths]:
-            self.own[adapter].remove(key)
-            self.entries[key].drop(adapter)
-            take_off(self, key)
-
     def retire(self) -> None:
         """Forget all adapters; the base is no adapted model any more."""
         generation.uninstall(self.base)
         for name in (ATTRIBUTE, "peft_config"):
             self.base.__dict__.pop(name, None)
+        for (kind, path), module in self.entries.items():
+            if not kind and self.base._modules.get(path) is module:  # mounted on the base itself, as injecting does
+                del self.base._modules[path]
         self.entries.clear()
         self.own.clear()
         self.configs.clear()

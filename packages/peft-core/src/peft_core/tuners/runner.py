@@ -59,9 +59,9 @@ class LastRoute:
         for name in route.used:
             modules = index.modules_of(name)
             for (_, module), which in zip(modules[:1] + modules[1:][-1:], (-1, 0), strict=False):
-                tensor = list(module.parameters_of(name).values())[which]
-                if not tensor.is_meta:
-                    self.sample.append((tensor, Watch(tensor)))
+                for tensor in list(module.parameters_of(name).values())[which:][:1]:  # a mount may have buffers alone
+                    if not tensor.is_meta:
+                        self.sample.append((tensor, Watch(tensor)))
 
     def holds(self) -> bool:
         """Return whether the sample is unchanged."""

@@ -25,6 +25,7 @@ class Linear(LoraLayer):
     """
 
     containers = ("lora_A", "lora_B")
+    keep_up_to: ClassVar[int] = 1 << 18  # 1 MiB
     per_adapter: ClassVar[tuple[str, ...]] = (*LoraLayer.per_adapter, "ends")
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:

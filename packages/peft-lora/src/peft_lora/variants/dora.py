@@ -151,8 +151,8 @@ class Dora(Variant):
         if not p:
             if bias is None:
                 return self._plain(x, y) * f
-            b: Tensor = ops.features(bias.to(y.dtype))
-            return (self._plain(x, y) - b) * f + b
+            shift: Tensor = ops.features(bias.to(y.dtype))
+            return (self._plain(x, y) - shift) * f + shift
         dropped = F.dropout(x, p)
         weight = ops.matrix(layer.base_weight()).to(x.dtype)
         through_base: Tensor = ops.apply(layer.get_base_layer(), dropped, weight)
@@ -205,6 +205,9 @@ class Kept:
         self.was = sum(word.value for word in self.words)
         self.factor: Tensor = layer.ops.features(f.to(dtype))
         self.rest: Tensor | None = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # copies of a layer compute their own
 
     def holds(self, m: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> bool:
         """Return whether it still does, given the tensors of today."""
