@@ -193,6 +193,10 @@ class Attention(LoraLayer):
             raise RoutingError(
                 f"{type(base).__name__}.forward has no argument `query`, so that its rows can't be told apart", hint="use one adapter for all rows"
             )
+        if query.is_nested:
+            raise RoutingError(
+                "rows of a nested tensor can't be told apart", hint="make the TransformerEncoder with enable_nested_tensor=False, or use one adapter"
+            )
         dim = 0 if base.batch_first or query.dim() != 3 else 1
         batch = query.shape[dim] if query.dim() == 3 else 1
         parts = _groups(route, batch, query.device)
@@ -215,7 +219,7 @@ class Attention(LoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # torch's TransformerEncoderLayer asks this before it hands the plain weights to a fused kernel, past any adapter
+        # torch's TransformerEncoderLayer asks this before it hands the weights to a fused kernel, past `forward` and its rows
         return False
 
     def __getattr__(self, name: str) -> Any:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, MergeError, Slot
+from peft_core import AdapterLayer, Merge, MergeError, Slot
 
 from .. import formulas, rooms
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
     from ..initializers.base import Initializer, Start
+    from ..tying import Tie
     from ..variants.base import Variant
 
 
@@ -50,7 +51,7 @@ class LoraLayer(AdapterLayer):
     """
 
     per_adapter: ClassVar[tuple[str, ...]] = (
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept", "columns"),
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept", "columns", "tied"),
     )
     #: the containers under the name that the reference implementation has for them
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
@@ -68,6 +69,8 @@ class LoraLayer(AdapterLayer):
         self.frozen: dict[str, frozenset[str]] = {}
         #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
         self.columns: dict[str, int] = {}
+        #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
+        self.tied: dict[str, Tie] = {}
         #: what was computed from weights and holds until they change, by adapter
         self.kept: dict[str, Any] = {}
 
@@ -162,6 +165,9 @@ class LoraLayer(AdapterLayer):
     # ---- asking -----------------------------------------------------------------------------------------------------
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield (end of the file key, module, attribute) for each tensor of an adapter."""
+        if adapter in self.tied:
+            yield from self.tied[adapter].holders()
+            return
         for key, module, name in super().holders(adapter):
             yield key.replace("lora_magnitude_vector.weight", "lora_magnitude_vector"), module, name
         variant = self.variants.get(adapter)
@@ -176,6 +182,8 @@ class LoraLayer(AdapterLayer):
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return what a file holds of the adapter: of factors with room for more, the part in use."""
+        if adapter in self.tied:
+            return self.tied[adapter].slots()
         slots = super().slots(adapter)
         return rooms.used_slots(self, adapter, slots) if adapter in self.columns else slots
 
@@ -223,6 +231,12 @@ class LoraLayer(AdapterLayer):
             )
         return bias + self.scaling[adapter] * beta.to(bias.dtype)
 
+    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those adapters that have weights here; where they are those of another layer, they stay tied if they can."""
+        own = [adapter for adapter in adapters if adapter in self.scaling and adapter not in self.merged_adapters]
+        tied = self.tied[own[0]].plan_merge(self, own) if own and all(adapter in self.tied for adapter in own) else None
+        return super().plan_merge(adapters) if tied is None else tied
+
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base."""
         variant = self.variants.get(adapter)
@@ -246,7 +260,9 @@ class LoraLayer(AdapterLayer):
         present: Any = self.scaling[adapter]
         if isinstance(present, Tensor):
             present.fill_(value)
-            self.kept.pop(adapter, None)  # what is kept from this scaling can't see that it changed
+            # what is kept from this scaling can't see that it changed
+            self.kept.pop(adapter, None)
+            self.kept_now = None
         else:
             self.scaling[adapter] = value
 

@@ -56,6 +56,8 @@ class Embedding(LoraLayer):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, vocabulary) and B (dim, r)."""
+        if adapter in self.tied:
+            return self.tied[adapter].factors()
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:

@@ -59,10 +59,11 @@ def stacked(layer: Linear, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) 
     """Return A (rows, R, in) and s·Bᵀ (rows, R, out): the adapters of each row one under the other, padded with zeros to the most that a row has."""
     parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
     most = 1
+    out, inp = layer.matrix_shape
     for row in dict.fromkeys(rows):
         factors = [(*layer.factors(name), layer.scaling[name]) for name in row]
-        a = torch.cat([a for a, _, _ in factors]).to(dtype) if factors else layer.weight.new_zeros(0, layer.matrix_shape[1], dtype=dtype)
-        b = torch.cat([b.t() * s for _, b, s in factors]).to(dtype) if factors else layer.weight.new_zeros(0, layer.matrix_shape[0], dtype=dtype)
+        a = torch.cat([a for a, _, _ in factors]).to(dtype) if factors else torch.zeros(0, inp, dtype=dtype, device=layer.weight.device)
+        b = torch.cat([b.t() * s for _, b, s in factors]).to(dtype) if factors else torch.zeros(0, out, dtype=dtype, device=layer.weight.device)
         parts[row] = a, b
         most = max(most, a.shape[0])
     padded = {row: tuple(torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[0])) for part in both) for row, both in parts.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 #: attributes that lead back to the original: what accelerate and `Module.compile` put on a module
-_LEADING_BACK = ()
+_LEADING_BACK = ("forward", "_old_forward", "_hf_hook", "_compiled_call_impl")
 
 
 def shell(module: nn.Module, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None) -> Any:
