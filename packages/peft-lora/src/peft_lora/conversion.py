@@ -172,7 +172,11 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
     for (kind, path), module in index.modules_of(adapter):
         if kind != str(config.peft_type) and kind:
             whole.update({(path, end): slot.read().clone() for end, slot in module.slots(adapter).items()})
-        elif isinstance(module, AdapterLayer) and module.ops.kind in _KINDS:
+        elif isinstance(module, AdapterLayer):
+            if module.ops.kind not in _KINDS:
+                raise CapabilityError(
+                    f"{path!r} of the adapter {adapter!r} is of the kind {module.ops.kind!r}, which can't be converted", hint=f"known are {_KINDS}"
+                )
             layers[path] = module
         else:
             raise CapabilityError(

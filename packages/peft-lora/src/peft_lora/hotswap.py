@@ -105,6 +105,8 @@ def prepare_model_for_compiled_hotswap(
         if layer.ops.kind in UNSWAPPABLE:
             continue
         for adapter in layer.adapters():
+            if adapter in layer.tied:  # the parameters are those of an embedding, which can't be swapped
+                continue
             if target_rank is not None and layer.r[adapter] > target_rank:
                 raise ConfigError(
                     f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
@@ -154,18 +156,20 @@ def _widen(layer: LoraLayer, adapter: str, room: int) -> None:
 # ---- the swap -----------------------------------------------------------------------------------------------------------
 
 
-def plan_swap(adapter: str, config: LoraConfig, incoming: Sequence[Incoming]) -> Callable[[], None]:
+def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: Sequence[Incoming]) -> Callable[[], None]:
     """Return what writes weights in the place of an adapter's: in layers for which nothing came, the new adapter has no effect.
 
     Args:
         adapter: whose place they take.
+        present: its config.
         config: belongs to the weights; its rank and scale are taken.
         incoming: each layer with what came for it.
 
     Raises:
-        ConfigError: an initialisation that changes the base has to be done anew.
+        ConfigError: an initialisation that changes the base would have to be done anew.
         AdapterWeightsError: shapes or ranks do not fit. Nothing is changed.
     """
+    _check_start(present, config)
     ranks: Patterns[int] = Patterns(config.rank_pattern or {}, "rank_pattern")
     alphas: Patterns[int] = Patterns(config.alpha_pattern or {}, "alpha_pattern")
     steps: list[Callable[[], None]] = []
@@ -178,7 +182,7 @@ def plan_swap(adapter: str, config: LoraConfig, incoming: Sequence[Incoming]) ->
             )
         values = ModuleValues(part.path, ranks, alphas)
         r, alpha = values.rank(config.r), values.alpha(config.lora_alpha)
-        _check_shift(layer, adapter, r, alpha, config, part.path)
+        _check_shift(layer, adapter, r, alpha, part.path)
         steps.append(partial(_write, layer, adapter, r, alpha, *_fitted(layer, adapter, r, part)))
 
     def write() -> None:
@@ -189,17 +193,21 @@ def plan_swap(adapter: str, config: LoraConfig, incoming: Sequence[Incoming]) ->
     return write
 
 
-def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, config: LoraConfig, path: str) -> None:
-    """Check that what the initialisation took out of the base is the same for both."""
+def _check_start(present: LoraConfig, config: LoraConfig) -> None:
+    """Check that both adapters began on the same base, and train the same of A and B."""
     from .extensions import initializer_of
 
-    if layer.shift_of(adapter) is None:
-        if initializer_of(config).needs_base:
-            raise ConfigError(
-                f"init_lora_weights={config.init_lora_weights!r} changes the base of {path!r}, which an adapter that is swapped in can't",
-                hint="delete the adapter and load the other, or save it as plain LoRA",
-            )
-    elif (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
+    ours, theirs = present.init_lora_weights, config.init_lora_weights
+    if ours != theirs and (initializer_of(present).needs_base or initializer_of(config).needs_base):
+        raise ConfigError(
+            f"init_lora_weights={theirs!r} can't take the place of {ours!r}: one of them changes the base, or freezes A or B",
+            hint="delete the adapter and load the other, or save it as plain LoRA",
+        )
+
+
+def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str) -> None:
+    """Check that what the initialisation took out of the base is the same for both."""
+    if layer.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
             f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
             f"and the new adapter has r={r}, lora_alpha={alpha}",

@@ -93,7 +93,7 @@ def add_weighted_adapter(
     """
     index = require_index(model)
     request = Request(tuple(adapters), tuple(weights), combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
-    layers = check(index, request, adapter_name)
+    layers = check(index, request)
     if len(request.adapters) == 1 and combination_type != "exact" and not any(set(names) & layer.variants.keys() for layer, names in layers.values()):
         request = replace(request, combination_type="linear")  # nothing to combine: a copy loses nothing
     if density is not None and density >= 1 and request.method in PRUNING:

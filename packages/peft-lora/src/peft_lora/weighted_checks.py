@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import numbers
 from collections.abc import Mapping, Sequence
@@ -13,10 +14,10 @@ import torch
 
 from peft_core import AdapterIndex, ConfigError
 from peft_core.errors import did_you_mean, listed
-from peft_core.plugins import get_tuner_spec
 
 from . import combining
 from .config import LoraConfig
+from .extensions import variant_specs
 from .layers.common import LoraLayer
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -58,15 +59,14 @@ class Request:
         return combining.merger(self.method, float(self.density or 0), self.majority_sign_method)
 
 
-def check(index: AdapterIndex, request: Request, new: str) -> Layers:
+def check(index: AdapterIndex, request: Request) -> Layers:
     """Return the layers of the adapters: path → the layer, and those of the adapters that it has.
 
     Raises:
-        AdapterNotFoundError, AdapterNameError, ConfigError: something can't be done.
+        AdapterNotFoundError, ConfigError: something can't be done.
     """
     _check_arguments(request)
     index.require(*request.adapters)
-    index.check_name(new, get_tuner_spec("LORA"))
     for name in request.adapters:
         _check_config(index.configs[name], name)
     _check_saved(index, request)
@@ -199,8 +199,12 @@ def combined_config(index: AdapterIndex, request: Request, layers: Layers) -> tu
     result.r = result.lora_alpha = rank
     result.rank_pattern, result.alpha_pattern = dict(others), dict(others)
     # what the others may have that is in the numbers now
-    result.use_rslora = result.use_dora = False
+    result.use_rslora = False
     result.variant = None
+    defaults = {each.name: each.default for each in dataclasses.fields(LoraConfig)}
+    for spec in variant_specs():
+        if spec.field is not None and spec.field in defaults:
+            setattr(result, spec.field, defaults[spec.field])
     result.init_lora_weights = True
     result.loftq_config, result.eva_config, result.corda_config, result.lora_ga_config = {}, None, None, None
     result.lora_bias = any(config.lora_bias for config in configs)

@@ -29,7 +29,7 @@ class KeptWeight:
 
     def __init__(self, layer: AdapterLayer, adapter: str) -> None:
         base: Any = layer.get_base_layer()
-        self.adapter, self.scaling = adapter, layer.scaling[adapter]
+        self.adapter, self.scaling = adapter, float(layer.scaling[adapter])  # a number: hot-swapping fills a tensor in place
         self.homes = [(home_of(module, name), name) for _, module, name in layer.holders(adapter)]
         self.homes += [(base._parameters, name) for name in ("weight", "bias") if base._parameters[name] is not None]
         tensors = [home[name] for home, name in self.homes]
