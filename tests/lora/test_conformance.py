@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from peft_core.testing import TunerSuite
 
 
@@ -50,3 +53,61 @@ class TestStarts(TunerSuite):
         "mica": {"r": 1, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": "mica"},
         "mica-embedding": {"r": 1, "target_modules": ["embed_tokens"], "init_lora_weights": "mica"},
     }
+
+
+class TestVariants(TunerSuite):
+    """Variants whose effect is a product B·A of what is stored."""
+
+    peft_type = "LORA"
+    configs = {
+        "bdlora": {
+            "r": 4,
+            "target_modules": ["q_proj", "down_proj"],
+            "use_bdlora": {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["down_proj"], "nblocks": 2, "match_strict": False},
+        },
+        "velora": {"r": 4, "target_modules": ["q_proj", "down_proj"], "velora_config": {"num_groups": 4}},
+    }
+
+
+class TestQaLora(TunerSuite):
+    peft_type = "LORA"
+    configs = {
+        "transposed": {"r": 4, "target_modules": ["c_attn"], "base": "gpt2", "fan_in_fan_out": True, "use_qalora": True, "qalora_group_size": 8},
+    }
+    expected_failures = {"test_shapes": "inputs that are no multiple of the group size are refused"}
+
+
+class TestKasa(TunerSuite):
+    peft_type = "LORA"
+    configs = {"linear": {"r": 4, "target_modules": ["q_proj", "down_proj"], "kasa_config": {}}}
+    neutral_start = False
+    expected_failures = {
+        "test_disable": "the smallest components are out of the base for as long as the adapter exists, in use or not",
+        "test_shapes": "layers with fewer singular components than r are refused",
+    }
+
+
+class TestMonteclora(TunerSuite):
+    peft_type = "LORA"
+    configs = {"linear": {"r": 4, "target_modules": ["q_proj", "down_proj"], "monteclora_config": {"num_samples": 3}}}
+    expected_failures = dict.fromkeys(
+        ("test_has_an_effect", "test_gradients", "test_safe_merge_refuses_nan", "test_shapes"),
+        "the parameters of the distribution act in training only",
+    )
+
+
+class TestAlora(TunerSuite):
+    peft_type = "LORA"
+    configs = {"linear": {"r": 4, "target_modules": ["q_proj", "down_proj"], "alora_invocation_tokens": [63, 62]}}
+    expected_failures = {
+        "test_merge": "no change of the base weight acts on some tokens only",
+        "test_unmerge_is_exact": "as above",
+        "test_shapes": "a layer by itself has no tokens in which an invocation could stand",
+        "test_two_at_once": "it asks layers by themselves; see test_two_in_use_act_each_from_its_own_invocation_on",
+    }
+
+    def inputs(self, name: str, rows: int = 3) -> dict[str, Tensor]:
+        """Return inputs with an invocation in each row."""
+        found = super().inputs(name, rows)
+        found["input_ids"][:, 2:4] = torch.tensor([63, 62])
+        return found

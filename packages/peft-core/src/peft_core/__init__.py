@@ -25,8 +25,11 @@ _HOME = {
     "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
     "layers.casting": "disable_input_dtype_casting",
     "layers.fingerprint": "Watch fingerprint",
+    "layers.folded": "Product Subtraction",
+    "layers.merging": "MERGES Fold Merge merges_of",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
     "tuners.base_view": "BaseView",
+    "tuners.perform": "leave_modules",
     "tuners.call": "Call Site VirtualTokens",
     "tuners.reshaping": "Reshape",
     "tuners.targeting": "Patterns",
@@ -92,6 +95,12 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.creation import Creation as Creation
     from .layers.fingerprint import Watch as Watch
     from .layers.fingerprint import fingerprint as fingerprint
+    from .layers.folded import Product as Product
+    from .layers.folded import Subtraction as Subtraction
+    from .layers.merging import MERGES as MERGES
+    from .layers.merging import Fold as Fold
+    from .layers.merging import Merge as Merge
+    from .layers.merging import merges_of as merges_of
     from .layers.slots import AdapterModule as AdapterModule
     from .layers.slots import LeavesBehind as LeavesBehind
     from .layers.slots import Mergeable as Mergeable
@@ -129,6 +138,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .tuners.call import VirtualTokens as VirtualTokens
     from .tuners.index import AdapterIndex as AdapterIndex
     from .tuners.index import require_index as require_index
+    from .tuners.perform import leave_modules as leave_modules
     from .tuners.reshaping import Reshape as Reshape
     from .tuners.targeting import Patterns as Patterns
     from .tuners.tuner import Contents as Contents

@@ -18,7 +18,9 @@ _HOME = {
     "layers.common": "LoraLayer LoraSettings",
     "layers.linear": "Linear",
     "layers.embedding": "Embedding",
+    "layers.attention": "Attention",
     "layers.convolution": "Convolution",
+    "layers.parameters": "Parameter",
     "eva": "get_eva_state_dict initialize_lora_eva_weights",
     "corda": "preprocess_corda",
     "lora_ga": "preprocess_loraga",
@@ -55,11 +57,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from .initializers.base import Initializer as Initializer
     from .initializers.base import Start as Start
+    from .layers.attention import Attention as Attention
     from .layers.common import LoraLayer as LoraLayer
     from .layers.common import LoraSettings as LoraSettings
     from .layers.convolution import Convolution as Convolution
     from .layers.embedding import Embedding as Embedding
     from .layers.linear import Linear as Linear
+    from .layers.parameters import Parameter as Parameter
     from .loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .lora_ga import preprocess_loraga as preprocess_loraga
     from .subconfigs import ArrowConfig as ArrowConfig

@@ -193,9 +193,9 @@ class LoraConfig(LayerConfig):
         self.layer_replication = [(start, end) for start, end in pairs]  # files have lists
 
     def extras(self) -> Extras:
-        """Return saved modules and trained biases."""
+        """Return saved modules, trained rows and biases, and whether what is tied stays so."""
         bias = {"none": "none", "all": "all", "lora_only": "targets"}.get(self.bias, self.bias)
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()), bias=bias)
+        return Extras(tuple(self.modules_to_save or ()), bias, self.trainable_token_indices, bool(self.ensure_weight_tying))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file; settings as dicts."""
@@ -222,4 +222,4 @@ def _is_range(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) and pair[0] < pair[1]
 
 
-_NOT_YET = ("megatron_config", "trainable_token_indices", "ensure_weight_tying")
+_NOT_YET = ("megatron_config",)

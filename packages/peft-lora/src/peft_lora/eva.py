@@ -12,65 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, ConfigError, Creation, PeftModel, PeftWarning, is_conv1d, require_index
+from peft_core import BaseView, ConfigError, Creation, PeftModel, PeftWarning, is_conv1d, leave_modules, require_index
 from peft_core.errors import did_you_mean, listed
 
 from .config import LoraConfig
+from .eva_inputs import eva_config, forward_fn_dict, prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
 from .eva_passes import Inputs, Site, digest, distribute
-from .initializers.eva import Directions
+from .initializers.eva import Directions, Eva
 from .layers.common import LoraLayer, LoraSettings
 from .layers.linear import Linear
 from .scouting import planned
 from .subconfigs import EvaConfig
 
+__all__ = [
+    "forward_fn_dict",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
+]
 #: passes over the data after which directions that still move are taken as they are
 MAX_PASSES = 10
-
-
-def forward_fn_dict(model: nn.Module, model_input: Any) -> Any:
-    """Return ``model(**model_input)``."""
-    return model(**model_input)
-
-
-def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """Return which tokens count, as indices (tokens, 2) of rows and positions: those that are attended to and, if asked, have a label.
-
-    Raises:
-        ConfigError: `model_input` is no dict.
-    """
-    if not isinstance(model_input, Mapping):
-        raise ConfigError(f"a batch is a {type(model_input).__name__}, not a dict", hint="pass a prepare_model_inputs_fn of your own")
-    settings = eva_config(peft_config)
-    mask = model_input.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(model_input["input_ids"])
-    mask = mask.bool()
-    labels = model_input.get("labels")
-    if settings.use_label_mask and labels is not None:
-        mask = mask & (labels != settings.label_mask_value)
-    return mask.nonzero()
-
-
-def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return a layer's input at the tokens that count, (tokens, features).
-
-    Args:
-        layer_input: the positional arguments of the layer, or the first of them, (batch, positions, features).
-        model_input: indices (tokens, 2) of rows and positions.
-        layer_name: for messages.
-
-    Raises:
-        ConfigError: its input is not laid out so.
-    """
-    x: Tensor = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-    indices = model_input.to(x.device).T
-    try:
-        return x.detach()[tuple(indices)]
-    except IndexError as error:
-        raise ConfigError(
-            f"the input of {layer_name!r} has the shape {tuple(x.shape)}, which has no such rows and positions: {error}",
-            hint="pass a prepare_layer_inputs_fn of your own, or None to take all of it",
-        ) from error
 
 
 def get_eva_state_dict(
@@ -194,25 +156,14 @@ def initialize_lora_eva_weights(
     if absent:
         warnings.warn(f"EVA: there are no directions for {listed(absent, 4)}, which start as with init_lora_weights=True", PeftWarning, stacklevel=2)
     for name, layer in layers.items():
-        if name in eva_state_dict and eva_state_dict[name].shape[0]:
-            _begin(layer, adapter_name, config, _original(name), eva_state_dict[name])
-    require_index(model).leave(adapter_name, [_original(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
+        rows = eva_state_dict.get(name)
+        if rows is None or rows.shape[0]:
+            _begin(layer, adapter_name, config, _original(name), rows)
+    leave_modules(require_index(model), adapter_name, [_original(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
     _note(config, {_original(name): layer for name, layer in layers.items() if adapter_name in layer.scaling}, adapter_name)
 
 
 # ---- what takes part ----------------------------------------------------------------------------------------------------
-def eva_config(config: LoraConfig) -> EvaConfig:
-    """Return the settings of EVA.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    found = config.eva_config
-    if found is None:
-        raise ConfigError("the config has no eva_config", hint="LoraConfig(init_lora_weights='eva', eva_config=EvaConfig(…))")
-    return EvaConfig(**found) if isinstance(found, dict) else found
-
-
 def _config(model: nn.Module, given: LoraConfig | None, adapter: str) -> LoraConfig:
     config: Any = given if given is not None else (getattr(model, "peft_config", None) or {}).get(adapter)
     if config is None:
@@ -363,18 +314,22 @@ def _check(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer]) -> None
             raise ConfigError(f"the directions of {name!r} are {tuple(rows.shape)}, and the layer takes (rank, {layers[name].matrix_shape[1]})")
 
 
-def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor) -> None:
-    r, alpha, rank = layer.r[adapter], layer.lora_alpha[adapter], rows.shape[0]
+def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor | None) -> None:
+    """Let the adapter of one layer start with these directions (rank, in); None: as with True, if it has no values yet."""
     a, _ = layer.factors(adapter)
-    if rank == r:
-        layer.slots(adapter)["lora_A.weight"].write(rows.to(a.device))
+    r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+    rank = r if rows is None else rows.shape[0]
+    if rank == r and not a.is_meta:
+        if rows is not None:
+            layer.slots(adapter)["lora_A.weight"].write(rows.to(a.device))
         return
-    if eva_config(config).adjust_scaling_factors:
+    if rank != r and eva_config(config).adjust_scaling_factors:
         # s = alpha/r, or alpha/√r, stays
         alpha *= (rank / r) ** 0.5 if config.use_rslora else rank / r
     trains = a.requires_grad
     variant = layer.variants.get(adapter)
-    settings = LoraSettings(path, rank, alpha, config, Directions(config, rows), type(variant) if variant is not None else None)
+    start = Eva(config) if rows is None else Directions(config, rows)
+    settings = LoraSettings(path, rank, alpha, config, start, type(variant) if variant is not None else None)
     layer.drop(adapter)
     layer.attach(adapter, settings, Creation(autocast=a.dtype == torch.float32))
     for parameter in layer.parameters_of(adapter).values():

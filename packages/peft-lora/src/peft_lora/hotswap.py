@@ -105,7 +105,7 @@ def prepare_model_for_compiled_hotswap(
         if layer.ops.kind in UNSWAPPABLE:
             continue
         for adapter in layer.adapters():
-            if adapter in layer.tied:  # the parameters are those of an embedding, which can't be swapped
+            if adapter in layer.tied:  # it can't be swapped
                 continue
             if target_rank is not None and layer.r[adapter] > target_rank:
                 raise ConfigError(
@@ -179,6 +179,11 @@ def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: S
         if layer.ops.kind in UNSWAPPABLE:
             raise CapabilityError(
                 f"{part.path!r} is of the kind {layer.ops.kind!r}, where weights can't be swapped", hint="delete the adapter and load the other"
+            )
+        if adapter in layer.tied:
+            raise CapabilityError(
+                f"{part.path!r} uses the A and B of another module (ensure_weight_tying), which can't be swapped",
+                hint="delete the adapter and load the other",
             )
         values = ModuleValues(part.path, ranks, alphas)
         r, alpha = values.rank(config.r), values.alpha(config.lora_alpha)

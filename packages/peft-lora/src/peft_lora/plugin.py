@@ -20,7 +20,7 @@ def peft_tuners() -> Iterable[TunerSpec]:
         parameter_prefix="lora_",
         call_arguments=("alora_offsets",),
         tags=("lora",),
-        capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Capability.CONV | Capability.HOTSWAP,
+        capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Capability.CONV | Capability.HOTSWAP | Capability.QUANTISED,
         examples={
             "linear": {"r": 4, "target_modules": ["q_proj", "down_proj"]},
             "embedding": {"r": 4, "target_modules": ["embed_tokens"]},

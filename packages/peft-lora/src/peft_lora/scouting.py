@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from peft_core import Activation, BaseView, ModuleValues, get_tuner_spec, ops_for
+from peft_core import Activation, AdapterLayer, BaseView, ConfigError, ModuleValues, get_tuner_spec, ops_for
 
 from .config import LoraConfig
 from .layers.common import LoraSettings
@@ -32,8 +32,11 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.Module, 
         config: not changed.
 
     Raises:
+        ConfigError: the model has adapters.
         NoMatchingPeftModuleError, UnsupportedModuleError, ConfigError: as when the adapter is added.
     """
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise ConfigError(f"this {type(model).__name__} has adapters already", hint="pass the base as it is before get_peft_model")
     view = BaseView(model)
     scout = Scout(get_tuner_spec("LORA"), Activation())
     with warnings.catch_warnings():

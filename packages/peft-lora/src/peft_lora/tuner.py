@@ -39,6 +39,7 @@ from .layers.linear import Linear
 from .planning import ParametersFiller, parameter_wraps, with_out_projections
 from .relative import relative_to_base
 from .replication import Replication
+from .tying import with_ties
 from .variants import alora
 from .variants.base import Variant
 from .variants.kasa import kasa_loss, refuse_mixture
@@ -82,6 +83,8 @@ class LoraTuner(LayerTuner):
             raise ConfigError(f"{variant.name} does not work with target_parameters", hint="target modules only, or use plain LoRA")
         if parameters and config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
             raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
+        if config.ensure_weight_tying:
+            modules = list(with_ties(self, base, adapter, config, modules))
         wraps = (*with_out_projections(base, modules, config, self.activation), *parameters)
         return dataclasses.replace(plan, wraps=wraps, resolved={**plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
@@ -133,7 +136,7 @@ class LoraTuner(LayerTuner):
         Raises:
             ConfigError, AdapterWeightsError: they do not fit.
         """
-        return plan_swap(adapter, config, incoming)
+        return plan_swap(adapter, self.configs[adapter], config, incoming)
 
     _chosen: tuple[Initializer, type[Variant] | None]
 

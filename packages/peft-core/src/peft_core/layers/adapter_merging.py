@@ -12,7 +12,7 @@ from ..errors import AdapterNotFoundError, MergeError
 from .activation import Activation
 from .adapter_weights import AdapterWeights
 from .base_ops import BaseOps
-from .folded import AffineChange, BiasChange, Subtraction, WeightChange, refuse_wrong_order
+from .folded import AffineChange, BiasChange, Product, Subtraction, WeightChange, refuse_wrong_order
 from .merging import MERGES, Fold, Merge, merges_of, pristine
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class AdapterMerging(AdapterWeights):
         return pristine(base, self.weight_name) if MERGES in base.__dict__ else cast(Tensor, getattr(base, self.weight_name))
 
     # ---- initialisations that change the base ----------------------------------------------------------------------
-    def shift_base(self, adapter: str, delta: Tensor) -> None:
+    def shift_base(self, adapter: str, delta: Tensor | Product) -> None:
         """Subtract `delta` (out, in) from the base weight for as long as the adapter exists, so that a new adapter may start elsewhere than at 0.
 
         A weight that belongs to other modules too (tied embeddings) becomes one of this module's own meanwhile.
@@ -170,7 +170,7 @@ class AdapterMerging(AdapterWeights):
             raise MergeError(
                 f"the initialisation of {adapter!r} changes the base weight, and adapters are merged into it", hint="unmerge_adapter() first"
             )
-        fold = Fold(base, self.weight_name, Subtraction(self.ops.stored(delta)), shared=self.shared_weight)
+        fold = Fold(base, self.weight_name, Subtraction(delta, self.ops), shared=self.shared_weight)
         merge = Merge(base, (adapter,), [fold], permanent=True)
         merge.apply(merge.prepare(check_finite=True))
         self.shifts[adapter] = merge
@@ -180,7 +180,7 @@ class AdapterMerging(AdapterWeights):
         """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
         merge = self.shifts.get(adapter)
         change = merge.folds[0].change if merge is not None else None
-        return self.ops.matrix(change.delta) if isinstance(change, Subtraction) else None
+        return change.matrix(self.weight.device) if isinstance(change, Subtraction) else None
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Undo what `shift_base` did for an adapter, or for all; the base weight returns bit for bit."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MergeError, listed
+from .base_ops import BaseOps
 from .merging import merges_of
 
 if TYPE_CHECKING:
@@ -115,22 +116,49 @@ class BiasChange:
         return weight
 
 
+class Product:
+    """s·B·A, multiplied out when it is asked for: a few rows and columns instead of a second weight.
+
+    Args:
+        a: (r, in).
+        b: (out, r).
+        scaling: s.
+    """
+
+    def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
+        # clones are aligned as the allocator aligns, so that the same product is rounded the same way later
+        self.a, self.b, self.scaling = a.detach().clone(), b.detach().clone(), scaling
+
+    def __call__(self, device: torch.device) -> Tensor:
+        """Return it (out, in)."""
+        return self.b.to(device) @ self.a.to(device) * self.scaling
+
+
 class Subtraction:
-    """W → W − Δ with a Δ that was computed once."""
+    """W → W − Δ with a Δ (out, in) that was computed once.
+
+    Args:
+        delta: Δ, or its factors.
+        ops: lays it out as the weight is.
+    """
 
     additive = True
     invertible = True
 
-    def __init__(self, delta: Tensor) -> None:
-        self.delta = delta.detach()
+    def __init__(self, delta: Tensor | Product, ops: BaseOps) -> None:
+        self.delta, self.ops = delta.detach() if isinstance(delta, Tensor) else delta, ops
+
+    def matrix(self, device: torch.device) -> Tensor:
+        """Return Δ (out, in)."""
+        return self.delta.to(device) if isinstance(self.delta, Tensor) else self.delta(device)
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return W − Δ."""
-        return _sum(weight, -self.delta.to(weight.device))
+        return _sum(weight, -self.ops.stored(self.matrix(weight.device)))
 
     def invert(self, weight: Tensor) -> Tensor:
         """Return W' + Δ."""
-        return _sum(weight, self.delta.to(weight.device))
+        return _sum(weight, self.ops.stored(self.matrix(weight.device)))
 
 
 class AffineChange:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, Merge, MergeError, Slot
+from peft_core import AdapterLayer, Merge, MergeError, Product, Slot
 
 from .. import formulas, rooms
 
@@ -150,12 +150,13 @@ class LoraLayer(AdapterLayer):
         rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
         return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
-    def _product(self, adapter: str, start: Start) -> Tensor:
+    def _product(self, adapter: str, start: Start) -> Product:
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
         kept = self.parameter_dtype
         wide = torch.promote_types(kept, torch.float32)
-        return formulas.delta(start.a.to(kept).to(wide), start.b.to(kept).to(wide), self.scaling[adapter])
+        device = self.weight.device
+        return Product(start.a.to(kept).to(device, wide), start.b.to(kept).to(device, wide), self.scaling[adapter])
 
     def _add_bias(self, adapter: str, settings: LoraSettings) -> None:
         out = self.matrix_shape[0]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import ALL, BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
+from peft_core import BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
 
 from ..layers.common import add_scaled
 from .products import LowRank
@@ -117,11 +117,11 @@ class Alora(LowRank):
         if x.dim() == 3 and x.shape[0] == rows:
             mask = reach.mask(x.shape[1])
             return None if mask is None else mask[..., None]
-        if x.dim() == 2 and x.shape[0] in (rows, rows * reach.length):  # tokens of all rows, one after the other
-            tokens = x.shape[0] // rows
-            if tokens == reach.length or reach.length > reach.prompt:
-                mask = reach.mask(tokens)
-                return None if mask is None else mask.reshape(-1, 1)
+        # tokens of all rows, one after the other: of the whole texts, or, in a later step of `generate`, the last ones
+        tokens = reach.length if x.shape[0] == rows * reach.length else 1
+        if x.dim() == 2 and x.shape[0] == rows * tokens and (tokens == reach.length or reach.length > reach.prompt):
+            mask = reach.mask(tokens)
+            return None if mask is None else mask.reshape(-1, 1)
         raise RoutingError(
             f"{self.settings.path!r} sees an input {tuple(x.shape)}, which does not tell which tokens of the {rows} rows it has",
             hint="aLoRA needs (rows, tokens, features), or all tokens one after the other; leave the module out with exclude_modules",
@@ -172,7 +172,7 @@ def tell(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
         if rows is None:
             continue
         own = last_invocation(ids, tokens) if offsets is None else offsets  # type: ignore[arg-type]
-        own = own if rows is ALL else own[rows]
+        own = own[rows] if isinstance(rows, Tensor) else own
         found[adapter] = Reach(own, length, length, everywhere=call.generating and bool((own > 0).all()))
     return call.telling(**{FACT: found})
 

@@ -163,7 +163,8 @@ def prototype(a: Tensor, b: Tensor) -> Tensor:
     q, r = torch.linalg.qr(a.detach().to(wide).T)
     half = b.detach().to(wide) @ r.T
     vectors = torch.linalg.eigh(half.T @ half).eigenvectors
-    return (q @ vectors[:, -1]).to(a.dtype)
+    found: Tensor = (q @ vectors[:, -1]).to(a.dtype)
+    return found
 
 
 def coefficients(t: Tensor, prototypes: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:

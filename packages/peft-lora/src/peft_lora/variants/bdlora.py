@@ -75,9 +75,9 @@ class BdLora(LowRank):
         """Return A (r, in) and B (out, r) with zeros around the blocks."""
         a, b = self.layer.factors(self.adapter)
         if self.side == "A":
-            a = torch.block_diag(*a.chunk(self.blocks))
+            a = torch.block_diag(*a.chunk(self.blocks))  # type: ignore[no-untyped-call]
         elif self.side == "B":
-            b = torch.block_diag(*b.chunk(self.blocks))
+            b = torch.block_diag(*b.chunk(self.blocks))  # type: ignore[no-untyped-call]
         return a, b
 
     def behind(self) -> tuple[Tensor, ...]:

@@ -82,7 +82,7 @@ class Monteclora(LowRank):
     @property
     def sampler(self) -> Sampler:
         """What is learnt of the distribution of A."""
-        found: Sampler = self.layer.lora_monteclora_sampler[self.adapter]  # type: ignore[assignment, index, operator]
+        found: Sampler = self.layer.lora_monteclora_sampler[self.adapter]
         return found
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
@@ -103,7 +103,8 @@ class Monteclora(LowRank):
         """Return a new sample of (Σₙ wₙεₙ)ᵀ (r, in)."""
         variances, weights = self.sampler.sample()
         spread = variances.sqrt() * torch.linalg.vector_norm(weights) * float(self.config.sample_scaler)
-        return spread[:, None] * torch.randn(a.shape, dtype=a.dtype, device=a.device)
+        noise: Tensor = spread[:, None] * torch.randn(a.shape, dtype=a.dtype, device=a.device)
+        return noise
 
     def loss(self) -> Tensor:
         """Return kl_loss_weight · (K_D + K_W + K_G), and Σw² with `use_entropy`, of the last draw."""
@@ -143,7 +144,8 @@ def dirichlet_divergence(alpha: Tensor, c: float) -> Tensor:
     n, total = alpha.shape[0], alpha.sum()
     prior = torch.tensor(c, dtype=alpha.dtype, device=alpha.device)
     constants = total.lgamma() - alpha.lgamma().sum() - (n * prior).lgamma() + n * prior.lgamma()
-    return constants + ((alpha - c) * (alpha.digamma() - total.digamma())).sum()
+    found: Tensor = constants + ((alpha - c) * (alpha.digamma() - total.digamma())).sum()
+    return found
 
 
 def wishart_divergence(rho: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class QaLora(LowRank):
         """Return y + s·B(A·drop(p))."""
         layer: Any = self.layer
         a, b = layer.factors(self.adapter)
-        sums = x.unflatten(-1, (-1, self.group)).sum(-1)
+        sums = x.reshape(*x.shape[:-1], -1, self.group).sum(-1)
         found: Tensor = layer.with_beta(self.adapter, add_product(y, sums, a, b, layer.scaling[self.adapter], self.dropout()))
         return found
 
@@ -109,9 +109,10 @@ def merged_zero_points(zeros: Tensor, scales: Tensor, delta: Tensor) -> Tensor:
             f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} are no groups of a ΔW {tuple(delta.shape)}",
             hint="quantise with qalora_group_size, or a divisor of it",
         )
-    parts = delta.unflatten(1, (groups, -1))
+    parts = delta.reshape(out, groups, -1)
     if not torch.equal(parts, parts[..., :1].expand_as(parts)):
         raise ConfigError(
             f"ΔW differs within the {inp // groups} inputs that share a zero point", hint="quantise with qalora_group_size, or a divisor of it"
         )
-    return zeros - parts[..., 0] / scales
+    found: Tensor = zeros - parts[..., 0] / scales
+    return found

@@ -43,12 +43,13 @@ class Velora(LowRank):
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield v: (end of the file key, module, attribute)."""
-        yield "lora_velora_embed", self.layer._modules["lora_velora_embed"], self.adapter  # type: ignore[misc]
+        holder: Any = self.layer.lora_velora_embed
+        yield "lora_velora_embed", holder, self.adapter
 
     @property
     def vector(self) -> Tensor:
         """v (D,)."""
-        found: Tensor = self.layer.lora_velora_embed[self.adapter]  # type: ignore[operator]
+        found: Tensor = self.layer.lora_velora_embed[self.adapter]
         return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:

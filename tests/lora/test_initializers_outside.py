@@ -1,0 +1,188 @@
+"""An initialiser and a variant of somebody else: registered in the process, and as an installed distribution."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_core import ConfigError, PeftModel, PluginError, get_peft_model, hookimpl
+from peft_core.plugins import registry
+from peft_lora import Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Start, Variant, VariantSpec
+from support import distribution, features, net, run_python
+
+
+class Corner(Initializer):
+    """A and B start as the first rows and columns of a unit matrix; what they add leaves the base."""
+
+    needs_base = True
+
+    def subtracts_start(self) -> bool:
+        return True
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+        out, inp = layer.matrix_shape
+        return Start(torch.eye(settings.r, inp), torch.eye(out, settings.r), shift=True)
+
+
+class Gated(Variant):
+    """y = base(x) + g·s·B·A·x with a number g that trains."""
+
+    name = "gated"
+    containers = ("lora_gate",)
+
+    @classmethod
+    def check(cls, config: LoraConfig) -> None:
+        if config.use_rslora:
+            raise ConfigError("gated LoRA has no rslora")
+
+    def add(self) -> None:
+        self.layer.new("lora_gate", self.adapter, (1,), init=torch.Tensor.zero_)
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        return y + nn.functional.linear(x, self.delta().to(x.dtype))
+
+    def delta(self) -> Tensor:
+        return super().delta() * self.layer.lora_gate[self.adapter]
+
+
+class Plugin:
+    @hookimpl
+    def peft_lora_initializers(self) -> list[InitializerSpec]:
+        return [InitializerSpec("corner", f"{__name__}:Corner"), InitializerSpec("missing", "nobody.knows:It")]
+
+    @hookimpl
+    def peft_lora_variants(self) -> list[VariantSpec]:
+        return [VariantSpec("gated", f"{__name__}:Gated")]
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # pytest does not put test modules where an import by name finds them
+    monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Corner=Corner, Gated=Gated))
+    offered = Plugin()
+    registry.register_plugin(offered)
+    yield
+    registry.unregister_plugin(offered)
+
+
+def test_an_initialiser_from_outside(plugin: None, tmp_path: Path) -> None:
+    x = features()
+    expected = net()(x)
+    model = get_peft_model(net(), LoraConfig(r=2, lora_alpha=3, target_modules=["up"], init_lora_weights="corner"))
+    layer = model.base_model.model.layers[0].up
+    assert torch.equal(layer.lora_A["default"].weight, torch.eye(2, 4))
+    torch.testing.assert_close(layer.get_base_layer().weight, net().layers[0].up.weight - 1.5 * torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0])))
+    torch.testing.assert_close(model(x), expected)
+    model.save_pretrained(tmp_path / "initial")
+    with torch.no_grad():
+        layer.lora_B["default"].weight.add_(0.3)
+    model.save_pretrained(tmp_path / "trained")
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "trained")(x), model(x))
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "plain")(x), model(x))
+    torch.testing.assert_close(model.unload()(x), expected)
+
+
+def test_a_variant_from_outside(plugin: None, tmp_path: Path) -> None:
+    x = features()
+    model = get_peft_model(net(), LoraConfig(r=2, target_modules=["up"], variant="gated", init_lora_weights=False))
+    torch.testing.assert_close(model(x), net()(x))
+    layer = model.base_model.model.layers[0].up
+    model(x).sum().backward()
+    assert layer.lora_gate["default"].grad.abs().max() > 0
+    with torch.no_grad():
+        layer.lora_gate["default"].fill_(2.0)
+        expected = model(x)
+        assert (expected - net()(x)).abs().max() > 1e-3
+        model.save_pretrained(tmp_path)
+        torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path)(x), expected)
+        torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_both_together(plugin: None) -> None:
+    model = get_peft_model(net(), LoraConfig(r=2, lora_alpha=2, target_modules=["up"], variant="gated", init_lora_weights="corner"))
+    with torch.no_grad():
+        for block in model.base_model.model.layers:
+            block.up.lora_gate["default"].fill_(1.0)
+        torch.testing.assert_close(model(features()), net()(features()))
+
+
+def test_what_plugins_say_is_listened_to(plugin: None) -> None:
+    with pytest.raises(ConfigError, match="gated LoRA has no rslora"):
+        get_peft_model(net(), LoraConfig(target_modules=["up"], variant="gated", use_rslora=True))
+    with pytest.raises(ConfigError, match="several variants of LoRA"):
+        get_peft_model(net(), LoraConfig(target_modules=["up"], variant="gated", use_dora=True))
+    with pytest.raises(ConfigError, match="init_lora_weights='cornr' is unknown; did you mean 'corner'"):
+        LoraConfig(init_lora_weights="cornr")
+    with pytest.raises(PluginError, match=r"'nobody.knows:It' can't be imported"):
+        get_peft_model(net(), LoraConfig(target_modules=["up"], init_lora_weights="missing"))
+
+
+def test_without_the_plugin_its_names_are_unknown() -> None:
+    with pytest.raises(ConfigError, match="init_lora_weights='corner' is unknown"):
+        LoraConfig(init_lora_weights="corner")
+    with pytest.raises(ConfigError, match="variant='gated' is unknown"):
+        get_peft_model(net(), LoraConfig(target_modules=["up"], variant="gated"))
+
+
+SOURCES = {
+    "outer_plugin": """
+        from peft_core import hookimpl
+        from peft_lora import InitializerSpec, VariantSpec
+
+        @hookimpl
+        def peft_lora_initializers():
+            yield InitializerSpec("ones", "outer_classes:Ones")
+            yield InitializerSpec("gaussian", "outer_classes:Ones")  # ours is replaced
+
+        @hookimpl
+        def peft_lora_variants():
+            yield VariantSpec("doubled", "outer_classes:Doubled")
+    """,
+    "outer_classes": """
+        import torch
+        from peft_lora import Initializer, Start, Variant
+
+        class Ones(Initializer):
+            def start(self, layer, settings):
+                return Start(torch.Tensor.zero_, lambda b: b.fill_(1.0))
+
+        class Doubled(Variant):
+            name = "doubled"
+
+            def contribute(self, x, y):
+                return y + x @ self.delta().T
+
+            def delta(self):
+                return 2 * super().delta()
+    """,
+}
+
+
+def test_an_installed_distribution(tmp_path: Path) -> None:
+    distribution(tmp_path, "peft-outer", plugins={"outer": "outer_plugin"}, requires=("peft-core>=0.1",), modules=SOURCES)
+    printed = run_python(
+        """
+        import sys
+        import peft_core, peft_lora
+        config = peft_lora.LoraConfig(r=2, lora_alpha=2, target_modules=["0"], init_lora_weights="ones", variant="doubled")
+        print("torch" in sys.modules, "outer_classes" in sys.modules)
+        import torch
+        model = peft_core.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 4)), config)
+        layer = model.base_model.model[0]
+        with torch.no_grad():
+            layer.lora_A["default"].weight.fill_(1.0)
+        print(layer.get_delta_weight("default").unique().tolist())
+        other = peft_lora.LoraConfig(r=2, target_modules=["0"], init_lora_weights="gaussian")
+        model = peft_core.get_peft_model(torch.nn.Sequential(torch.nn.Linear(3, 4)), other)
+        print(model.base_model.model[0].lora_B["default"].weight.unique().tolist())
+        """,
+        path=tmp_path,
+    )
+    assert printed.splitlines() == ["False False", "[4.0]", "[1.0]"]
