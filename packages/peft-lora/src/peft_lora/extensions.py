@@ -76,7 +76,9 @@ def variant_of(config: LoraConfig) -> type[Variant] | None:
 
 
 @functools.cache
-def _load(place: str) -> Any:
+def _load(place: str | type) -> Any:
+    if not isinstance(place, str):
+        return place
     module, _, name = place.partition(":")
     try:
         return getattr(importlib.import_module(module), name)

@@ -23,7 +23,7 @@ class InitializerSpec:
 
     Args:
         name: a word, or a regular expression for the whole word (``"pissa_niter_[0-9]+"``).
-        place: `Initializer` subclass as ``"package.module:Class"``; imported when it is used.
+        place: `Initializer` subclass, or its place as ``"package.module:Class"``; then it is imported when it is used.
         shown: how messages name it; default `name`.
 
     Raises:
@@ -31,7 +31,7 @@ class InitializerSpec:
     """
 
     name: str
-    place: str
+    place: str | type
     shown: str = ""
 
     def __post_init__(self) -> None:
@@ -48,7 +48,7 @@ class VariantSpec:
 
     Args:
         name: a word; `LoraConfig(variant=name)` asks for it.
-        place: `Variant` subclass as ``"package.module:Class"``; imported when it is used.
+        place: `Variant` subclass, or its place as ``"package.module:Class"``; then it is imported when it is used.
         field: the config field that asks for it when it is set (``"use_dora"``); None: only `variant` does.
 
     Raises:
@@ -56,7 +56,7 @@ class VariantSpec:
     """
 
     name: str
-    place: str
+    place: str | type
     field: str | None = None
 
     def __post_init__(self) -> None:
@@ -67,8 +67,8 @@ class VariantSpec:
         return config.variant == self.name or bool(self.field and getattr(config, self.field, None))
 
 
-def _check_place(place: str) -> None:
-    if not re.fullmatch(r"[\w.]+:\w+", place):
+def _check_place(place: str | type) -> None:
+    if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
         raise ConfigError(f"{place!r} is no place of a class", hint="write 'package.module:Class'")
 
 
