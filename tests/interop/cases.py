@@ -348,8 +348,12 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 
 def tolerance(case: Case) -> float:
-    """Return what two runs of this case may differ by. Adapter weights in bf16 are rounded once less by ours (methods.md §1.2)."""
-    return 1e-2 if case.how.get("autocast_adapter_dtype") is False else 1e-6
+    """Return what two runs of this case may differ by.
+
+    On half-precision bases ours computes in half, the peer in float32 copies of the activations (issue 5): as near to the truth, but not equal
+    (tests/lora/test_half_precision.py).
+    """
+    return 1e-2 if "bf16" in case.base else 1e-6
 
 
 def difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

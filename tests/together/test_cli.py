@@ -438,6 +438,7 @@ def test_a_merged_model_computes_the_same(here: Path, fields: dict[str, Any]) ->
     assert sorted(path.name for path in here.iterdir()) == ["a", "base", "merged", "my-adapter"]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_tied_embeddings_that_an_adapter_parted_stay_apart(here: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -304,6 +304,7 @@ def test_a_merge_that_is_done_again_keeps_nothing_of_the_first_time() -> None:
     assert torch.equal(outer.weight, before)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_a_shared_weight_comes_back_when_merges_are_done_again() -> None:
     """A tied embedding: the layer gets a weight of its own while merged, and the shared one afterwards, in whatever order merges come out."""
     base = tiny()

@@ -36,6 +36,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: 
     return _forward(x, weight, bias, factors, s)[0]
 
 
+def may_sum(x: Tensor, factors: Factors) -> bool:
+    """Return whether W + s·ΔW may stand for its two parts: in half precision, W would round small changes away."""
+    return factors[0].dtype is x.dtype and x.dtype not in (torch.float16, torch.bfloat16)
+
+
 def whole_weight(weight: Tensor, factors: Factors, s: float) -> Tensor:
     """Return W + s·ΔW (out, in) in new memory."""
     return _merged(weight, *_halves(factors), s)
@@ -66,9 +71,9 @@ class LoHaLinear(torch.autograd.Function):
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float) -> tuple[Tensor, Tensor | None]:
     """Return the output, and K_A·xᵀ (r², tokens) where it was needed for it."""
     b1, a1, b2, a2 = factors
-    if _costs(factors).prefer_whole_weight(_tokens(x)) and b1.dtype is x.dtype:
+    if _costs(factors).prefer_whole_weight(_tokens(x)) and may_sum(x, factors):
         return F.linear(x, whole_weight(weight, factors, s), bias), None
-    ka, kb = columns(a1, a2).to(x.dtype), columns(b1.t(), b2.t()).to(x.dtype)
+    ka, kb = columns(a1, a2).to(x.dtype), columns(_across(b1), _across(b2)).to(x.dtype)
     y = F.linear(x, weight, bias)
     hidden = ka.mm(x.reshape(-1, x.shape[-1]).t())
     y.view(-1, y.shape[-1]).addmm_(hidden.t(), kb, alpha=s)
@@ -81,8 +86,8 @@ def _gradients(
     b1, a1, b2, a2 = factors
     costs, tokens = _costs(factors), _tokens(x)
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    whole = costs.prefer_whole_gradient(tokens) and b1.dtype is x.dtype and want_factors
-    merged = want_x and (whole or (costs.prefer_whole_weight(tokens) and b1.dtype is x.dtype))  # with dL/dW its parts are there anyway
+    whole = costs.prefer_whole_gradient(tokens) and may_sum(x, factors) and want_factors
+    merged = want_x and (whole or (costs.prefer_whole_weight(tokens) and may_sum(x, factors)))  # with dL/dW its parts are there anyway
     w1, w2 = _halves(factors) if whole or merged else (None, None)
     gx: Tensor | None = None
     if want_x:
@@ -97,7 +102,7 @@ def _gradients(
     found: tuple[Tensor | None, ...] = (None,) * 4
     if want_factors or (want_x and not merged):
         r, dtype = a1.shape[0], x.dtype
-        b1t, b2t = b1.t() * s, b2.t()
+        b1t, b2t = _across(b1).mul_(s), _across(b2)
         g_hidden = columns(b1t, b2t).to(dtype).mm(g2.t())
         if gx is not None and not merged:
             gx.addmm_(g_hidden.t(), columns(a1, a2).to(dtype))
@@ -126,6 +131,11 @@ def _differentiable(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor
 def _halves(factors: Any) -> tuple[Tensor, Tensor]:
     b1, a1, b2, a2 = factors
     return b1.mm(a1), b2.mm(a2)
+
+
+def _across(b: Tensor) -> Tensor:
+    """Return bᵀ (r, out) in memory of its own and in that order, which what is computed from it inherits."""
+    return b.t().clone(memory_format=torch.contiguous_format)
 
 
 def _merged(weight: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:

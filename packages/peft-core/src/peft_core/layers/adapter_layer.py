@@ -37,7 +37,7 @@ class AdapterLayer(AdapterMerging):
 
     #: classes of base layers that this layer can wrap
     base_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    #: in evaluation without gradients the merged weight of the only adapter in use is kept for plain float32 Linears with no more entries
+    #: in evaluation without gradients the merged weights of the adapters used last are kept for plain float32 Linears with no more entries
     #: than this; 0: never. For layers whose whole effect on a Linear is a change of weight and bias
     keep_up_to: ClassVar[int] = 0
     #: whether `cast_input` does anything
@@ -59,7 +59,7 @@ class AdapterLayer(AdapterMerging):
         # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
         self._fresh = isinstance(base_layer, AdapterLayer) or self.ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH
         self._small = self._direct and self.matrix_shape[0] * self.matrix_shape[1] <= self.keep_up_to and self.weight.dtype is torch.float32
-        self.kept_now: KeptWeight | None = None
+        self.kept_weights: dict[str, KeptWeight] = {}
         self._creation = Creation()
 
     @classmethod
@@ -120,9 +120,18 @@ class AdapterLayer(AdapterMerging):
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Switch between training and evaluation, and forget what was computed from the weights."""
-        self.kept_now = None
+        self.forget()
         super().train(mode)
         return self
+
+    def forget(self) -> None:
+        """Drop everything that was computed once from weights: also to be called when parameters are replaced by others."""
+        self.kept_weights = {}
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
+        self.forget()
+        super().drop(adapter)
 
     def contribute_chosen(self, chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.

@@ -48,8 +48,11 @@ class KeptWeight:
                 return
             self.weight, self.bias = weight.to(base.weight.dtype), None if bias is None else bias.detach()
 
+    def __deepcopy__(self, memo: Any) -> None:
+        return None  # copies of a layer form their own
+
     def __reduce__(self) -> Any:
-        return type(None), ()  # copies of a layer form their own
+        return type(None), ()
 
     def holds(self) -> bool:
         """Return whether it is still W'."""
@@ -65,6 +68,10 @@ class KeptWeight:
         return total == self.was
 
 
+#: of so many adapters, those that were used last, a layer keeps the weight
+KEEP = 4
+
+
 def kept_weight(layer: AdapterLayer, x: Tensor) -> KeptWeight | None:
     """Return the kept weight with which the layer computes its output for `x`; None: it goes its usual way.
 
@@ -75,14 +82,17 @@ def kept_weight(layer: AdapterLayer, x: Tensor) -> KeptWeight | None:
         route = layer.activation.default
     if layer.merges or route.per_row is not None or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
         return None
-    kept: KeptWeight | None = layer.kept_now
     names = route.names
-    if kept is None or len(names) != 1 or kept.adapter != names[0]:
-        here = [name for name in names if name in layer.scaling]
-        if len(here) != 1 or any(parameter.dtype is not torch.float32 for parameter in layer.parameters_of(here[0]).values()):
+    if len(names) != 1:
+        names = tuple(name for name in names if name in layer.scaling)
+        if len(names) != 1:
             return None
-        if kept is None or kept.adapter != here[0]:
-            kept = layer.kept_now = KeptWeight(layer, here[0])
-    if layer.scaling[kept.adapter] != kept.scaling or not kept.holds():
-        kept = layer.kept_now = KeptWeight(layer, kept.adapter)
+    adapter = names[0]
+    kept = layer.kept_weights.get(adapter)
+    if kept is None or layer.scaling[adapter] != kept.scaling or not kept.holds():
+        if adapter not in layer.scaling or any(p.dtype is not torch.float32 for p in layer.parameters_of(adapter).values()):
+            return None
+        kept = KeptWeight(layer, adapter)
+        others = [item for item in layer.kept_weights.items() if item[0] != adapter][1 - KEEP :]
+        layer.kept_weights = dict([*others, (adapter, kept)])  # another thread goes on with the old ones
     return None if kept.weight is None else kept

@@ -65,10 +65,7 @@ class LastRoute:
 
     def holds(self) -> bool:
         """Return whether the sample is unchanged."""
-        for tensor, watch in self.sample:
-            if not watch.holds(tensor):
-                return False
-        return True
+        return all(watch.holds(tensor) for tensor, watch in self.sample)
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:

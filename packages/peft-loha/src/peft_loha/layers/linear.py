@@ -10,22 +10,18 @@ from torch import Tensor, nn
 from peft_core import is_conv1d
 
 from .. import formulas, kernels
-from ..kept import Kept
 from .common import LoHaLayer
 
 
 class Linear(LoHaLayer):
     """LoHa around `nn.Linear` or transformers' `Conv1D`. No ΔW is formed where something else is cheaper (`formulas.Costs`)."""
 
-    per_adapter: ClassVar[tuple[str, ...]] = (*LoHaLayer.per_adapter, "_ones", "_kept")
-    #: in evaluation W + s·ΔW of the adapter in use is kept for layers with no more entries than this (1 MiB in float32); 0: never
-    keep_up_to: ClassVar[int] = 1 << 18
+    per_adapter: ClassVar[tuple[str, ...]] = (*LoHaLayer.per_adapter, "_ones")
+    keep_up_to: ClassVar[int] = 1 << 18  # 1 MiB
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         self._ones: dict[str, Tensor] = {}
-        self._kept: dict[str, Kept] = {}
-        self._small = self._direct and self.matrix_shape[0] * self.matrix_shape[1] <= self.keep_up_to
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -36,11 +32,7 @@ class Linear(LoHaLayer):
         """Return the base's output with the effect of the adapters in use on each row."""
         if not kernels.can_record():  # a compiled graph must not depend on the route, or it is compiled again for each
             return super().forward(x, *args, **kwargs)
-        if self._small and not self.training:
-            y = self._from_kept(x)
-            if y is not None:
-                return y
-        if torch.is_grad_enabled() or x.numel() != self.matrix_shape[1]:
+        if torch.is_grad_enabled() or (not self._small and x.numel() != self.matrix_shape[1]):
             y = self._with_base(x)
             if y is not None:
                 return y
@@ -66,42 +58,6 @@ class Linear(LoHaLayer):
                 return nn.functional.linear(x, base.weight, base.bias)
             factors = kept[0]
         return kernels.linear(x, base.weight, base.bias, factors, self.scaling[adapter], record=record)
-
-    def _from_kept(self, x: Tensor) -> Tensor | None:
-        """Return the output of a small layer in evaluation from the weight kept for it; None where there is none.
-
-        The five small kernels beside it cost more than such a layer itself. Formed at the second call with the same values, for the last
-        adapter alone: who alternates between adapters pays neither time nor memory.
-        """
-        route = self.activation.current()
-        names = route.names
-        if route.per_row is not None or self.merges or len(names) != 1 or names[0] not in self.scaling:
-            return None
-        base = self.plain_base()
-        if base is None or torch.is_autocast_enabled(x.device.type):
-            return None
-        adapter, weight = names[0], base._parameters["weight"]
-        factors = self.factors(adapter)
-        assert weight is not None
-        if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
-            return None
-        if x.dtype is not weight.dtype or factors[0].dtype is not weight.dtype:
-            return None
-        sources, s = (weight, *factors), self.scaling[adapter]
-        kept = self._kept.get(adapter)
-        if kept is None or not kept.holds(sources, s):
-            self._kept = {adapter: Kept(sources, s)}
-            return None
-        if kept.matrix is None:
-            with torch.inference_mode(False), torch.no_grad():
-                kept.matrix = kernels.whole_weight(weight, factors, s)
-        return nn.functional.linear(x, kept.matrix, base._parameters["bias"])
-
-    def train(self, mode: bool = True) -> Linear:
-        """Switch between training and evaluation, and forget what was computed from the weights."""
-        self._kept = {}
-        super().train(mode)
-        return self
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xΔWᵀ; in training with module and rank dropout."""

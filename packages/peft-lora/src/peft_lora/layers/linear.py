@@ -46,6 +46,7 @@ class Linear(LoraLayer):
         self.lora_A[adapter] = down
         self.lora_B[adapter] = up
         self.ends[adapter] = (down._parameters, up._parameters)
+        self.forget()
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""
