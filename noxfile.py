@@ -21,6 +21,7 @@ OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "exam
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
 IMPORT_LINTER = "import-linter==2.16"
+QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
 CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 
@@ -55,11 +56,19 @@ def demo_lm(session: nox.Session) -> None:
     session.run("python", "examples/demo_lm.py", *session.posargs, env=OFFLINE)
 
 
+@nox.session(name="demo-vision")
+def demo_vision(session: nox.Session) -> None:
+    """Adapt a real convolutional network to digits: its convolutions are a class of its own; accuracy before and after."""
+    session.install(*PINS, *editable("core", "lora"), "tqdm", "scikit-learn==1.9.1")
+    session.install("--no-deps", "--require-hashes", "-r", "examples/requirements-demo-vision.txt")
+    session.run("python", "examples/demo_vision.py", *session.posargs, env=OFFLINE)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""
     session.install(*PINS, *editable(*PACKAGES), *CLI, *PYTEST, IMPORT_LINTER)
-    apart = ("--ignore=tests/interop", "--ignore=tests/docs")  # sessions of their own
+    apart = ("--ignore=tests/interop", "--ignore=tests/docs", "--ignore=tests/quantised")  # sessions of their own
     session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
 
 
@@ -199,6 +208,14 @@ def interop(session: nox.Session) -> None:
     # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
     peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
     session.run("pytest", "-n", "2", "-W", peer_warning, "tests/interop", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def quantised(session: nox.Session) -> None:
+    """LoRA on quantised layers, with the real libraries (bitsandbytes, torchao) on the CPU."""
+    session.install(*PINS, *editable("core", "lora", "loha"), *PYTEST, "accelerate==1.15.0")
+    session.install("--no-deps", *QUANTISERS)  # their ranges must not decide our torch
+    session.run("pytest", "tests/quantised", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

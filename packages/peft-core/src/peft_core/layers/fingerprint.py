@@ -23,7 +23,7 @@ class Watch:
 
     def __init__(self, tensor: Tensor, *, closely: bool = True) -> None:
         self.address = tensor.data_ptr()
-        self.version = -1 if tensor.is_inference() else tensor._version
+        self.version = -1 if tensor.is_inference() or not self.address else tensor._version  # tensors made of others have no address
         self.first = self.last = None
         self.first_was = self.last_was = 0
         if closely and tensor.device.type == "cpu" and tensor.nbytes >= 8 and tensor.is_contiguous():

@@ -145,7 +145,7 @@ def peft_default_targets(peft_type: str, model_type: str) -> list[str] | str | N
 def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
     """Give a tuner the adapter layer for a base layer that it does not know itself (a quantised one, say). First answer counts.
 
-    Not asked for torch's own Linear, Embedding and convolutions.
+    Not asked for torch's own Linear, Embedding and convolutions with weights of plain numbers.
 
     Args:
         peft_type: as in `adapter_config.json`: ``"LORA"``.

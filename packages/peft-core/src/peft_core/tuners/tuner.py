@@ -291,11 +291,14 @@ class LayerTuner(TunerBase):
         Raises:
             UnsupportedModuleError: none fits.
         """
-        # plugins first: a quantised Linear is often a subclass of the plain one
-        if type(module) not in _PLAIN and hooks.make_layer(self.spec.peft_type, module, self.activation) is not None:
-            if _is_quantised(module):
+        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class
+        quantised = _is_quantised(module)
+        if (quantised or type(module) not in _PLAIN) and hooks.make_layer(self.spec.peft_type, module, self.activation) is not None:
+            if quantised:
                 self._require(Capability.QUANTISED, module, path)
             return _Builder(None, self.activation, self.spec.peft_type)
+        if isinstance(module, nn.Linear) and _is_packed(module.weight):
+            self._require(Capability.QUANTISED, module, path)
         for layer in self.layers:
             if layer.accepts(module):
                 if isinstance(module, nn.Embedding):
@@ -352,7 +355,13 @@ def _is_quantised(module: nn.Module) -> bool:
     return weight is None or not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor)
 
 
-#: torch's own classes, for which no plugin needs to be asked
+def _is_packed(weight: Tensor) -> bool:
+    """Return whether a weight can't be read as numbers: integers, or a tensor made of other tensors that is not one of torch's own classes."""
+    foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
+    return foreign or not weight.is_floating_point()
+
+
+#: torch's own classes, for which no plugin needs to be asked while their weight is made of plain numbers
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _PLAIN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 

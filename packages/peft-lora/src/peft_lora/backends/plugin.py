@@ -1,0 +1,33 @@
+"""Offers LoRA's layers for quantised bases. Imports neither torch nor a library: who has a layer of a library has imported it already."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from peft_core.plugins import hookimpl
+
+#: library → the module here that knows it
+BACKENDS = {"bitsandbytes": "peft_lora.backends.bitsandbytes", "torchao": "peft_lora.backends.torchao"}
+_SHARED = "peft_lora.backends.base"
+
+
+@hookimpl(trylast=True)  # a plugin may replace one of ours
+def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
+    """Return LoRA's layer for a quantised Linear; None for everything else."""
+    if peft_type != "LORA":
+        return None
+    for library, place in BACKENDS.items():
+        if library in sys.modules:
+            made = importlib.import_module(place).make(base_layer, activation)
+            if made is not None:
+                return made
+    return importlib.import_module("peft_lora.backends.unknown").make(base_layer, activation)
+
+
+@hookimpl
+def peft_adapter_merged(model: Any) -> None:
+    """Say, once per merge, how far quantising anew has moved the weights."""
+    if _SHARED in sys.modules:
+        sys.modules[_SHARED].tell_errors(model)

@@ -1,0 +1,49 @@
+"""LoRA around Linears of libraries that nobody here knows: used and trained, not merged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import MergeError
+
+from .base import Packed, QuantisedLinear
+
+
+def make(base: nn.Module, activation: Any) -> QuantisedLinear | None:
+    """Return the adapter layer for a subclass of `nn.Linear`, or a weight, that keeps no floating-point numbers; None for everything else."""
+    if not isinstance(base, nn.Linear):
+        return None
+    weight: Any = getattr(base, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
+    integers = type(base) is not nn.Linear and not weight.is_floating_point()
+    return UnknownLinear(base, activation) if foreign or integers else None
+
+
+class UnknownLinear(QuantisedLinear):
+    """LoRA around a Linear that only its own library understands."""
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """Return the matrix (out, in) by which the layer multiplies, as its answer to unit vectors: no library has to be known for that."""
+        base: Any = self.get_base_layer()
+        bias = base._parameters.get(self.bias_name)
+        dtype = torch.float32 if bias is None else bias.dtype
+        with torch.no_grad():
+            answer: Tensor = base(torch.eye(self.matrix_shape[1], device=packed.parameter.device, dtype=dtype)).float()
+            return (answer if bias is None else answer - bias.float()).T
+
+    def pack(self, matrix: Tensor) -> Packed:
+        """Refuse.
+
+        Raises:
+            MergeError: always.
+        """
+        base = self.get_base_layer()
+        raise MergeError(
+            f"a {type(base).__module__}.{type(base).__name__} can't be merged into: how it keeps its weight is not known here",
+            hint="use the adapter unmerged, or merge it into the unquantised base and quantise that; a plugin's peft_make_layer can know it",
+        )
