@@ -82,7 +82,7 @@ def mixed(report: Report, quick: bool) -> None:
         for tokens in (1, 32):
             given = ids(len(names), tokens)
 
-            def call(model: Any, given: Tensor = given, base: Any = base) -> Any:
+            def call(model: Any, given: Tensor = given, base: Any = base, names: list[str] = names) -> Any:
                 return model(input_ids=given) if model is base else model(input_ids=given, adapter_names=names)
 
             with torch.no_grad():

@@ -55,6 +55,14 @@ class TestStarts(TunerSuite):
     }
 
 
+class TestTied(TunerSuite):
+    """An embedding and its output layer with one A and one B."""
+
+    peft_type = "LORA"
+    configs = {"tied": {"r": 4, "target_modules": ["wte"], "base": "gpt2", "ensure_weight_tying": True}}
+    expected_failures = {"test_hotswap": "one of the layers has no weights of its own to swap"}
+
+
 class TestVariants(TunerSuite):
     """Variants whose effect is a product B·A of what is stored."""
 

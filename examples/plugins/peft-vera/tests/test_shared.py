@@ -17,8 +17,9 @@ from peft_core import (
     set_peft_model_state_dict,
 )
 from peft_core.testing import tiny
-from peft_vera import Projection, VeraConfig, VeraLayer
 from torch import Tensor, nn
+
+from peft_vera import Projection, VeraConfig, VeraLayer
 
 
 def model_of(r: int = 6, **fields) -> PeftModel:

@@ -70,7 +70,7 @@ def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor
     wide = torch.float32 if branch and b.dtype is not torch.float64 else torch.float64
     a, b = a.to(wide), b.to(wide)
     # half precision is widened a few rows at a time: no second W
-    parts = weight.split(max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
+    parts = torch.split(weight, max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
     cross = torch.cat([a.mm(part.to(wide).t()) for part in parts], 1)  # (r, out)
     columns = b.t()
     own = (a.mm(a.t()).mm(columns).double() * columns).sum(0) * (s * s)

@@ -12,8 +12,11 @@ from torch import Tensor
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
+from ..layers.token_rows import TokenRows
+from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
 from ..tuners.targeting import matcher
+from ..tuners.tokens import TOKENS
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
 
@@ -35,7 +38,7 @@ def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wr
     if choice is False or config.is_prompt_learning:
         return {}
     if choice == "auto":
-        reason = _reason(index, config)
+        reason = _reason(index, adapter, config)
         if reason is None:
             return {}
         warnings.warn(f"Setting `save_embedding_layers` to `True` as {reason}.", PeftWarning, stacklevel=5)
@@ -55,7 +58,8 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         return {}
     own = index.own[adapter]
     wrappers = {path for (method, path) in own if method and not method.startswith("@")}
-    saved = {path for (method, path) in own if method.startswith("@")}
+    saved = {path for (method, path) in own if method == SAVED}
+    rows = {path for (method, path) in own if method == TOKENS}
     prefix = index.prefix(adapter) if wrapped else ""
     targeted = any(index.view.modules[path] is layer for path in wrappers for layer in layers)
     found: dict[str, Slot] = {}
@@ -64,12 +68,23 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
             continue
         if targeted and path not in wrappers:
             continue  # of a targeted pair only the targeted one is written: readers of the format expect no more
-        middle = ".base_layer" if path in wrappers else ""
+        middle = ".base_layer" if path in wrappers else ".token_adapter.base_layer" if path in rows else ""
         found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
     return found
 
 
-def _reason(index: AdapterIndex, config: PeftConfig) -> str | None:
+def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
+    """Return key → slot of what the reference implementation writes beside its embeddings a second time: trained rows of tied output layers."""
+    prefix = index.prefix(adapter) if wrapped else ""
+    return {
+        f"{prefix}{path}.{key}": slot
+        for (_, path), module in index.modules_of(adapter)
+        if isinstance(module, TokenRows)
+        for key, slot in module.further_slots(adapter).items()
+    }
+
+
+def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None:
     targets: Any = getattr(config, "target_modules", None)
     if targets:
         if isinstance(targets, str):
@@ -77,7 +92,8 @@ def _reason(index: AdapterIndex, config: PeftConfig) -> str | None:
             embedded = any(matches(path) for path in index.view.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
         else:
             embedded = any(name in targets for name in EMBEDDING_LAYER_NAMES)
-        if embedded:
+        # of an embedding whose rows train, the rest of the table is the base's
+        if embedded and not any(method == TOKENS for method, _ in index.own[adapter]):
             return "embedding layers are targeted"
     original = _local_vocabulary(config.base_model_name_or_path)
     current = getattr(index.view.text_config, "vocab_size", None)

@@ -99,7 +99,7 @@ def fill(
     if adapter in index.merged_adapters():
         raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
     slots = keyed_slots(index, adapter, wrapped=wrapped)
-    embedded = embeddings.slots(index, adapter, wrapped=wrapped)
+    embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     shapes = fitted_keys(source.shapes, [*slots, *embedded])
     # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)

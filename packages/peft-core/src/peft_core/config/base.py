@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,10 +25,15 @@ class Extras:
     Args:
         modules_to_save: modules of the base that are trained and saved as whole copies, by the end of their names.
         bias: which biases of the base train: ``"none"``, ``"all"``, or ``"targets"`` (those of the adapted modules).
+        token_indices: rows that train: of the input embeddings, or by name of a module; None: none.
+        ensure_weight_tying: modules of the base that share a weight (embedding and output layer) share it in the adapter, too; None: the
+            method does not offer it, and nothing is said about tied weights.
     """
 
     modules_to_save: tuple[str, ...] = ()
     bias: str = "none"
+    token_indices: Sequence[int] | Mapping[str, Sequence[int]] | None = None
+    ensure_weight_tying: bool | None = None
 
 
 @dataclass

@@ -58,9 +58,8 @@ class AdapterLayer(AdapterMerging):
         self._direct = type(base_layer) is nn.Linear
         # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
         self._fresh = isinstance(base_layer, AdapterLayer) or self.ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH
-        weight = self.weight
         small = self._direct and self.matrix_shape[0] * self.matrix_shape[1] <= self.keep_up_to
-        self._small = small and type(weight) is nn.Parameter and weight.dtype is torch.float32
+        self._small = small and type(self.weight) is nn.Parameter and self.weight.dtype is torch.float32
         self.kept_weights: dict[str, KeptWeight] = {}
         self._creation = Creation()
 

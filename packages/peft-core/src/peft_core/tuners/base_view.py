@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ModelError
 from ..layers.adapter_layer import AdapterLayer
+from ..layers.merging import MERGES
 
 
 class BaseView:
@@ -26,6 +27,7 @@ class BaseView:
         chosen: if set, these modules are adapted, whatever the targets of a config say.
         heads: names of modules that the task saves whole; never targets.
         shared_weights: ids of parameters that belong to more than one module (tied embeddings).
+        tied: name of a module → the modules with the same weight, itself included, where one of them is an embedding.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -53,6 +55,22 @@ class BaseView:
                 if child is not None:
                     self.sites.setdefault(first_name[id(child)], []).append((module, attribute))
         self.shared_weights = frozenset(key for key, count in owners.items() if count > 1)
+        tied: dict[int, list[str]] = defaultdict(list)
+        for name, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in self.shared_weights:
+                tied[id(weight)].append(name)
+        # copies of layers that share all their weights are no such pair: one of the modules has to be an embedding
+        groups = [tuple(names) for names in tied.values() if any(isinstance(self.modules[name], nn.Embedding) for name in names)]
+        self.tied = {name: group for group in groups for name in group}
+
+    def sharing(self, path: str) -> tuple[str, ...]:
+        """Return the modules whose weight is the weight of the module `path` (an embedding and its output layer), it included; () if there are none.
+
+        A module whose weight an adapter's initialisation changed for good has one of its own.
+        """
+        group = [name for name in self.tied.get(path, ()) if not any(merge.permanent for merge in self.modules[name].__dict__.get(MERGES, ()))]
+        return tuple(group) if path in group and len(group) > 1 else ()
 
     def choosing(self, names: Iterable[str]) -> BaseView:
         """Return the same view, in which exactly these modules are targets."""

@@ -1,4 +1,4 @@
-"""Parts of an adapter that core supplies for every method: modules saved whole, and trained biases of the base.
+"""Parts of an adapter that core supplies for every method: modules saved whole, rows of embeddings, and trained biases of the base.
 
 They are tuners like any other: they plan, their modules stand in the index, rows are routed to them, files hold their slots.
 """
@@ -6,9 +6,10 @@ They are tuners like any other: they plan, their modules stand in the index, row
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,11 +19,13 @@ from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedModu
 from ..layers.activation import ALL, Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
-from ..layers.slots import AdapterModule, Slot, module_slots
+from ..layers.slots import AdapterModule, Slot, module_slots, write_tensor
 from ..plugins import Capability, TunerSpec
+from . import tying
 from .base_view import BaseView
 from .targeting import matcher
 from .tasks import TASKS
+from .tokens import TOKENS, TokenRequest, TrainedTokens
 from .tuner import Plan, TunerBase, Wrap
 
 #: names that heads usually have: a config may list those of other architectures too
@@ -33,10 +36,14 @@ BIAS = "@bias"
 
 @dataclass(frozen=True)
 class SavedRequest:
-    """Modules to save whole: `required` ones must exist, `optional` ones (heads of a task) are taken where they do."""
+    """Modules to save whole: `required` ones must exist, `optional` ones (heads of a task) are taken where they do.
+
+    With `tied`, modules that share a weight in the base share it in their copies: one brings the others along.
+    """
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class BiasRequest:
 
 def requests(
     tuners: Mapping[str, TunerBase], activation: Activation, extras: Extras, view: BaseView, main: Plan
-) -> Iterator[tuple[str, TunerBase, SavedRequest | BiasRequest]]:
+) -> Iterator[tuple[str, TunerBase, SavedRequest | TokenRequest | BiasRequest]]:
     """Yield the built-in parts that a config and a task ask for: kind, tuner, and what it is told.
 
     Args:
@@ -61,19 +68,22 @@ def requests(
         main: the plan of the adapter's own method.
 
     Raises:
-        ConfigError: an unknown choice of biases.
+        ConfigError: an unknown choice of biases; or of modules whose weights are to stay tied, one is adapted and one saved whole.
     """
-    saved: SavedModules | None = None
-    request = SavedRequest(tuple(name for name in extras.modules_to_save if name not in view.heads), view.heads)
+    found = tuners.get(SAVED)
+    saved = found if isinstance(found, SavedModules) else SavedModules(activation)
+    request = SavedRequest(tuple(name for name in extras.modules_to_save if name not in view.heads), view.heads, bool(extras.ensure_weight_tying))
+    inside = tuple(saved.paths(view, request)) if request.required or request.optional else ()
+    targets = tuple(wrap.path for wrap in main.wraps)
+    tying.check(view, extras.ensure_weight_tying, targets, inside)
     if request.required or request.optional:
-        found = tuners.get(SAVED)
-        saved = found if isinstance(found, SavedModules) else SavedModules(activation)
         yield SAVED, saved, request
+    if extras.token_indices is not None:
+        yield TOKENS, tuners.get(TOKENS) or TrainedTokens(activation), TokenRequest(extras.token_indices, inside)
     if extras.bias != "none":
         if extras.bias not in ("all", "targets"):
             raise ConfigError(f"bias={extras.bias!r}", hint="write 'none', 'all' or 'targets'")
-        inside = tuple(saved.paths(view, request)) if saved is not None else ()
-        yield BIAS, tuners.get(BIAS) or Biases(activation), BiasRequest(tuple(wrap.path for wrap in main.wraps), extras.bias == "all", inside)
+        yield BIAS, tuners.get(BIAS) or Biases(activation), BiasRequest(targets, extras.bias == "all", inside)
 
 
 class SavedModule(nn.Module):
@@ -87,11 +97,20 @@ class SavedModule(nn.Module):
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.activation = activation
+        #: adapter → the wrapper of the module with whose copy this one's copy shares its weight
+        self.tied: dict[str, SavedModule] = {}
 
-    def attach(self, adapter: str, creation: Creation) -> None:
-        """Add a copy for `adapter`. The copy keeps the dtype of the original."""
+    def attach(self, adapter: str, creation: Creation, tied_to: SavedModule | None = None) -> None:
+        """Add a copy for `adapter`. The copy keeps the dtype of the original; its weight may be that of the copy in another wrapper."""
         duplicate = _plain_copy(self.original_module)
         self.modules_to_save[adapter] = (duplicate.to("meta") if creation.meta else duplicate).requires_grad_(False)
+        if tied_to is not None:
+            self.tied[adapter] = tied_to
+            self._tie(adapter)
+
+    def _tie(self, adapter: str) -> None:
+        shared = self.tied[adapter].modules_to_save[adapter]._parameters["weight"]
+        self.modules_to_save[adapter].register_parameter("weight", shared)
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Return what the copy of the adapter in use makes of `x`, row by row where rows differ."""
@@ -125,10 +144,20 @@ class SavedModule(nn.Module):
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return all parameters and buffers of the copy, under the original's names."""
-        return module_slots(self.modules_to_save[adapter])
+        found = module_slots(self.modules_to_save[adapter])
+        if adapter in self.tied:
+            source = self.tied[adapter].modules_to_save[adapter]
+
+            def write(value: Tensor) -> None:
+                write_tensor(source, "weight", value)
+                self._tie(adapter)  # the parameter may be a new one
+
+            found["weight"] = dataclasses.replace(found["weight"], write=write)
+        return found
 
     def drop(self, adapter: str) -> None:
         """Remove the copy."""
+        self.tied.pop(adapter, None)
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
@@ -151,7 +180,7 @@ class SavedModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save", "activation") or name.startswith("__"):
+            if name in ("original_module", "modules_to_save", "activation", "tied") or name.startswith("__"):
                 raise
             return getattr(self.active_copy, name)
 
@@ -205,15 +234,20 @@ class SavedModules(TunerBase):
                 raise UnsupportedModuleError(
                     f"modules_to_save: {path!r} is a {type(module).__name__}, which can't be replaced by a copy", hint="name the modules inside it"
                 )
-        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), _SavedFiller(adapter)) for path in paths))
+        fillers: dict[str, _SavedFiller] = {}
+        for path in paths:
+            owner = next((fillers[other] for other in base.sharing(path) if other in fillers), None) if config.tied else None
+            fillers[path] = _SavedFiller(adapter, owner)
+        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), filler) for path, filler in fillers.items()))
 
     @staticmethod
     def paths(base: BaseView, request: SavedRequest) -> list[str]:
         """Return the modules that are saved whole; one inside another needs no copy of its own."""
-        matches = matcher((*request.required, *request.optional), "modules_to_save")
+        named = matcher((*request.required, *request.optional), "modules_to_save")
+        brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []
         for path in base.modules:
-            if path and matches(path) and not any(path.startswith(f"{outer}.") for outer in found):
+            if path and (path in brought or named(path)) and not any(path.startswith(f"{outer}.") for outer in found):
                 found.append(path)
         return found
 
@@ -229,9 +263,12 @@ class _SavedBuilder:
 @dataclass(frozen=True)
 class _SavedFiller:
     adapter: str
+    owner: _SavedFiller | None = None
+    filled: list[SavedModule] = field(default_factory=list)
 
     def __call__(self, module: SavedModule, creation: Creation) -> None:
-        module.attach(self.adapter, creation)
+        module.attach(self.adapter, creation, None if self.owner is None else self.owner.filled[0])
+        self.filled.append(module)
 
 
 class BiasHolder:

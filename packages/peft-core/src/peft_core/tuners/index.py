@@ -350,7 +350,8 @@ class AdapterIndex:
         for name in (ATTRIBUTE, "peft_config"):
             self.base.__dict__.pop(name, None)
         for (kind, path), module in self.entries.items():
-            if not kind and self.base._modules.get(path) is module:  # mounted on the base itself, as injecting does
+            mounted: Any = self.base._modules.get(path)
+            if not kind and mounted is module:  # mounted on the base itself, as injecting does
                 del self.base._modules[path]
         self.entries.clear()
         self.own.clear()

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..errors import UnsupportedModuleError, listed
+from ..errors import MergeError, UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
 from ..layers.slots import LeavesBehind, Slot
-from .tuner import Plan, TunerBase
+from ..layers.token_rows import TokenRows
+from .tuner import Plan, TunerBase, Wrap
 
 if TYPE_CHECKING:
     from .index import AdapterIndex, Key
@@ -104,10 +105,8 @@ def perform(
                     f"{wrap.path!r} is saved whole by {listed(occupant.adapters())}, so that {adapter!r} can't wrap it",
                     hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",
                 )
-            module = wrap.build(occupant)
-            _place(index, wrap.path, module, undo)
-            index.entries[key] = module
-            undo.call(index.entries.pop, key, None)
+            _put(index, key, occupant, wrap, undo)
+            module = index.entries[key]
         undo.call(module.drop, adapter)
         wrap.fill(module, creation)
         keys.append(key)
@@ -140,6 +139,28 @@ def perform(
         keys.append(key)
 
 
+def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
+    """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
+    if not isinstance(occupant, TokenRows):
+        module: Any = wrap.build(occupant)
+        _place(index, wrap.path, module, undo)
+    else:
+        inside = occupant.wrapped
+        module = wrap.build(inside)
+        if isinstance(module, LeavesBehind):
+            raise UnsupportedModuleError(
+                f"rows of {wrap.path!r} train in {listed(occupant.adapters())}, so that it can't be saved whole",
+                hint="leave it out of modules_to_save, or delete_adapter the other one",
+            )
+        occupant.put_inside(module)
+        undo.call(occupant.put_inside, inside)
+        _prepare(index, wrap.path, module)
+    index.entries[key] = module
+    undo.call(index.entries.pop, key, None)
+    for other in [other for other, entry in index.entries.items() if isinstance(entry, TokenRows) and entry is occupant]:
+        index.entries[other] = index.entries.pop(other)
+
+
 def _occupant(index: AdapterIndex, path: str) -> nn.Module:
     parent, leaf = index.view.sites[path][0]
     found: nn.Module = getattr(parent, leaf)
@@ -151,6 +172,10 @@ def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
         before = parent._modules[leaf]
         parent._modules[leaf] = module
         undo.call(parent._modules.__setitem__, leaf, before)
+    _prepare(index, path, module)
+
+
+def _prepare(index: AdapterIndex, path: str, module: Any) -> None:
     occupied = index.view.modules[path]
     module.train(occupied.training)
     if isinstance(module, AdapterLayer):
@@ -158,7 +183,29 @@ def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
         module.shared_weight = weight is not None and id(weight) in index.view.shared_weights
 
 
-def take_off(index: AdapterIndex, key: Key) -> None:
+def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> None:
+    """Take an adapter out of some of the modules that it wraps; a wrapper that no adapter uses any more is taken off.
+
+    Args:
+        index: the adapters of a model.
+        adapter: which one.
+        paths: original names of modules; those that it does not wrap are ignored.
+
+    Raises:
+        AdapterNotFoundError: the model has no such adapter.
+        MergeError: it is merged.
+    """
+    index.require(adapter)
+    if adapter in index.merged_adapters():
+        raise MergeError(f"the adapter {adapter!r} is merged and can't leave modules", hint="unmerge_adapter() first")
+    kind = str(index.configs[adapter].peft_type)
+    for key in [key for key in index.own[adapter] if key[0] == kind and key[1] in paths]:
+        index.own[adapter].remove(key)
+        index.entries[key].drop(adapter)
+        _take_off(index, key)
+
+
+def _take_off(index: AdapterIndex, key: Key) -> None:
     """Put what a wrapper wraps in its place, if the wrapper holds no adapter any more. One inside another wrapper stays: it does nothing."""
     module: Any = index.entries[key]
     if not isinstance(module, AdapterLayer) or module.adapters() or _occupant(index, key[1]) is not module:

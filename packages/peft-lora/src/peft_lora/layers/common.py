@@ -245,14 +245,9 @@ class LoraLayer(AdapterLayer):
             variant.drop()
         super().drop(adapter)
 
-    def train(self, mode: bool = True) -> LoraLayer:
-        """Switch between training and evaluation, and forget what was computed from the weights."""
-        self.forget()
-        super().train(mode)
-        return self
-
     def forget(self) -> None:
-        """Drop everything that is kept to be computed once."""
+        """Drop everything that was computed once from weights."""
+        super().forget()
         self.kept.clear()
 
     # ---- the scale --------------------------------------------------------------------------------------------------
@@ -263,7 +258,7 @@ class LoraLayer(AdapterLayer):
             present.fill_(value)
             # what is kept from this scaling can't see that it changed
             self.kept.pop(adapter, None)
-            self.kept_now = None
+            self.forget()
         else:
             self.scaling[adapter] = value
 

@@ -1,0 +1,356 @@
+"""Rows of a table that train by themselves: they take the place of rows of the output, and no table is copied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from .activation import Activation
+from .adapter_layer import AdapterLayer
+from .base_ops import with_weight
+from .merging import Fold, Merge
+from .slots import Slot
+
+#: what files call the rows, behind the path of the module
+KEY = "token_adapter.trainable_tokens_delta"
+#: output layers of at most so many numbers are multiplied as a whole: that takes no longer, and scores have the bits that they have when merged
+SMALL = 2**16
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """What a layer is told of one adapter's rows.
+
+    Args:
+        path: of the module in the base, for messages.
+        indices: which rows; each once, from 0.
+        source: the layer that holds them, where the module has its weight in common with another one; None: this one.
+        alone: the base's weight also belongs to a module that does not get these rows.
+    """
+
+    path: str
+    indices: tuple[int, ...]
+    source: TokenRows | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The numbers of an adapter's rows, as look-ups need them.
+
+    Args:
+        indices: (n,), in the order of the rows.
+        ascending: (n + 1,), sorted; the last is larger than every id.
+        places: (n + 1,), at which row each of `ascending` is; n for the last.
+    """
+
+    indices: Tensor
+    ascending: Tensor
+    places: Tensor
+
+    @classmethod
+    def of(cls, indices: Sequence[int]) -> _Table:
+        order = sorted(range(len(indices)), key=indices.__getitem__)
+        ascending = [*(indices[i] for i in order), torch.iinfo(torch.int64).max]
+        return cls(torch.tensor(indices, dtype=torch.int64), torch.tensor(ascending), torch.tensor([*order, len(indices)]))
+
+    def on(self, device: torch.device) -> _Table:
+        return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
+
+
+class _Buffers(nn.Module):
+    """Buffers by adapter that no file holds."""
+
+
+class TokenAdapter(nn.Module):
+    """What a `TokenRows` holds, under the names that the reference implementation has in memory."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.trainable_tokens_original = _Buffers()
+
+
+class TokenRows(AdapterLayer):
+    """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
+
+    The base computes as ever; where its input is in T (of an output layer: where its output is), the result is overwritten. It is always
+    the outermost wrapper, so that a row is what D says whatever other adapters do to the rest of the table.
+
+    Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
+    """
+
+    base_types = (nn.Embedding, nn.Linear)
+    additive: ClassVar[bool] = False
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "alone")
+
+    def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
+        super().__init__(base_layer, activation)
+        # in this order parameters get the names that begin with token_adapter
+        del self._modules["base_layer"]
+        self.token_adapter = TokenAdapter(base_layer)
+        self._modules["base_layer"] = base_layer
+        self._around_base = (self._direct, self._fresh)
+        self.indices: dict[str, tuple[int, ...]] = {}
+        self.tables: dict[str, _Table] = {}
+        #: adapter → the layer that holds its rows, where it is another one
+        self.sources: dict[str, TokenRows] = {}
+        self.alone: dict[str, bool] = {}
+        self._borrows = False
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module of the base."""
+        return self.get_base_layer()
+
+    def put_inside(self, module: nn.Module) -> None:
+        """Set what the rows are written over: the base, or a wrapper around it."""
+        self._modules["base_layer"] = self.token_adapter._modules["base_layer"] = module
+        self._direct, self._fresh = (False, True) if isinstance(module, AdapterLayer) else self._around_base
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+    def add(self, adapter: str, config: RowSettings) -> None:
+        """Create an adapter's rows with the values of the base's, or use those of another layer.
+
+        Raises:
+            ConfigError: another adapter trains one of the rows.
+        """
+        for other, indices in self.indices.items():
+            common = sorted({*indices} & {*config.indices})
+            if common:
+                raise ConfigError(
+                    f"the tokens {common} of {config.path!r} train in {other!r} already, so that they can't in {adapter!r}",
+                    hint="give each adapter tokens of its own, or delete_adapter the other one",
+                )
+        self.indices[adapter], self.alone[adapter] = config.indices, config.alone
+        part = self.token_adapter
+        if config.source is not None:
+            self.sources[adapter] = config.source
+            if not part.trainable_tokens_delta:  # as in the reference implementation, both have the rows under their names
+                self._borrows, part.trainable_tokens_delta = True, config.source.token_adapter.trainable_tokens_delta
+            return
+        if self._borrows:
+            self._borrows, part.trainable_tokens_delta = False, nn.ParameterDict()
+        self.tables[adapter] = _Table.of(config.indices)
+        rows = self._initial_rows(adapter)
+        part.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
+        part.trainable_tokens_delta[adapter] = self.keep_parameter(rows)
+
+    def _initial_rows(self, adapter: str) -> Tensor:
+        """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""
+        weight = self.base_weight().detach()
+        indices = self.tables[adapter].indices.to(weight.device)
+        rows = weight[indices]
+        inner = self._modules["base_layer"]
+        while isinstance(inner, AdapterLayer):
+            shift = inner.shift_of(adapter)
+            if shift is not None:
+                rows = (rows + self.ops.stored(shift)[indices].to(weight.device)).to(weight.dtype)
+            inner = inner._modules["base_layer"]
+        return rows
+
+    def rows_of(self, adapter: str) -> Tensor:
+        """Return D (|T|, dim)."""
+        found: Tensor = self.sources.get(adapter, self).token_adapter.trainable_tokens_delta._parameters[adapter]  # type: ignore[assignment]
+        return found
+
+    def table(self, adapter: str, device: torch.device) -> _Table:
+        """Return the numbers of the rows, on a device."""
+        holder = self.sources.get(adapter, self)
+        found = holder.tables[adapter]
+        if found.indices.device != device:
+            found = holder.tables[adapter] = found.on(device)
+        return found
+
+    def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield (end of the file key, module, attribute) of the rows, if they are this layer's own."""
+        if adapter in self.indices and adapter not in self.sources:
+            yield KEY, self.token_adapter.trainable_tokens_delta, adapter
+
+    def further_slots(self, adapter: str) -> dict[str, Slot]:
+        """Return what a file may hold besides: the reference implementation also writes rows for modules that have their weight in common."""
+        source = self.sources.get(adapter)
+        return {} if source is None else {KEY: Slot.of(source.token_adapter.trainable_tokens_delta, adapter)}
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's rows out; a name that is not here is ignored."""
+        part = self.token_adapter
+        if adapter in self.tables:  # its own
+            if adapter in part.trainable_tokens_delta:
+                del part.trainable_tokens_delta[adapter]
+            part.trainable_tokens_original._buffers.pop(adapter, None)
+        super().drop(adapter)
+
+    # ---- forward ---------------------------------------------------------------------------------------------------
+    def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return `y` with what the rows say: an embedding's where ids are in T, an output layer's in the columns T (with its bias)."""
+        if self._holds(adapter):
+            return y
+        base: Any = self.get_base_layer()
+        rows = self.rows_of(adapter).to(base.weight.dtype)
+        table = self.table(adapter, x.device)
+        if self.ops.kind == "embedding":
+            padding = self.indices[adapter].index(base.padding_idx) if base.padding_idx in self.indices[adapter] else len(rows)
+            return _looked_up(base, rows, table, padding, x, y)
+        if base.weight.numel() <= SMALL:
+            changed = F.linear(x, base.weight.index_copy(0, table.indices, rows), base.bias)[..., table.indices]
+        else:
+            changed = F.linear(x, rows, None if base.bias is None else base.bias[table.indices])
+        return y.index_copy_(-1, table.indices, changed.to(y.dtype))
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return E' − E as a matrix (out, in), for E as it was when the adapter was made; all but the rows is 0."""
+        original = self.sources.get(adapter, self).token_adapter.trainable_tokens_original._buffers[adapter]
+        assert original is not None
+        rows = self.rows_of(adapter) - original
+        table = self.table(adapter, rows.device)
+        return self.ops.matrix(rows.new_zeros(self.weight.shape).index_copy(0, table.indices, rows))
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
+        own = [adapter for merge in self.merges for adapter in merge.adapters]
+        return [*own, *(adapter for adapter in self.sources if adapter not in own and self._holds(adapter))]
+
+    def base_weight(self) -> Tensor:
+        """Return the base weight as it is when nothing is merged, by this layer or by that with the same weight; not to be written to."""
+        source = next((source for adapter, source in self.sources.items() if self._holds(adapter)), None)
+        return super().base_weight() if source is None else source.base_weight()
+
+    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those adapters whose rows are not in the weight yet; None if there is nothing to do."""
+        already = self.merged_adapters
+        own = tuple(adapter for adapter in adapters if adapter in self.scaling and adapter not in already)
+        if not own:
+            return None
+        base = self.get_base_layer()
+        alone = any(self.alone[adapter] for adapter in own)
+        return Merge(base, own, [RowsFold(base, self.weight_name, self.change_of(own), shared=alone)])
+
+    def change_of(self, adapters: Sequence[str]) -> Any:
+        """Return the change that writes the rows of adapters."""
+        return RowsChange([(self.table(adapter, self.rows_of(adapter).device).indices, self.rows_of(adapter)) for adapter in adapters])
+
+    def _holds(self, adapter: str) -> bool:
+        """Return whether the layer that holds the rows has written them into the very weight that this layer uses."""
+        source = self.sources.get(adapter)
+        if source is None or not source.merges:
+            return False
+        weight = self.get_base_layer()._parameters.get(self.weight_name)
+        folds = [fold for merge in source.merges if adapter in merge.adapters for fold in merge.folds]
+        return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
+
+    # ---- names in state dicts: the base stands under token_adapter only ----------------------------------------------
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the tensors, each once, as the reference implementation names them."""
+        found = super().state_dict(*args, **kwargs)
+        twice = f"{kwargs.get('prefix', '')}base_layer."
+        for key in [key for key in found if key.startswith(twice)]:
+            del found[key]
+        return found
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        inside = f"{prefix}token_adapter.base_layer."
+        state_dict.update({f"{prefix}base_layer.{key.removeprefix(inside)}": value for key, value in state_dict.items() if key.startswith(inside)})
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor, y: Tensor) -> Tensor:
+    """Return `y` with the rows where `ids` (…) has their numbers: looked up as the base does it, out of a table of |T| + 1 rows.
+
+    The last row stands for all other ids, `padding` is the one that gets no gradient.
+    """
+    at = torch.searchsorted(table.ascending, ids)
+    hit = table.ascending[at] == ids
+    places = torch.where(hit, table.places[at], len(rows))
+    small = F.pad(rows, (0, 0, 0, 1))
+    if type(base) is nn.Embedding:
+        found = F.embedding(places, small, padding, base.max_norm, base.norm_type, base.scale_grad_by_freq)
+    else:  # with a scale, or whatever else the class does
+        look_up = with_weight(base, small)
+        look_up.__self__.padding_idx, look_up.__self__.sparse = padding, False
+        found = look_up(places)
+    return torch.where(hit.unsqueeze(-1), found.to(y.dtype), y)
+
+
+class RowsChange:
+    """W → W with some rows overwritten. The rows are kept as they were when merged."""
+
+    additive = False
+    invertible = False
+
+    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.indices = torch.cat([indices for indices, _ in rows])
+        self.rows = torch.cat([values.detach() for _, values in rows])
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """Return a weight with the rows."""
+        return weight.index_copy(0, self.indices.to(weight.device), self.rows.to(weight))
+
+    def invert(self, weight: Tensor) -> Tensor:
+        """Return `weight`: the way back is not in the rows."""
+        return weight
+
+
+class RowsFold(Fold):
+    """Overwrites rows in place; the few that were there are the way back. With `shared`, in a weight of the owner's own meanwhile.
+
+    All modules that have the weight in common get the rows, as they should.
+    """
+
+    change: RowsChange
+
+    def __init__(self, owner: nn.Module, name: str, change: RowsChange, *, shared: bool = False) -> None:
+        super().__init__(owner, name, change, shared=shared)
+        #: the parameter in which the rows are
+        self.written: nn.Parameter | None = None
+        self._before: Tensor | None = None
+
+    def prepare(self) -> Tensor:
+        """Return what is written, without touching anything."""
+        if self._shared:
+            return super().prepare()
+        parameter = self.owner.get_parameter(self.name)
+        self._before = parameter.detach()[self.change.indices.to(parameter.device)]
+        return self.change.rows.to(parameter)
+
+    def put(self, merged: Tensor) -> None:
+        """Write the rows."""
+        if self._shared:
+            super().put(merged)
+        else:
+            self._write(merged)
+        self.written = self.owner.get_parameter(self.name)
+
+    def undo(self) -> None:
+        """Write back what was there."""
+        if self._shared:
+            super().undo()
+        else:
+            assert self._before is not None
+            self._write(self._before)
+        self.written = None
+
+    def before(self, merged: Tensor) -> Tensor:
+        """Return the weight that was there before; changes nothing."""
+        if self._shared or self._before is None:
+            return super().before(merged)
+        return merged.index_copy(0, self.change.indices.to(merged.device), self._before.to(merged))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept for the way back."""
+        return 0 if self._before is None else self._before.numel() * self._before.element_size()
+
+    def _write(self, rows: Tensor) -> None:
+        parameter = self.owner.get_parameter(self.name)
+        with torch.no_grad():
+            parameter.index_copy_(0, self.change.indices.to(parameter.device), rows.to(parameter))

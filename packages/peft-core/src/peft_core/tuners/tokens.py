@@ -1,0 +1,160 @@
+"""Which rows of which embeddings train by themselves (new tokens, say): a part of an adapter that core supplies for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
+from ..layers.activation import Activation
+from ..layers.creation import Creation
+from ..layers.slots import AdapterModule
+from ..layers.token_rows import RowSettings, TokenRows
+from ..plugins import Capability, TunerSpec
+from .base_view import BaseView
+from .targeting import matcher
+from .tuner import Plan, TunerBase, Wrap
+
+TOKENS = "@tokens"
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """Which rows train: of the input embeddings, or by name of a module; `saved` are the paths of modules saved whole."""
+
+    indices: Sequence[int] | Mapping[str, Sequence[int]]
+    saved: tuple[str, ...] = ()
+
+
+class TrainedTokens(TunerBase):
+    """Plans a `TokenRows` around each embedding whose rows train, and around the modules that have its weight in common with it."""
+
+    def __init__(self, activation: Activation) -> None:
+        can = Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING
+        super().__init__(TunerSpec("TRAINED_TOKENS", "peft_core.config:PeftConfig", TrainedTokens, "token_adapter", capabilities=can), activation)
+
+    def plan(self, base: BaseView, adapter: str, config: TokenRequest) -> Plan:
+        """Find the modules, and check the indices.
+
+        Raises:
+            ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
+            UnsupportedModuleError: a module is no embedding and no output layer.
+        """
+        named = {path: checked(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
+        for path in named:
+            if _inside(path, config.saved):
+                raise ConfigError(
+                    f"trainable_token_indices and modules_to_save both have {path!r}", hint="train some rows of it, or the whole module"
+                )
+        wraps: list[Wrap] = []
+        done: set[str] = set()
+        for path, indices in named.items():
+            if path in done:
+                continue
+            group = base.sharing(path) if isinstance(base.modules[path], nn.Embedding) else (path,)
+            followers = [other for other in group if other != path and not _inside(other, config.saved) and named.get(other, indices) == indices]
+            done.update(followers)
+            alone = len({path, *followers}) < len(base.sharing(path))
+            owner = _Filler(adapter, RowSettings(path, indices, alone=alone))
+            wraps.append(Wrap(path, _Builder(self.activation), owner))
+            wraps += [
+                Wrap(other, _Builder(self.activation), _Filler(adapter, RowSettings(other, indices, alone=alone), owner)) for other in followers
+            ]
+        return Plan(wraps=tuple(wraps))
+
+
+def _inside(path: str, saved: Sequence[str]) -> bool:
+    return any(path == whole or path.startswith(f"{whole}.") for whole in saved)
+
+
+def checked(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:
+    """Return indices counted from 0.
+
+    Raises:
+        ConfigError: they are no list of integers, one is out of range, or one is given twice.
+        UnsupportedModuleError: the module is no plain embedding and no Linear.
+    """
+    weight = module._parameters.get("weight")
+    if not isinstance(module, (nn.Embedding, nn.Linear)) or weight is None or not weight.is_floating_point():
+        what = type(module).__name__ if weight is None or weight.is_floating_point() else f"{type(module).__name__} of dtype {weight.dtype}"
+        raise UnsupportedModuleError(
+            f"trainable_token_indices: {path!r} is a {what}", hint="name an nn.Embedding, or an nn.Linear that gives scores of tokens"
+        )
+    if isinstance(indices, (str, bytes)) or not isinstance(indices, Sequence) or not all(type(index) is int for index in indices):
+        raise ConfigError(f"trainable_token_indices: {indices!r} is no list of integers", hint="write the ids of tokens: [32000, 32001]")
+    count = int(module.num_embeddings if isinstance(module, nn.Embedding) else module.out_features)
+    outside = [index for index in indices if not -count <= index < count]
+    if outside:
+        raise ConfigError(
+            f"trainable_token_indices: {outside} out of range for {path!r}, which has {count} rows",
+            hint="resize_token_embeddings(len(tokenizer)) first, if these are new tokens",
+        )
+    plain = tuple(index % count for index in indices)
+    twice = [index for place, index in enumerate(plain) if index in plain[:place]]
+    if twice:
+        raise ConfigError(f"trainable_token_indices: {sorted(twice)} given more than once for {path!r} (negative ones count from the end)")
+    return plain
+
+
+def _named(base: BaseView, indices: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Return path → indices, in the order of the model."""
+    given = indices if isinstance(indices, Mapping) else {_input_embeddings(base): indices}
+    found: dict[str, Sequence[int]] = {}
+    for name, rows in given.items():
+        matches = matcher((name,), "trainable_token_indices")
+        paths = [path for path in base.modules if path and matches(path)]
+        if not paths:
+            embeddings = [path for path, module in base.modules.items() if isinstance(module, nn.Embedding)]
+            raise ConfigError(
+                f"trainable_token_indices: Target modules {name!r} not found in the base model {base.name}",
+                hint=did_you_mean(name, base.leaf_names) or f"its embeddings are {listed(embeddings)}",
+            )
+        for path in paths:
+            if path in found:
+                raise ConfigError(f"trainable_token_indices: {path!r} is named twice", hint="give each module one list")
+            found[path] = rows
+    return {path: found[path] for path in base.modules if path in found}
+
+
+def _input_embeddings(base: BaseView) -> str:
+    try:
+        module = base.embeddings
+    except ModelError:
+        paths = [path for path in base.modules if matcher(("embed_tokens",), "trainable_token_indices")(path)]
+        if len(paths) == 1:
+            return paths[0]
+        raise ConfigError(
+            f"trainable_token_indices is a list, and {base.name} does not say which module embeds its tokens",
+            hint='name it: {"name.of.the.embedding": [...]}',
+        ) from None
+    for path, original in base.modules.items():
+        # the module itself, or what a wrapper of this model has in its place
+        if path and (original is module or any(getattr(parent, leaf) is module for parent, leaf in base.sites[path])):
+            return path
+    raise ConfigError(f"the input embeddings of {base.name} are none of its modules", hint='name the module: {"name": [...]}')
+
+
+@dataclass(frozen=True)
+class _Builder:
+    activation: Activation
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        return TokenRows(module, self.activation)
+
+
+@dataclass(frozen=True)
+class _Filler:
+    """Adds an adapter's rows; those of a follower are in the layer that its owner filled."""
+
+    adapter: str
+    settings: RowSettings
+    owner: _Filler | None = None
+    filled: list[TokenRows] = field(default_factory=list)
+
+    def __call__(self, layer: TokenRows, creation: Creation) -> None:
+        source = None if self.owner is None else self.owner.filled[0]
+        settings = RowSettings(self.settings.path, self.settings.indices, source, self.settings.alone)
+        layer.attach(self.adapter, settings, creation)
+        self.filled.append(layer)

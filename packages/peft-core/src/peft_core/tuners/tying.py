@@ -1,0 +1,51 @@
+"""Weights that modules of the base share: whether an adapter keeps them tied, and what its user is told."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+from ..errors import ConfigError, PeftWarning, listed
+from .base_view import BaseView
+
+
+def check(base: BaseView, ensure: bool | None, targets: Sequence[str], saved: Sequence[str]) -> None:
+    """Warn where an adapter parts what is tied in the base, or where there is nothing to keep tied.
+
+    Args:
+        base: the model.
+        ensure: whether the adapter keeps tied what is; None: its method does not offer it, and nothing is said.
+        targets: paths of the modules that the method adapts.
+        saved: paths of the modules that are saved whole.
+
+    Raises:
+        ConfigError: of modules that are to stay tied, one is adapted and one saved whole.
+    """
+    if ensure is None:
+        return
+    touched = [path for path in (*targets, *saved) if path in base.tied]
+    if not ensure:
+        if touched and getattr(base.text_config, "tie_word_embeddings", getattr(base.config, "tie_word_embeddings", False)):
+            others = [path for path in base.tied[touched[0]] if path != touched[0]]
+            warnings.warn(
+                f"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but `ensure_weight_tying` is not set to True: "
+                f"{touched[0]!r} will differ from {listed(others)}, and merging parts them",
+                PeftWarning,
+                stacklevel=8,
+            )
+        return
+    if not base.tied:
+        warnings.warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model", PeftWarning, stacklevel=8)
+    elif not touched:
+        warnings.warn(
+            "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or `target_modules`",
+            PeftWarning,
+            stacklevel=8,
+        )
+    for path in targets:
+        others = [other for other in base.sharing(path) if other != path]
+        if any(other in saved for other in (path, *others)):
+            raise ConfigError(
+                f"ensure_weight_tying: {path!r} is adapted, and its weight, which is also that of {listed(others)}, is saved whole",
+                hint="adapt the weight, or save it whole: name its modules in one of target_modules and modules_to_save",
+            )
