@@ -12,7 +12,6 @@ import support
 from peft_core import AdapterNotFoundError, ConfigError, get_peft_model
 from peft_core import disable_input_dtype_casting as core_disable_input_dtype_casting
 from peft_core.testing.models import OneLayer
-from peft_loha import LoHaConfig
 from peft_lora import DoraCaching, LoraConfig, disable_input_dtype_casting, rescale_adapter_scale
 from peft_lora.variants.dora import Dora
 
@@ -126,7 +125,7 @@ def test_only_adapters_in_use_are_scaled_by_layer() -> None:
 
 def test_inputs_are_not_cast_inside_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert disable_input_dtype_casting is core_disable_input_dtype_casting
-    model = adapted(LoHaConfig(r=2, target_modules=["last"]))
+    model = adapted(LoraConfig(r=2, target_modules=["last"]))
     layer = model.base_model.model.last
     half = X.to(torch.bfloat16)
     assert layer.cast_input(half, torch.float32).dtype is torch.float32
