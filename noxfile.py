@@ -19,7 +19,7 @@ PACKAGES = ("core", "lora", "loha", "prompt")
 OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "examples/plugins/peft-vera")
 # Named in every install that could touch torch: an open range takes gigabytes of CUDA.
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
-PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2")
+PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2", "attrs==26.1.0")  # the last it imports and does not declare
 IMPORT_LINTER = "import-linter==2.16"
 QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
