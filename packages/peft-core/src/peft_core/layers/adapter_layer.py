@@ -14,7 +14,6 @@ from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
 from .creation import Creation
 from .kept import KeptWeight, kept_weight
-from .merging import Merge
 
 
 class AdapterLayer(AdapterMerging):
@@ -43,25 +42,38 @@ class AdapterLayer(AdapterMerging):
     #: whether `cast_input` does anything
     casts_input: bool = True
 
+    base_layer: nn.Module
+    matrix_shape: tuple[int, int]
+    kept_weights: dict[str, KeptWeight]
+    _direct: bool
+    _fresh: bool
+    _small: bool
+
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.activation = activation
-        self.scaling: dict[str, float] = {}
-        self.merges: list[Merge] = []
-        self.shifts: dict[str, Merge] = {}
-        self.shared_weight = False
+        self._modules["base_layer"] = base_layer
         inner = self.get_base_layer()
-        self.ops: BaseOps = self.ops_of(inner)
-        self.matrix_shape: tuple[int, int] = self.ops.matrix_shape(inner)
+        ops = self.ops_of(inner)
+        out, inp = ops.matrix_shape(inner)
         # F.linear on its weight is all that a plain Linear does; the module call around it costs a tenth of a small layer
-        self._direct = type(base_layer) is nn.Linear
-        # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
-        self._fresh = isinstance(base_layer, AdapterLayer) or self.ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH
-        small = self._direct and self.matrix_shape[0] * self.matrix_shape[1] <= self.keep_up_to
-        self._small = small and type(self.weight) is nn.Parameter and self.weight.dtype is torch.float32
-        self.kept_weights: dict[str, KeptWeight] = {}
-        self._creation = Creation()
+        direct = type(base_layer) is nn.Linear
+        small = direct and out * inp <= self.keep_up_to
+        # at once: a plain attribute set on a module costs a microsecond each, and a large model has thousands of layers
+        self.__dict__.update(
+            activation=activation,
+            scaling={},
+            merges=[],
+            shifts={},
+            shared_weight=False,
+            ops=ops,
+            matrix_shape=(out, inp),
+            kept_weights={},
+            _direct=direct,
+            # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
+            _fresh=isinstance(base_layer, AdapterLayer) or ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH,
+            _small=small and type(inner.weight) is nn.Parameter and inner.weight.dtype is torch.float32,
+            _creation=Creation(),
+        )
 
     @classmethod
     def ops_of(cls, base: nn.Module) -> BaseOps:

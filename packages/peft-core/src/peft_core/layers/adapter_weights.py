@@ -92,13 +92,15 @@ class AdapterWeights(nn.Module):
     @property
     def parameter_dtype(self) -> torch.dtype:
         """The dtype of the parameters of the adapter that is being added: float32, or the base's where autocasting is off."""
-        dtype = self._base_dtype_and_device()[0]
+        return self._kept(self._base_dtype_and_device()[0])
+
+    def _kept(self, dtype: torch.dtype) -> torch.dtype:
         return dtype if dtype == torch.float64 or (dtype in _HALF and not self._creation.autocast) else torch.float32
 
     def make_parameter(self, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> nn.Parameter:
         """Return a frozen parameter on the base's device: filled in float32, rounded to the base's dtype, then as autocast wants it."""
         dtype, device = self._base_dtype_and_device()
-        kept = self.parameter_dtype
+        kept = self._kept(dtype)
         if self._creation.meta:
             return nn.Parameter(torch.empty(tuple(shape), dtype=kept, device="meta"), requires_grad=False)
         tensor = torch.empty(tuple(shape), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)

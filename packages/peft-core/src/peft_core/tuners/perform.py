@@ -157,8 +157,9 @@ def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: U
         _prepare(index, wrap.path, module)
     index.entries[key] = module
     undo.call(index.entries.pop, key, None)
-    for other in [other for other, entry in index.entries.items() if isinstance(entry, TokenRows) and entry is occupant]:
-        index.entries[other] = index.entries.pop(other)
+    if isinstance(occupant, TokenRows):
+        for other in [other for other, entry in index.entries.items() if entry is occupant]:
+            index.entries[other] = index.entries.pop(other)
 
 
 def _occupant(index: AdapterIndex, path: str) -> nn.Module:

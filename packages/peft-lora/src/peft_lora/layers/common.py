@@ -59,20 +59,22 @@ class LoraLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.lora_dropout: dict[str, float] = {}
-        self.use_rslora: dict[str, bool] = {}
-        self.variants: dict[str, Variant] = {}
-        #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
-        self.unusual: dict[str, bool] = {}
-        self.frozen: dict[str, frozenset[str]] = {}
-        #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
-        self.columns: dict[str, int] = {}
-        #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
-        self.tied: dict[str, Tie] = {}
-        #: what was computed from weights and holds until they change, by adapter
-        self.kept: dict[str, Any] = {}
+        self.__dict__.update({name: {} for name in self.per_adapter if name not in self.__dict__})
+
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    lora_dropout: dict[str, float]
+    use_rslora: dict[str, bool]
+    variants: dict[str, Variant]
+    #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
+    unusual: dict[str, bool]
+    frozen: dict[str, frozenset[str]]
+    #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
+    columns: dict[str, int]
+    #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
+    tied: dict[str, Tie]
+    #: what was computed from weights and holds until they change, by adapter
+    kept: dict[str, Any]
 
     # ---- what each kind of layer says -----------------------------------------------------------------------------
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -300,7 +302,7 @@ def bare(kind: type[nn.Module], **attributes: Any) -> Any:
     module: Any = kind.__new__(kind)
     nn.Module.__init__(module)
     for name, value in attributes.items():
-        setattr(module, name, value)
+        (module._parameters if isinstance(value, nn.Parameter) else module.__dict__)[name] = value
     return module
 
 
@@ -308,5 +310,5 @@ def plain_linear(weight: nn.Parameter) -> nn.Linear:
     """Return a bias-free Linear with this weight."""
     out, inp = weight.shape
     layer: nn.Linear = bare(nn.Linear, out_features=out, in_features=inp, weight=weight)
-    layer.register_parameter("bias", None)
+    layer._parameters["bias"] = None
     return layer

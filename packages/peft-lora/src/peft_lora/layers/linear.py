@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -30,10 +31,13 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        #: by adapter the dicts in which A and B are: a decode step visits each layer with cold caches, and every object on the way costs
-        self.ends: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._modules["lora_A"] = nn.ModuleDict()
+        self._modules["lora_B"] = nn.ModuleDict()
+
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    #: by adapter the dicts in which A and B are: a decode step visits each layer with cold caches, and every object on the way costs
+    ends: dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -52,6 +56,13 @@ class Linear(LoraLayer):
         """Return A (r, in) and B (out, r)."""
         down, up = self.ends[adapter]
         return down["weight"], up["weight"]
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return what trains, by the end of its file key."""
+        if adapter in self.unusual or self.frozen.get(adapter) or adapter in self.tied:
+            return super().parameters_of(adapter)
+        down, up = self.ends[adapter]  # switching asks every layer
+        return {"lora_A.weight": down["weight"], "lora_B.weight": up["weight"]}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row."""
