@@ -99,12 +99,13 @@ class AdapterLayer(AdapterMerging):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row."""
         base: Any = self._modules["base_layer"]
-        if self._small and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or _observed(base.__dict__)):
+        state = base.__dict__
+        observed = _observed(state)
+        if self._small and not (self.training or observed or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             kept = kept_weight(self, x)
             if kept is not None and kept.weight is not None:
                 return F.linear(x, kept.weight, kept.bias)
-        state = base.__dict__
-        if _observed(state):
+        if observed:
             # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
             y: Tensor = base(x, *args, **kwargs).clone()
         elif self._direct:

@@ -80,7 +80,7 @@ def kept_weight(layer: AdapterLayer, x: Tensor) -> KeptWeight | None:
     route = getattr(layer.activation.local, "route", None)
     if route is None:
         route = layer.activation.default
-    if layer.merges or route.per_row is not None or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
+    if route.per_row is not None or layer.merges or x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
         return None
     names = route.names
     if len(names) != 1:

@@ -48,24 +48,26 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
 
 
 class LastRoute:
-    """A route, and a sample of the weights of its adapters: what layers computed for the route is good while they stay as they are.
+    """A route, and a sample of the weights and scalings of its adapters: what layers computed for the route is good while they stay as they are.
 
-    Layers look at the versions of their own tensors; that does not show what is written through `.data`, or moved to another place.
+    Layers themselves look at the versions of tensors that train. For all others the tensors and the scaling of one module of each adapter stand.
     """
 
     def __init__(self, per_row: tuple[tuple[str, ...], ...], route: Route, index: AdapterIndex) -> None:
         self.per_row, self.route = per_row, route
         self.sample: list[tuple[Tensor, Watch]] = []
-        for name in route.used:
+        self.scalings: list[tuple[Mapping[str, float], str, float]] = []
+        for number, name in enumerate(route.used):
             modules = index.modules_of(name)
-            for (_, module), which in zip(modules[:1] + modules[1:][-1:], (-1, 0), strict=False):
-                for tensor in list(module.parameters_of(name).values())[which:][:1]:  # a mount may have buffers alone
-                    if not tensor.is_meta:
-                        self.sample.append((tensor, Watch(tensor)))
+            _, module = modules[-1 if number % 2 else 0]
+            self.sample += [(tensor, Watch(tensor)) for tensor in module.parameters_of(name).values() if not tensor.is_meta]
+            scaling = getattr(module, "scaling", EMPTY)
+            if name in scaling:
+                self.scalings.append((scaling, name, scaling[name]))
 
     def holds(self) -> bool:
         """Return whether the sample is unchanged."""
-        return all(watch.holds(tensor) for tensor, watch in self.sample)
+        return all(scaling.get(name) == value for scaling, name, value in self.scalings) and all(w.holds(tensor) for tensor, w in self.sample)
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:

@@ -120,9 +120,9 @@ class Linear(LoraLayer):
         """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
         kept: Any = self.kept.get(ROWS)
         if kept is not None and kept[0] is route and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            stack = kept[1]
-            if stack.holds(self, x.dtype):
-                return rows.add_by_row(x, y, stack.a, stack.b)
+            stack: rows.Stack = kept[1]
+            if stack.holds(x.dtype):
+                return stack.add(x, y)
         if torch.is_autocast_enabled(x.device.type) or not rows.worth_stacking(self, route):
             return super().contribute_by_row(route, x, y)
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -131,7 +131,7 @@ class Linear(LoraLayer):
             return rows.add_by_row(x, y, *rows.stacked(self, here, x.dtype))
         stack = rows.Stack(self, route, x.dtype)
         self.kept[ROWS] = (route, stack)
-        return rows.add_by_row(x, y, stack.a, stack.b)
+        return stack.add(x, y)
 
     def with_beta(self, adapter: str, y: Tensor) -> Tensor:
         """Return y + s·β, where `lora_bias` gave B a bias β."""

@@ -22,7 +22,7 @@ _VERSION = attrgetter("_version")
 
 
 class Stack:
-    """The factors of each row's adapters: A (rows, R, in), and s·B transposed (rows, R, out), R being the most that one row needs.
+    """The factors of each row's adapters: A transposed (rows, in, R), and s·B transposed (rows, R, out), R being the most that one row needs.
 
     Args:
         layer: whose adapters.
@@ -35,24 +35,25 @@ class Stack:
         here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
         used = list(dict.fromkeys(name for row in here for name in row))
         self.rows, self.dtype = len(here), dtype
-        self.scalings = tuple(layer.scaling[name] for name in used)
-        self.adapters = tuple(used)
         # those that train; a look at 64 frozen ones in each layer would cost as much as the products
         self.dicts = [end for name in used for end in layer.ends[name] if end["weight"].requires_grad]
         self.versions = sum(map(_VERSION, map(_WEIGHT, self.dicts)))
-        self.a, self.b = stacked(layer, here, dtype)
+        a, self.b = stacked(layer, here, dtype)
+        self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
 
-    def holds(self, layer: Linear, dtype: torch.dtype) -> bool:
-        """Return whether the weights and scalings are still those that were stacked.
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Return whether the weights are still those that were stacked.
 
-        Here only those are asked that train. Core looks at the first and the last weights of all adapters once a call, and gives another route,
-        for which everything is stacked again, when something was written to them.
+        Here only those are asked that train: with 64 adapters, a question to each would cost each layer as much as the products. Core looks at a
+        weight and a scaling of every adapter once a call, and gives another route, for which everything is stacked again, when they changed.
         """
-        return (
-            dtype is self.dtype
-            and self.versions == sum(map(_VERSION, map(_WEIGHT, self.dicts)))
-            and self.scalings == tuple(map(layer.scaling.get, self.adapters))
-        )
+        return dtype is self.dtype and (not self.dicts or self.versions == sum(map(_VERSION, map(_WEIGHT, self.dicts))))
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
+        if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype:
+            return y.add_(torch.bmm(torch.bmm(x, self.across), self.b))
+        return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 
 def stacked(layer: Linear, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
