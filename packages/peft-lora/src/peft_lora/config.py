@@ -71,7 +71,7 @@ class LoraConfig(LayerConfig):
         grouped_convolutions: on convolutions with groups, A has them too, with rank r in each; such adapters can be merged.
         out_projection_twice: on MultiheadAttention, the change of the out-projection counts twice, as the package `peft` has it (up to 0.21.2 at
             least): for adapters that were trained with it.
-        megatron_config, megatron_core: for parallel linear layers of Megatron.
+        megatron_config, megatron_core: fields of the format; a `megatron_config` is refused, Megatron's parallel layers are not supported.
         runtime_config: settings of this process, never saved.
 
     Raises:

@@ -23,7 +23,8 @@ class LoraRuntimeConfig:
     """Settings of a running process, never saved.
 
     Args:
-        ephemeral_gpu_offload: move norm computations to the accelerator for a moment.
+        ephemeral_gpu_offload: accepted for code that sets it, without an effect: DoRA's norms need no whole matrix here, and are computed where the
+            weights are.
     """
 
     ephemeral_gpu_offload: bool = False
