@@ -13,6 +13,7 @@ from peft_core import PeftModel, get_peft_model
 from peft_core.testing import tiny
 from peft_core.testing.helpers import parameters_of, randomise
 from peft_lora import LoraConfig
+from peft_lora.layers import rows
 
 ROWS: list[Any] = ["a", "__base__", "c", ["a", "b"], "b", "a"]
 
@@ -47,8 +48,10 @@ def check(model: PeftModel, tokens: int = 1) -> None:
             torch.testing.assert_close(together[number], output(model, tokens)[number], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bags_from", [1, 1000])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
-def test_each_row_for_itself(model: PeftModel, tokens: int) -> None:
+def test_each_row_for_itself(model: PeftModel, tokens: int, bags_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "BAGS_FROM", bags_from)
     check(model, tokens)
     check(model, tokens)  # from what was kept
 

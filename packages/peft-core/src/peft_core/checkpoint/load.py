@@ -124,7 +124,7 @@ def fill(
     if misshapen and ignore_mismatched_sizes:
         warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
     tensors = fitted_keys(source.read(), slots)
-    index.last_route = None  # what layers computed from the weights that are here now is no longer good
+    index.last_route, index.reused = None, {}  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
     for key, slot in slots.items():
         if key in tensors and key not in skipped:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -205,6 +206,16 @@ def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
     """
     if isinstance(names, str):
         raise RoutingError(f"adapter_names={names!r} is one name", hint="give a list with one entry per sample")
+    given = tuple(names)
+    if torch.compiler.is_compiling():
+        return _rows(given)
+    try:
+        return _remembered(given)  # servers send the same rows step by step
+    except TypeError:  # lists among the entries
+        return _rows(given)
+
+
+def _rows(names: tuple[Any, ...]) -> tuple[tuple[str, ...], ...]:
     rows = []
     for position, entry in enumerate(names):
         members = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, (list, tuple)) else None
@@ -212,3 +223,6 @@ def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
             raise RoutingError(f"adapter_names[{position}]={entry!r} is no adapter name", hint="give names, or lists of names")
         rows.append(tuple(member for member in members if member != BASE))
     return tuple(rows)
+
+
+_remembered = functools.lru_cache(maxsize=16)(_rows)

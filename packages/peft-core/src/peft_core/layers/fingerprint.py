@@ -1,45 +1,71 @@
-"""Whether a tensor still has the values from which something was computed and kept."""
+"""Whether tensors still have the values from which something was computed and kept."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from operator import attrgetter, methodcaller
+from typing import Any
 
 from torch import Tensor
 
+_PLACE, _VERSION, _VALUE = methodcaller("data_ptr"), attrgetter("_version"), attrgetter("value")
+
 
 class Watch:
-    """Remembers the state of a tensor and says for less than the price of a kernel whether it is still the same.
+    """Remembers the state of some tensors and says for less than the price of a kernel whether all are still the same.
 
-    In-place operations count in the tensor's version. What is written through `.data` does not; on the CPU the first and the last bytes are
+    In-place operations count in a tensor's version. What is written through `.data` does not; on the CPU the first and the last bytes of each are
     looked at, so that a tensor that is written as a whole is seen to have changed, whoever wrote it. On other devices nothing but address and
-    version tell; layers forget what they keep when they are switched between training and evaluation.
+    version tell; layers forget what they keep when they are switched between training and evaluation. All are asked in one go: a decode
+    step visits each layer with cold caches, and every object on the way costs.
 
     Args:
-        tensor: what to watch. Of tensors that were made in inference mode nothing can be known: they never hold.
-        closely: look at the bytes, too.
+        tensors: what to watch. Of tensors that were made in inference mode nothing can be known: they never hold.
     """
 
-    __slots__ = ("address", "first", "first_was", "last", "last_was", "version")
+    __slots__ = ("places", "versions", "was", "words")
 
-    def __init__(self, tensor: Tensor, *, closely: bool = True) -> None:
-        self.address = tensor.data_ptr()
-        self.version = -1 if tensor.is_inference() or not self.address else tensor._version  # tensors made of others have no address
-        self.first = self.last = None
-        self.first_was = self.last_was = 0
-        if closely and tensor.device.type == "cpu" and tensor.nbytes >= 8 and tensor.is_contiguous():
-            self.first = ctypes.c_uint64.from_address(self.address)
-            self.last = ctypes.c_uint64.from_address(self.address + tensor.nbytes - 8)
-            self.first_was, self.last_was = self.first.value, self.last.value
+    def __init__(self, *tensors: Tensor) -> None:
+        self.places = sum(tensor.data_ptr() for tensor in tensors)
+        # tensors made of others have no address
+        unknown = any(tensor.is_inference() or (not tensor.data_ptr() and tensor.numel()) for tensor in tensors)
+        self.versions = -1 if unknown else sum(tensor._version for tensor in tensors)
+        ends = [end for tensor in tensors if tensor.device.type == "cpu" for end in _ends(tensor)]
+        self.words = [ctypes.c_uint32.from_address(end) for end in ends]
+        self.was = sum(word.value for word in self.words)
 
-    def holds(self, tensor: Tensor) -> bool:
-        """Return whether `tensor` is where the watched one was, with the same values as far as can be told."""
-        # the address comes first: the memory behind an old one may be gone
-        if self.version < 0 or tensor.data_ptr() != self.address or tensor._version != self.version:
+    def __reduce__(self) -> Any:
+        return _never, ()  # addresses mean nothing to a copy
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Return whether `tensors` are where the watched ones were, with the same values as far as can be told."""
+        if self.versions < 0:
             return False
-        return self.first is None or (self.first.value == self.first_was and self.last.value == self.last_was)  # type: ignore[union-attr]
+        # the address comes first: the memory behind an old one may be gone
+        same: bool = (
+            sum(map(_PLACE, tensors)) == self.places and sum(map(_VERSION, tensors)) == self.versions and sum(map(_VALUE, self.words)) == self.was
+        )
+        return same
+
+
+def _never() -> Watch:
+    """Return one that never holds."""
+    watch = Watch()
+    watch.versions = -1
+    return watch
+
+
+def _ends(tensor: Tensor) -> list[int]:
+    """Return the addresses of the first and the last four bytes, of dense tensors only."""
+    first = tensor.data_ptr()
+    if not first or tensor.nbytes < 4:
+        return []
+    dense = tensor.is_contiguous() and tensor.nbytes >= 8
+    return [first, first + tensor.nbytes - 4] if dense else [first]
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, ...]:
     """Return what a `Watch` looks at, as a key: cheaper to write, dearer to ask. Of tensors made in inference mode no two are equal."""
     watch = Watch(tensor)
-    return watch.address, watch.version if watch.version >= 0 else -id(watch), watch.first_was, watch.last_was
+    return watch.places, watch.versions if watch.versions >= 0 else -id(watch), watch.was

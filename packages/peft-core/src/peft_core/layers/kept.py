@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import MergeError
+from .fingerprint import Watch
 from .folded import home_of
 
 if TYPE_CHECKING:
@@ -18,26 +18,19 @@ if TYPE_CHECKING:
 class KeptWeight:
     """W' of one adapter and the bias with it, and whether everything behind them is still the same (`Watch` says what is looked at).
 
-    All tensors are asked in one go: a decode step visits each layer with cold caches, and every object on the way costs.
-
     Args:
         layer: a layer with a plain Linear as its base.
         adapter: the only one that acts.
     """
 
-    __slots__ = ("adapter", "bias", "homes", "places", "scaling", "versions", "was", "weight", "words")
+    __slots__ = ("adapter", "bias", "homes", "scaling", "watch", "weight")
 
     def __init__(self, layer: AdapterLayer, adapter: str) -> None:
         base: Any = layer.get_base_layer()
         self.adapter, self.scaling = adapter, float(layer.scaling[adapter])  # a number: hot-swapping fills a tensor in place
         self.homes = [(home_of(module, name), name) for _, module, name in layer.holders(adapter)]
         self.homes += [(base._parameters, name) for name in ("weight", "bias") if base._parameters[name] is not None]
-        tensors = [home[name] for home, name in self.homes]
-        # of tensors made in inference mode nothing can be known
-        self.versions = -1 if any(t.is_inference() for t in tensors) else sum(t._version for t in tensors)
-        self.places = sum(t.data_ptr() for t in tensors)
-        self.words = [ctypes.c_uint32.from_address(t.data_ptr()) for t in tensors if t.device.type == "cpu" and t.nbytes >= 4]
-        self.was = sum(word.value for word in self.words)
+        self.watch = Watch(*(home[name] for home, name in self.homes))
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         with torch.inference_mode(False), torch.no_grad():
@@ -56,16 +49,7 @@ class KeptWeight:
 
     def holds(self) -> bool:
         """Return whether it is still W'."""
-        versions = places = total = 0
-        for home, name in self.homes:
-            tensor = home[name]
-            places += tensor.data_ptr()
-            versions += tensor._version
-        if places != self.places or versions != self.versions:
-            return False
-        for word in self.words:
-            total += word.value
-        return total == self.was
+        return self.watch.holds([home[name] for home, name in self.homes])
 
 
 #: of so many adapters, those that were used last, a layer keeps the weight

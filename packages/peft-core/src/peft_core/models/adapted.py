@@ -20,7 +20,7 @@ from ..errors import ConfigError, MissingMethodError, PeftWarning
 from ..inspection import parameters as counting
 from ..layers.creation import Creation
 from ..plugins import hooks, registry
-from ..tuners import runner
+from ..tuners import generation, runner
 from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE, adopt
 from ..tuners.tasks import NO_TASK, TaskSpec
@@ -193,7 +193,12 @@ class AdaptedModel(nn.Module, AdapterOperations):
             if isinstance(some, Tensor):
                 runner.route_for(index, adapter_names, some.shape[0])  # checks the length
         with runner.generating(index, self.task, adapter_names, arguments):
-            return base.generate(*args, **kwargs)  # type: ignore[operator]
+            if index.forward.encoder_decoder:
+                args, kwargs = generation.encoder_arguments(index, self.task, arguments, args, kwargs)
+            try:
+                return base.generate(*args, **kwargs)  # type: ignore[operator]
+            finally:
+                base.__dict__.pop("_cache", None)  # older versions keep a cache of fixed size, which virtual tokens made larger
 
     # ---- saving and loading ----------------------------------------------------------------------------------------
     def save_pretrained(

@@ -65,6 +65,68 @@ def _t5() -> nn.Module:
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0))
 
 
+def _gemma3() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            intermediate_size=48,
+            vocab_size=VOCABULARY,
+            max_position_embeddings=128,
+            sliding_window=12,
+            layer_types=["sliding_attention", "full_attention"],
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _roberta(head: str, **extra: Any) -> nn.Module:
+    import transformers
+
+    config = transformers.RobertaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        pad_token_id=1,
+        **extra,
+    )
+    model: nn.Module = getattr(transformers, head)(config)
+    return model
+
+
+def _bart() -> nn.Module:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+            decoder_start_token_id=2,
+            forced_eos_token_id=None,
+        )
+    )
+
+
 class ConvNet(nn.Module):
     """Two convolutions and a classifier; the forward takes `pixels` (rows, 3, …) and returns (rows, 4)."""
 
@@ -102,7 +164,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "bert-seq-cls": functools.partial(_bert, "BertForSequenceClassification", num_labels=3),
     "bert-token-cls": functools.partial(_bert, "BertForTokenClassification", num_labels=3),
     "bert-qa": functools.partial(_bert, "BertForQuestionAnswering"),
+    "gemma3": _gemma3,
+    "roberta-seq-cls": functools.partial(_roberta, "RobertaForSequenceClassification", num_labels=3),
     "t5": _t5,
+    "bart": _bart,
     "conv1d-net": functools.partial(ConvNet, nn.Conv1d),
     "conv2d-net": functools.partial(ConvNet, nn.Conv2d),
 }
@@ -110,6 +175,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 TASKS = {
     "llama": "CAUSAL_LM",
     "gpt2": "CAUSAL_LM",
+    "gemma3": "CAUSAL_LM",
+    "roberta-seq-cls": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
     "bert-seq-cls": "SEQ_CLS",
     "bert-token-cls": "TOKEN_CLS",
     "bert-qa": "QUESTION_ANS",
@@ -122,7 +191,7 @@ def inputs_of(name: str, rows: int) -> dict[str, Tensor]:
     if name in ("conv1d-net", "conv2d-net"):
         return {"pixels": torch.randn(rows, 3, *[9] * (1 if name == "conv1d-net" else 2), generator=generator)}
     ids = torch.randint(1, VOCABULARY, (rows, 6), generator=generator)
-    extra = {"decoder_input_ids": ids.flip(1)[:, :4]} if name == "t5" else {}
+    extra = {"decoder_input_ids": ids.flip(1)[:, :4]} if name in ("t5", "bart") else {}
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
 
 

@@ -2,6 +2,7 @@
 
 The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
 positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
+An encoder-decoder model has two sequences: see `two_sequences`.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CapabilityError, ModelError, RoutingError
+from ..errors import CapabilityError, RoutingError
 from ..layers.activation import ALL
-from .base_view import BaseView, checkpointed
+from . import caches
+from .base_view import BaseView
 from .call import Call, Site, VirtualTokens
+from .checkpointing import PREFIX, hush
 from .tasks import IGNORED, Lead, TaskSpec
 
 
@@ -36,17 +39,27 @@ class BaseForward:
             if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 self.first_position = int(module.padding_idx) + 1
                 break
+        #: there is an encoder, whose tokens a decoder of its own looks at
+        self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
         #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
-        self.causal = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), True)
+        self.causal = not self.encoder_decoder and next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), True)
 
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
         return name in self.parameters
 
-    def embed(self, ids: Any) -> Tensor:
-        """Return the embeddings of token ids, adapters on the embedding included."""
-        module: nn.Module = self.view.base.get_input_embeddings()  # type: ignore[operator]
-        embedded: Tensor = module(ids)
+    def embed(self, ids: Any, *, decoder: bool = False) -> Tensor:
+        """Return the embeddings of token ids, adapters on the embedding included.
+
+        Args:
+            ids: (batch, tokens).
+            decoder: with those of the decoder, where a model has two kinds.
+        """
+        module: Any = self.view.base
+        if decoder and hasattr(module, "get_decoder") and hasattr(module.get_decoder(), "embed_tokens"):
+            embedded: Tensor = module.get_decoder().embed_tokens(ids)
+        else:
+            embedded = module.get_input_embeddings()(ids)
         return embedded
 
 
@@ -65,13 +78,14 @@ class Assembled:
     length: int = 0
 
 
-def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> Assembled:
+def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = False) -> Assembled:
     """Return what the base gets for a call.
 
     Args:
         call: the call, with the virtual tokens that tuners offered.
         forward: what the base's forward takes.
         task: decides what happens to labels.
+        again: layers run again in the backward pass.
 
     Raises:
         RoutingError: an attention mask that is not (batch, tokens).
@@ -80,11 +94,12 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> Assembled:
     inputs = dict(call.inputs)
     if not call.virtual:
         return Assembled(inputs)
-    for tokens in call.virtual:
-        if tokens.site is not Site.INPUT or getattr(forward.view.config, "is_encoder_decoder", False):
-            raise CapabilityError(
-                f"virtual tokens are not supported on the encoder-decoder model {forward.view.name} yet", hint="use a method that wraps layers"
-            )
+    if forward.encoder_decoder:
+        from .two_sequences import assemble_both
+
+        return assemble_both(call, forward, task, again=again)
+    if any(tokens.site is not Site.INPUT for tokens in call.virtual):
+        raise CapabilityError(f"{forward.view.name} has no decoder of its own, before whose tokens virtual ones could stand", hint="use Site.INPUT")
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
@@ -98,32 +113,40 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec) -> Assembled:
     length = text.shape[1]
 
     own_positions = inputs.get("position_ids")
-    mask = _extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
+    mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
     positions = None if mask is None else _positions(mask, n_kv, n_embeds, length, cached, forward, own_positions)
     if cached:  # a later step: the virtual tokens are in the cache already
-        return Assembled(_with(inputs, attention_mask=mask, position_ids=positions), 0, length)
+        return Assembled(changed(inputs, attention_mask=mask, position_ids=positions), 0, length)
 
     lead: Lead = n_embeds
     if embeds:
-        embedded = forward.embed(ids) if embedded is None else embedded
-        inputs["inputs_embeds"] = torch.cat([*(_spread(tokens, tokens.embeds, embedded) for tokens in embeds), embedded], dim=1)
+        inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
         inputs.pop("input_ids", None)
         for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if task.token_labels else ())):
             if isinstance(inputs.get(name), Tensor):
-                own = inputs[name]
-                inputs[name] = torch.cat([own.new_full((own.shape[0], n_embeds), filler), own], dim=1)
+                inputs[name] = led(inputs[name], n_embeds, filler)
         if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
             inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
     if kv:
-        inputs["past_key_values"] = _filled_cache(call, kv, forward, cache)
-    return Assembled(_with(inputs, attention_mask=mask, position_ids=positions), lead, length)
+        inputs["past_key_values"] = filled_cache(call, kv, forward, cache, again=again)
+    return Assembled(changed(inputs, attention_mask=mask, position_ids=positions), lead, length)
 
 
-def _with(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def changed(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Return `inputs` with those changes that are not None; what is None anyway is left to the base."""
     merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if value is not None or name not in changes}
+
+
+def before(embeds: list[VirtualTokens], text: Tensor) -> Tensor:
+    """Return virtual embeddings and those of the text (batch, tokens, hidden) as one sequence."""
+    return torch.cat([*(caches.spread(tokens, tokens.embeds, text) for tokens in embeds if tokens.embeds is not None), text], dim=1)
+
+
+def led(values: Tensor, count: int, filler: int) -> Tensor:
+    """Return (batch, tokens) with `count` times `filler` before each row."""
+    return torch.cat([values.new_full((values.shape[0], count), filler), values], dim=1)
 
 
 def _packed(
@@ -142,8 +165,12 @@ def _packed(
     return moved, packed, None if positions is None else positions.gather(1, order), used.sum(dim=1)
 
 
-def _extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any) -> Tensor | None:
-    """Return the mask (batch, virtual + text), or None where everything attends to everything anyway."""
+def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any = None) -> Tensor | None:
+    """Return the mask (batch, virtual + text), or None where everything attends to everything anyway.
+
+    Raises:
+        RoutingError: the caller's mask is not (batch, tokens).
+    """
     if mask is None:
         if all(tokens.rows is ALL for tokens in virtual) and own_positions is None:
             return None
@@ -158,7 +185,7 @@ def _extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, te
         if tokens.rows is ALL:
             blocks.append(mask.new_ones(call.batch, tokens.length))
         else:
-            blocks.append(mask.new_zeros(call.batch, tokens.length).index_fill(0, _ids(tokens), 1))
+            blocks.append(mask.new_zeros(call.batch, tokens.length).index_fill(0, caches.ids_of(tokens), 1))
     return torch.cat([*blocks, mask], dim=1)
 
 
@@ -173,60 +200,30 @@ def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int,
     return counted[:, -length:] if cached else counted[:, n_kv:]
 
 
-def _spread(tokens: VirtualTokens, value: Tensor | None, like: Tensor) -> Tensor:
-    """Return (…) or (rows, …) as (batch, …) in the dtype of `like`; zero in rows that do not use it."""
-    assert value is not None
-    per_row = tokens.embeds is not None and tokens.embeds.ndim == 3
-    value = value.to(dtype=like.dtype, device=like.device)
-    if tokens.rows is ALL:
-        return value if per_row else value.unsqueeze(0).expand(like.shape[0], *value.shape)
-    ids = _ids(tokens)
-    value = value if per_row else value.unsqueeze(0).expand(ids.shape[0], *value.shape)
-    return like.new_zeros(like.shape[0], *value.shape[1:]).index_copy(0, ids.to(like.device), value)
+def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, again: bool = False) -> Any:
+    """Return a cache that holds the keys and values of all prefixes.
 
-
-def _ids(tokens: VirtualTokens) -> Tensor:
-    assert isinstance(tokens.rows, Tensor)
-    return tokens.rows
-
-
-def _filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any) -> Any:
-    """Return a cache that holds the keys and values of all prefixes; rows without one have zeros there, which the mask hides."""
-    view = forward.view
+    Raises:
+        CapabilityError: the base takes none.
+    """
     if not forward.takes_cache:
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning",
-            hint=f"the forward of {view.name} takes no past_key_values; use a method with virtual embeddings",
+            hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
         )
-    if view.base.training and checkpointed(view.base):
-        raise ModelError(
-            "keys and values can't be prepended while gradient checkpointing is on: it runs each layer again with the cache already filled",
-            hint="call gradient_checkpointing_disable() on the base",
-        )
-    if cache is None:
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=view.text_config)
-    like = torch.empty(call.batch, 0, dtype=_dtype(view.base), device=call.device)
-    for layer in range(len(kv[0].keys_values or ())):
-        pairs = [tokens.keys_values[layer] for tokens in kv if tokens.keys_values is not None]
-        keys = [_spread(tokens, pair[0], like) for tokens, pair in zip(kv, pairs, strict=True)]
-        values = [_spread(tokens, pair[1], like) for tokens, pair in zip(kv, pairs, strict=True)]
-        cache.update(torch.cat(keys, dim=2) if len(keys) > 1 else keys[0], torch.cat(values, dim=2) if len(values) > 1 else values[0], layer)
-    return cache
-
-
-def _dtype(base: nn.Module) -> torch.dtype:
-    return next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
+    found = caches.filled(call, kv, forward.view, cache, again=again)
+    if again:
+        hush()
+        call.route.facts[PREFIX] = found  # type: ignore[index]
+    return found
 
 
 def prompt_of(call: Call, forward: BaseForward) -> Any:
     """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values."""
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     if kv:
-        return _filled_cache(call, kv, forward, None)
+        return filled_cache(call, kv, forward, None)
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     first = embeds[0].embeds
     assert first is not None
-    like = first.new_zeros(call.batch, 0, first.shape[-1])
-    return torch.cat([_spread(tokens, tokens.embeds, like) for tokens in embeds], dim=1)
+    return before(embeds, first.new_zeros(call.batch, 0, first.shape[-1]))

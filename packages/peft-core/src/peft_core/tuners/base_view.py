@@ -27,6 +27,7 @@ class BaseView:
         chosen: if set, these modules are adapted, whatever the targets of a config say.
         heads: names of modules that the task saves whole; never targets.
         shared_weights: ids of parameters that belong to more than one module (tied embeddings).
+        checkpointable: modules that say whether they are checkpointed.
         tied: name of a module → the modules with the same weight, itself included, where one of them is an embedding.
     """
 
@@ -40,6 +41,7 @@ class BaseView:
         """Read the base anew, after its structure has changed; nothing in it may be wrapped."""
         for name in ("leaf_names", "embeddings"):  # what was computed once
             self.__dict__.pop(name, None)
+        self.checkpointable = tuple(m for m in self.base.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool))
         self.modules: dict[str, nn.Module] = {}
         self.sites: dict[str, list[tuple[nn.Module, str]]] = {}
         first_name: dict[int, str] = {}

@@ -6,14 +6,19 @@ Outside a `generate` of ours it defers to what it replaced; nothing is swapped p
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..errors import PeftWarning, RoutingError
+from . import reuse
 from .assemble import assemble
-from .call import Call
-from .tasks import task_of
+from .caches import decoder_config
+from .call import Call, Site
+from .tasks import TaskSpec, task_of
+from .two_sequences import encoder_inputs
 
 if TYPE_CHECKING:
     from .index import AdapterIndex
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
 METHOD = "prepare_inputs_for_generation"
 #: what the base's own preparation says that assembling says anew
 _OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values")
 
 
 class GenerationDoor:
@@ -58,14 +64,70 @@ class GenerationDoor:
             route = local.route = call.route
         if not call.virtual:
             return prepared
-        text = {name: prepared[name] for name in ("input_ids", "inputs_embeds", "past_key_values") if prepared.get(name) is not None}
+        index, two = self.index, self.index.forward.encoder_decoder
+        if two and all(tokens.site is Site.INPUT for tokens in call.virtual):
+            return prepared  # the encoder has run
+        ours = _OURS_OF_TWO if two else _OURS
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
+        text = {name: prepared[name] for name in names if prepared.get(name) is not None}
         if prepared.get("use_cache") is False:
             text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
         # the base may have made a 4-D mask of it already; what we extend is the caller's
-        mask = kwargs.get("attention_mask")
-        call = Call(task, {**text, "attention_mask": mask}, route, call.batch, call.device, call.virtual, arguments, True)
-        inputs = assemble(call, self.index.forward, task_of(task)).inputs
-        return {**{name: value for name, value in prepared.items() if name not in _OURS}, **{k: v for k, v in inputs.items() if v is not None}}
+        mask = "decoder_attention_mask" if two else "attention_mask"
+        call = Call(task, {**text, mask: kwargs.get(mask)}, route, call.batch, call.device, call.virtual, arguments, True)
+        _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
+        call, _ = reuse.shortened(index, call, index.base)
+        inputs = assemble(call, index.forward, task_of(task)).inputs
+        return {**{name: value for name, value in prepared.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
+
+
+def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
+    """Make a cache of fixed size that holds nothing yet larger by `count` tokens: transformers does not know of them."""
+    own = getattr(cache, "self_attention_cache", cache)
+    window = getattr(decoder_config(index.view), "sliding_window", None)
+    for layer in getattr(own, "layers", ()):
+        size = getattr(layer, "max_cache_len", None)
+        if size and not layer.is_initialized:
+            layer.max_cache_len = min(size + count, window) if layer.is_sliding and window else size + count
+
+
+def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of `generate` for an encoder-decoder model, whose encoder runs once, before the first step: with virtual tokens.
+
+    Args:
+        index: the adapters.
+        task: the model's.
+        arguments: of tuners.
+        args, kwargs: of `generate`.
+
+    Raises:
+        RoutingError: there is no text.
+    """
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    if args:
+        given["input_ids"] = args[0]
+    if "inputs" in given:
+        given["input_ids"] = given.pop("inputs")
+    text = given.get("input_ids", given.get("inputs_embeds"))
+    if text is None:
+        raise RoutingError("generate() needs input_ids or inputs_embeds before which virtual tokens can stand", hint="pass one of them")
+    route = index.activation.current()
+    call = Call(task.name or None, given, route, text.shape[0], text.device, arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    tokens = [part for part in call.virtual if part.site is Site.INPUT]
+    if not tokens:
+        return args, kwargs
+    if kwargs.get("encoder_outputs") is not None:
+        warnings.warn("encoder_outputs are computed anew, with virtual tokens before the text", PeftWarning, stacklevel=4)
+    pad = getattr(index.view.config, "pad_token_id", None)
+    ids = given.get("input_ids")
+    if "attention_mask" not in given and ids is not None and pad is not None and bool((ids == pad).any()):
+        given["attention_mask"] = (ids != pad).long()  # as generate() would have found out by itself
+    ready = encoder_inputs(call, tokens, index.forward, given)
+    rest = {name: value for name, value in kwargs.items() if name not in (*names, "encoder_outputs")}
+    return args[1:], {**rest, **ready}
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import PeftConfig
@@ -16,9 +15,9 @@ from ..layers.activation import BASE, Activation, Route
 from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
-from . import builtin, folding, generation, naming, reshaping
+from . import builtin, checkpointing, folding, generation, naming, reshaping
 from .assemble import BaseForward
-from .base_view import BaseView, checkpointed
+from .base_view import BaseView
 from .perform import Undo, collector_paused, perform
 from .reshaping import Reshape
 from .tuner import Plan, TunerBase
@@ -53,6 +52,8 @@ class AdapterIndex:
         self.frozen_base = False
         #: the route of the last call that named adapters for its rows
         self.last_route: Any = None
+        #: names of the adapters in use → what their virtual tokens compute before any text
+        self.reused: dict[tuple[str, ...], Any] = {}
         self.forward = BaseForward(self.view)
         #: the change that was made to the base's structure, and the method that asked for it
         self.reshaped: Reshape | None = None
@@ -215,7 +216,7 @@ class AdapterIndex:
 
     def refresh(self) -> None:
         """Recompute what depends on which adapters there are."""
-        self.last_route = None
+        self.last_route, self.reused = None, {}
         used = {str(config.peft_type) for config in self.configs.values()}
         present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (builtin.SAVED, builtin.BIAS)]
         for kind, tuner in self.tuners.items():
@@ -249,7 +250,7 @@ class AdapterIndex:
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters."""
-        self.last_route = None
+        self.last_route, self.reused = None, {}
         for parameter in self.parameters_of(adapter):
             if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
                 parameter.requires_grad_(trainable)
@@ -274,7 +275,7 @@ class AdapterIndex:
         Raises:
             AdapterNotFoundError: it names an adapter that the model lacks.
             CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
-            RoutingError: adapters are merged; or layers are checkpointed in training, and would be run again after the route has ended.
+            RoutingError: adapters are merged.
         """
         self.check_moment()
         unknown = [name for name in route.used if name not in self.configs]
@@ -288,16 +289,12 @@ class AdapterIndex:
                 self.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")
 
     def check_moment(self) -> None:
-        """Check that adapters may be chosen for one call or block now.
+        """Check that adapters may be chosen for one call or block now; layers that run again in the backward pass will meet them then.
 
         Raises:
-            RoutingError: adapters are merged; or layers are checkpointed in training, and would be run again after the choice has ended.
+            RoutingError: adapters are merged.
         """
-        if self.base.training and torch.is_grad_enabled() and checkpointed(self.base):
-            raise RoutingError(
-                "with gradient checkpointing, layers run again in the backward pass, when a choice of adapters for one call or block is gone",
-                hint="choose with set_adapter, or switch checkpointing off",
-            )
+        checkpointing.prepare(self)
         if self.merged_adapters():
             raise RoutingError(f"{listed(self.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
 
@@ -347,6 +344,7 @@ class AdapterIndex:
     def retire(self) -> None:
         """Forget all adapters; the base is no adapted model any more."""
         generation.uninstall(self.base)
+        checkpointing.uninstall(self.base)
         for name in (ATTRIBUTE, "peft_config"):
             self.base.__dict__.pop(name, None)
         for (kind, path), module in self.entries.items():

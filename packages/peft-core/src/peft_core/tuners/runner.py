@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import RoutingError
 from ..layers.activation import EMPTY, Route, read_names
 from ..layers.fingerprint import Watch
+from . import checkpointing, reuse
 from .assemble import assemble
 from .call import Call, Output, batch_of
 from .index import AdapterIndex
@@ -55,19 +56,20 @@ class LastRoute:
 
     def __init__(self, per_row: tuple[tuple[str, ...], ...], route: Route, index: AdapterIndex) -> None:
         self.per_row, self.route = per_row, route
-        self.sample: list[tuple[Tensor, Watch]] = []
+        self.sample: list[Tensor] = []
         self.scalings: list[tuple[Mapping[str, float], str, float]] = []
         for number, name in enumerate(route.used):
             modules = index.modules_of(name)
             _, module = modules[-1 if number % 2 else 0]
-            self.sample += [(tensor, Watch(tensor)) for tensor in module.parameters_of(name).values() if not tensor.is_meta]
+            self.sample += [tensor for tensor in module.parameters_of(name).values() if not tensor.is_meta]
             scaling = getattr(module, "scaling", EMPTY)
             if name in scaling:
                 self.scalings.append((scaling, name, scaling[name]))
+        self.watch = Watch(*self.sample)
 
     def holds(self) -> bool:
         """Return whether the sample is unchanged."""
-        return all(scaling.get(name) == value for scaling, name, value in self.scalings) and all(w.holds(tensor) for tensor, w in self.sample)
+        return all(scaling.get(name) == value for scaling, name, value in self.scalings) and self.watch.holds(self.sample)
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
@@ -102,10 +104,14 @@ def run(
     call = Call(task.name or None, inputs, route, batch, device, arguments=arguments)
     for tuner in index.speakers:
         call = tuner.prepare(call)
-    assembled = assemble(call, index.forward, task)
+    again = checkpointing.prepare(index)
+    if again and call.virtual:
+        call = call.telling()  # a route of its own, in which prefixes wait for the backward pass
+    call, first = reuse.shortened(index, call, base)
+    assembled = assemble(call, index.forward, task, again=again)
     with index.activation.use(call.route):
         output = base(**assembled.inputs)
-    output = task.cut(output, assembled.lead, assembled.length)
+    output = reuse.led_by(task.cut(output, assembled.lead, assembled.length), first, task)
     for tuner in reversed(index.speakers):
         output = tuner.finish(call, output)
     return output

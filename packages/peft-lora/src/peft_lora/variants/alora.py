@@ -111,7 +111,7 @@ class Alora(LowRank):
         if reach is None:
             raise RoutingError(
                 f"nobody has looked for the invocation tokens of the aLoRA adapter {self.adapter!r}",
-                hint="call the PeftModel, not the model inside it; with gradient checkpointing, layers run again after the call: switch it off",
+                hint="call the PeftModel, not the model inside it",
             )
         rows = reach.offsets.shape[0]
         if x.dim() == 3 and x.shape[0] == rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -96,7 +95,7 @@ class Dora(Variant):
         if torch.compiler.is_compiling():
             return formulas.row_norms(weight)
         kept = self.layer.kept.get(WEIGHT_NORMS)
-        if kept is None or not kept[0].holds(weight):
+        if kept is None or not kept[0].holds((weight,)):
             with torch.inference_mode(False):
                 kept = self.layer.kept[WEIGHT_NORMS] = (Watch(weight), formulas.row_norms(weight))
         norms: Tensor = kept[1]
@@ -182,12 +181,9 @@ WEIGHT_NORMS = "‖W‖².dora"
 
 
 class Kept:
-    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same.
+    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same."""
 
-    All tensors are asked in one go, and few objects are touched: see `peft_core.Watch` for what is looked at.
-    """
-
-    __slots__ = ("base", "dtype", "factor", "linear", "places", "rest", "scaling", "versions", "was", "words")
+    __slots__ = ("base", "dtype", "factor", "linear", "rest", "scaling", "watch")
 
     def __init__(self, variant: Dora, dtype: torch.dtype) -> None:
         layer: Any = variant.layer
@@ -196,13 +192,8 @@ class Kept:
         self.base = layer.get_base_layer()._parameters
         bias = None if layer.ops.kind == "embedding" else self.base["bias"]
         a, b = layer.factors(variant.adapter)
-        m, weight = variant.magnitude, self.base["weight"]
         self.scaling, self.dtype = layer.scaling[variant.adapter], dtype
-        self.places = a.data_ptr() ^ b.data_ptr() ^ m.data_ptr() ^ weight.data_ptr()
-        known = not any(t.is_inference() for t in (a, b, m, weight))  # of those made in inference mode nothing can be known
-        self.versions = a._version + b._version + m._version + weight._version if known else -1
-        self.words = tuple(ctypes.c_uint32.from_address(t.data_ptr()) for t in (a, b, m) if t.device.type == "cpu" and t.nbytes >= 4)
-        self.was = sum(word.value for word in self.words)
+        self.watch = Watch(a, b, variant.home["weight"], self.base["weight"])
         self.factor: Tensor = layer.ops.features(f.to(dtype))
         self.rest: Tensor | None = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
 
@@ -211,12 +202,4 @@ class Kept:
 
     def holds(self, m: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> bool:
         """Return whether it still does, given the tensors of today."""
-        weight = self.base["weight"]
-        if self.versions < 0 or a.data_ptr() ^ b.data_ptr() ^ m.data_ptr() ^ weight.data_ptr() != self.places:
-            return False
-        if a._version + b._version + m._version + weight._version != self.versions or dtype is not self.dtype:
-            return False
-        total = 0
-        for word in self.words:
-            total += word.value
-        return total == self.was and scaling == self.scaling
+        return dtype is self.dtype and scaling == self.scaling and self.watch.holds((a, b, m, self.base["weight"]))

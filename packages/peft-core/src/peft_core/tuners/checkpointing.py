@@ -1,0 +1,125 @@
+"""Gradient checkpointing: layers run again in the backward pass, and have to meet then what they met in the forward pass.
+
+transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointDoor` stands in the place of that function: it
+remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs again, in whichever
+thread that happens. Nothing is swapped per call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import ModelError
+from ..layers.activation import Activation, Route
+
+if TYPE_CHECKING:
+    from .index import AdapterIndex
+
+FUNCTION = "_gradient_checkpointing_func"
+#: the fact of a route under which the keys and values of prefixes wait for layers that run again
+PREFIX = "peft_core.prefix"
+#: what a layer calls its cache
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class CheckpointDoor:
+    """Stands in for the function that runs a layer under checkpointing.
+
+    Args:
+        activation: of the model.
+        original: the function that it replaces.
+    """
+
+    def __init__(self, activation: Activation, original: Callable[..., Any]) -> None:
+        self.activation = activation
+        self.original = original
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        route = getattr(self.activation.local, "route", None)
+        if route is None:
+            return self.original(layer, *args, **kwargs)
+        cache = route.facts.get(PREFIX)
+        if cache is not None:
+            layer, args = _with_cache(layer, args, cache)
+        return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
+
+
+def _under(activation: Activation, route: Route, layer: Callable[..., Any], *args: Any) -> Any:
+    with activation.use(route):
+        return layer(*args)
+
+
+def _with_cache(layer: Callable[..., Any], args: tuple[Any, ...], cache: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a layer's call with a cache in it: transformers takes caches away, as one that grows would grow again in the backward pass."""
+    if isinstance(layer, functools.partial):
+        for name in _CACHES:
+            if name in layer.keywords:
+                return functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), args
+        place = _place(layer.func) - len(layer.args)
+        if 0 <= place < len(args):
+            return layer, (*args[:place], cache, *args[place + 1 :])
+    raise ModelError(
+        "keys and values can't be prepended while gradient checkpointing is on: this model's layers can't be given a cache then",
+        hint="call gradient_checkpointing_disable() on the base",
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _place(function: Callable[..., Any]) -> int:
+    """Return the place of the cache among the arguments of a function; -1 if it takes none."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):  # `super().__call__` of a layer: what it takes is what its forward takes
+        names = _names(type(owner).forward)[1:]
+    else:
+        names = _names(function)
+    return next((names.index(name) for name in _CACHES if name in names), -1)
+
+
+def prepare(index: AdapterIndex) -> bool:
+    """Return whether layers will run again in the backward pass, and see to it that they meet the same adapters then."""
+    if not (index.base.training and torch.is_grad_enabled()):
+        return False
+    found = False
+    for module in index.view.checkpointable:
+        if not module.gradient_checkpointing:
+            continue
+        function = module.__dict__.get(FUNCTION)
+        if function is None:
+            continue
+        found = True
+        if isinstance(function, CheckpointDoor) and function.activation is index.activation:
+            break  # switched on before, and for all
+        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function)
+    return found
+
+
+def uninstall(base: nn.Module) -> None:
+    """Put back what doors replaced."""
+    for module in base.modules():
+        door = module.__dict__.get(FUNCTION)
+        if isinstance(door, CheckpointDoor):
+            module.__dict__[FUNCTION] = door.original
+
+
+class _NoFalseAlarm(logging.Filter):
+    """transformers says that it takes the cache away under checkpointing; here it comes back through the door."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))
+
+
+@functools.cache
+def hush() -> None:
+    """Keep transformers from saying so, from now on."""
+    logging.getLogger("transformers.modeling_layers").addFilter(_NoFalseAlarm())
