@@ -178,9 +178,12 @@ class AdaptedModel(nn.Module, AdapterOperations):
 
         Raises:
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
+            MissingMethodError: the base can't generate.
         """
         index = self._peft_index
         base = self.get_base_model()
+        if not hasattr(base, "generate"):
+            raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
         arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
         if adapter_names is None and not index.speakers:
             return base.generate(*args, **kwargs)  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -88,6 +89,25 @@ def ids_of(tokens: VirtualTokens) -> Tensor:
 def dtype_of(base: nn.Module) -> torch.dtype:
     """Return the dtype in which a base computes."""
     return next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
+
+
+def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values (batch, heads, n, head_dim) with which a layer's cache begins."""
+    own = getattr(cache, "self_attention_cache", cache).layers[layer]
+    return own.keys, own.values
+
+
+def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
+    """Return a cache for one layer that is to run again, with these keys and values."""
+    own = getattr(cache, "self_attention_cache", cache)
+    one, other = copy.copy(own), copy.copy(own.layers[layer])
+    other.keys, other.values = keys, values
+    one.layers = [*own.layers[:layer], other, *own.layers[layer + 1 :]]
+    if not hasattr(cache, "self_attention_cache"):
+        return one
+    two = copy.copy(cache)
+    two.self_attention_cache = one
+    return two
 
 
 class _Never(dict[int, bool]):

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..layers.activation import Activation, Route
+from . import caches
 
 if TYPE_CHECKING:
     from .index import AdapterIndex
@@ -35,20 +36,24 @@ class CheckpointDoor:
     Args:
         activation: of the model.
         original: the function that it replaces.
+        number: of the layer, in caches; None: it has none.
     """
 
-    def __init__(self, activation: Activation, original: Callable[..., Any]) -> None:
+    def __init__(self, activation: Activation, original: Callable[..., Any], number: int | None) -> None:
         self.activation = activation
         self.original = original
+        self.number = number
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         route = getattr(self.activation.local, "route", None)
         if route is None:
             return self.original(layer, *args, **kwargs)
         cache = route.facts.get(PREFIX)
-        if cache is not None:
-            layer, args = _with_cache(layer, args, cache)
-        return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
+        if cache is None or self.number is None:
+            return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
+        # as arguments: what checkpointing does not see as such gets its gradient in another backward pass for each layer
+        pair = caches.pair_of(cache, self.number)
+        return self.original(functools.partial(_with_prefix, self.activation, route, layer, cache, self.number), *pair, *args, **kwargs)
 
 
 def _under(activation: Activation, route: Route, layer: Callable[..., Any], *args: Any) -> Any:
@@ -56,15 +61,21 @@ def _under(activation: Activation, route: Route, layer: Callable[..., Any], *arg
         return layer(*args)
 
 
-def _with_cache(layer: Callable[..., Any], args: tuple[Any, ...], cache: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return a layer's call with a cache in it: transformers takes caches away, as one that grows would grow again in the backward pass."""
+def _with_prefix(
+    activation: Activation, route: Route, layer: Callable[..., Any], cache: Any, number: int, keys: Tensor, values: Tensor, *args: Any
+) -> Any:
+    """Run a layer with a cache that begins with keys and values (batch, heads, n, head_dim).
+
+    transformers takes caches away under checkpointing, as one that grows would grow again in the backward pass; this one does not.
+    """
+    cache = caches.with_pair(cache, number, keys, values)
     if isinstance(layer, functools.partial):
         for name in _CACHES:
             if name in layer.keywords:
-                return functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), args
+                return _under(activation, route, functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), *args)
         place = _place(layer.func) - len(layer.args)
         if 0 <= place < len(args):
-            return layer, (*args[:place], cache, *args[place + 1 :])
+            return _under(activation, route, layer, *args[:place], cache, *args[place + 1 :])
     raise ModelError(
         "keys and values can't be prepended while gradient checkpointing is on: this model's layers can't be given a cache then",
         hint="call gradient_checkpointing_disable() on the base",
@@ -100,8 +111,13 @@ def prepare(index: AdapterIndex) -> bool:
         found = True
         if isinstance(function, CheckpointDoor) and function.activation is index.activation:
             break  # switched on before, and for all
-        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function)
+        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function, _number(module))
     return found
+
+
+def _number(layer: nn.Module) -> int | None:
+    numbers = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def uninstall(base: nn.Module) -> None:

@@ -250,7 +250,7 @@ class AdapterIndex:
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters."""
-        self.last_route, self.reused = None, {}
+        self.last_route = None
         for parameter in self.parameters_of(adapter):
             if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
                 parameter.requires_grad_(trainable)
