@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CapabilityError, RoutingError
 from ..layers.activation import ALL
-from . import caches
+from . import backbone, caches
 from .base_view import BaseView
 from .call import Call, Site, VirtualTokens
 from .checkpointing import PREFIX, hush
@@ -33,6 +33,8 @@ class BaseForward:
         self.parameters = tuple(found)
         #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
         self.takes_cache = "past_key_values" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+        #: where keys and values go if the forward takes none: a model inside, before its head
+        self.backbone = None if self.takes_cache else backbone.find(view.base)
         #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
         self.first_position = 0
         for name, module in view.modules.items():
@@ -42,7 +44,14 @@ class BaseForward:
         #: there is an encoder, whose tokens a decoder of its own looks at
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
         #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
-        self.causal = not self.encoder_decoder and next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), True)
+        says = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), None)
+        if says is None:  # modules of older versions do not say
+            says = (
+                not view.is_transformers_model
+                or hasattr(view.base, "prepare_inputs_for_generation")
+                or bool(getattr(view.config, "is_decoder", False))
+            )
+        self.causal = says and not self.encoder_decoder
 
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
@@ -114,9 +123,10 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
 
     own_positions = inputs.get("position_ids")
     mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
-    positions = None if mask is None else _positions(mask, n_kv, n_embeds, length, cached, forward, own_positions)
+    positions = None if mask is None else _positions(_placed(mask, kv), n_kv, n_embeds, length, cached, forward, own_positions)
     if cached:  # a later step: the virtual tokens are in the cache already
-        return Assembled(changed(inputs, attention_mask=mask, position_ids=positions), 0, length)
+        seen = final_mask(call, kv, forward, mask, length, cache)
+        return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
 
     lead: Lead = n_embeds
     if embeds:
@@ -129,8 +139,11 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
             inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
     if kv:
-        inputs["past_key_values"] = filled_cache(call, kv, forward, cache, again=again)
-    return Assembled(changed(inputs, attention_mask=mask, position_ids=positions), lead, length)
+        cache = filled_cache(call, kv, forward, cache, again=again)
+        if forward.takes_cache:
+            inputs["past_key_values"] = cache
+    seen = final_mask(call, kv, forward, mask, n_embeds + length, cache)
+    return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), lead, length)
 
 
 def changed(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -172,7 +185,7 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
         RoutingError: the caller's mask is not (batch, tokens).
     """
     if mask is None:
-        if all(tokens.rows is ALL for tokens in virtual) and own_positions is None:
+        if all(tokens.rows is ALL and tokens.weights is None for tokens in virtual) and own_positions is None:
             return None
         mask = torch.ones(call.batch, text_length, dtype=torch.long, device=call.device)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -189,6 +202,18 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
     return torch.cat([*blocks, mask], dim=1)
 
 
+def _placed(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
+    """Return the mask without the keys that take no positions."""
+    if all(tokens.weights is None for tokens in kv):
+        return mask
+    placed, start = mask.clone(), 0
+    for tokens in kv:
+        if tokens.weights is not None:
+            placed[:, start : start + tokens.length] = 0
+        start += tokens.length
+    return placed
+
+
 def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int, forward: BaseForward, own: Any) -> Tensor | None:
     """Return the positions of the tokens that the base sees in this call: what the mask counts, or the caller's own, moved."""
     if not forward.accepts("position_ids"):
@@ -200,13 +225,22 @@ def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int,
     return counted[:, -length:] if cached else counted[:, n_kv:]
 
 
+def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any) -> Any:
+    """Return the mask (batch, keys) as it is, or one with numbers where some keys have weights: see `masks.weighed`."""
+    if all(tokens.weights is None for tokens in kv):
+        return mask
+    from .masks import weighed
+
+    return weighed(call, kv, forward.view, mask, queries, cache, causal=forward.causal or forward.encoder_decoder)
+
+
 def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, again: bool = False) -> Any:
     """Return a cache that holds the keys and values of all prefixes.
 
     Raises:
         CapabilityError: the base takes none.
     """
-    if not forward.takes_cache:
+    if not forward.takes_cache and forward.backbone is None:
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning",
             hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
@@ -214,6 +248,7 @@ def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cach
     found = caches.filled(call, kv, forward.view, cache, again=again)
     if again:
         hush()
+    if again or not forward.takes_cache:
         call.route.facts[PREFIX] = found  # type: ignore[index]
     return found
 

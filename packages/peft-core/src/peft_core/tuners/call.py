@@ -31,12 +31,15 @@ class VirtualTokens:
         site: where they go.
         embeds: (n, hidden), or (rows, n, hidden) where the rows differ.
         keys_values: for each layer keys and values, each (heads, n, head_dim).
+        weights: added to the attention scores of the keys (n,): the logarithm of how much each counts; None: as any other key. Keys with weights
+            take no positions, so that with no weight at all the base computes what it computes alone.
     """
 
     rows: Rows
     site: Site = Site.INPUT
     embeds: Tensor | None = None
     keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+    weights: Tensor | None = None
 
     @property
     def length(self) -> int:

@@ -15,7 +15,7 @@ from ..layers.activation import BASE, Activation, Route
 from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks, registry
-from . import builtin, checkpointing, folding, generation, naming, reshaping
+from . import backbone, builtin, checkpointing, folding, generation, naming, reshaping
 from .assemble import BaseForward
 from .base_view import BaseView
 from .perform import Undo, collector_paused, perform
@@ -203,6 +203,7 @@ class AdapterIndex:
         undo.call(self.refresh)
         self.refresh()
         generation.install(self, undo)
+        backbone.install(self, undo)
 
     def _freeze_base(self, undo: Undo) -> None:
         if self.frozen_base:
@@ -344,6 +345,7 @@ class AdapterIndex:
     def retire(self) -> None:
         """Forget all adapters; the base is no adapted model any more."""
         generation.uninstall(self.base)
+        backbone.uninstall(self)
         checkpointing.uninstall(self.base)
         for name in (ATTRIBUTE, "peft_config"):
             self.base.__dict__.pop(name, None)

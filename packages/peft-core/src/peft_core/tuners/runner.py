@@ -105,8 +105,8 @@ def run(
     for tuner in index.speakers:
         call = tuner.prepare(call)
     again = checkpointing.prepare(index)
-    if again and call.virtual:
-        call = call.telling()  # a route of its own, in which prefixes wait for the backward pass
+    if call.virtual and (again or index.forward.backbone is not None):
+        call = call.telling()  # a route of its own, in which prefixes wait for the layers
     call, first = reuse.shortened(index, call, base)
     assembled = assemble(call, index.forward, task, again=again)
     with index.activation.use(call.route):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CapabilityError, RoutingError
 from ..layers.activation import ALL
-from .assemble import Assembled, BaseForward, before, changed, extended_mask, filled_cache, led
+from .assemble import Assembled, BaseForward, before, changed, extended_mask, filled_cache, final_mask, led
 from .call import Call, Site, VirtualTokens
 from .tasks import IGNORED, TaskSpec
 
@@ -36,11 +36,16 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
     if text is None:
         text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
     length = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
+    if any(tokens.weights is not None for tokens in kv) and any(hasattr(m, "embed_positions") for m in forward.view.base.modules()):
+        raise CapabilityError(
+            f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
+            hint="use another init_weights",
+        )
     virtual = (*kv, *embeds)
     count = sum(tokens.length for tokens in virtual)
     mask = extended_mask(call, virtual, inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
     if cached:
-        return Assembled(changed(inputs, decoder_attention_mask=mask), 0, length)
+        return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache)), 0, length)
     lead = 0
     if embeds:
         if not forward.accepts("decoder_inputs_embeds"):
@@ -51,8 +56,8 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
         if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
             inputs["labels"] = led(inputs["labels"], lead, IGNORED)
     if kv:
-        inputs["past_key_values"] = filled_cache(call, kv, forward, cache, again=again)
-    return Assembled(changed(inputs, decoder_attention_mask=mask), lead, length)
+        inputs["past_key_values"] = cache = filled_cache(call, kv, forward, cache, again=again)
+    return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache)), lead, length)
 
 
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
