@@ -21,7 +21,7 @@ OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "exam
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2", "attrs==26.1.0")  # the last it imports and does not declare
 IMPORT_LINTER = "import-linter==2.16"
-QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0")
+QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "ninja==1.13.2")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
 CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 
@@ -212,10 +212,18 @@ def interop(session: nox.Session) -> None:
 
 @nox.session
 def quantised(session: nox.Session) -> None:
-    """LoRA on quantised layers, with the real libraries (bitsandbytes, torchao) on the CPU."""
-    session.install(*PINS, *editable("core", "lora", "loha"), *PYTEST, "accelerate==1.15.0")
+    """LoRA on quantised layers, prompts under quantised caches, with the real libraries (bitsandbytes, torchao, optimum-quanto) on the CPU."""
+    session.install(*PINS, *editable(*PACKAGES), *PYTEST, "accelerate==1.15.0")
     session.install("--no-deps", *QUANTISERS)  # their ranges must not decide our torch
     session.run("pytest", "tests/quantised", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+@nox.parametrize("version", ["4.57.6", "5.23.0"])
+def transformers(session: nox.Session, version: str) -> None:
+    """The prompt methods, which lean on transformers the most, under an old version and the newest."""
+    session.install("torch==2.13.0", f"transformers=={version}", "safetensors==0.8.0", *editable(*PACKAGES), *PYTEST)
+    session.run("pytest", "-n", "2", "tests/prompt", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -10,7 +10,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import PeftWarning, RoutingError
 from . import reuse
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 METHOD = "prepare_inputs_for_generation"
 #: what the base's own preparation says that assembling says anew
 _OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
-_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "past_key_values")
+_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
 
 
 class GenerationDoor:
@@ -78,7 +79,20 @@ class GenerationDoor:
         _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
         call, _ = reuse.shortened(index, call, index.base)
         inputs = assemble(call, index.forward, task_of(task)).inputs
+        at = prepared.get("cache_position")
+        if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
+            inputs["cache_position"] = _places(at, call, two)
         return {**{name: value for name, value in prepared.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
+
+
+def _places(at: Tensor, call: Call, two: bool) -> Tensor:
+    """Return where in the cache the tokens of a step are written (tokens,), given where they would be without virtual ones."""
+    parts = [tokens for tokens in call.virtual if not two or tokens.site is Site.DECODER]
+    before = sum(tokens.length for tokens in parts if tokens.keys_values is not None)
+    embeds = sum(tokens.length for tokens in parts if tokens.embeds is not None)
+    if int(at[0]):  # a later step: all are there
+        return at + before + embeds
+    return torch.arange(at.shape[0] + embeds, device=at.device) + before
 
 
 def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
