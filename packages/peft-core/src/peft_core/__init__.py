@@ -26,6 +26,7 @@ _HOME = {
     "layers.casting": "disable_input_dtype_casting",
     "layers.fingerprint": "Watch fingerprint",
     "layers.folded": "Product Subtraction",
+    "layers.memo": "Memo",
     "layers.merging": "MERGES Fold Merge merges_of",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
     "tuners.base_view": "BaseView",
@@ -43,6 +44,21 @@ _HOME = {
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
     ),
+    "models.mixed_model": "PeftMixedModel",
+    "models.mappings": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING "
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING register_peft_method"
+    ),
+    "models.auto": (
+        "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering "
+        "AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification"
+    ),
+    "models.preparing": (
+        "bloom_model_postprocess_past_key_value cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right transpose"
+    ),
+    "models.base_state": "get_base_model_state_dict set_base_model_state_dict",
+    "models.functional": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
+    "models.signatures": "check_if_peft_model update_forward_signature update_generate_signature update_signature",
     "models.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
     "models.factory": ("get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict"),
 }
@@ -97,6 +113,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.fingerprint import fingerprint as fingerprint
     from .layers.folded import Product as Product
     from .layers.folded import Subtraction as Subtraction
+    from .layers.memo import Memo as Memo
     from .layers.merging import MERGES as MERGES
     from .layers.merging import Fold as Fold
     from .layers.merging import Merge as Merge
@@ -107,13 +124,32 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.slots import Slot as Slot
     from .layers.slots import module_slots as module_slots
     from .layers.slots import write_tensor as write_tensor
+    from .models.auto import AutoPeftModel as AutoPeftModel
+    from .models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+    from .models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+    from .models.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+    from .models.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+    from .models.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+    from .models.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+    from .models.base_state import get_base_model_state_dict as get_base_model_state_dict
+    from .models.base_state import set_base_model_state_dict as set_base_model_state_dict
     from .models.factory import get_peft_model as get_peft_model
     from .models.factory import get_peft_model_state_dict as get_peft_model_state_dict
     from .models.factory import inject_adapter_in_model as inject_adapter_in_model
     from .models.factory import load_peft_weights as load_peft_weights
     from .models.factory import set_peft_model_state_dict as set_peft_model_state_dict
+    from .models.functional import cast_adapter_dtype as cast_adapter_dtype
+    from .models.functional import delete_adapter as delete_adapter
+    from .models.functional import set_adapter as set_adapter
+    from .models.functional import set_requires_grad as set_requires_grad
     from .models.hotswap import hotswap_adapter as hotswap_adapter
     from .models.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
+    from .models.mappings import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+    from .models.mappings import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
+    from .models.mappings import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
+    from .models.mappings import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    from .models.mappings import register_peft_method as register_peft_method
+    from .models.mixed_model import PeftMixedModel as PeftMixedModel
     from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from .models.peft_model import PeftModel as PeftModel
     from .models.peft_model import PeftModelForCausalLM as PeftModelForCausalLM
@@ -122,6 +158,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
     from .models.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
     from .models.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
+    from .models.preparing import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
+    from .models.preparing import cast_mixed_precision_params as cast_mixed_precision_params
+    from .models.preparing import infer_device as infer_device
+    from .models.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+    from .models.preparing import shift_tokens_right as shift_tokens_right
+    from .models.preparing import transpose as transpose
+    from .models.signatures import check_if_peft_model as check_if_peft_model
+    from .models.signatures import update_forward_signature as update_forward_signature
+    from .models.signatures import update_generate_signature as update_generate_signature
+    from .models.signatures import update_signature as update_signature
     from .models.tuner_model import TunerModel as TunerModel
     from .plugins import Capability as Capability
     from .plugins import TunerInfo as TunerInfo

@@ -106,9 +106,11 @@ def fill(
     # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
     doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
     shapes = {key: shape for key, shape in shapes.items() if key not in doubled}
-    missing = [key for key in slots if key not in shapes]
+    # tensors that only we know: a file has all of them, or lacks them all, and what stands for them is enough
+    needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
+    missing = [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
     surplus = [key for key in shapes if key not in slots]
-    misshapen = [key for key in slots if key in shapes and shapes[key] != slots[key].shape]
+    misshapen = [key for key, slot in slots.items() if key in shapes and shapes[key] != slot.shape and not slot.unread]
     faults = _faults(
         slots, shapes, missing if strict is True else [], surplus if strict is True else [], [] if ignore_mismatched_sizes else misshapen
     )
@@ -126,6 +128,8 @@ def fill(
     tensors = fitted_keys(source.read(), slots)
     index.last_route, index.reused = None, {}  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
+    whole = {key for key in slots if key in tensors and key not in skipped}
+    skipped.update(key for key, slot in slots.items() if slot.stands_for and whole.issuperset(slot.stands_for))
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])

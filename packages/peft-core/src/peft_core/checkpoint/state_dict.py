@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
     prefix = index.prefix(adapter) if wrapped else ""
     keyed = {}
     for path, end, slot in index.slots(adapter):
+        if slot.stands_for:
+            slot = replace(slot, stands_for=tuple(file_key(prefix, path, other) for other in slot.stands_for))
         keyed[file_key(prefix, path, end)] = slot
     return keyed
 
@@ -56,7 +59,7 @@ def adapter_tensors(
         state_dict: take the tensors from here (in-memory names of `model`) instead of from the model; ones that it lacks from the model.
         model: what `state_dict` was taken of.
     """
-    slots = keyed_slots(index, adapter, wrapped=wrapped)
+    slots = {key: slot for key, slot in keyed_slots(index, adapter, wrapped=wrapped).items() if not slot.unread}
     if state_dict is None:
         return {key: slot.read() for key, slot in slots.items()}
     names = {id(module): name for name, module in (model or index.base).named_modules()}

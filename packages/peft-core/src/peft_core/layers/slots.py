@@ -19,12 +19,19 @@ class Slot:
         read: returns its present value, detached.
         write: takes a new value of that shape; copied into the parameter's dtype, in place, so that optimisers keep their parameter.
         owner: the module and attribute that hold it, where it is a tensor of the model and not computed.
+        optional: a file may lack it: other readers and writers of the format do not know it.
+        stands_for: ends of the keys of optional tensors from which this one is computed. A file that has them all is read without this one;
+            one that has none of them gives this one alone, which then takes their place.
+        unread: a file may hold it, of whatever shape, but this module has no use for it and does not write it.
     """
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     write: Callable[[Tensor], None]
     owner: tuple[nn.Module, str] | None = None
+    optional: bool = False
+    stands_for: tuple[str, ...] = ()
+    unread: bool = False
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Slot:
@@ -38,6 +45,15 @@ class Slot:
             write_tensor(module, name, value)
 
         return cls(tuple(getattr(module, name).shape), read, write, (module, name))
+
+    @classmethod
+    def of_no_use(cls) -> Slot:
+        """Return the slot of a tensor that files may hold and that the module does not take."""
+
+        def read() -> Tensor:
+            raise LookupError("this tensor is not kept")
+
+        return cls((), read, lambda value: None, optional=True, unread=True)
 
 
 def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:

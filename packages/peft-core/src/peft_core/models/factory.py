@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -22,23 +22,51 @@ from ..plugins import hooks, registry
 from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
 from .adapted import AdaptedModel
 from .configs import require_adapter, take_hub_arguments
-from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .mixed_model import PeftMixedModel
+from .peft_model import PeftModel
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: Literal[False] = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    mixed: Literal[True],
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftMixedModel: ...
 
 
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
     adapter_name: str = "default",
+    mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> PeftModel:
+) -> PeftModel | PeftMixedModel:
     """Wrap a base model with a new adapter; the class follows `peft_config.task_type`.
 
     Args:
         model: the base, modified in place.
         peft_config: what to add; its `base_model_name_or_path` is set to the base's name.
         adapter_name: the adapter's name.
+        mixed: make a `PeftMixedModel`, whatever the task.
         autocast_adapter_dtype: half-precision adapter weights are kept in float32.
         revision: revision of the base, noted in the config.
         low_cpu_mem_usage: weights on the meta device, to be loaded later.
@@ -72,9 +100,8 @@ def get_peft_model(
             )
         peft_config.revision = revision
     try:
-        return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, PeftModel)(
-            model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
-        )
+        target: type[PeftModel] | type[PeftMixedModel] = PeftMixedModel if mixed else PeftModel.class_for(task)
+        return target(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
     except Exception:
         for field, value in before.items():
             setattr(peft_config, field, value)

@@ -1,0 +1,163 @@
+"""`AutoPeftModel` and its task classes: the base and its adapter from the adapter's folder alone."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..config import HUB_KEYS, PeftConfig, TaskType
+from ..errors import ConfigError
+from .configs import read_config
+from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+#: what `auto_mapping` of a file may import from: a file must not make us import anything at all
+ALLOWED_LIBRARIES = ("transformers", "diffusers", "sentence_transformers", "timm", "torchvision", "open_clip")
+#: task → the class of transformers that makes its bases
+_BASES = {
+    TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
+    TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
+    TaskType.SEQ_CLS.value: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS.value: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS.value: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION.value: "AutoModel",
+}
+
+
+class AutoPeftModel:
+    """Makes the class that the adapter's config asks for: `from_pretrained` is all that there is."""
+
+    #: the only task whose adapters this class loads; None: any
+    task: ClassVar[str | None] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = type(self).__name__
+        raise OSError(f"{name} is designed to be instantiated using the `{name}.from_pretrained(pretrained_model_name_or_path)` method.")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """Load an adapter's base and the adapter onto it.
+
+        Args:
+            pretrained_model_name_or_path: folder or repository of the adapter.
+            adapter_name: its name in this model.
+            is_trainable: it goes on training; default frozen and in eval mode.
+            config: use this config instead of the file's.
+            revision: of the adapter's repository; the base's is in the config.
+            **kwargs: for the base's `from_pretrained` (`dtype`, `device_map`, ...); download options go to both.
+
+        Raises:
+            ConfigError: the config names no base, belongs to another task, or to a library that must not be imported.
+            others as `PeftModel.from_pretrained`.
+        """
+        hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS or name == "subfolder"}
+        own = {**hub, **({"revision": revision} if revision is not None else {})}
+        if config is None:
+            config = read_config(pretrained_model_name_or_path, own)
+        if not config.base_model_name_or_path:
+            raise ConfigError(
+                f"the adapter in {str(pretrained_model_name_or_path)!r} does not say which base it was trained on (base_model_name_or_path is empty)",
+                hint="load the base yourself, then use PeftModel.from_pretrained(base, folder)",
+            )
+        task = str(config.task_type) if config.task_type is not None else None
+        if cls.task is not None and task != cls.task:
+            raise ConfigError(
+                f"Expected target PEFT class: {_class_of(task).__name__}, but you have asked for: {_class_of(cls.task).__name__} "
+                "make sure that you are loading the correct model for your task type.",
+                hint=f"the adapter's task_type is {task!r}",
+            )
+        base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
+        base: Any = _base_class(config, task).from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **base_options)
+        _fit_vocabulary(base, pretrained_model_name_or_path, own, bool(kwargs.get("trust_remote_code", False)))
+        return _class_of(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+
+
+def _class_of(task: str | None) -> type[PeftModel]:
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", PeftModel)
+
+
+def _base_class(config: PeftConfig, task: str | None) -> Any:
+    import transformers
+
+    if task in _BASES:
+        return getattr(transformers, _BASES[task])
+    mapping = getattr(config, "auto_mapping", None) or {}
+    library, name = mapping.get("parent_library"), mapping.get("base_model_class")
+    if not library or not name:
+        raise ConfigError(
+            "Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.",
+            hint="the config has neither a task_type nor an auto_mapping: load the base yourself",
+        )
+    if str(library).partition(".")[0] not in ALLOWED_LIBRARIES:
+        raise ConfigError(f"auto_mapping asks for {name!r} of the library {library!r}, which is not one of {list(ALLOWED_LIBRARIES)}")
+    return getattr(importlib.import_module(str(library)), str(name))
+
+
+def _fit_vocabulary(base: nn.Module, folder: str | os.PathLike[str], hub: dict[str, Any], trust_remote_code: bool) -> None:
+    """Make the embeddings larger where a tokenizer with more tokens was saved beside the adapter."""
+    if not _has_tokenizer(folder, hub):
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **hub)
+    embeddings: Any = base.get_input_embeddings()  # type: ignore[operator]
+    if len(tokenizer) > embeddings.weight.shape[0]:
+        base.resize_token_embeddings(len(tokenizer))  # type: ignore[operator]
+
+
+def _has_tokenizer(folder: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
+    name = "tokenizer_config.json"
+    local = Path(folder, hub.get("subfolder") or "", name)
+    if local.is_file() or Path(folder).is_dir():
+        return local.is_file()
+    from huggingface_hub import file_exists
+
+    place = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+    return bool(file_exists(str(folder), place, revision=hub.get("revision"), token=hub.get("token")))
+
+
+class AutoPeftModelForCausalLM(AutoPeftModel):
+    """For causal language models."""
+
+    task = TaskType.CAUSAL_LM.value
+
+
+class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """For encoder-decoder language models."""
+
+    task = TaskType.SEQ_2_SEQ_LM.value
+
+
+class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """For sequence classifiers."""
+
+    task = TaskType.SEQ_CLS.value
+
+
+class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """For token classifiers."""
+
+    task = TaskType.TOKEN_CLS.value
+
+
+class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """For extractive question answerers."""
+
+    task = TaskType.QUESTION_ANS.value
+
+
+class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """For models without a head."""
+
+    task = TaskType.FEATURE_EXTRACTION.value

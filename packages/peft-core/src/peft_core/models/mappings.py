@@ -1,0 +1,81 @@
+"""Method → class, as dictionaries that code written for other frameworks reads, and registering a method in its words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import PeftConfig
+from ..errors import ConfigError, DuplicateTunerError, UnknownTunerError
+from ..plugins import TunerSpec, register_tuner
+from ..plugins.registry import registry
+from ..tuners.tuner import TunerBase
+from .mixed_model import PeftMixedModel
+
+
+class _ByMethod(dict[str, Any]):
+    """Method → class, of all methods that are installed, imported when somebody asks; `PeftType` members and plain strings are equal keys."""
+
+    def __init__(self, find: Any) -> None:
+        super().__init__()
+        self._find = find
+
+    def _all(self) -> dict[str, Any]:
+        for info in registry.info():
+            if info.peft_type not in self.keys() and info.error is None:
+                self.__missing__(info.peft_type)
+        return self
+
+    def __missing__(self, key: str) -> Any:
+        try:
+            spec = registry.resolve(str(key))
+        except UnknownTunerError:
+            raise KeyError(key) from None
+        found = self[str(key)] = self._find(spec.peft_type)
+        return found
+
+    def get(self, key: str, default: Any = None) -> Any:
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or (isinstance(key, str) and str(key) in registry.names())
+
+
+def _filled(mapping: _ByMethod) -> dict[str, Any]:
+    return mapping._all()
+
+
+#: method → class of its configs
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = _ByMethod(registry.config_class)
+#: method → class of its tuners
+PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = _ByMethod(registry.tuner_class)
+#: method → class of models in which it can be mixed with others: any can
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: PeftMixedModel)
+#: model type → what makes a cache of keys and values; nothing has to since transformers has caches of its own
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+
+def register_peft_method(*, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False) -> None:
+    """Register a method for this process. A package that is installed registers itself: see docs/write-a-tuner.md.
+
+    Args:
+        name: lower-case.
+        config_cls: a `PeftConfig` subclass.
+        model_cls: a `TunerBase` subclass.
+        prefix: what the names of its parameters begin with; default ``name + "_"``.
+        is_mixed_compatible: accepted and without an effect: every method can be mixed.
+
+    Raises:
+        ConfigError: the name is not lower-case, or a class is not of its kind.
+        DuplicateTunerError: there is such a method.
+    """
+    if name != name.lower():
+        raise ConfigError(f"The name of the PEFT method should be in lower case letters, got {name}.", hint=f"write {name.lower()!r}")
+    for what, cls, kind in (("config_cls", config_cls, PeftConfig), ("model_cls", model_cls, TunerBase)):
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise ConfigError(f"{what}={cls!r} is no subclass of {kind.__name__}", hint="see docs/write-a-tuner.md")
+    if name.upper() in registry.names():
+        raise DuplicateTunerError(f"There is already PEFT method called '{name}', please choose a unique name.")
+    register_tuner(TunerSpec(peft_type=name.upper(), config=config_cls, tuner=model_cls, parameter_prefix=prefix or f"{name}_"))

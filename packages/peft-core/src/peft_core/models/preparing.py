@@ -1,0 +1,129 @@
+"""Preparing a base for training: quantised ones, and those in half precision."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, PeftWarning
+
+#: quantised weights of these are not to be cast, nor what stands beside them
+_KEEP_HALF = ("gptq", "aqlm", "eetq", "hqq", "torchao")
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Freeze a base, cast what is in half precision and not quantised to float32, and switch gradient checkpointing on if it is quantised.
+
+    Args:
+        model: changed in place.
+        use_gradient_checkpointing: recompute activations in the backward pass.
+        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`; with ``{"use_reentrant": False}`` inputs need no gradients.
+        auto_clear_cache: hand unused memory of the accelerator back after casting.
+
+    Returns:
+        `model`.
+    """
+    loaded_in_k_bits = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    method = getattr(model, "quantization_method", None)
+    name = str(getattr(method, "value", method) or "").lower()
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    if name not in _KEEP_HALF:
+        for parameter in model.parameters():
+            if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.to(torch.float32)
+        if auto_clear_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if (loaded_in_k_bits or name) and use_gradient_checkpointing:
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.get("use_reentrant", True):
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()  # type: ignore[operator]
+            else:
+                model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+        enable: Any = model.gradient_checkpointing_enable
+        if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
+            enable(gradient_checkpointing_kwargs=options or None)
+        else:
+            if options:
+                warnings.warn("gradient_checkpointing_kwargs is not supported by this model. The kwargs will be ignored.", PeftWarning, stacklevel=2)
+            enable()
+    return model
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what does not train to `dtype` and what trains to float32, in place.
+
+    Args:
+        model: with adapters.
+        dtype: ``torch.float16`` or ``torch.bfloat16``.
+
+    Raises:
+        ConfigError: `dtype` is no floating type; nothing is cast then.
+    """
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is no floating type", hint="write torch.float16 or torch.bfloat16")
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():  # quantised
+            continue
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
+    """Return decoder inputs for labels: one token later, with padding where labels are ignored.
+
+    Args:
+        input_ids: (batch, tokens); -100 is ignored.
+        pad_token_id: what stands for ignored tokens.
+        decoder_start_token_id: what stands first.
+
+    Raises:
+        ConfigError: there is no padding token.
+    """
+    if pad_token_id is None:
+        raise ConfigError("self.model.config.pad_token_id has to be defined.", hint="set pad_token_id in the model's config")
+    shifted = input_ids.new_zeros(input_ids.shape)
+    shifted[:, 1:] = input_ids[:, :-1]
+    shifted[:, 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def bloom_model_postprocess_past_key_value(past_key_values: Any) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Return keys and values in the layout of old Bloom models: keys (batch·heads, head_dim, n), values (batch·heads, n, head_dim).
+
+    Args:
+        past_key_values: (2·layers, batch, heads, n, head_dim), as one tensor or in parts along the first dimension; all keys first.
+    """
+    stacked = torch.cat(list(past_key_values)) if not isinstance(past_key_values, Tensor) else past_key_values
+    layers, batch, heads, count, width = stacked.shape
+    keys = stacked[: layers // 2].transpose(3, 4).reshape(layers // 2, batch * heads, width, count)
+    values = stacked[layers // 2 :].reshape(layers // 2, batch * heads, count, width)
+    return tuple(zip(keys, values, strict=True))
+
+
+def infer_device() -> str:
+    """Return the kind of the best device that is there: ``"cuda"``, ``"mps"``, ``"xpu"``, … or ``"cpu"``."""
+    for kind in ("cuda", "mps", "npu", "xpu", "mlu"):
+        room = getattr(torch.backends if kind == "mps" else torch, kind, None)
+        if room is not None and getattr(room, "is_available", bool)():
+            return kind
+    return "cpu"
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """Return a weight the other way round if it is stored (in, out)."""
+    return weight.T if fan_in_fan_out else weight

@@ -1,0 +1,69 @@
+"""Giving a wrapped model the signatures of its base, and asking of a folder whether it holds an adapter."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import types
+from typing import Any, Literal
+
+from ..config import PeftConfig
+from ..errors import ConfigError, PeftError
+
+
+def update_forward_signature(model: Any) -> None:
+    """Show the base's signature and docs on `model.forward` where it only shows ``*args, **kwargs``.
+
+    Args:
+        model: a `PeftModel`.
+    """
+    _update(model, "forward")
+
+
+def update_generate_signature(model: Any) -> None:
+    """Show the base's signature and docs on `model.generate` where it only shows ``*args, **kwargs``.
+
+    Args:
+        model: a `PeftModel`.
+    """
+    _update(model, "generate")
+
+
+def update_signature(model: Any, method: Literal["all", "forward", "generate"] = "all") -> None:
+    """Show the base's signatures: of `forward`, of `generate`, or of both.
+
+    Raises:
+        ConfigError: `method` is none of these.
+    """
+    if method not in ("all", "forward", "generate"):
+        raise ConfigError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+    for name in ("forward", "generate") if method == "all" else (method,):
+        _update(model, name)
+
+
+def _update(model: Any, name: str) -> None:
+    original = getattr(type(model.get_base_model()), name, None)
+    own = getattr(type(model), name)
+    if original is None or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in _parameters(own)[1:]):
+        return
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs)
+
+    method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
+    model.__dict__[name] = types.MethodType(method, model)
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    return list(inspect.signature(function).parameters.values())
+
+
+def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
+    """Return whether a folder or repository holds the config of an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except (PeftError, OSError, ValueError):
+        return False
+    return True

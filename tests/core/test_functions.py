@@ -1,0 +1,241 @@
+"""The functions around models: preparing a base, tensors of the base, one adapter by itself, mappings, signatures."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peft_core
+from peft_core import (
+    AdapterNotFoundError,
+    AdapterWeightsError,
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForSequenceClassification,
+    ConfigError,
+    DuplicateTunerError,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftType,
+    get_peft_model,
+    inject_adapter_in_model,
+    unregister_tuner,
+)
+from peft_core.testing import tiny
+from peft_core.testing.helpers import randomise
+from peft_core.testing.models import inputs_of
+from peft_core.tuners.base_view import checkpointed
+from support import DENSE, CueConfig, DenseConfig, DenseTuner
+
+CONFIG: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+
+
+def dense(**extra: Any) -> DenseConfig:
+    return DenseConfig(**{**CONFIG, **extra})
+
+
+# ---- preparing ------------------------------------------------------------------------------------------------------
+def test_a_plain_base_is_frozen_and_cast() -> None:
+    base: Any = tiny().to(torch.bfloat16)
+    assert peft_core.prepare_model_for_kbit_training(base) is base
+    assert all(parameter.dtype is torch.float32 and not parameter.requires_grad for parameter in base.parameters())
+    assert not checkpointed(base)
+
+
+@pytest.mark.parametrize("method", ["gptq", "hqq", "torchao"])
+def test_some_quantised_bases_stay_in_half(method: str) -> None:
+    base: Any = tiny().to(torch.bfloat16)
+    base.quantization_method = method
+    peft_core.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    assert all(parameter.dtype is torch.bfloat16 for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_quantised_bases_are_checkpointed(reentrant: bool | None) -> None:
+    base: Any = tiny()
+    base.is_loaded_in_8bit = True
+    options = None if reentrant is None else {"use_reentrant": reentrant}
+    peft_core.prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs=options)
+    assert checkpointed(base)
+    if reentrant is not False:  # newer versions of transformers see to it in any case
+        assert base.train().get_input_embeddings()(torch.tensor([[3]])).requires_grad
+
+
+def test_casting_what_does_not_train() -> None:
+    model = get_peft_model(tiny(), dense())
+    peft_core.cast_mixed_precision_params(model, torch.bfloat16)
+    for parameter in model.parameters():
+        assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16)
+    with pytest.raises(ConfigError, match="no floating type"):
+        peft_core.cast_mixed_precision_params(model, torch.int8)
+
+
+def test_shifting_labels() -> None:
+    labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
+    assert peft_core.shift_tokens_right(labels, 0, 2).tolist() == [[2, 5, 6], [2, 7, 0]]
+    with pytest.raises(ConfigError, match="pad_token_id"):
+        peft_core.shift_tokens_right(labels, None, 2)
+
+
+def test_the_layout_of_old_bloom() -> None:
+    layers, batch, heads, count, width = 2, 2, 3, 4, 5
+    given = torch.arange(2 * layers * batch * heads * count * width).view(2 * layers, batch, heads, count, width)
+    found = peft_core.bloom_model_postprocess_past_key_value(given)
+    assert len(found) == layers
+    keys, values = found[1]
+    assert torch.equal(keys[heads + 1], given[1, 1, 1].T)
+    assert torch.equal(values[heads + 1], given[layers + 1, 1, 1])
+
+
+def test_small_helpers() -> None:
+    weight = torch.arange(6).view(2, 3)
+    assert torch.equal(peft_core.transpose(weight, True), weight.T)
+    assert peft_core.transpose(weight, False) is weight
+    assert peft_core.infer_device() in ("cpu", "cuda", "mps", "npu", "xpu", "mlu")
+
+
+# ---- the base's tensors ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("how", ["wrapped", "injected"])
+def test_the_bases_tensors_have_their_names(how: str) -> None:
+    bare = tiny()
+    model: Any = get_peft_model(tiny(), dense()) if how == "wrapped" else inject_adapter_in_model(dense(), tiny())
+    found = peft_core.get_base_model_state_dict(model)
+    assert found.keys() == bare.state_dict().keys()
+    assert all(torch.equal(tensor, bare.state_dict()[name]) for name, tensor in found.items())
+    other = tiny(seed=1).state_dict()
+    result = peft_core.set_base_model_state_dict(model, other)
+    assert result == ([], [])
+    assert all(torch.equal(tensor, other[name]) for name, tensor in peft_core.get_base_model_state_dict(model).items())
+
+
+def test_tensors_that_do_not_fit_change_nothing() -> None:
+    model = get_peft_model(tiny(), dense())
+    before = {name: tensor.clone() for name, tensor in peft_core.get_base_model_state_dict(model).items()}
+    name = "model.norm.weight"
+    with pytest.raises(AdapterWeightsError, match="missing"):
+        peft_core.set_base_model_state_dict(model, {name: torch.zeros(32)})
+    with pytest.raises(AdapterWeightsError, match="has the shape"):
+        peft_core.set_base_model_state_dict(model, {**before, "lm_head.weight": torch.zeros(1), name: torch.zeros(32)}, strict=False)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in peft_core.get_base_model_state_dict(model).items())
+    result = peft_core.set_base_model_state_dict(model, {name: torch.zeros(32), "x": torch.zeros(1)}, strict=False)
+    assert result.unexpected_keys == ["x"]
+    assert not peft_core.get_base_model_state_dict(model)[name].any()
+    with pytest.raises(AdapterNotFoundError):
+        peft_core.get_base_model_state_dict(tiny())
+
+
+# ---- one adapter ----------------------------------------------------------------------------------------------------
+def test_one_adapter_by_itself() -> None:
+    model: Any = inject_adapter_in_model(dense(), tiny(), "one")
+    inject_adapter_in_model(dense(), model, "two")
+    peft_core.set_adapter(model, "two")
+    assert [p.requires_grad for n, p in model.named_parameters() if n.endswith(".one")] == [False, False]
+    peft_core.set_requires_grad(model, ["one"], True)
+    assert all(p.requires_grad for n, p in model.named_parameters() if n.endswith((".one", ".two")))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".one"):
+            parameter.data = parameter.data.half()
+    peft_core.cast_adapter_dtype(model, "one", autocast_adapter_dtype=False)
+    assert any(p.dtype is torch.float16 for p in model.parameters())
+    peft_core.cast_adapter_dtype(model, "one")
+    assert not any(p.dtype is torch.float16 for p in model.parameters())
+    assert peft_core.delete_adapter(model, "one", prefix="loha_") == ["two"]
+    assert not any(name.endswith(".one") for name, _ in model.named_parameters())
+    with pytest.raises(AdapterNotFoundError):
+        peft_core.set_adapter(model, "one")
+
+
+# ---- mappings -------------------------------------------------------------------------------------------------------
+def test_mappings_know_every_method() -> None:
+    assert peft_core.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DENSE] is DenseConfig
+    assert peft_core.PEFT_TYPE_TO_TUNER_MAPPING["DENSE"] is DenseTuner
+    assert peft_core.PEFT_TYPE_TO_MIXED_MODEL_MAPPING["CUE"] is peft_core.PeftMixedModel
+    assert "CUE" in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
+    assert "NO" not in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
+    with pytest.raises(KeyError):
+        peft_core.PEFT_TYPE_TO_CONFIG_MAPPING["NO"]
+    assert peft_core.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING == {}
+
+
+def test_registering_in_other_words() -> None:
+    class NewConfig(DenseConfig):
+        default_peft_type = "NEW"
+
+    with pytest.raises(ConfigError, match="lower case"):
+        peft_core.register_peft_method(name="New", config_cls=NewConfig, model_cls=DenseTuner)
+    with pytest.raises(DuplicateTunerError, match="already PEFT method called 'dense'"):
+        peft_core.register_peft_method(name="dense", config_cls=NewConfig, model_cls=DenseTuner)
+    with pytest.raises(ConfigError, match="model_cls"):
+        peft_core.register_peft_method(name="new", config_cls=NewConfig, model_cls=dict)
+    peft_core.register_peft_method(name="new", config_cls=NewConfig, model_cls=DenseTuner, prefix=DENSE.parameter_prefix)
+    try:
+        assert peft_core.PEFT_TYPE_TO_CONFIG_MAPPING["NEW"] is NewConfig
+    finally:
+        unregister_tuner("NEW")
+
+
+# ---- signatures -----------------------------------------------------------------------------------------------------
+def test_signatures_of_the_base() -> None:
+    model: Any = get_peft_model(tiny(), dense()).eval()
+    inputs = inputs_of("llama", 2)
+    expected = model(**inputs).logits
+    peft_core.update_signature(model)
+    assert "input_ids" in inspect.signature(model.forward).parameters
+    assert "generation_config" in inspect.signature(model.generate).parameters
+    assert model.forward.__doc__ == type(model.get_base_model()).forward.__doc__
+    assert torch.equal(model(**inputs).logits, expected)
+    assert model.generate(**inputs, max_new_tokens=2).shape == (2, 8)
+    assert "input_ids" not in inspect.signature(type(model).forward).parameters
+    with pytest.raises(ConfigError, match="not supported"):
+        peft_core.update_signature(model, "backward")  # type: ignore[arg-type]
+
+
+# ---- folders --------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """An adapter, and its base, in folders."""
+    tiny().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    base: Any = type(tiny()).from_pretrained(tmp_path / "base")  # type: ignore[attr-defined]
+    model = get_peft_model(base, dense())
+    randomise(model, "default", 0)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_is_it_an_adapter(saved: Path) -> None:
+    assert peft_core.check_if_peft_model(saved)
+    assert not peft_core.check_if_peft_model(saved.parent / "base")
+    assert not peft_core.check_if_peft_model(saved.parent / "nothing")
+
+
+@pytest.mark.parametrize("cls", [AutoPeftModel, AutoPeftModelForCausalLM])
+def test_base_and_adapter_from_one_folder(saved: Path, cls: Any) -> None:
+    model = cls.from_pretrained(saved, is_trainable=cls is AutoPeftModel)
+    assert type(model) is PeftModelForCausalLM
+    assert any(parameter.requires_grad for parameter in model.parameters()) is (cls is AutoPeftModel)
+    inputs = inputs_of("llama", 2)
+    expected = PeftModel.from_pretrained(tiny(), saved)(**inputs).logits
+    torch.testing.assert_close(model.eval()(**inputs).logits, expected)
+
+
+def test_what_auto_classes_refuse(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="from_pretrained"):
+        AutoPeftModel()
+    with pytest.raises(ConfigError, match="Expected target PEFT class: PeftModelForCausalLM, but you have asked for: PeftModelForSeq"):
+        AutoPeftModelForSequenceClassification.from_pretrained(saved)
+    nameless = get_peft_model(tiny(), CueConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    nameless.peft_config["default"].base_model_name_or_path = None
+    nameless.save_pretrained(tmp_path / "nameless")
+    with pytest.raises(ConfigError, match="does not say which base"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "nameless")
+    config = dense(task_type=None)
+    config.base_model_name_or_path = str(saved.parent / "base")
+    with pytest.raises(ConfigError, match="Cannot infer the auto class"):
+        AutoPeftModel.from_pretrained(saved, config=config)
+    config.auto_mapping = {"parent_library": "os", "base_model_class": "system"}
+    with pytest.raises(ConfigError, match="is not one of"):
+        AutoPeftModel.from_pretrained(saved, config=config)
