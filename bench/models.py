@@ -60,6 +60,17 @@ VARIANTS: dict[str, Callable[[Any], Any]] = {
 PROMPTS: dict[str, Callable[[Any], Any]] = {
     "prompt-tuning": lambda lib: lib.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
     "prefix-tuning": lambda lib: lib.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20),
+    "prefix-projected": lambda lib: lib.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=20, prefix_projection=True, encoder_hidden_size=256
+    ),
+    "p-tuning": lambda lib: lib.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=256),
+    "p-tuning-lstm": lambda lib: lib.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=256, encoder_reparameterization_type="LSTM"
+    ),
+    "multitask": lambda lib: lib.MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, num_tasks=4, num_ranks=2),
+    "cpt": lambda lib: lib.CPTConfig(
+        task_type="CAUSAL_LM", cpt_token_ids=list(range(1, 21)), cpt_mask=[1] * 20, cpt_tokens_type_mask=[1, 2, 3, 4] * 5
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -125,3 +126,28 @@ def test_virtual_tokens_of_threads_do_not_meet() -> None:
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(generate, "abababab"))
     assert all(torch.equal(result, expected[name]) for name, result in zip("abababab", results, strict=True))
+
+
+def test_tasks_that_share_a_thread_do_not_meet(model: PeftModel) -> None:
+    """Each task waits inside its block while the others run; threads that a task starts follow it."""
+    expected = {name: alone(model, name) for name in ("a", "b")}
+    plain = model(X)
+
+    async def work(number: int) -> None:
+        name = "ab"[number % 2]
+        with model.use_adapters(name):
+            for _ in range(3):
+                await asyncio.sleep(0)
+                assert torch.equal(model(X), expected[name])
+            assert torch.equal(await asyncio.to_thread(model, X), expected[name])
+            with model.use_adapters():
+                await asyncio.sleep(0)
+                assert torch.equal(model(X), support.net()(X))
+            assert torch.equal(model(X), expected[name])
+        assert torch.equal(model(X), plain)
+
+    async def main() -> None:
+        await asyncio.gather(*(work(number) for number in range(6)))
+
+    asyncio.run(main())
+    assert torch.equal(model(X), plain)

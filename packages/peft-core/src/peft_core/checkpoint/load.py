@@ -129,7 +129,8 @@ def fill(
     index.last_route, index.reused = None, {}  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}
-    skipped.update(key for key, slot in slots.items() if slot.stands_for and whole.issuperset(slot.stands_for))
+    for key, slot in slots.items():
+        skipped.update([key] if slot.stands_for and whole.issuperset(slot.stands_for) else slot.stands_for)
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
 import copy
 import functools
 import sys
@@ -20,6 +22,8 @@ from ..errors import RoutingError
 #: the name that stands for "no adapter" in a per-sample route
 BASE = "__base__"
 EMPTY: Mapping[str, Any] = MappingProxyType({})
+#: for each activation the route that a task of an event loop follows
+_TASK_ROUTES: contextvars.ContextVar[Mapping[Any, Any]] = contextvars.ContextVar("peft_core_task_routes", default=MappingProxyType({}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,6 +178,26 @@ class Activation:
             yield
         finally:
             self.local.route = previous
+
+    @contextlib.contextmanager
+    def use_here(self, route: Route) -> Iterator[None]:
+        """Follow `route` until the block ends in this thread; where an event loop runs, in this task and those that it starts, not in its neighbours.
+
+        In a task, `of_task` gives the route: what runs the model follows it with `use` for as long as nothing else can run.
+        """
+        if asyncio._get_running_loop() is None:
+            with self.use(route):
+                yield
+            return
+        token = _TASK_ROUTES.set({**_TASK_ROUTES.get(), id(self): route})
+        try:
+            yield
+        finally:
+            _TASK_ROUTES.reset(token)
+
+    def of_task(self) -> Route | None:
+        """Return the route that `use_here` chose for this task; None elsewhere."""
+        return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
 
     def fork(self) -> Activation:
         """Return a separate activation with the same choice, which follows the same per-thread overrides."""

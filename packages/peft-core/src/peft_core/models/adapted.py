@@ -151,6 +151,10 @@ class AdaptedModel(nn.Module, AdapterOperations):
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
         """
         index = self._peft_index
+        chosen = index.activation.of_task()
+        if chosen is not None:
+            with index.activation.use(chosen):
+                return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
         if adapter_names is None and not index.speakers:
             if index.call_arguments:
                 kwargs = {name: value for name, value in kwargs.items() if name not in index.call_arguments}
@@ -182,6 +186,10 @@ class AdaptedModel(nn.Module, AdapterOperations):
         """
         index = self._peft_index
         base = self.get_base_model()
+        chosen = index.activation.of_task()
+        if chosen is not None and chosen is not getattr(index.activation.local, "route", None):
+            with index.activation.use(chosen):
+                return self.generate(*args, adapter_names=adapter_names, **kwargs)
         if not hasattr(base, "generate"):
             raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
         arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}

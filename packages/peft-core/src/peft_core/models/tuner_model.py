@@ -105,7 +105,9 @@ class AdapterOperations:
 
     @contextmanager
     def use_adapters(self, *adapter_names: str) -> Iterator[None]:
-        """Use these adapters in this thread until the block ends, whatever other threads do; which parameters train does not change.
+        """Use these adapters until the block ends, whatever other threads and tasks of an event loop do; which parameters train does not change.
+
+        Where an event loop runs, the choice is that of the task: call this model then, not the one inside it.
 
         Args:
             *adapter_names: none of them: the plain base.
@@ -119,7 +121,7 @@ class AdapterOperations:
         index.require(*adapter_names)
         route = Route(tuple(name for name in index.configs if name in adapter_names))
         index.check_route(route)
-        with index.activation.use(route):
+        with index.activation.use_here(route):
             yield
 
     def _operation(self, name: str) -> Callable[..., Any] | None:

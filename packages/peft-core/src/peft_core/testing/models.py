@@ -62,7 +62,9 @@ def _bert(head: str, **extra: Any) -> nn.Module:
 def _t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0))
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0)
+    vars(config)["decoder_start_token_id"] = 0
+    return T5ForConditionalGeneration(config)
 
 
 def _gemma3() -> nn.Module:

@@ -36,7 +36,7 @@ class CheckpointDoor:
     Args:
         activation: of the model.
         original: the function that it replaces.
-        number: of the layer, in caches; None: it has none.
+        number: of the layer, in caches; None: it has no cache.
     """
 
     def __init__(self, activation: Activation, original: Callable[..., Any], number: int | None) -> None:
@@ -101,18 +101,23 @@ def prepare(index: AdapterIndex) -> bool:
     """Return whether layers will run again in the backward pass, and see to it that they meet the same adapters then."""
     if not (index.base.training and torch.is_grad_enabled()):
         return False
-    found = False
+    waiting = []
     for module in index.view.checkpointable:
-        if not module.gradient_checkpointing:
-            continue
-        function = module.__dict__.get(FUNCTION)
-        if function is None:
-            continue
-        found = True
+        function = module.__dict__.get(FUNCTION) if module.gradient_checkpointing else None
         if isinstance(function, CheckpointDoor) and function.activation is index.activation:
-            break  # switched on before, and for all
-        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function, _number(module))
-    return found
+            return True  # switched on before, and for all
+        if function is not None:
+            waiting.append((module, function))
+    encoder = _encoder(index) if waiting else frozenset()
+    for module, function in waiting:
+        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function, None if module in encoder else _number(module))
+    return bool(waiting)
+
+
+def _encoder(index: AdapterIndex) -> frozenset[nn.Module]:
+    """Return the modules of an encoder that stands before a decoder: its layers have no cache."""
+    found: Any = getattr(index.base, "get_encoder", dict)() if index.forward.encoder_decoder else None
+    return frozenset(found.modules()) if isinstance(found, nn.Module) else frozenset()
 
 
 def _number(layer: nn.Module) -> int | None:
