@@ -1,4 +1,4 @@
-"""peft-prompt passes the conformance suite with each of its methods, on decoders and on encoders with heads."""
+"""peft-prompt passes the conformance suite with each of its methods, on decoders, on encoders with heads, and on encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -15,6 +15,24 @@ class TestPrefixTuning(TunerSuite):
     """On the examples of its spec."""
 
     peft_type = "PREFIX_TUNING"
+
+
+class TestPTuning(TunerSuite):
+    """On the examples of its spec."""
+
+    peft_type = "P_TUNING"
+
+
+class TestMultitask(TunerSuite):
+    """On the examples of its spec."""
+
+    peft_type = "MULTITASK_PROMPT_TUNING"
+
+
+class TestCPT(TunerSuite):
+    """On the examples of its spec."""
+
+    peft_type = "CPT"
 
 
 class TestPromptTuningOfEncoders(TunerSuite):

@@ -27,5 +27,6 @@ def test_listing_tuners_imports_none_of_them() -> None:
 
 def test_all_our_tuners_are_found_by_their_distributions() -> None:
     code = "import peft_core; print(sorted((t.peft_type, t.distribution, t.state) for t in peft_core.list_tuners()))"
-    expected = [("LOHA", "peft-loha"), ("LORA", "peft-lora"), ("PREFIX_TUNING", "peft-prompt"), ("PROMPT_TUNING", "peft-prompt")]
+    prompts = [(name, "peft-prompt") for name in ("CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")]
+    expected = sorted([("LOHA", "peft-loha"), ("LORA", "peft-lora"), *prompts])
     assert support.run_python(code) == str([(*pair, "available") for pair in expected])

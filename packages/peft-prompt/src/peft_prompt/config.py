@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from peft_core.config import PromptLearningConfig, require_positive_integer
+from peft_core.config import PromptLearningConfig, TaskType, require_number, require_positive_integer, require_probability
 from peft_core.errors import ConfigError, did_you_mean
+
+#: of `PromptTuningConfig.random_scale`
+RANDOM_SCALES = ("unit", "words")
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -16,6 +20,24 @@ class PromptTuningInit(str, enum.Enum):
     RANDOM = "RANDOM"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
     TEXT = "TEXT"
+
+
+class MultitaskPromptTuningInit(str, enum.Enum):
+    """How a prompt of several tasks starts: as a `PromptTuningInit`, or from a file with a prompt that was trained on source tasks."""
+
+    RANDOM = "RANDOM"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    TEXT = "TEXT"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
+
+
+class PromptEncoderReparameterizationType(str, enum.Enum):
+    """The network of p-tuning."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 @dataclass
@@ -29,6 +51,10 @@ class PromptTuningConfig(PromptLearningConfig):
         prompt_tuning_init_text: the text, with TEXT.
         tokenizer_name_or_path: its tokenizer, with TEXT.
         tokenizer_kwargs: options for loading it; only with TEXT.
+        random_scale: with RANDOM, the standard deviation: ``"unit"``: 1; ``"words"``: that of the base's word embeddings, usually near 0.02.
+        distinct_words: with SAMPLE_VOCAB, no token twice, and none of the special ones that the base's config names (padding, begin, end).
+
+    Other readers of the format do not know the last two; they are written only where they are not the default.
 
     Raises:
         ConfigError: a bad value, or one that is missing.
@@ -36,22 +62,29 @@ class PromptTuningConfig(PromptLearningConfig):
     Source: arXiv 2104.08691.
     """
 
-    prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM
+    prompt_tuning_init: enum.Enum | str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
+    random_scale: str = "unit"
+    distinct_words: bool = False
 
     default_peft_type: ClassVar[str | None] = "PROMPT_TUNING"
+    additional: ClassVar[frozenset[str]] = frozenset({"random_scale", "distinct_words"})
+    #: what `prompt_tuning_init` may be
+    starts: ClassVar[type[enum.Enum]] = PromptTuningInit
 
     def check(self) -> None:
         """Check every value by itself."""
         super().check()
         _check_length(self)
-        names = [init.value for init in PromptTuningInit]
-        given = self.prompt_tuning_init.value if isinstance(self.prompt_tuning_init, enum.Enum) else str(self.prompt_tuning_init)
-        if given not in names:
-            raise ConfigError(f"prompt_tuning_init={given!r} is unknown", hint=did_you_mean(given, names) or f"write one of {names}")
-        self.prompt_tuning_init = PromptTuningInit(given)
+        self.prompt_tuning_init = _member(self.starts, "prompt_tuning_init", self.prompt_tuning_init)
+        given = self.prompt_tuning_init.value
+        _one_of("random_scale", self.random_scale, RANDOM_SCALES)
+        if self.random_scale != "unit" and given != "RANDOM":
+            raise ConfigError(f"random_scale={self.random_scale!r} says how random numbers are drawn, but prompt_tuning_init is {given!r}")
+        if self.distinct_words and given != "SAMPLE_VOCAB":
+            raise ConfigError(f"distinct_words says how tokens are drawn, but prompt_tuning_init is {given!r}", hint="use 'SAMPLE_VOCAB'")
         if given == "TEXT":
             for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
                 if not getattr(self, name):
@@ -67,7 +100,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     Besides the fields of `PromptLearningConfig`:
 
     Args:
-        init_weights: None: normal, std 1; ``"zero"``: keys and values are zero at first.
+        init_weights: None: normal, std 1; ``"zero"``: keys and values are zero at first; ``"neutral"``: the first output is the base's.
         encoder_hidden_size: hidden width of the projection; None: `token_dim`.
         prefix_projection: compute keys and values from a smaller table by a two-layer network.
 
@@ -87,10 +120,199 @@ class PrefixTuningConfig(PromptLearningConfig):
         """Check every value by itself."""
         super().check()
         _check_length(self)
-        if self.init_weights not in (None, "zero"):
-            raise ConfigError(f"init_weights={self.init_weights!r} is unknown", hint="write None or 'zero'")
+        if self.init_weights not in (None, "zero", "neutral"):
+            raise ConfigError(f"init_weights={self.init_weights!r} is unknown", hint="write None, 'zero' or 'neutral'")
         if self.encoder_hidden_size is not None:
             require_positive_integer("encoder_hidden_size", self.encoder_hidden_size)
+
+
+@dataclass
+class PromptEncoderConfig(PromptLearningConfig):
+    """P-tuning: embeddings before the input, computed from a learned table by a small network.
+
+    Besides the fields of `PromptLearningConfig`:
+
+    Args:
+        encoder_reparameterization_type: ``"MLP"``: Linear, ReLU, Linear, ReLU, Linear; ``"LSTM"``: a bidirectional LSTM along the virtual
+            tokens, then Linear, ReLU, Linear.
+        encoder_hidden_size: hidden width of the network; None: `token_dim`.
+        encoder_num_layers: layers of the LSTM; the MLP always has two hidden ones.
+        encoder_dropout: dropout between the layers of the LSTM, in [0, 1).
+
+    Raises:
+        ConfigError: a bad value.
+
+    Source: arXiv 2103.10385.
+    """
+
+    encoder_reparameterization_type: PromptEncoderReparameterizationType | str = PromptEncoderReparameterizationType.MLP
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+
+    default_peft_type: ClassVar[str | None] = "P_TUNING"
+
+    def check(self) -> None:
+        """Check every value by itself.
+
+        Raises:
+            ConfigError: a bad value.
+        """
+        super().check()
+        _check_length(self)
+        self.encoder_reparameterization_type = _member(
+            PromptEncoderReparameterizationType, "encoder_reparameterization_type", self.encoder_reparameterization_type
+        )
+        if self.encoder_hidden_size is not None:
+            require_positive_integer("encoder_hidden_size", self.encoder_hidden_size)
+        require_positive_integer("encoder_num_layers", self.encoder_num_layers)
+        require_probability("encoder_dropout", self.encoder_dropout)
+
+
+@dataclass
+class MultitaskPromptTuningConfig(PromptTuningConfig):
+    """Multitask prompt tuning: one prompt for all tasks, times a product of low rank for each task.
+
+    Calls take `task_ids` (batch,). Besides the fields of `PromptTuningConfig`:
+
+    Args:
+        prompt_tuning_init: as in `PromptTuningConfig`, or from the file `prompt_tuning_init_state_dict_path`: ``"AVERAGE_SOURCE_TASKS"`` (the
+            shared prompt; means over its tasks of both factors), ``"EXACT_SOURCE_TASK"`` (the shared prompt; the factors of one of its tasks),
+            ``"ONLY_SOURCE_SHARED"`` (the shared prompt; random factors). With more than one task, each starts from the same source.
+        prompt_tuning_init_state_dict_path: a .safetensors file, or a pickled dict of tensors.
+        prompt_tuning_init_task: which task of the file, with EXACT_SOURCE_TASK.
+        num_ranks: rank q of the products.
+        num_tasks: number of tasks.
+        preserve_scale: random factors start so that each task's prompt is near the shared one, not near 0. Other readers of the format do not
+            know this field; it is written only where it is True.
+
+    Raises:
+        ConfigError: a bad value, or one that is missing.
+
+    Source: arXiv 2303.02861.
+    """
+
+    prompt_tuning_init: enum.Enum | str = MultitaskPromptTuningInit.RANDOM
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int = 0
+    num_ranks: int = 1
+    num_tasks: int = 1
+    preserve_scale: bool = False
+
+    default_peft_type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
+    additional: ClassVar[frozenset[str]] = PromptTuningConfig.additional | {"preserve_scale"}
+    starts: ClassVar[type[enum.Enum]] = MultitaskPromptTuningInit
+
+    @property
+    def starts_from_source(self) -> bool:
+        """Whether it starts from a file."""
+        return str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)) in FROM_SOURCE
+
+    def check(self) -> None:
+        """Check every value by itself.
+
+        Raises:
+            ConfigError: a bad value, or one that is missing.
+        """
+        super().check()
+        require_positive_integer("num_ranks", self.num_ranks)
+        require_positive_integer("num_tasks", self.num_tasks)
+        task = self.prompt_tuning_init_task
+        if isinstance(task, bool) or not isinstance(task, int) or task < 0:
+            raise ConfigError(f"prompt_tuning_init_task={task!r} is no number of a task", hint="tasks are counted from 0")
+        if self.starts_from_source and not self.prompt_tuning_init_state_dict_path:
+            given = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
+            raise ConfigError(
+                f"prompt_tuning_init={given!r} needs prompt_tuning_init_state_dict_path, which is {self.prompt_tuning_init_state_dict_path!r}",
+                hint="give the adapter_model.safetensors of the source prompt",
+            )
+
+
+@dataclass
+class CPTConfig(PromptLearningConfig):
+    """Context-aware prompt tuning: the embeddings of a given context train, each inside a small ball. For causal language models.
+
+    Besides the fields of `PromptLearningConfig` (`num_virtual_tokens` is the length of the context):
+
+    Args:
+        cpt_token_ids: the context; None: one token, 0.
+        cpt_mask: kept in the file; has no effect. None: ones.
+        cpt_tokens_type_mask: what each token is; t mod 4: 1 template of an input, 2 input, 3 template of an output, 0 label (4, 8, … number the
+            labels); 0 itself: none of these. None: ones.
+        opt_weighted_loss_type: ``"none"``: labels count equally; ``"decay"``: the last kind of label counts 1, the one before it
+            `opt_loss_decay_factor`, then its square, and so on.
+        opt_loss_decay_factor: see there.
+        opt_projection_epsilon: how far the embedding of an input token may move, times √(width / 2048).
+        opt_projection_format_epsilon: the same for tokens of templates. Labels do not move.
+        tokenizer_name_or_path: kept in the file.
+
+    Raises:
+        ConfigError: a bad value, lists of different lengths, or another task than CAUSAL_LM.
+
+    Source: arXiv 2410.17222.
+    """
+
+    cpt_token_ids: list[int] | None = None
+    cpt_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[int] | None = None
+    opt_weighted_loss_type: str = "none"
+    opt_loss_decay_factor: float = 1.0
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+    tokenizer_name_or_path: str | None = None
+
+    default_peft_type: ClassVar[str | None] = "CPT"
+
+    def check(self) -> None:
+        """Check every value by itself, and fill in what follows from the context.
+
+        Raises:
+            ConfigError: a bad value, lists of different lengths, or another task.
+        """
+        super().check()
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ConfigError(f"CPT is for task_type='CAUSAL_LM', not {self.task_type and str(self.task_type)!r}", hint="set task_type='CAUSAL_LM'")
+        if self.cpt_token_ids is None:
+            self.cpt_token_ids = [0]
+        count = len(self.cpt_token_ids)
+        for name in ("cpt_mask", "cpt_tokens_type_mask"):
+            if getattr(self, name) is None:
+                setattr(self, name, [1] * count)
+        for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+                raise ConfigError(f"{name}={values!r} is no list of numbers from 0 on")
+            if len(values) != count or not count:
+                raise ConfigError(
+                    f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, at least 1; {name} has {len(values)}, "
+                    f"cpt_token_ids {count}"
+                )
+        self.num_virtual_tokens, self.num_transformer_submodules = count, 1
+        _one_of("opt_weighted_loss_type", self.opt_weighted_loss_type, WEIGHTED_LOSSES)
+        require_number("opt_loss_decay_factor", self.opt_loss_decay_factor)
+        for name in ("opt_projection_epsilon", "opt_projection_format_epsilon"):
+            require_number(name, getattr(self, name))
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is a distance and can't be below 0")
+
+
+#: of `CPTConfig.opt_weighted_loss_type`
+WEIGHTED_LOSSES = ("none", "decay")
+#: the starts of `MultitaskPromptTuningConfig` that read a file
+FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+_Member = TypeVar("_Member", bound=enum.Enum)
+
+
+def _member(kind: type[_Member], name: str, given: Any) -> _Member:
+    """Return the member of an enum that a field means."""
+    value = given.value if isinstance(given, enum.Enum) else str(given)
+    _one_of(name, value, [member.value for member in kind])
+    return kind(value)
+
+
+def _one_of(name: str, given: Any, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ConfigError(f"{name}={given!r} is unknown", hint=did_you_mean(str(given), known) or f"write one of {list(known)}")
 
 
 def _check_length(config: PromptLearningConfig) -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from peft_core import BaseView, CapabilityError, ConfigError, ModelError, PromptLearningConfig
+from peft_core import BaseView, ConfigError, ModelError, PromptLearningConfig
 
 _SOURCES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
     "token_dim": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
+#: how the config of an encoder-decoder model names what differs in its decoder
+_DECODERS = {"num_layers": ("num_decoder_layers", "decoder_layers"), "num_attention_heads": ("decoder_attention_heads",)}
 
 
 def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool = False) -> dict[str, Any]:
-    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules` (and `encoder_hidden_size` where it exists).
+    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules`.
 
     Args:
         base: the base model.
         config: its values win.
-        keys_values: the tokens are keys and values: with grouped-query attention they have the width and number of the shared heads.
+        keys_values: the tokens are keys and values: those of the decoder, where there is an encoder, too; with grouped-query attention they have
+            the width and number of the shared heads.
 
     Raises:
-        ConfigError: the number of virtual tokens is not given, or a dimension is neither given nor in the model's config.
+        ConfigError: the number of virtual tokens is not given, a dimension is neither given nor in the model's config, or it does not fit.
         ModelError: the base has no config.
     """
     if config.num_virtual_tokens is None:
@@ -30,25 +34,21 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     source = base.text_config
     if source is None:
         raise ModelError(f"{base.name} has no config, from which a prompt's dimensions are read", hint="use a transformers model")
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise CapabilityError(
-            f"{base.name} is an encoder-decoder model, on which {config.peft_type} is not supported by this release of peft-prompt",
-            hint="use a method that wraps layers",
-        )
+    if keys_values:
+        source = _Decoder(base) if is_encoder_decoder(base) else source
     found: dict[str, Any] = {}
     for field, names in _SOURCES.items():
         value = getattr(config, field)
         if value is None:
-            value = next((v for name in names if (v := getattr(source, name, None)) is not None), None)
+            value = _first(source, names)
         if value is None:
             raise ConfigError(f"Please specify `{field}` in `peft_config`: the config of {base.name} has none of {names}")
         found[field] = int(value)
-    kv_heads = getattr(source, "num_key_value_heads", None)
-    if keys_values and kv_heads and config.token_dim is None and kv_heads != found["num_attention_heads"]:
-        head_dim = getattr(source, "head_dim", None) or found["token_dim"] // found["num_attention_heads"]
+    if keys_values and config.token_dim is None:
+        heads = found["num_attention_heads"]
+        kv_heads = getattr(source, "num_key_value_heads", None) or heads
+        head_dim = getattr(source, "head_dim", None) or found["token_dim"] // heads  # heads need not add up to the hidden width
         found["token_dim"], found["num_attention_heads"] = head_dim * kv_heads, kv_heads
-    elif keys_values and config.token_dim is None and (head_dim := getattr(source, "head_dim", None)):
-        found["token_dim"] = head_dim * found["num_attention_heads"]  # heads need not add up to the hidden width
     submodules = config.num_transformer_submodules
     found["num_transformer_submodules"] = submodules or (2 if str(config.task_type) == "SEQ_2_SEQ_LM" else 1)
     if keys_values:
@@ -57,9 +57,38 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     return found
 
 
+def size(config: PromptLearningConfig, found: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the shape (tokens of all submodules, hidden) of a prompt's table."""
+    return int(config.num_virtual_tokens or 0) * int(found["num_transformer_submodules"]), int(found["token_dim"])
+
+
+def is_encoder_decoder(base: BaseView) -> bool:
+    """Return whether a base has an encoder and a decoder."""
+    return bool(getattr(base.config, "is_encoder_decoder", False))
+
+
+class _Decoder:
+    """The config of a decoder, under the names that configs of decoder-only models have."""
+
+    def __init__(self, base: BaseView) -> None:
+        config = base.config
+        own = getattr(config, "decoder", None)  # some have a config of its own
+        self.config = config if own is None or isinstance(own, dict) else own
+        values = {field: _first(self.config, names) for field, names in _DECODERS.items()}
+        self.own = {name: value for field, value in values.items() if value is not None for name in _SOURCES[field]}
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__["own"]
+        return own[name] if name in own else getattr(self.__dict__["config"], name)
+
+
+def _first(source: Any, names: tuple[str, ...]) -> Any:
+    return next((value for name in names if (value := getattr(source, name, None)) is not None), None)
+
+
 def _check_width(base: BaseView, source: Any, found: dict[str, Any], keys_values: bool) -> None:
     """A width that does not fit would surface as a shape error inside attention, in the first forward."""
-    heads, width = getattr(source, "num_attention_heads", None), getattr(source, "hidden_size", None)
+    heads, width = _first(source, _SOURCES["num_attention_heads"]), _first(source, _SOURCES["token_dim"])
     if keys_values and heads and width:
         head_dim = getattr(source, "head_dim", None) or width // heads
         expected = head_dim * (getattr(source, "num_key_value_heads", None) or heads)
@@ -75,12 +104,9 @@ def _check_width(base: BaseView, source: Any, found: dict[str, Any], keys_values
 
 
 def _check_layers(base: BaseView, source: Any, found: dict[str, Any]) -> None:
-    for name in _SOURCES["num_layers"]:
-        layers = getattr(source, name, None)
-        if layers is not None and layers != found["num_layers"]:
-            raise ConfigError(
-                f"the prefix has keys and values for {found['num_layers']} layers, but {base.name} has {layers}",
-                hint="was it trained on another base? leave num_layers unset for a new one",
-            )
-        if layers is not None:
-            return
+    layers = _first(source, _SOURCES["num_layers"])
+    if layers is not None and layers != found["num_layers"]:
+        raise ConfigError(
+            f"the prefix has keys and values for {found['num_layers']} layers, but {base.name} has {layers}",
+            hint="was it trained on another base? leave num_layers unset for a new one",
+        )

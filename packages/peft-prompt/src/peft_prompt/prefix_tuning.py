@@ -2,95 +2,121 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, Creation, Plan, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, Creation, Plan, Site, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import PrefixTuningConfig
+from .encoders import TableEncoder
+
+#: the gates of a neutral prefix at first: so small that nothing is seen of it, and large enough for the logarithm's gradient in float32
+GATE, SMALLEST = 1e-7, 1e-20
+
+KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
 
-class PrefixEncoder(nn.Module):
+class PrefixEncoder(TableEncoder):
     """Keys and values of a prefix for every layer.
 
+    The table has them layer by layer, keys before values. On encoder-decoder models with `num_transformer_submodules` 2, which is their default,
+    files of this format are read as if there were a second copy for the cross-attention between the layers: layer i takes the part 2i mod layers,
+    so that for an even number of layers half of the table is not used. With 1, each layer has a part of its own.
+
     Without projection a table `embedding.weight` (tokens, 2·layers·width). With it, a table (tokens, width) and the network
-    `transform`: Linear, tanh, Linear. Files hold the result; once one is read, the network gives way to a table.
+    `transform`: Linear, tanh, Linear. Files: see `TableEncoder`.
+
+    With ``init_weights="neutral"`` each token counts as much as its gate g says, by log|g| added to the scores of its keys; keys begin at zero and
+    gates at 1e-7, so that the first output is the base's. The gradient of g does not vanish with it: d(log g)/dg = 1/g makes up for the small weight.
 
     Args:
         config: projection and starting values.
         found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`.
         creation: whether starting values are needed.
+        site: where the prefix goes.
     """
 
-    def __init__(self, config: PrefixTuningConfig, found: dict[str, Any], creation: Creation) -> None:
-        super().__init__()
+    def __init__(self, config: PrefixTuningConfig, found: Mapping[str, Any], creation: Creation, site: Site = Site.INPUT) -> None:
         self.count: int = int(config.num_virtual_tokens or 0)
         self.layers: int = found["num_layers"]
         self.heads: int = found["num_attention_heads"]
         width: int = found["token_dim"]
         self.head_dim = width // self.heads
+        self.site = site
+        step = 2 if site is Site.DECODER and found["num_transformer_submodules"] == 2 else 1
+        self.order = tuple(step * layer % self.layers for layer in range(self.layers))
         total = 2 * self.layers * width
-        device = torch.device("meta" if creation.meta else "cpu")
-        self.transform: nn.Sequential | None = None
-        if config.prefix_projection and not config.inference_mode:
-            hidden = int(config.encoder_hidden_size or width)
-            with device:
-                self.embedding = nn.Embedding(self.count, width)
-                self.transform = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, total))
-            if config.init_weights == "zero" and not creation.meta:
-                nn.init.zeros_(self.transform[2].weight)  # type: ignore[arg-type]
-                nn.init.zeros_(self.transform[2].bias)  # type: ignore[arg-type]
-        else:
-            table = torch.empty(self.count, total, device=device)
-            if creation.initialise and not creation.meta:
-                table.zero_() if config.init_weights == "zero" else table.normal_()
-            self.embedding = nn.Embedding(self.count, total, _weight=table)
+        how = config.init_weights
+        network = partial(_network, width, int(config.encoder_hidden_size or width), total, how) if config.prefix_projection else None
+        starts: dict[str, Callable[[Tensor], Tensor]] = {"zero": torch.Tensor.zero_, "neutral": partial(_values_alone, width)}
+        super().__init__((self.count, total), network, width, config.inference_mode, creation, starts.get(how or "", torch.Tensor.normal_))
+        self.gate: nn.Parameter | None = None
+        if how == "neutral":
+            self.gate = nn.Parameter(torch.full((self.count,), GATE, device="meta" if creation.meta else "cpu"))
 
-    def table(self) -> Tensor:
-        """Return all keys and values as one table (tokens, 2·layers·width)."""
-        weight = self.embedding.weight
-        return weight if self.transform is None else self.transform(weight)
+    def compute(self, weight: Tensor) -> Tensor:
+        """Return all keys and values (tokens, 2·layers·width) from the table that the network reads (tokens, width)."""
+        found: Tensor = self.get_submodule("transform")(weight)
+        return found
 
-    def keys_values(self) -> tuple[tuple[Tensor, Tensor], ...]:
+    def keys_values(self) -> KeysValues:
         """Return for each layer its keys and values, each (heads, tokens, head_dim)."""
-        table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
-        return tuple(zip(table[0::2], table[1::2], strict=True))
+        return self.memo.result(self, self._keys_values)
+
+    def weights(self) -> Tensor | None:
+        """Return log|g| of each token's gate g (tokens,), to be added to the scores of its keys; None: there are no gates."""
+        return None if self.gate is None else self.gate.abs().clamp_min(SMALLEST).log()
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: the table."""
-        if self.transform is None:
-            return {"prompt_embeddings": Slot.of(self.embedding, "weight")}
-        shape = (self.count, 2 * self.layers * self.heads * self.head_dim)
-        return {"prompt_embeddings": Slot(shape, self._read, self._become_table)}
+        """Return what a file holds: the table, the network behind it, the gates."""
+        gates = {} if self.gate is None else {"prefix_gate": Slot.of(self, "gate")}
+        return {**super().slots(), **gates}
 
-    def _read(self) -> Tensor:
-        with torch.no_grad():
-            return self.table().detach()
+    def _keys_values(self) -> KeysValues:
+        table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
+        return tuple((table[2 * part], table[2 * part + 1]) for part in self.order)
 
-    def _become_table(self, value: Tensor) -> None:
-        weight = self.embedding.weight
-        device = value.device if weight.is_meta else weight.device
-        table = nn.Embedding(value.shape[0], value.shape[1], _weight=value.to(device=device, dtype=torch.float32, copy=True))
-        self.embedding = table.requires_grad_(weight.requires_grad)
-        self.transform = None
+
+def _values_alone(width: int, table: Tensor) -> Tensor:
+    """Fill the values of a table (tokens, 2·layers·width) with noise, and its keys with zeros."""
+    table.normal_().view(table.shape[0], -1, width)[:, 0::2] = 0
+    return table
+
+
+def _network(width: int, hidden: int, total: int, how: str | None) -> dict[str, nn.Module]:
+    first, last = nn.Linear(width, hidden), nn.Linear(hidden, total)
+    with torch.no_grad():
+        for parameter in last.parameters():
+            if how == "zero":
+                parameter.zero_()
+            elif how == "neutral":  # the keys
+                parameter.view(-1, width, *parameter.shape[1:])[0::2] = 0
+    return {"transform": nn.Sequential(first, nn.Tanh(), last)}
 
 
 class PrefixTuner(TunerBase):
     """Puts learned keys and values before those of the rows that use them."""
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `PrefixEncoder`."""
+        """Mount a `PrefixEncoder`.
+
+        Raises:
+            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+        """
         found = dimensions.resolve(base, config, keys_values=True)
         resolved = {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}
-        return Plan(mounts={"prompt_encoder": partial(PrefixEncoder, config, found)}, resolved=resolved)
+        site = Site.DECODER if dimensions.is_encoder_decoder(base) else Site.INPUT
+        return Plan(mounts={"prompt_encoder": partial(PrefixEncoder, config, found, site=site)}, resolved=resolved)
 
     def prepare(self, call: Call) -> Call:
         """Offer the keys and values of the adapters in use."""
-        encoders = self.mounted.get("prompt_encoder", {})
+        encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
-            call = call.adding(VirtualTokens(rows, keys_values=encoders[adapter].keys_values()))  # type: ignore[operator]
+            encoder: PrefixEncoder = encoders[adapter]
+            call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=encoder.keys_values(), weights=encoder.weights()))
         return call

@@ -30,13 +30,17 @@ from .models import TASKS, inputs_of, tiny
 #: fields that say which modules are adapted: they make no sense on another base
 _SELECTING = frozenset(field.name for field in dataclasses.fields(LayerConfig))
 
+#: keys of an example that are no fields of its config
+_EXTRA = frozenset({"base", "arguments"})
+
 
 class SuiteBase:
     """Subclass it in a test file, name the tuner and a few configs; pytest collects the checks.
 
     Attributes:
         peft_type: the tuner; it must be installed or registered.
-        configs: name → fields of its config. The extra key ``"base"`` chooses a model of `BASES`, default ``"llama"``.
+        configs: name → fields of its config. The extra key ``"base"`` chooses a model of `BASES`, default ``"llama"``; ``"arguments"`` has a list for
+            each keyword of a call that belongs to the tuner (`TunerSpec.call_arguments`): one entry for each row, repeated.
             Without any: the examples of the tuner's spec, else one config with nothing but defaults.
         expected_failures: check → reason. Strict: a listed check that passes is a failure, so that the list can only shrink.
         neutral_start: a new adapter leaves the outputs as they are. None: expected of tuners that wrap layers, not of others.
@@ -126,7 +130,7 @@ class SuiteBase:
         return config
 
     def _fields(self, name: str) -> dict[str, Any]:
-        fields = {key: copy.deepcopy(value) for key, value in self.named_configs()[name].items() if key != "base"}
+        fields = {key: copy.deepcopy(value) for key, value in self.named_configs()[name].items() if key not in _EXTRA}
         return {"task_type": TASKS.get(self.base_name(name)), **fields}
 
     def config_on(self, name: str, target: str) -> PeftConfig:
@@ -137,7 +141,7 @@ class SuiteBase:
         fields = {
             key: copy.deepcopy(value)
             for key, value in self.named_configs()[name].items()
-            if key != "base" and key not in _SELECTING and not key.endswith("_modules")
+            if key not in _EXTRA and key not in _SELECTING and not key.endswith("_modules")
         }
         return get_peft_config({"peft_type": self.peft_type, **fields, "target_modules": [target]})
 
@@ -165,10 +169,16 @@ class SuiteBase:
         """Return inputs of the base, the same each time; override for models of your own."""
         return inputs_of(self.base_name(name), rows)
 
+    def arguments(self, name: str, rows: int = 3) -> dict[str, Tensor]:
+        """Return the keywords of a call that belong to the tuner; override for others than lists of numbers."""
+        given: Mapping[str, Any] = self.named_configs()[name].get("arguments", {})
+        return {key: torch.tensor([values[row % len(values)] for row in range(rows)]) for key, values in given.items()}
+
     def inputs_for(self, model: nn.Module, name: str, rows: int = 3) -> dict[str, Tensor]:
         """Return the inputs, those that are no ids in the precision of the model."""
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs(name, rows).items()}
+        found = {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs(name, rows).items()}
+        return {**found, **self.arguments(name, rows)} if isinstance(getattr(model, "_orig_mod", model), PeftModel) else found
 
     def output(self, model: nn.Module, name: str, rows: int = 3, **kwargs: Any) -> Tensor:
         """Return what the model computes, as one tensor (rows, …)."""

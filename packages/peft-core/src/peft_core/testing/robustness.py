@@ -210,11 +210,12 @@ class RobustnessChecks(SuiteBase):
         """
         model = self.model(name)
         ids = self.inputs(name)["input_ids"]
+        extra: dict[str, Any] = self.arguments(name, len(ids))
         with torch.no_grad():
-            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+            found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False, **extra)
             expected = ids
             for _ in range(5):
-                logits = model(input_ids=expected, attention_mask=torch.ones_like(expected)).logits
+                logits = model(input_ids=expected, attention_mask=torch.ones_like(expected), **extra).logits
                 expected = torch.cat([expected, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
         assert torch.equal(found, expected), f"generate gives {found[0].tolist()}, step by step {expected[0].tolist()}"
 

@@ -89,17 +89,17 @@ class ShapeChecks(SuiteBase):
             mask[row, place] = 1
             texts.append((place, ids[row : row + 1, place]))
         whole = model.task.name == "SEQ_CLS"  # one answer for each text
-        found = self._on(model, ids * mask, mask)
+        found = self._on(model, name, ids * mask, mask)
         for row, (place, text) in enumerate(texts):
-            alone = self._on(model, text, torch.ones_like(text))[0]
+            alone = self._on(model, name, text, torch.ones_like(text))[0]
             # virtual tokens come first: what is compared are the caller's own tokens
             got = found[row] if whole else found[row][-width:][place]
             expected = alone if whole else alone[-text.shape[1] :]
             self.close(got, expected, f"row {row} of texts of lengths {lengths}, padded on the {side}, differs from the row alone", 5)
 
-    def _on(self, model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
+    def _on(self, model: PeftModel, name: str, ids: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
-            return tensor_of(model(input_ids=ids, attention_mask=mask))
+            return tensor_of(model(input_ids=ids, attention_mask=mask, **self.arguments(name, len(ids))))
 
 
 def strategies() -> Any:

@@ -8,13 +8,14 @@ An encoder-decoder model has two sequences: see `two_sequences`.
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import CapabilityError, RoutingError
+from ..errors import CapabilityError, PeftWarning, RoutingError
 from ..layers.activation import ALL
 from . import backbone, caches
 from .base_view import BaseView
@@ -43,6 +44,8 @@ class BaseForward:
                 break
         #: there is an encoder, whose tokens a decoder of its own looks at
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
+        #: its decoder numbers tokens by the length of the cache, for all rows alike, and nobody can say otherwise
+        self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
         #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
         says = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), None)
         if says is None:  # modules of older versions do not say
@@ -52,6 +55,8 @@ class BaseForward:
                 or bool(getattr(view.config, "is_decoder", False))
             )
         self.causal = says and not self.encoder_decoder
+        #: how far back layers look that do not look at everything; 0: all look at everything
+        self.window = _window(view)
 
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
@@ -70,6 +75,14 @@ class BaseForward:
         else:
             embedded = module.get_input_embeddings()(ids)
         return embedded
+
+
+def _window(view: BaseView) -> int:
+    config = view.text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in str(kind) for kind in kinds):
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)
 
 
 @dataclass(frozen=True)
@@ -124,6 +137,13 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
     own_positions = inputs.get("position_ids")
     mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
     positions = None if mask is None else _positions(_placed(mask, kv), n_kv, n_embeds, length, cached, forward, own_positions)
+    if 0 < forward.window < n_kv + n_embeds + length and not cached and any(tokens.rows is not ALL for tokens in call.virtual):
+        warnings.warn(
+            f"layers of {forward.view.name} look back {forward.window} tokens, virtual tokens of other rows among them, so that rows with different "
+            "prompts see less of their own than alone",
+            PeftWarning,
+            stacklevel=2,
+        )
     if cached:  # a later step: the virtual tokens are in the cache already
         seen = final_mask(call, kv, forward, mask, length, cache)
         return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
@@ -137,6 +157,8 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
                 inputs[name] = led(inputs[name], n_embeds, filler)
         if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
             inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
+        elif mask is not None and forward.causal and task.generates and isinstance(inputs.get("labels"), Tensor):
+            inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
     if kv:
         cache = filled_cache(call, kv, forward, cache, again=again)
@@ -176,6 +198,25 @@ def _packed(
             moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
     packed = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
     return moved, packed, None if positions is None else positions.gather(1, order), used.sum(dim=1)
+
+
+def _predicting(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int) -> tuple[dict[str, Any], Tensor, Any]:
+    """Move what a row does not look at before the virtual embeddings that it uses, so that the last of these predicts its first token.
+
+    That is: the embeddings of other rows, and padding on the left. A first token that nothing of its own row stands before is no label.
+    """
+    seen = mask[:, n_kv:] != 0
+    leading = torch.cat([torch.ones_like(seen[:, :n_embeds]), seen[:, n_embeds:].cumsum(dim=1) == 0], dim=1)
+    order = torch.where(leading, seen.long(), 2).argsort(dim=1, stable=True)
+    moved = dict(inputs)
+    for name in ("inputs_embeds", "labels"):
+        value = inputs[name]
+        moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
+    seen = seen.gather(1, order)
+    alone = torch.nn.functional.pad(~seen[:, :-1], (1, 0), value=True)
+    moved["labels"] = moved["labels"].masked_fill(alone, IGNORED)
+    mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, mask, None if positions is None else positions.gather(1, order)
 
 
 def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any = None) -> Tensor | None:

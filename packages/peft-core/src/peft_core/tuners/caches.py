@@ -34,6 +34,9 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
     own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     if own is None or again:
         config = decoder_config(view)
+        layers = len(tokens[0].keys_values or ())
+        if two and getattr(config, "num_hidden_layers", layers) != layers:
+            config = None  # T5's config counts the layers of its encoder
         own = _again_class()(config=config) if again else DynamicCache(config=config)
         if two:
             other = _again_class()(config=config) if again else DynamicCache(config=config)

@@ -36,12 +36,18 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
     if text is None:
         text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
     length = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
-    if any(tokens.weights is not None for tokens in kv) and any(hasattr(m, "embed_positions") for m in forward.view.base.modules()):
-        raise CapabilityError(
-            f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
-            hint="use another init_weights",
-        )
     virtual = (*kv, *embeds)
+    if forward.numbers_by_cache:
+        if any(tokens.weights is not None for tokens in kv):
+            raise CapabilityError(
+                f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
+                hint="use another init_weights",
+            )
+        if any(tokens.rows is not ALL for tokens in virtual):
+            raise CapabilityError(
+                f"the decoder of {forward.view.name} numbers the tokens of all rows alike, so that virtual tokens of some rows move the others'",
+                hint="use the same prompts for all rows, or methods that wrap layers",
+            )
     count = sum(tokens.length for tokens in virtual)
     mask = extended_mask(call, virtual, inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
     if cached:
@@ -76,7 +82,7 @@ def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward
     embedded = forward.embed(ids) if embedded is None else embedded
     sequence = before(tokens, embedded)
     mask = extended_mask(call, tuple(tokens), inputs.get("attention_mask"), embedded.shape[1])
-    if mask is not None and (any(part.rows is not ALL for part in tokens) or not bool(mask[:, -embedded.shape[1]].all())):
+    if mask is not None:
         order = (mask != 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)
         sequence = sequence.gather(1, order.unsqueeze(2).expand_as(sequence))
         mask = mask.gather(1, order)

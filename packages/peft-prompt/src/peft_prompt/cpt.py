@@ -1,0 +1,236 @@
+"""Context-aware prompt tuning. Source: arXiv 2410.17222."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseView, Call, CapabilityError, ConfigError, Creation, Plan, RoutingError, Slot, TunerBase, VirtualTokens
+
+from . import cpt_loss, dimensions
+from .config import CPTConfig
+from .cpt_loss import IGNORED
+from .encoders import OWN, TABLE, Encoder
+from .words import Words
+
+ARGUMENT = "input_type_mask"
+#: under this name a call carries from `prepare` to `finish` what the loss needs
+PENDING = "cpt_pending"
+
+
+class CPTEmbedding(Encoder):
+    """A context P + δ (tokens, width) in float32: P stays, δ trains inside a ball for each token.
+
+    `embedding.weight` is P, a buffer; `delta_embedding.weight` is δ. A file holds P + δ, which all readers know, and both by themselves, so that
+    the balls keep their centres when training goes on.
+
+    Args:
+        config: the context and how far it may move.
+        width: of an embedding.
+        words: the base's vocabulary, for P; None: a file supplies it.
+        creation: whether starting values are needed.
+    """
+
+    types: Tensor
+
+    def __init__(self, config: CPTConfig, width: int, words: Words | None, creation: Creation) -> None:
+        super().__init__()
+        ids = config.cpt_token_ids or []
+        self.epsilons = config.opt_projection_epsilon, config.opt_projection_format_epsilon
+        device = "meta" if creation.meta else "cpu"
+        table = torch.zeros(len(ids), width, device=device)
+        if words is not None and creation.initialise and not creation.meta:
+            torch.randn(2, *table.shape)  # other writers of the format draw two tables first: one seed gives the same numbers after it
+            table = words(torch.tensor(ids))
+        self.embedding = nn.Module()
+        self.embedding.register_buffer("weight", table)
+        self.delta_embedding = nn.Embedding(len(ids), width, _weight=torch.zeros(len(ids), width, device=device))
+        self.register_buffer("types", torch.tensor(config.cpt_tokens_type_mask), persistent=False)
+
+    def tokens(self) -> Tensor:
+        """Return P + δ (tokens, width). δ is pulled back into its balls first, in place; labels get no gradient."""
+        return self.memo.result(self, self._tokens)
+
+    def _tokens(self) -> Tensor:
+        delta, center = self.delta_embedding.weight, self.embedding.get_buffer("weight")
+        types = self.types.to(delta.device)
+        with torch.no_grad():
+            delta.copy_(cpt_loss.projected(delta, cpt_loss.radii(types, *self.epsilons, delta.shape[1])))
+        return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())
+
+    def slots(self) -> dict[str, Slot]:
+        """Return what a file holds: P + δ, and each by itself."""
+        own = {
+            f"{OWN}embedding.weight": Slot.of(self.embedding, "weight"),
+            f"{OWN}delta_embedding.weight": Slot.of(self.delta_embedding, "weight"),
+        }
+        shape = tuple(self.delta_embedding.weight.shape)
+        table = Slot(shape, self._read, self._become, stands_for=tuple(own))
+        return {TABLE: table, **{key: replace(slot, optional=True) for key, slot in own.items()}}
+
+    def _read(self) -> Tensor:
+        with torch.no_grad():
+            return self._tokens().detach()
+
+    def _become(self, value: Tensor) -> None:
+        Slot.of(self.embedding, "weight").write(value)
+        Slot.of(self.delta_embedding, "weight").write(torch.zeros_like(value))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """What the loss of a call needs, once there are logits.
+
+    Args:
+        labels: (batch, positions) of virtual tokens and text, up to the text's end.
+        weights: (batch, positions).
+        lead: number of positions before the text in `labels`.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    lead: int
+
+
+class CPTTuner(TunerBase):
+    """Puts a context before the rows that use it, and computes the loss, in which its labels count."""
+
+    def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
+        """Mount a `CPTEmbedding`.
+
+        Raises:
+            CapabilityError: the base has an encoder.
+            ConfigError, ModelError: a token that the base does not have; dimensions that can't be told.
+        """
+        if dimensions.is_encoder_decoder(base):
+            raise CapabilityError(f"CPT is for decoder-only models, {base.name} has an encoder", hint="use PROMPT_TUNING")
+        found = dimensions.resolve(base, config)
+        words = Words.of(base)
+        unknown = [token for token in config.cpt_token_ids if token >= words.count]
+        if unknown:
+            raise ConfigError(f"cpt_token_ids has the token {unknown[0]}, but {base.name} has {words.count}", hint="use the base's tokenizer")
+        return Plan(mounts={"prompt_encoder": partial(CPTEmbedding, config, found["token_dim"], words)}, resolved=found)
+
+    def prepare(self, call: Call) -> Call:
+        """Offer the contexts of the adapters in use, and take the labels out of the call.
+
+        Raises:
+            RoutingError: `input_type_mask` has another shape than the labels.
+        """
+        encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
+        labels = call.inputs.get("labels")
+        used = []
+        for adapter, rows in call.share(encoders):
+            used.append((adapter, rows, sum(tokens.length for tokens in call.virtual if tokens.embeds is not None)))
+            call = call.adding(VirtualTokens(rows, embeds=encoders[adapter].tokens()))
+        if not used or not isinstance(labels, Tensor):
+            return call
+        types = _types(call.arguments.get(ARGUMENT), labels)
+        lead = used[-1][2] + len(self.configs[used[-1][0]].cpt_token_ids)
+        # rows of other adapters: their own labels, with weight 1
+        full = torch.cat([labels.new_full((labels.shape[0], lead), IGNORED), labels], dim=1)
+        weights = torch.ones(full.shape, device=labels.device)
+        for adapter, rows, start in used:
+            config: CPTConfig = self.configs[adapter]
+            own = rows if isinstance(rows, Tensor) else torch.arange(call.batch, device=labels.device)
+            full[own], weights[own] = _contextual(config, labels[own], types[own], lead, start)
+        if not torch.compiler.is_compiling() and not bool((full[:, 1:] != IGNORED).any()):
+            raise RoutingError(
+                f"no label counts in the loss of {', '.join(repr(name) for name, _, _ in used)}: all are {IGNORED} or of a type that is no label",
+                hint="types of labels in input_type_mask and cpt_tokens_type_mask are 4, 8, ...",
+            )
+        inputs = {name: value for name, value in call.inputs.items() if name != "labels"}
+        return replace(call, inputs=inputs, arguments={**call.arguments, PENDING: Pending(full, weights, lead)})
+
+    def finish(self, call: Call, output: Any) -> Any:
+        """Return the output with the loss before everything else, as models put it.
+
+        Raises:
+            RoutingError: the base did not compute logits for all tokens.
+        """
+        pending: Pending | None = call.arguments.get(PENDING)
+        if pending is None:
+            return output
+        logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
+        text = pending.labels.shape[1] - pending.lead
+        behind = logits.shape[1] - pending.labels.shape[1]  # virtual tokens of other methods, after ours
+        if behind < 0:
+            raise RoutingError(
+                f"there are logits for {logits.shape[1]} tokens, but the loss of CPT needs those of all {pending.labels.shape[1]}",
+                hint="pass labels without logits_to_keep",
+            )
+        labels, weights = pending.labels, pending.weights
+        if behind:
+            labels, weights = (_widened(value, filler, text, behind) for value, filler in ((labels, IGNORED), (weights, 1)))
+        last = _last_virtual(call, logits)
+        if last is not None:
+            # what stands right before the text may belong to other rows: each row's own last virtual token predicts its first token
+            first, rows = logits.shape[1] - text, torch.arange(logits.shape[0], device=logits.device)
+            logits = torch.cat([logits[:, : first - 1], logits[rows, last.clamp(min=0)].unsqueeze(1), logits[:, first:]], dim=1)
+            labels = labels.clone()
+            labels[(last < 0).to(labels.device), first] = IGNORED
+        loss = cpt_loss.weighted_loss(logits, labels, weights[:, 1:])
+        if not isinstance(output, Mapping):
+            return (loss, *output)
+        rest = {name: value for name, value in output.items() if name != "loss"}
+        return type(output)(loss=loss, **rest)  # type: ignore[call-arg]
+
+
+def _types(given: Any, labels: Tensor) -> Tensor:
+    """Return the types of the text (batch, tokens): those given, or labels everywhere. A new tensor, or one that is only read."""
+    if given is None:
+        return torch.full_like(labels, 4)
+    if not isinstance(given, Tensor) or given.shape != labels.shape:
+        raise RoutingError(
+            f"input_type_mask is {tuple(getattr(given, 'shape', ()))}, but the labels are {tuple(labels.shape)}", hint="give one type per token"
+        )
+    return given.to(labels.device, torch.long)
+
+
+def _contextual(config: CPTConfig, labels: Tensor, types: Tensor, lead: int, start: int) -> tuple[Tensor, Tensor]:
+    """Return labels and weights (rows, lead + tokens) of rows with a context.
+
+    Args:
+        config: the context's.
+        labels, types: of the text (rows, tokens).
+        lead: number of positions before the text.
+        start: where among them the context begins.
+    """
+    rows, device = labels.shape[0], labels.device
+    context, kinds = (torch.tensor(values, device=device).expand(rows, -1) for values in (config.cpt_token_ids, config.cpt_tokens_type_mask))
+    before, after = start, lead - start - context.shape[1]
+    full = torch.cat([labels.new_full((rows, before), IGNORED), context, labels.new_full((rows, after), IGNORED), labels], dim=1)
+    text = cpt_loss.shifted_types(types, max(config.cpt_tokens_type_mask or [0]))
+    every = torch.cat([kinds.new_zeros(rows, before), kinds, kinds.new_zeros(rows, after), text], dim=1)
+    every[:, start] = 0  # nothing predicts the first token
+    full = torch.where(cpt_loss.is_label(every), full, IGNORED)
+    if config.opt_weighted_loss_type != "decay":
+        return full, torch.ones(full.shape, device=device)
+    return full, cpt_loss.label_weights(every, config.opt_loss_decay_factor)
+
+
+def _last_virtual(call: Call, logits: Tensor) -> Tensor | None:
+    """Return the position of the last virtual token of each row (batch,), -1 where it has none; None: all rows have the same ones."""
+    last = torch.full((logits.shape[0],), -1, dtype=torch.long, device=logits.device)
+    end, mixed = 0, False
+    for tokens in call.virtual:
+        if tokens.embeds is None:
+            continue
+        end += tokens.length
+        if isinstance(tokens.rows, Tensor):
+            last[tokens.rows.to(logits.device)] = end - 1
+            mixed = True
+        else:
+            last[:] = end - 1
+    return last if mixed else None
+
+
+def _widened(values: Tensor, filler: float, text: int, count: int) -> Tensor:
+    """Return (rows, …, text) with `count` more positions before the text."""
+    lead = values.shape[1] - text
+    return torch.cat([values[:, :lead], values.new_full((values.shape[0], count), filler), values[:, lead:]], dim=1)

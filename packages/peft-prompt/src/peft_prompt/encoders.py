@@ -1,0 +1,117 @@
+"""What the encoders of all prompt methods share: results that are kept in evaluation, and files from which training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import Creation, Memo, Slot, module_slots
+
+#: key of what every reader of the format knows, and what stands before the keys that only we know
+TABLE, OWN = "prompt_embeddings", "prompt_encoder."
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class Encoder(nn.Module):
+    """A module that computes virtual tokens from parameters; equal calls in evaluation give the same tensors.
+
+    A subclass computes in a method without arguments, and returns ``self.memo.result(self, method)``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memo = Memo()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Switch between training and evaluation, and forget what is kept."""
+        self.memo.forget()
+        super().train(mode)
+        return self
+
+    def slots(self) -> Mapping[str, Slot]:
+        """Return what a file holds."""
+        raise NotImplementedError(f"{type(self).__name__} must define slots()")
+
+
+class TableEncoder(Encoder):
+    """A table `embedding.weight`, and perhaps a network that computes a table (tokens, width) from it.
+
+    A file holds the resulting table, which all readers know, and the network and its own table under keys of ours, so that training goes on where
+    it stopped. Once a file without these is read, the table stands for the network.
+
+    Args:
+        shape: of the resulting table.
+        network: makes the network's parts, by the names under which they are children; None: there is none.
+        inner: width of the table that the network reads.
+        frozen: the adapter is for inference: the result is enough.
+        creation: whether starting values are needed, and where.
+        start: makes the starting values of a table without a network.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        network: Callable[[], Mapping[str, nn.Module]] | None,
+        inner: int,
+        frozen: bool,
+        creation: Creation,
+        start: Callable[[Tensor], Tensor] = torch.Tensor.normal_,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.network = network
+        self.parts: tuple[str, ...] = ()
+        if network is not None and not frozen:
+            with torch.device("meta" if creation.meta else "cpu"):
+                self.embedding = nn.Embedding(shape[0], inner)
+                for name, part in network().items():
+                    self.add_module(name, part)
+                    self.parts += (name,)
+        else:
+            table = torch.empty(shape, device="meta" if creation.meta else "cpu")
+            if creation.initialise and not creation.meta:
+                table = start(table)
+            self.embedding = nn.Embedding(*shape, _weight=table)
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """Return the resulting table from the one that the network reads (tokens, inner); only called where there is a network."""
+        raise NotImplementedError(f"{type(self).__name__} must define compute(weight)")
+
+    def table(self) -> Tensor:
+        """Return the table (tokens, width), without a graph where no gradients are recorded: its views are kept."""
+        weight = self.embedding.weight if torch.is_grad_enabled() else self.embedding.weight.detach()
+        return self.compute(weight) if self.parts else weight
+
+    def slots(self) -> dict[str, Slot]:
+        """Return what a file holds: the table; besides it the network, or that there may be one, for which a table has no use."""
+        if not self.parts:
+            return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
+        network = ("embedding", *self.parts)
+        own = {OWN + name: replace(slot, optional=True) for name, slot in module_slots(self).items() if name.partition(".")[0] in network}
+        return {TABLE: Slot(self.shape, self._read, self._become_table, stands_for=tuple(own)), **own}
+
+    def _network_keys(self) -> Iterator[str]:
+        if self.network is None:
+            return
+        with torch.device("meta"):
+            yield f"{OWN}embedding.weight"
+            for name, part in self.network().items():
+                yield from (f"{OWN}{name}.{key}" for key in module_slots(part))
+
+    def _read(self) -> Tensor:
+        with torch.no_grad():
+            return self.table().detach()
+
+    def _become_table(self, value: Tensor) -> None:
+        weight = self.embedding.weight
+        device = value.device if weight.is_meta else weight.device
+        table = nn.Embedding(value.shape[0], value.shape[1], _weight=value.to(device=device, dtype=torch.float32, copy=True))
+        self.embedding = table.requires_grad_(weight.requires_grad).train(self.training)
+        for name in self.parts:
+            delattr(self, name)
+        self.parts = ()
+        self.memo.forget()

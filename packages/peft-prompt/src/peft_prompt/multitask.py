@@ -1,0 +1,151 @@
+"""Multitask prompt tuning. Source: arXiv 2303.02861."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseView, Call, Creation, Plan, RoutingError, Site, Slot, TunerBase, VirtualTokens
+
+from . import dimensions
+from .config import MultitaskPromptTuningConfig
+from .encoders import TABLE, Encoder
+from .sources import COLS, ROWS, read_source
+from .words import Words, needs_words, starting_table
+
+ARGUMENT = "task_ids"
+#: standard deviation of the factors at the start
+STD = 0.02
+
+
+class MultitaskPromptEmbedding(Encoder):
+    """A prompt for each task: P ⊙ (C_t R_t), with P (tokens, hidden) shared, C (tasks, tokens, ranks), R (tasks, ranks, hidden), in float32.
+
+    Parameters: `embedding.weight` is P, `prefix_task_cols` C, `prefix_task_rows` R.
+
+    Args:
+        config: how it starts, how many tasks and ranks.
+        size: (tokens, hidden) of P; with two submodules the tokens of the encoder, then those of the decoder.
+        words: the base's vocabulary, for starting values; None: the config needs none.
+        two: the base has an encoder and a decoder.
+        creation: whether starting values are needed.
+
+    Raises:
+        AdapterFileError, AdapterWeightsError: the source can't be used.
+    """
+
+    def __init__(self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, two: bool, creation: Creation) -> None:
+        super().__init__()
+        self.count = int(config.num_virtual_tokens or 0)
+        self.tasks, ranks = config.num_tasks, config.num_ranks
+        self.for_decoder = two and size[0] > self.count
+        device = "meta" if creation.meta else "cpu"
+        table = torch.empty(size, device=device)
+        cols, rows = torch.empty(self.tasks, size[0], ranks, device=device), torch.empty(self.tasks, ranks, size[1], device=device)
+        if creation.initialise and not creation.meta:
+            table = starting_table(table, config, words)
+            for factor in (cols, rows):
+                factor.normal_(std=STD)
+                if config.preserve_scale:
+                    factor.add_(ranks**-0.5)  # the product is 1 and a little noise
+            if config.starts_from_source and not config.inference_mode:
+                source = read_source(config, size)
+                table = source.table
+                if source.cols is not None and source.rows is not None:
+                    cols.copy_(source.cols)
+                    rows.copy_(source.rows)
+        self.prefix_task_cols, self.prefix_task_rows = nn.Parameter(cols), nn.Parameter(rows)
+        self.embedding = nn.Embedding(*size, _weight=table)
+
+    def tokens(self, task_ids: Tensor, same: int | None = None) -> tuple[tuple[Site, Tensor], ...]:
+        """Return where which virtual tokens go: each part (rows, tokens, hidden).
+
+        Args:
+            task_ids: (rows,), at least one.
+            same: the task of all rows, where it is known to be one: each part is (tokens, hidden) then, in evaluation the same tensor each time.
+        """
+        if same is not None:
+            return self.memo.result(self, lambda: self._split(self._products(task_ids[:1])[0]), key=same)
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():  # no more products than are needed
+            return self._split(self._products(task_ids))
+        return self._split(self.memo.result(self, self._products)[task_ids])
+
+    def _split(self, tokens: Tensor) -> tuple[tuple[Site, Tensor], ...]:
+        first = tokens if tokens.shape[-2] == self.count else tokens[..., : self.count, :]
+        return ((Site.INPUT, first), (Site.DECODER, tokens[..., self.count :, :])) if self.for_decoder else ((Site.INPUT, first),)
+
+    def _products(self, tasks: Tensor | None = None) -> Tensor:
+        cols: Tensor = self.prefix_task_cols
+        rows: Tensor = self.prefix_task_rows
+        if tasks is not None:
+            cols, rows = cols[tasks], rows[tasks]
+        return self.embedding.weight * torch.matmul(cols, rows)
+
+    def slots(self) -> dict[str, Slot]:
+        """Return what a file holds: the shared prompt, and both factors of all tasks."""
+        return {TABLE: Slot.of(self.embedding, "weight"), COLS: Slot.of(self, COLS), ROWS: Slot.of(self, ROWS)}
+
+
+class MultitaskPromptTuner(TunerBase):
+    """Puts the prompt of its task before each row that uses one."""
+
+    def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
+        """Mount a `MultitaskPromptEmbedding`.
+
+        Raises:
+            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+        """
+        found = dimensions.resolve(base, config)
+        words = Words.of(base) if needs_words(config) and not config.inference_mode else None
+        two = dimensions.is_encoder_decoder(base)
+        return Plan(mounts={"prompt_encoder": partial(MultitaskPromptEmbedding, config, dimensions.size(config, found), words, two)}, resolved=found)
+
+    def prepare(self, call: Call) -> Call:
+        """Offer the prompts of the tasks that `task_ids` (batch,) names; entries of rows that use no such prompt are not looked at.
+
+        Raises:
+            RoutingError: there are no `task_ids`, not one for each row, or one that is no task.
+        """
+        encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
+        task_ids: Tensor | None = None
+        for adapter, rows in call.share(encoders):
+            encoder: MultitaskPromptEmbedding = encoders[adapter]
+            if task_ids is None:
+                task_ids = _read(call, adapter)
+            own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
+            same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
+            for site, embeds in encoder.tokens(own.to(encoder.prefix_task_cols.device), same):
+                call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
+        return call
+
+
+def _read(call: Call, adapter: str) -> Tensor:
+    """Return `task_ids` as numbers (batch,), in a step of `generate` each repeated for the beams of its row."""
+    given = call.arguments.get(ARGUMENT)
+    if given is None:
+        raise RoutingError(
+            f"task_ids cannot be None: each task of the adapter {adapter!r} has a prompt of its own", hint="pass task_ids=tensor of shape (batch,)"
+        )
+    ids = given if isinstance(given, Tensor) else torch.as_tensor(given)
+    if ids.ndim != 1 or ids.is_floating_point() or ids.dtype is torch.bool:
+        raise RoutingError(f"task_ids is {tuple(ids.shape)} of {ids.dtype}, not (batch,) of integers", hint="give one number per row")
+    repeat, rest = divmod(call.batch, ids.shape[0]) if ids.shape[0] else (0, 1)
+    if rest or (repeat != 1 and not (call.generating and repeat)):
+        raise RoutingError(f"task_ids has {ids.shape[0]} entries, but the batch has {call.batch} rows", hint="give one number per row")
+    ids = ids.to(device=call.device, dtype=torch.long)
+    return ids if repeat == 1 else ids.repeat_interleave(repeat)
+
+
+def _check(ids: Tensor, tasks: int, adapter: str) -> int | None:
+    """Return the task of all rows, None if they differ."""
+    found = set(ids.tolist())
+    unknown = sorted(task for task in found if not 0 <= task < tasks)
+    if unknown:
+        raise RoutingError(
+            f"task_ids names the task {unknown[0]}, but the adapter {adapter!r} has {tasks}", hint=f"give numbers from 0 to {tasks - 1}"
+        )
+    return int(found.pop()) if len(found) == 1 else None

@@ -1,0 +1,126 @@
+"""P-tuning. Source: arXiv 2103.10385."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseView, Creation, PeftWarning, Plan
+
+from . import dimensions
+from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
+from .encoders import TableEncoder
+from .prompt_tuning import PromptTuner
+
+
+class PromptEncoder(TableEncoder):
+    """Virtual tokens (tokens, hidden), computed by a network from a table `embedding.weight` of that shape.
+
+    MLP: `mlp_head`: Linear, ReLU, Linear, ReLU, Linear. LSTM: `lstm_head`, bidirectional along the tokens, then `mlp_head`: Linear, ReLU, Linear.
+    Files: see `TableEncoder`.
+
+    Args:
+        config: the network.
+        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
+        creation: whether starting values are needed.
+    """
+
+    def __init__(self, config: PromptEncoderConfig, size: tuple[int, int], creation: Creation) -> None:
+        self.count = int(config.num_virtual_tokens or 0)
+        hidden = int(config.encoder_hidden_size or size[1])
+        if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
+            network = partial(_lstm, size[1], hidden, config.encoder_num_layers, config.encoder_dropout)
+        else:
+            network = partial(_mlp, size[1], hidden)
+        super().__init__(size, network, size[1], config.inference_mode, creation)
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """Return the virtual tokens (tokens, hidden) from the table that the network reads, of the same shape."""
+        if "lstm_head" in self.parts:
+            weight = self.get_submodule("lstm_head")(weight)
+        found: Tensor = self.get_submodule("mlp_head")(weight)
+        return found
+
+    def tokens(self) -> Tensor:
+        """Return the virtual tokens that act (tokens, hidden)."""
+        return self.memo.result(self, self._tokens)
+
+    def _tokens(self) -> Tensor:
+        table = self.table()
+        return table if table.shape[0] == self.count else table[: self.count]
+
+
+class BidirectionalLSTM(nn.Module):
+    """An LSTM in both directions: the parameters, starting values and numbers of `nn.LSTM`, which `torch.compile` does not take.
+
+    Args:
+        width: of the inputs.
+        hidden: of each direction.
+        layers: number of layers.
+        dropout: between them.
+    """
+
+    def __init__(self, width: int, hidden: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden, self.layers, self.dropout = hidden, layers, dropout if layers > 1 else 0.0
+        for name, parameter in nn.LSTM(width, hidden, num_layers=layers, bidirectional=True).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (time, 2·hidden) for one sequence (time, width)."""
+        start = x.new_zeros(2 * self.layers, 1, self.hidden)
+        # cuDNN has no backward pass in evaluation
+        plain = x.is_cuda and not self.training and torch.is_grad_enabled()
+        with torch.backends.cudnn.flags(enabled=False) if plain else contextlib.nullcontext(), _hushed(x.is_cuda):
+            found = torch.lstm(
+                x.unsqueeze(0), (start, start), list(self.parameters()), True, self.layers, self.dropout, self.training, True, batch_first=True
+            )
+        return found[0].squeeze(0)
+
+
+@contextlib.contextmanager
+def _hushed(cuda: bool) -> Iterator[None]:
+    """Nothing is said of weights that do not lie in one piece: these few are put together faster than they are kept so."""
+    if not cuda or torch.compiler.is_compiling():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+        yield
+
+
+def _mlp(width: int, hidden: int) -> dict[str, nn.Module]:
+    return {"mlp_head": nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width))}
+
+
+def _lstm(width: int, hidden: int, layers: int, dropout: float) -> dict[str, nn.Module]:
+    lstm = BidirectionalLSTM(width, hidden, layers, dropout)
+    head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+    return {"lstm_head": lstm, "mlp_head": head}
+
+
+class PromptEncoderTuner(PromptTuner):
+    """Puts a prompt that a network computes before the rows that use it."""
+
+    def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
+        """Mount a `PromptEncoder`.
+
+        Raises:
+            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+        """
+        found = dimensions.resolve(base, config)
+        mlp = config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP
+        if mlp and config.encoder_num_layers != 2 and not config.inference_mode:
+            warnings.warn(
+                f"encoder_num_layers={config.encoder_num_layers} has no effect: the MLP of p-tuning always has 2 hidden layers",
+                PeftWarning,
+                stacklevel=5,
+            )
+        resolved = {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}
+        return Plan(mounts={"prompt_encoder": partial(PromptEncoder, config, dimensions.size(config, found))}, resolved=resolved)
