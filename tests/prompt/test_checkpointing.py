@@ -48,6 +48,7 @@ def disable(base: Any) -> None:
     getattr(base, "activation_checkpointing_disable", base.gradient_checkpointing_disable)()  # the older versions have one name
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of frozen encoders, in which nothing trains
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize(("method", "family"), CELLS)
 def test_gradients(method: str, family: str, reentrant: bool) -> None:

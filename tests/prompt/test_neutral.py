@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 
 from peft_core import CapabilityError, PeftModel, get_peft_model
@@ -16,7 +17,9 @@ from peft_core.testing.helpers import randomise
 from peft_prompt import PrefixTuningConfig
 from prompt.families import FAMILIES
 
-WITH_CACHE = [name for name in FAMILIES if name != "bart"]
+OLD = transformers.__version__.startswith("4.")
+#: encoders of transformers 4 take no mask with numbers: a typed error, tested below
+WITH_CACHE = [name for name in FAMILIES if name != "bart" and not (OLD and "bert" in name)]
 
 
 def config(family: str, **extra: Any) -> PrefixTuningConfig:
@@ -68,7 +71,7 @@ def test_one_layer_by_hand() -> None:
     torch.testing.assert_close(by_adding, by_counting)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert-token-cls"])
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "bert-token-cls") if name in WITH_CACHE])
 def test_gates_that_count_once_are_a_prefix_that_takes_no_positions(family: str) -> None:
     torch.manual_seed(0)
     kind = FAMILIES[family]
@@ -93,7 +96,7 @@ def with_cache(bare: Any, given: dict[str, Tensor], cache: Any) -> Tensor:
     return bare.classifier(hidden)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bert-token-cls", "t5"])
+@pytest.mark.parametrize("family", [name for name in ("llama", "gpt2", "gemma3", "bert-token-cls", "t5") if name in WITH_CACHE])
 def test_it_learns_from_the_first_step_on(family: str) -> None:
     torch.manual_seed(0)
     kind = FAMILIES[family]
@@ -173,6 +176,10 @@ def test_what_is_refused() -> None:
     model = get_peft_model(tiny("bart"), config("bart"))
     with pytest.raises(CapabilityError, match="numbers its tokens by what is in the cache"):
         model(**FAMILIES["bart"].inputs())
+    if OLD:
+        model = get_peft_model(tiny("bert-token-cls"), config("bert-token-cls"))
+        with pytest.raises(CapabilityError, match="under transformers 4"):
+            model(**FAMILIES["bert-token-cls"].inputs())
     model = get_peft_model(tiny(), config("llama"))
     model.get_base_model().config._attn_implementation = "flex_attention"
     with pytest.raises(CapabilityError, match="can't weigh keys"):

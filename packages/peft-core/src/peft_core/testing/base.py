@@ -178,7 +178,9 @@ class SuiteBase:
         """Return the inputs, those that are no ids in the precision of the model."""
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         found = {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs(name, rows).items()}
-        return {**found, **self.arguments(name, rows)} if isinstance(getattr(model, "_orig_mod", model), PeftModel) else found
+        wrapped = getattr(model, "_orig_mod", model)
+        taken = wrapped.special_peft_forward_args if isinstance(wrapped, PeftModel) else ()
+        return {**found, **{key: value for key, value in self.arguments(name, rows).items() if key in taken}}
 
     def output(self, model: nn.Module, name: str, rows: int = 3, **kwargs: Any) -> Tensor:
         """Return what the model computes, as one tensor (rows, …)."""

@@ -127,7 +127,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
     n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
 
     cache = inputs.get("past_key_values")
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    cached = cached_in(call, cache)
     ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
     text = ids if embedded is None else embedded
     if text is None:
@@ -145,7 +145,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
             stacklevel=2,
         )
     if cached:  # a later step: the virtual tokens are in the cache already
-        seen = final_mask(call, kv, forward, mask, length, cache)
+        seen = final_mask(call, kv, forward, mask, length, cache, cached)
         return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
 
     lead: Lead = n_embeds
@@ -164,7 +164,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
         cache = filled_cache(call, kv, forward, cache, again=again)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
-    seen = final_mask(call, kv, forward, mask, n_embeds + length, cache)
+    seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)
     return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), lead, length)
 
 
@@ -266,13 +266,20 @@ def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int,
     return counted[:, -length:] if cached else counted[:, n_kv:]
 
 
-def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any) -> Any:
+def cached_in(call: Call, cache: Any) -> int:
+    """Return how many tokens are in the cache of a call."""
+    if call.cached is not None:
+        return call.cached
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past: int) -> Any:
     """Return the mask (batch, keys) as it is, or one with numbers where some keys have weights: see `masks.weighed`."""
     if all(tokens.weights is None for tokens in kv):
         return mask
     from .masks import weighed
 
-    return weighed(call, kv, forward.view, mask, queries, cache, causal=forward.causal or forward.encoder_decoder)
+    return weighed(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
 
 
 def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, again: bool = False) -> Any:

@@ -62,6 +62,7 @@ class Call:
         virtual: virtual tokens offered so far, in the order in which they will stand.
         arguments: keywords that belong to tuners (`TunerSpec.call_arguments`), the base never sees them.
         generating: the call is a step of `generate`.
+        cached: number of tokens in its cache, where somebody knows; None: the cache says.
     """
 
     task: str | None
@@ -72,6 +73,7 @@ class Call:
     virtual: tuple[VirtualTokens, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     generating: bool = False
+    cached: int | None = None
 
     def adding(self, *tokens: VirtualTokens) -> Call:
         """Return the call with more virtual tokens, after those already there."""

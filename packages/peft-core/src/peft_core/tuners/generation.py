@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +77,12 @@ class GenerationDoor:
         # the base may have made a 4-D mask of it already; what we extend is the caller's
         mask = "decoder_attention_mask" if two else "attention_mask"
         call = Call(task, {**text, mask: kwargs.get(mask)}, route, call.batch, call.device, call.virtual, arguments, True)
+        at = prepared.get("cache_position")
+        if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
+            call = replace(call, cached=int(_places(at, call, two)[0]))
         _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
         call, _ = reuse.shortened(index, call, index.base)
         inputs = assemble(call, index.forward, task_of(task)).inputs
-        at = prepared.get("cache_position")
         if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
             inputs["cache_position"] = _places(at, call, two)
         return {**{name: value for name, value in prepared.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}

@@ -19,12 +19,21 @@ from .call import Call, VirtualTokens
 _WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
 
 
+def _newer() -> bool:
+    """Return whether encoders take masks with numbers."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
 def _by_length(cache: Any) -> bool:
     """Return whether a cache asks for the number of queries; those of older versions want their positions."""
     return "query_length" in inspect.signature(cache.get_mask_sizes).parameters
 
 
-def weighed(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, *, causal: bool) -> Any:
+def weighed(
+    call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past: int, *, causal: bool
+) -> Any:
     """Return the mask of a call in which some keys have a weight: (batch, 1, queries, keys), or one for each kind of layer, by its name.
 
     Args:
@@ -34,6 +43,7 @@ def weighed(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: T
         mask: (batch, keys), 1 where there is something to look at; None: everywhere.
         queries: number of tokens that look.
         cache: with the prefix in it.
+        past: number of tokens in the cache.
         causal: tokens see only what stands before them.
 
     Raises:
@@ -43,8 +53,9 @@ def weighed(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: T
     kind = str(getattr(config, "_attn_implementation", None) or "eager")
     if kind not in _WEIGHING:
         raise CapabilityError(f"the attention {kind!r} of {view.name} can't weigh keys", hint="load the base with attn_implementation='sdpa'")
+    if not causal and not _newer():
+        raise CapabilityError(f"the encoder {view.name} can't weigh keys under transformers 4", hint="use transformers 5, or another init_weights")
     own = getattr(cache, "self_attention_cache", cache)
-    past = int(own.get_seq_length())
     keys = past + queries
     seen = torch.ones(call.batch, keys, dtype=torch.bool, device=call.device) if mask is None else mask != 0
     allowed = seen[:, None, None, :]
@@ -54,11 +65,11 @@ def weighed(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: T
     weights = _weights(call, tokens, keys)[:, None, None, :].to(dtype_of(view.base))
     layers = tuple(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
+    near = allowed & (at < window) if window and causal else allowed
     if not layers:
-        return _numbers(own, 0, weights, allowed & (at < window) if window and causal else allowed, queries)
+        return _numbers(own, past, 0, weights, near, queries)
     found = {
-        name: _numbers(own, layers.index(name), weights, allowed & (at < window) if window and causal and "sliding" in name else allowed, queries)
-        for name in dict.fromkeys(layers)
+        name: _numbers(own, past, layers.index(name), weights, near if "sliding" in name else allowed, queries) for name in dict.fromkeys(layers)
     }
     return found if len(found) > 1 else next(iter(found.values()))
 
@@ -78,11 +89,11 @@ def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
     return torch.cat([*parts, torch.zeros(call.batch, rest, device=call.device)], dim=1)
 
 
-def _numbers(cache: Any, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
+def _numbers(cache: Any, past: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
     """Return (batch, 1, queries, keys of the layer): a layer with a window or of fixed size has fewer keys, or more, than there are tokens."""
     lowest = torch.finfo(weights.dtype).min
     numbers = torch.where(allowed, weights, weights.new_tensor(lowest)).expand(allowed.shape[0], 1, queries, -1)
-    length, offset = cache.get_mask_sizes(queries if _by_length(cache) else torch.arange(queries), layer)
+    length, offset = cache.get_mask_sizes(queries if _by_length(cache) else torch.arange(past, past + queries), layer)
     numbers = numbers[..., offset : offset + length]
     if numbers.shape[-1] < length:
         numbers = torch.nn.functional.pad(numbers, (0, length - numbers.shape[-1]), value=lowest)

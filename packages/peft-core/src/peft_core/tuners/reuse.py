@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..layers.activation import ALL, EMPTY
 from ..layers.fingerprint import Watch
+from .assemble import cached_in
 from .call import Call, Output, Site, VirtualTokens
 from .tasks import TaskSpec
 
@@ -111,7 +112,7 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
     if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
         return False
     cache = call.inputs.get("past_key_values")
-    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not int(cache.get_seq_length())))
+    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_in(call, cache)))
 
 
 def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:

@@ -111,7 +111,9 @@ def run(
     assembled = assemble(call, index.forward, task, again=again)
     with index.activation.use(call.route):
         output = base(**assembled.inputs)
-    output = reuse.led_by(task.cut(output, assembled.lead, assembled.length), first, task)
+    output = task.cut(output, assembled.lead, assembled.length)
+    if first is not EMPTY:
+        output = reuse.led_by(output, first, task)
     for tuner in reversed(index.speakers):
         output = tuner.finish(call, output)
     return output

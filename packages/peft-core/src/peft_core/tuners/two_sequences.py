@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import CapabilityError, RoutingError
 from ..layers.activation import ALL
-from .assemble import Assembled, BaseForward, before, changed, extended_mask, filled_cache, final_mask, led
+from .assemble import Assembled, BaseForward, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
 from .call import Call, Site, VirtualTokens
 from .tasks import IGNORED, TaskSpec
 
@@ -28,7 +28,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
         return Assembled(inputs)
 
     cache = inputs.get("past_key_values")
-    cached = 0 if cache is None else int(cache.get_seq_length())
+    cached = cached_in(call, cache)
     if not cached and embeds and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _shifted(forward, inputs.get("labels"))
     ids, embedded = inputs.get("decoder_input_ids"), inputs.get("decoder_inputs_embeds")
@@ -51,7 +51,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
     count = sum(tokens.length for tokens in virtual)
     mask = extended_mask(call, virtual, inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
     if cached:
-        return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache)), 0, length)
+        return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
     lead = 0
     if embeds:
         if not forward.accepts("decoder_inputs_embeds"):
@@ -63,7 +63,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
             inputs["labels"] = led(inputs["labels"], lead, IGNORED)
     if kv:
         inputs["past_key_values"] = cache = filled_cache(call, kv, forward, cache, again=again)
-    return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache)), lead, length)
+    return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
 
 
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
