@@ -83,6 +83,7 @@ FAMILIES = {
         Family("llama", "CAUSAL_LM", causal=True),
         Family("gpt2", "CAUSAL_LM", causal=True),
         Family("gemma3", "CAUSAL_LM", causal=True),
+        Family("llama-seq-cls", "SEQ_CLS"),
         Family("bert-seq-cls", "SEQ_CLS"),
         Family("roberta-seq-cls", "SEQ_CLS"),
         Family("bert-token-cls", "TOKEN_CLS"),
@@ -137,7 +138,7 @@ def made(method: str, family: str, **extra: Any) -> PeftModel:
 def reference(model: PeftModel, method: Method, family: Family, inputs: dict[str, Tensor], **options: Any) -> Any:
     """Return the output of the bare base for what the virtual tokens and the text are together, built by hand from `get_prompt`."""
     bare: Any = family.bare()
-    for head in ("classifier", "qa_outputs"):  # trained whole, beside the virtual tokens
+    for head in ("classifier", "qa_outputs", "score"):  # trained whole, beside the virtual tokens
         if hasattr(bare, head):
             trained: Any = getattr(model.get_base_model(), head)
             getattr(bare, head).load_state_dict(trained.modules_to_save["default"].state_dict())

@@ -16,23 +16,24 @@ from ..errors import ConfigError, did_you_mean, listed
 VOCABULARY = 64
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _llama(head: str = "LlamaForCausalLM", **extra: Any) -> nn.Module:
+    import transformers
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            intermediate_size=48,
-            vocab_size=VOCABULARY,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        **extra,
     )
+    model: nn.Module = getattr(transformers, head)(config)
+    return model
 
 
 def _gpt2() -> nn.Module:
@@ -161,6 +162,7 @@ class OneLayer(nn.Module):
 #: name → what builds it
 BASES: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama,
+    "llama-seq-cls": functools.partial(_llama, "LlamaForSequenceClassification", num_labels=3),
     "gpt2": _gpt2,
     "bert": functools.partial(_bert, "BertModel"),
     "bert-seq-cls": functools.partial(_bert, "BertForSequenceClassification", num_labels=3),
@@ -176,6 +178,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 #: name → the task of its configs, where it has one
 TASKS = {
     "llama": "CAUSAL_LM",
+    "llama-seq-cls": "SEQ_CLS",
     "gpt2": "CAUSAL_LM",
     "gemma3": "CAUSAL_LM",
     "roberta-seq-cls": "SEQ_CLS",

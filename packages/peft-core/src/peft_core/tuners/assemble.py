@@ -157,6 +157,8 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
                 inputs[name] = led(inputs[name], n_embeds, filler)
         if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
             inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
+        elif mask is not None and forward.causal and task.pools:
+            inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
         elif mask is not None and forward.causal and task.generates and isinstance(inputs.get("labels"), Tensor):
             inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
@@ -215,6 +217,15 @@ def _predicting(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, 
     seen = seen.gather(1, order)
     alone = torch.nn.functional.pad(~seen[:, :-1], (1, 0), value=True)
     moved["labels"] = moved["labels"].masked_fill(alone, IGNORED)
+    mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, mask, None if positions is None else positions.gather(1, order)
+
+
+def _ending(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
+    """Move all that a row does not look at before what it uses: among embeddings, a model can't tell which token is the last."""
+    order = (mask[:, n_kv:] != 0).to(torch.int8).argsort(dim=1, stable=True)
+    value = inputs["inputs_embeds"]
+    moved = {**inputs, "inputs_embeds": value.gather(1, order.unsqueeze(2).expand_as(value))}
     mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
     return moved, mask, None if positions is None else positions.gather(1, order)
 

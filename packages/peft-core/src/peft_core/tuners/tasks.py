@@ -41,6 +41,7 @@ class TaskSpec:
         shift: adapts other labels to the number of virtual embeddings before the text: one number, or one per row (batch,).
         per_token: fields of the output with one entry per token, (batch, tokens, …), that are cut back to the caller's tokens.
         generates: the base must be able to generate.
+        pools: one answer for a whole text, which decoders read at its last token.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TaskSpec:
     shift: Callable[[dict[str, Any], Lead], dict[str, Any]] = _keep
     per_token: tuple[str, ...] = ()
     generates: bool = False
+    pools: bool = False
 
     def cut(self, output: Output, lead: Lead, length: int) -> Output:
         """Return `output` for the caller's tokens alone.
@@ -79,7 +81,7 @@ TASKS: Mapping[str, TaskSpec] = {
     for task in (
         TaskSpec(TaskType.CAUSAL_LM.value, token_labels=True, generates=True),
         TaskSpec(TaskType.SEQ_2_SEQ_LM.value, generates=True),
-        TaskSpec(TaskType.SEQ_CLS.value, heads=("classifier", "score")),
+        TaskSpec(TaskType.SEQ_CLS.value, heads=("classifier", "score"), pools=True),
         TaskSpec(TaskType.TOKEN_CLS.value, heads=("classifier", "score"), token_labels=True, per_token=("logits",)),
         TaskSpec(TaskType.QUESTION_ANS.value, heads=("qa_outputs",), shift=_shift_positions, per_token=("start_logits", "end_logits")),
         TaskSpec(TaskType.FEATURE_EXTRACTION.value),
