@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import peft_core
 from peft_core import (
@@ -21,6 +22,7 @@ from peft_core import (
     PeftModel,
     PeftModelForCausalLM,
     PeftType,
+    PeftWarning,
     get_peft_model,
     inject_adapter_in_model,
     unregister_tuner,
@@ -239,3 +241,25 @@ def test_what_auto_classes_refuse(saved: Path, tmp_path: Path) -> None:
     config.auto_mapping = {"parent_library": "os", "base_model_class": "system"}
     with pytest.raises(ConfigError, match="is not one of"):
         AutoPeftModel.from_pretrained(saved, config=config)
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+def test_tensors_of_other_shapes_can_be_left_out(saved: Path) -> None:
+    wider: Any = dense(alpha=1)
+    base = tiny()
+    with pytest.raises(AdapterWeightsError):
+        PeftModel.from_pretrained(base, saved, config=dense(target_modules=["q_proj", "v_proj"]))
+    with pytest.warns(PeftWarning, match="no effect"):
+        model = PeftModel.from_pretrained(tiny(), saved, config=wider, ephemeral_gpu_offload=True)
+    assert model.peft_config["default"] is wider
+    for path in saved.glob("*.safetensors"):
+        tensors = load_file(path)
+        name = next(iter(tensors))
+        tensors[name] = torch.zeros(3, 3)
+        save_file(tensors, path)
+    with pytest.raises(AdapterWeightsError):
+        PeftModel.from_pretrained(tiny(), saved)
+    with pytest.warns(PeftWarning, match="left out because of other shapes"):
+        PeftModel.from_pretrained(tiny(), saved, ignore_mismatched_sizes=True)
+    with pytest.warns(PeftWarning, match="left out because of other shapes"):
+        model.load_adapter(saved, "other", ignore_mismatched_sizes=True)

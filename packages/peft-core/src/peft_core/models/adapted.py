@@ -24,7 +24,7 @@ from ..tuners import generation, runner
 from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE, adopt
 from ..tuners.tasks import NO_TASK, TaskSpec
-from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
+from .configs import check_same_effect, default_key_mapping, note_offload, read_config, take_hub_arguments
 from .tuner_model import AdapterOperations, TunerModel
 
 _SPECIAL = frozenset({"adapter_names"})
@@ -45,6 +45,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         *,
         source: Tensors | None = None,
         strict: Strict = True,
+        ignore_mismatched_sizes: bool = False,
     ) -> None:
         super().__init__()
         self._check_config(peft_config)
@@ -59,7 +60,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         index.check_name(adapter_name, spec)
         self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
-        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict)
+        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
         model.__dict__[ATTRIBUTE] = index
         index.activate([*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
@@ -84,19 +85,30 @@ class AdaptedModel(nn.Module, AdapterOperations):
         self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _add(
-        self, name: str, config: PeftConfig, autocast: bool, meta: bool, source: Tensors | None = None, strict: Strict = True
+        self,
+        name: str,
+        config: PeftConfig,
+        autocast: bool,
+        meta: bool,
+        source: Tensors | None = None,
+        strict: Strict = True,
+        ignore: bool = False,
     ) -> LoadResult | None:
+        index = self._peft_index
         if source is not None:
-            source = loading.translated(self._peft_index, config, source)
-        creation = Creation(meta=meta and (source is None or strict is True), autocast=autocast, initialise=source is None or strict is not True)
+            source = loading.translated(index, config, source)
+        whole = strict is True and not ignore
+        creation = Creation(meta=meta and (source is None or whole), autocast=autocast, initialise=source is None or not whole)
         result: list[LoadResult] = []
-        self._peft_index.add(
+        index.add(
             name,
             config,
             creation=creation,
             heads=self.task.heads,
             mount_on=self,
-            before_commit=None if source is None else lambda: result.append(loading.fill(self._peft_index, name, source, strict=strict)),
+            before_commit=None
+            if source is None
+            else lambda: result.append(loading.fill(index, name, source, strict=strict, ignore_mismatched_sizes=ignore)),
         )
         return result[0] if result else None
 
@@ -289,6 +301,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
@@ -306,6 +319,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             is_trainable: it may train; default frozen.
             torch_device: where tensors are read to before they are copied.
             autocast_adapter_dtype: half-precision weights are kept in float32.
+            ephemeral_gpu_offload: noted in the config's `runtime_config`, where it has one.
             low_cpu_mem_usage: no memory for initial values.
             key_mapping: regular expression → replacement for the file's keys, behind `base_model.model.`.
             strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
@@ -323,31 +337,19 @@ class AdaptedModel(nn.Module, AdapterOperations):
         hub = take_hub_arguments(kwargs)
         config = read_config(model_id, hub)
         config.inference_mode = not is_trainable
+        note_offload(config, ephemeral_gpu_offload)
         index = self._peft_index
         mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
         file = find_weights(model_id, **hub)
-        source = loading.translated(index, config, Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping))
+        source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
         if adapter_name in index.configs:
+            source = loading.translated(index, config, source)
             check_same_effect(index.configs[adapter_name], config, adapter_name)
             result = loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         else:
-            creation = Creation(
-                meta=low_cpu_mem_usage and strict is True and not ignore_mismatched_sizes,
-                autocast=autocast_adapter_dtype,
-                initialise=strict is not True or ignore_mismatched_sizes,
-            )
-            results: list[LoadResult] = []
-            index.add(
-                adapter_name,
-                config,
-                creation=creation,
-                heads=self.task.heads,
-                mount_on=self,
-                before_commit=lambda: results.append(
-                    loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
-                ),
-            )
-            result = results[0]
+            added = self._add(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
+            assert added is not None
+            result = added
             index.set_trainable(adapter_name, is_trainable)
             if not is_trainable:
                 self.eval()  # but not where only the weights of an adapter in training are replaced

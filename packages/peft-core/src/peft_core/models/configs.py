@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from ..checkpoint.files import find_weights
 from ..config import HUB_KEYS, PeftConfig
-from ..errors import AdapterFileError, AdapterNotFoundError, ConfigError, UnknownTunerError, did_you_mean
+from ..errors import AdapterFileError, AdapterNotFoundError, ConfigError, PeftWarning, UnknownTunerError, did_you_mean
 from ..tuners.index import AdapterIndex
 
 
@@ -33,6 +34,17 @@ def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> Pef
         raise UnknownTunerError(
             f"{error.message}; the adapter in {str(model_id)!r} was written by {writer}", hint=f"pip install {distribution}=={version}"
         ) from error
+
+
+def note_offload(config: PeftConfig, ephemeral: bool) -> None:
+    """Write down in a config that has room for it that computations may move to an accelerator for a while; warn elsewhere."""
+    if not ephemeral:
+        return
+    runtime = getattr(config, "runtime_config", None)
+    if runtime is None:
+        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=4)
+    else:
+        runtime.ephemeral_gpu_offload = True
 
 
 def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..errors import ConfigError, ModelError
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from ..plugins import hooks
 from .adapted import AdaptedModel
-from .configs import read_config, take_hub_arguments
+from .configs import note_offload, read_config, take_hub_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -40,11 +40,13 @@ class LoadableModel(AdaptedModel):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
         torch_device: str | None = None,
         strict: Strict = True,
+        ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Self:
         """Wrap a base with an adapter from a folder or the Hub. Everything is compared before the base is touched.
@@ -55,7 +57,8 @@ class LoadableModel(AdaptedModel):
             adapter_name: its name in this model; the files do not hold one.
             is_trainable: it goes on training; default frozen and in eval mode.
             config: use this config instead of the file's.
-            autocast_adapter_dtype, low_cpu_mem_usage, key_mapping, torch_device, strict: as `load_adapter`.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, torch_device, strict, ignore_mismatched_sizes:
+                as `load_adapter`.
             **kwargs: download options (`revision`, `subfolder`, `token`, ...).
 
         Raises:
@@ -67,6 +70,7 @@ class LoadableModel(AdaptedModel):
             config = read_config(model_id, hub)
         elif not isinstance(config, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}", hint="use get_peft_config(dict)")
+        note_offload(config, ephemeral_gpu_offload)
         before, config.inference_mode = config.inference_mode, not is_trainable
         task = str(config.task_type) if config.task_type is not None else None
         target = cls.class_for(task or "")
@@ -84,6 +88,7 @@ class LoadableModel(AdaptedModel):
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 source=source,
                 strict=strict,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         except BaseException:
             config.inference_mode = before

@@ -83,12 +83,13 @@ class PeftModel(LoadableModel):
             if config.is_prompt_learning
         }
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """Return the virtual tokens of the adapter in use: (batch, tokens, hidden), or a cache of keys and values.
 
         Args:
             batch_size: how many samples; each gets the same tokens unless `task_ids` say otherwise.
             task_ids: (batch,), for methods with several tasks.
+            max_cache_len: for keys and values: a cache of fixed size with room for so many tokens, virtual ones included.
 
         Raises:
             CapabilityError: the adapter in use has no virtual tokens.
@@ -112,7 +113,7 @@ class PeftModel(LoadableModel):
                 call = tuner.prepare(call)
         if not call.virtual:
             raise CapabilityError("the adapter in use has no virtual tokens", hint="set_adapter one that has")
-        return prompt_of(call, index.forward)
+        return prompt_of(call, index.forward, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """Return what a file holds of a prompt: detached, on the CPU.
@@ -174,16 +175,30 @@ class PeftModelForCausalLM(_TaskModel):
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
         """The base's own preparation of a generation step."""
-        from ..tuners.generation import METHOD, GenerationDoor
+        return _own_preparation(self)
 
-        door = getattr(self.get_base_model(), METHOD)
-        return door.original if isinstance(door, GenerationDoor) else door
+
+def _own_preparation(model: PeftModel) -> Any:
+    from ..tuners.generation import METHOD, GenerationDoor
+
+    door = getattr(model.get_base_model(), METHOD)
+    return door.original if isinstance(door, GenerationDoor) else door
 
 
 class PeftModelForSeq2SeqLM(_TaskModel):
     """An encoder-decoder language model."""
 
     task = TASKS[TaskType.SEQ_2_SEQ_LM.value]
+
+    @property
+    def base_model_prepare_inputs_for_generation(self) -> Any:
+        """The base's own preparation of a generation step."""
+        return _own_preparation(self)
+
+    @property
+    def base_model_prepare_encoder_decoder_kwargs_for_generation(self) -> Any:
+        """The base's own run of its encoder before the first step; None where transformers has no method for it (5.23 has none)."""
+        return getattr(self.get_base_model(), "_prepare_encoder_decoder_kwargs_for_generation", None)
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {

@@ -312,11 +312,17 @@ def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cach
     return found
 
 
-def prompt_of(call: Call, forward: BaseForward) -> Any:
-    """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values."""
+def prompt_of(call: Call, forward: BaseForward, room: int | None = None) -> Any:
+    """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values.
+
+    Args:
+        call: after all tuners have offered their virtual tokens.
+        forward: what the base's forward takes.
+        room: the size of the cache; None: it grows.
+    """
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     if kv:
-        return filled_cache(call, kv, forward, None)
+        return filled_cache(call, kv, forward, None if room is None else caches.empty(forward.view, room))
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     first = embeds[0].embeds
     assert first is not None

@@ -65,6 +65,16 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
     return cache
 
 
+def empty(view: BaseView, room: int) -> Any:
+    """Return an empty cache of fixed size, for `room` tokens."""
+    from transformers import EncoderDecoderCache, StaticCache
+
+    config = decoder_config(view)
+    own = StaticCache(config=config, max_cache_len=room)
+    two = bool(getattr(view.config, "is_encoder_decoder", False))
+    return EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=room)) if two else own
+
+
 def decoder_config(view: BaseView) -> Any:
     """Return the config of the part that has a cache."""
     config = view.text_config
