@@ -28,7 +28,7 @@ _TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_patter
 
 def hotswap_adapter(
     model: nn.Module,
-    model_id: str | os.PathLike[str],
+    model_name_or_path: str | os.PathLike[str],
     adapter_name: str,
     torch_device: str | None = None,
     *,
@@ -41,7 +41,7 @@ def hotswap_adapter(
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        model_id: folder, or repository id.
+        model_name_or_path: folder, or repository id.
         adapter_name: whose place the new one takes.
         torch_device: where tensors are read to before they are copied.
         key_mapping: as `PeftModel.load_adapter`.
@@ -54,12 +54,12 @@ def hotswap_adapter(
     index = require_index(model)
     index.require(adapter_name)
     hub = take_hub_arguments(kwargs)
-    config = read_config(model_id, hub)
-    file = find_weights(model_id, **hub)
+    config = read_config(model_name_or_path, hub)
+    file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
     source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
     _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
-    hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_id))
+    hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
 
 def hotswap_adapter_from_state_dict(
