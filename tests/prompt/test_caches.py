@@ -140,3 +140,27 @@ def test_a_cache_without_room_says_so() -> None:
     inputs = left_padded()
     with pytest.raises(CapabilityError, match="the cache has room for 3 tokens, but 4 virtual ones come first"), torch.no_grad():
         model(**inputs, past_key_values=StaticCache(config=config, max_cache_len=3))
+
+
+def test_a_model_that_hears() -> None:
+    """A Whisper reads no ids: prefixes of its decoder work, prompts before its encoder's text can't."""
+    import transformers
+
+    from peft_core import RoutingError, get_peft_config, get_peft_model
+
+    torch.manual_seed(0)
+    names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
+    sizes = {**dict.fromkeys(names, 2), "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "d_model": 16}
+    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    rest = {"max_source_positions": 20, "max_target_positions": 30, "suppress_tokens": None, "begin_suppress_tokens": None}
+    config = transformers.WhisperConfig(**sizes, **tokens, **rest)
+    whisper: Any = transformers.WhisperForConditionalGeneration(config)
+    common = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
+    model = get_peft_model(whisper, get_peft_config({"peft_type": "PREFIX_TUNING", **common}), "prefix").eval()
+    model.add_adapter("prompt", get_peft_config({"peft_type": "PROMPT_TUNING", **common}))
+    sound = torch.randn(2, 8, 40)
+    how = {"input_features": sound, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    assert model.generate(**how).shape[0] == 2
+    model.set_adapter("prompt")
+    with pytest.raises(RoutingError, match="needs input_ids or inputs_embeds"):
+        model.generate(**how)

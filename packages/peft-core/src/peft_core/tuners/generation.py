@@ -18,7 +18,7 @@ from ..errors import PeftWarning, RoutingError
 from . import reuse
 from .assemble import assemble
 from .caches import decoder_config
-from .call import Call, Site
+from .call import Call, Site, batch_of
 from .tasks import TaskSpec, task_of
 from .two_sequences import encoder_inputs
 
@@ -120,6 +120,8 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
     Raises:
         RoutingError: there is no text.
     """
+    if not index.speakers:
+        return args, kwargs
     names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
     if args:
@@ -127,15 +129,15 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
     if "inputs" in given:
         given["input_ids"] = given.pop("inputs")
     text = given.get("input_ids", given.get("inputs_embeds"))
-    if text is None:
-        raise RoutingError("generate() needs input_ids or inputs_embeds before which virtual tokens can stand", hint="pass one of them")
-    route = index.activation.current()
-    call = Call(task.name or None, given, route, text.shape[0], text.device, arguments=arguments)
+    batch, device = batch_of({**kwargs, **given}) or (1, torch.device("cpu"))
+    call = Call(task.name or None, given, index.activation.current(), batch, device, arguments=arguments)
     for tuner in index.speakers:
         call = tuner.prepare(call)
     tokens = [part for part in call.virtual if part.site is Site.INPUT]
     if not tokens:
         return args, kwargs
+    if text is None:  # sounds, images
+        raise RoutingError("generate() needs input_ids or inputs_embeds before which virtual tokens can stand", hint="pass one of them")
     if kwargs.get("encoder_outputs") is not None:
         warnings.warn("encoder_outputs are computed anew, with virtual tokens before the text", PeftWarning, stacklevel=4)
     pad = getattr(index.view.config, "pad_token_id", None)
