@@ -157,6 +157,9 @@ def test_mappings_know_every_method() -> None:
     assert peft_core.PEFT_TYPE_TO_TUNER_MAPPING["DENSE"] is DenseTuner
     assert peft_core.PEFT_TYPE_TO_MIXED_MODEL_MAPPING["CUE"] is peft_core.PeftMixedModel
     assert "CUE" in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
+    for mapping in (peft_core.PEFT_TYPE_TO_CONFIG_MAPPING, peft_core.PEFT_TYPE_TO_TUNER_MAPPING):
+        assert {"CUE", "DENSE"} <= set(mapping) == set(mapping.keys()) == {name for name, _ in mapping.items()}
+        assert len(mapping) == len(list(mapping.values())) == len(list(mapping))
     assert "NO" not in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
     with pytest.raises(KeyError):
         peft_core.PEFT_TYPE_TO_CONFIG_MAPPING["NO"]

@@ -216,6 +216,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             if isinstance(some, Tensor):
                 runner.route_for(index, adapter_names, some.shape[0])  # checks the length
         with runner.generating(index, self.task, adapter_names, arguments):
+            generation.check_assisted(index, self.task, arguments, kwargs)
             if index.forward.encoder_decoder:
                 args, kwargs = generation.encoder_arguments(index, self.task, arguments, args, kwargs)
             try:

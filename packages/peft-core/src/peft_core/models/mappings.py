@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
 from ..config import PeftConfig
@@ -19,11 +20,20 @@ class _ByMethod(dict[str, Any]):
         super().__init__()
         self._find = find
 
-    def _all(self) -> dict[str, Any]:
-        for info in registry.info():
-            if info.peft_type not in self.keys() and info.error is None:
-                self.__missing__(info.peft_type)
-        return self
+    def __iter__(self) -> Iterator[str]:
+        return iter(registry.names())
+
+    def __len__(self) -> int:
+        return len(registry.names())
+
+    def keys(self) -> Any:
+        return KeysView(self)
+
+    def values(self) -> Any:
+        return ValuesView(self)
+
+    def items(self) -> Any:
+        return ItemsView(self)
 
     def __missing__(self, key: str) -> Any:
         try:
@@ -41,10 +51,6 @@ class _ByMethod(dict[str, Any]):
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(key) or (isinstance(key, str) and str(key) in registry.names())
-
-
-def _filled(mapping: _ByMethod) -> dict[str, Any]:
-    return mapping._all()
 
 
 #: method → class of its configs

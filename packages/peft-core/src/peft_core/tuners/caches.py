@@ -65,6 +65,13 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
     return cache
 
 
+def newer() -> bool:
+    """Return whether transformers is of version 5 or later."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
 def empty(view: BaseView, room: int) -> Any:
     """Return an empty cache of fixed size, for `room` tokens."""
     from transformers import EncoderDecoderCache, StaticCache

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PeftWarning, RoutingError
+from ..errors import CapabilityError, PeftWarning, RoutingError
 from . import reuse
 from .assemble import assemble
-from .caches import decoder_config
+from .caches import decoder_config, newer
 from .call import Call, Site, batch_of
 from .tasks import TaskSpec, task_of
 from .two_sequences import encoder_inputs
@@ -106,6 +106,21 @@ def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
         size = getattr(layer, "max_cache_len", None)
         if size and not layer.is_initialized:
             layer.max_cache_len = min(size + count, window) if layer.is_sliding and window else size + count
+
+
+def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that tokens that are guessed and taken back again leave virtual ones where they are.
+
+    Raises:
+        CapabilityError: this version of transformers cuts caches to a length that does not count them.
+    """
+    if not index.speakers or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+        return
+    call = Call(task.name or None, {}, index.activation.current(), 1, torch.device("cpu"), arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    if call.virtual:
+        raise CapabilityError("assisted generation with virtual tokens needs transformers 5", hint="generate without an assistant or prompt lookup")
 
 
 def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

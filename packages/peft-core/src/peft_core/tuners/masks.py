@@ -12,18 +12,11 @@ from torch import Tensor
 from ..errors import CapabilityError
 from ..layers.activation import ALL
 from .base_view import BaseView
-from .caches import decoder_config, dtype_of, ids_of
+from .caches import decoder_config, dtype_of, ids_of, newer
 from .call import Call, VirtualTokens
 
 #: attention that takes a number for each key
 _WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
-
-
-def _newer() -> bool:
-    """Return whether encoders take masks with numbers."""
-    import transformers
-
-    return int(transformers.__version__.partition(".")[0]) >= 5
 
 
 def _by_length(cache: Any) -> bool:
@@ -53,7 +46,7 @@ def weighed(
     kind = str(getattr(config, "_attn_implementation", None) or "eager")
     if kind not in _WEIGHING:
         raise CapabilityError(f"the attention {kind!r} of {view.name} can't weigh keys", hint="load the base with attn_implementation='sdpa'")
-    if not causal and not _newer():
+    if not causal and not newer():
         raise CapabilityError(f"the encoder {view.name} can't weigh keys under transformers 4", hint="use transformers 5, or another init_weights")
     own = getattr(cache, "self_attention_cache", cache)
     keys = past + queries
