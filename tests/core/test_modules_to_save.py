@@ -99,7 +99,7 @@ def test_a_name_matches_whole_segments_only() -> None:
     base.overhead, base.lm_head = nn.Linear(4, 4), nn.Linear(4, 4)
     get_peft_model(base, dense())
     assert [type(module) for module in (base.overhead, base.lm_head)] == [nn.Linear, nn.Linear]
-    assert type(base.head).__name__ == "SavedModule"
+    assert type(base.head).__name__ == "ModulesToSaveWrapper"
 
 
 def test_every_module_of_that_name_is_saved() -> None:

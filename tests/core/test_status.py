@@ -87,7 +87,7 @@ def test_merged_is_seen(model: PeftModel) -> None:
 
 
 def test_partly_merged_is_irregular(model: PeftModel) -> None:
-    model.get_base_model().last.merge(["a"])
+    model.get_base_model().last.merge(adapter_names=["a"])
     assert model.get_model_status().merged_adapters == "irregular"
 
 

@@ -102,6 +102,10 @@ def new_rows(model: Any, adapter: str = "default", seed: int = 3) -> Tensor:
     return delta.detach()
 
 
+def base_weight(module: Any) -> torch.Tensor:
+    return module.get_base_weight() if hasattr(module, "get_base_weight") else module.weight
+
+
 def table_of(model: Any) -> Any:
     return (model.get_base_model() if isinstance(model, PeftModel) else model).get_input_embeddings()
 
@@ -244,11 +248,11 @@ def test_half_precision(dtype: torch.dtype) -> None:
     found = logits(model)
     assert found.dtype == dtype
     assert torch.equal(found, logits(plain))
-    before = table_of(model).weight.clone()
+    before = base_weight(table_of(model)).clone()
     model.merge_adapter()
-    assert torch.equal(table_of(model).weight, plain.model.embed_tokens.weight)
+    assert torch.equal(base_weight(table_of(model)), plain.model.embed_tokens.weight)
     model.unmerge_adapter()
-    assert torch.equal(support.bits(table_of(model).weight), support.bits(before))
+    assert torch.equal(support.bits(base_weight(table_of(model))), support.bits(before))
 
 
 @pytest.mark.parametrize("kind", ["tied", "bias"])
@@ -360,12 +364,12 @@ def test_rows_of_one_end_of_a_tied_pair_stay_there(tokens: dict[str, list[int]])
         plain.lm_head.weight[7] = 0.5
     if "embed_tokens" in tokens:
         overwritten(plain, new_rows(model))
-    expected, shared = logits(plain), table_of(model).weight
+    expected, shared = logits(plain), base_weight(table_of(model))
     assert torch.equal(logits(model), expected)
     model.merge_adapter()
     assert torch.equal(logits(model), expected)
     model.unmerge_adapter()
-    assert base.lm_head.weight is table_of(model).weight is shared
+    assert base_weight(base.lm_head) is base_weight(table_of(model)) is shared
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
 
@@ -476,19 +480,19 @@ def test_deleted_rows_are_gone(two: PeftModel) -> None:
 def test_merging_writes_the_rows_and_unmerging_what_was_there(tie: bool) -> None:
     model = get_peft_model(llama(tie_word_embeddings=tie), rows()).eval()
     base: Any = model.get_base_model()
-    values, weight = new_rows(model), table_of(model).weight
+    values, weight = new_rows(model), base_weight(table_of(model))
     before, expected = weight.detach().clone(), logits(model)
     model.merge_adapter()
-    assert torch.equal(table_of(model).weight[T], values)
+    assert torch.equal(base_weight(table_of(model))[T], values)
     assert torch.equal(logits(model), expected)
     assert model.get_model_status().merged_adapters == ["default"]
     with torch.no_grad():  # what is trained meanwhile does not leak
         table_of(model).token_adapter.trainable_tokens_delta["default"].add_(1)
     assert torch.equal(logits(model), expected)
     model.unmerge_adapter()
-    assert table_of(model).weight is weight
+    assert base_weight(table_of(model)) is weight
     assert torch.equal(support.bits(weight), support.bits(before))
-    assert (base.lm_head.weight is weight) is tie
+    assert (base_weight(base.lm_head) is weight) is tie
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -510,27 +514,27 @@ def test_unload_leaves_the_base(model: PeftModel) -> None:
 
 def test_merging_two_and_taking_them_out(two: PeftModel) -> None:
     two.base_model.set_adapter(["a", "b"])
-    before, expected = table_of(two).weight.detach().clone(), logits(two)
+    before, expected = base_weight(table_of(two)).detach().clone(), logits(two)
     two.merge_adapter(["a"])
     two.merge_adapter(["b"])
     torch.testing.assert_close(logits(two), expected, atol=1e-6, rtol=1e-5)
     two.unmerge_adapter()
-    assert torch.equal(table_of(two).weight, before)
+    assert torch.equal(base_weight(table_of(two)), before)
 
 
 def test_a_safe_merge_refuses_nan(model: PeftModel) -> None:
-    before = table_of(model).weight.detach().clone()
+    before = base_weight(table_of(model)).detach().clone()
     with torch.no_grad():
         table_of(model).token_adapter.trainable_tokens_delta["default"][0, 0] = float("nan")
     with pytest.raises(MergeError, match="NaNs detected"):
         model.merge_adapter(safe_merge=True)
-    assert torch.equal(table_of(model).weight, before)
+    assert torch.equal(base_weight(table_of(model)), before)
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_delta_of_the_weight(model: PeftModel, merged: bool) -> None:
     base: Any = model.get_base_model()
-    weight = table_of(model).weight.detach()
+    weight = base_weight(table_of(model)).detach()
     expected = torch.zeros_like(weight)
     expected[T] = table_of(model).token_adapter.trainable_tokens_delta["default"].detach() - weight[T]
     if merged:
@@ -579,23 +583,23 @@ def test_rows_are_what_they_say_beside_an_adapter_of_the_table(order: str) -> No
     assert torch.allclose(layer(torch.arange(32)), table, atol=1e-6)
     assert torch.equal(layer(torch.tensor(T)), table[T])
     expected = logits(model)
-    shared = base.lm_head.weight
+    shared = base_weight(base.lm_head)
     values = shared.detach().clone()
     model.merge_adapter()
-    assert torch.allclose(layer.weight, table, atol=1e-6)
+    assert torch.allclose(layer.get_base_weight(), table, atol=1e-6)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
     model.unmerge_adapter()
-    assert layer.weight is base.lm_head.weight is shared
+    assert layer.get_base_weight() is base_weight(base.lm_head) is shared
     assert torch.equal(support.bits(shared), support.bits(values))
     torch.testing.assert_close(logits(model.merge_and_unload()), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_rows_alone_are_not_merged_over_an_adapter_that_is_not() -> None:
     model = beside("rows-first")
-    before = table_of(model).weight.detach().clone()
+    before = base_weight(table_of(model)).detach().clone()
     with pytest.raises(MergeError, match="'w' would stay unmerged"):
         model.merge_adapter(["a"])
-    assert torch.equal(table_of(model).weight, before)
+    assert torch.equal(base_weight(table_of(model)), before)
 
 
 def test_a_wrapper_that_could_not_be_added_leaves_no_trace(model: PeftModel) -> None:

@@ -22,6 +22,9 @@ _HOME = {
     "layers.activation": "ALL BASE Activation Route",
     "layers.adapter_layer": "AdapterLayer",
     "layers.creation": "Creation",
+    "layers.kinds": "BaseTunerLayer",
+    "layers.switching": "AuxiliaryTrainingWrapper",
+    "tuners.builtin": "ModulesToSaveWrapper",
     "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
     "layers.casting": "disable_input_dtype_casting",
     "layers.fingerprint": "Watch fingerprint",
@@ -40,6 +43,7 @@ _HOME = {
     "checkpoint.state_dict": "file_key",
     "inspection.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "models.tuner_model": "TunerModel",
+    "models.method_model": "MethodModel",
     "models.peft_model": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
@@ -113,6 +117,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.fingerprint import fingerprint as fingerprint
     from .layers.folded import Product as Product
     from .layers.folded import Subtraction as Subtraction
+    from .layers.kinds import BaseTunerLayer as BaseTunerLayer
     from .layers.memo import Memo as Memo
     from .layers.merging import MERGES as MERGES
     from .layers.merging import Fold as Fold
@@ -124,6 +129,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.slots import Slot as Slot
     from .layers.slots import module_slots as module_slots
     from .layers.slots import write_tensor as write_tensor
+    from .layers.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
     from .models.auto import AutoPeftModel as AutoPeftModel
     from .models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -149,6 +155,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.mappings import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
     from .models.mappings import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
     from .models.mappings import register_peft_method as register_peft_method
+    from .models.method_model import MethodModel as MethodModel
     from .models.mixed_model import PeftMixedModel as PeftMixedModel
     from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     from .models.peft_model import PeftModel as PeftModel
@@ -179,6 +186,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .plugins import register_tuner as register_tuner
     from .plugins import unregister_tuner as unregister_tuner
     from .tuners.base_view import BaseView as BaseView
+    from .tuners.builtin import ModulesToSaveWrapper as ModulesToSaveWrapper
     from .tuners.call import Call as Call
     from .tuners.call import Site as Site
     from .tuners.call import VirtualTokens as VirtualTokens

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "LoHaConfig": "config",
     "LoHaTuner": "tuner",
+    "LoHaModel": "model",
     "LoHaLayer": "layers.common",
     "Linear": "layers.linear",
     "Convolution": "layers.convolution",
@@ -22,6 +23,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.convolution import Convolution as Convolution
     from .layers.embedding import Embedding as Embedding
     from .layers.linear import Linear as Linear
+    from .model import LoHaModel as LoHaModel
     from .tuner import LoHaTuner as LoHaTuner
 
 

@@ -13,6 +13,7 @@ _HOME = {
     ),
     "hookspecs": "InitializerSpec VariantSpec",
     "tuner": "LoraTuner",
+    "model": "LoraModel",
     "initializers.base": "Initializer Start",
     "variants.base": "Variant",
     "layers.common": "LoraLayer LoraSettings",
@@ -66,6 +67,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.parameters import Parameter as Parameter
     from .loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .lora_ga import preprocess_loraga as preprocess_loraga
+    from .model import LoraModel as LoraModel
     from .subconfigs import ArrowConfig as ArrowConfig
     from .subconfigs import BdLoraConfig as BdLoraConfig
     from .subconfigs import CordaConfig as CordaConfig

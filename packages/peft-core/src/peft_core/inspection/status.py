@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import AdapterNotFoundError
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.slots import AdapterModule
-from ..tuners.builtin import SavedModule
+from ..tuners.builtin import ModulesToSaveWrapper
 from ..tuners.index import AdapterIndex, index_of
 from . import parameters
 
@@ -141,7 +141,7 @@ def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> 
 
 
 def _module_type(kind: str, module: AdapterModule) -> str:
-    if isinstance(module, SavedModule):
+    if isinstance(module, ModulesToSaveWrapper):
         return "ModulesToSaveWrapper"
     if not kind:
         return "prompt"

@@ -124,6 +124,14 @@ class Activation:
         self.places: dict[str, int] = {}
         #: which adapters act, by number: a compiled graph reads this tensor, and is not compiled again when another adapter is chosen
         self.chosen = torch.zeros(0, dtype=torch.bool)
+        #: the model's own, of which this is a variant; itself otherwise
+        self.root = self
+        #: the names were given as a list, and are shown as one
+        self.as_list = False
+        #: (names, enabled, as_list) → what layers follow that were switched by themselves, one for all layers in the same state
+        self.variants: dict[tuple[tuple[str, ...], bool, bool], Activation] = {}
+        #: saved modules that were switched off by themselves; they follow when layers are switched on
+        self.switched_off: list[Any] = []
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,11 +154,15 @@ class Activation:
             self.chosen = self._numbers(self.default.names).to(self.chosen.device)
 
     def place(self, name: str, device: torch.device) -> None:
-        """Give an adapter a number. `device`: where its layers are."""
-        if name not in self.places:
-            self.places[name] = len(self.places)
-            with torch.inference_mode(False):
-                self.chosen = self._numbers(self.default.names).to(device if device.type != "meta" else "cpu")
+        """Give an adapter a number, for the model and all variants. `device`: where its layers are."""
+        root = self.root
+        if name not in root.places:
+            root.places[name] = len(root.places)
+            if device.type != "meta":
+                root.chosen = root.chosen.to(device)
+            for each in (root, *root.variants.values()):
+                each.chosen = root.chosen
+                each._refresh()
 
     def _numbers(self, names: Iterable[str]) -> Tensor:
         numbers = torch.zeros(len(self.places), dtype=torch.bool)
@@ -199,27 +211,40 @@ class Activation:
         """Return the route that `use_here` chose for this task; None elsewhere."""
         return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
 
-    def fork(self) -> Activation:
-        """Return a separate activation with the same choice, which follows the same per-thread overrides."""
-        twin = Activation(self.names)
-        twin.local, twin.places, twin.chosen = self.local, self.places, self.chosen
-        twin.enable(self.enabled)
-        return twin
+    def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> Activation:
+        """Return what a layer follows that has another choice than its model; overrides of threads are those of the model."""
+        root = self.root
+        key = (tuple(names), enabled, as_list)
+        found = root.variants.get(key)
+        if found is None:
+            found = Activation(names)
+            found.root, found.as_list, found.local, found.places, found.chosen = root, as_list, root.local, root.places, root.chosen
+            found.enable(enabled)
+            root.variants[key] = found
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "enabled": self.enabled, "places": self.places, "device": str(self.chosen.device)}
+        state = {"names": self.names, "enabled": self.enabled, "as_list": self.as_list, "places": self.places, "device": str(self.chosen.device)}
+        return {**state, "switched_off": self.switched_off} if self.root is self else {**state, "root": self.root}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["names"])  # type: ignore[misc]
-        self.places, self.chosen = dict(state["places"]), self.chosen.to(state["device"])
-        self.enable(state["enabled"])
+        self.as_list, self.places, self.chosen = state["as_list"], dict(state["places"]), self.chosen.to(state["device"])
+        self.switched_off = state.get("switched_off", [])
+        self._join(state.get("root", self), state["enabled"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Activation:
-        twin = Activation(copy.deepcopy(self.names))
-        twin.places, twin.chosen = dict(self.places), self.chosen
-        twin.enable(self.enabled)
-        memo[id(self)] = twin
+        twin = memo[id(self)] = Activation(copy.deepcopy(self.names))
+        twin.as_list, twin.places, twin.chosen = self.as_list, dict(self.places), self.chosen
+        twin.switched_off = copy.deepcopy(self.switched_off, memo)
+        twin._join(twin if self.root is self else copy.deepcopy(self.root, memo), self.enabled)
         return twin
+
+    def _join(self, root: Activation, enabled: bool) -> None:
+        if root is not self:
+            self.root, self.local, self.places = root, root.local, root.places
+            root.variants[self.names, enabled, self.as_list] = self
+        self.enable(enabled)
 
 
 def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:

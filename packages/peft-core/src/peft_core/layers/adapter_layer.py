@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from ..errors import MergeError, ModelError, listed
 from .activation import ALL, Activation, Route
 from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
@@ -88,6 +89,11 @@ class AdapterLayer(AdapterMerging):
     def accepts(cls, module: nn.Module) -> bool:
         """Return whether this layer can wrap `module`; by default, whether it is one of `base_types`."""
         return isinstance(module, cls.base_types)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "adapter_layer_names" not in cls.__dict__ and "containers" in cls.__dict__:
+            cls.adapter_layer_names = cls.containers
 
     # ---- what a tuner writes (and `add`, `delta_weight`, for effects that are no sum `weight_factor`) -----------------
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
@@ -214,6 +220,31 @@ class AdapterLayer(AdapterMerging):
     def bias(self) -> Tensor | None:
         """The base bias."""
         return getattr(self.get_base_layer(), self.bias_name, None)
+
+    def get_base_weight(self) -> Tensor:
+        """Return the base weight as it is now, what is merged included."""
+        found: Tensor = getattr(self.get_base_layer(), self.weight_name)
+        return found
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """Write numbers into the base weight, in place.
+
+        Raises:
+            MergeError: something is merged into it, and could not be taken out again.
+            ModelError: the shape is another.
+        """
+        weight = self.get_base_weight()
+        if self.merges:
+            raise MergeError(f"{listed(self.merged_adapters)} are merged into the base weight", hint="unmerge() first")
+        if weight_data.shape != weight.shape:
+            raise ModelError(f"the base weight has the shape {tuple(weight.shape)}, and the given one {tuple(weight_data.shape)}")
+        with torch.no_grad():
+            weight.copy_(weight_data)
+        self.forget()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether what the adapter does here is a sum W + ΔW, so that a low-rank product can stand for it."""
+        return adapter_name in self.scaling and self.is_additive(adapter_name)
 
     def __getattr__(self, name: str) -> Any:
         # code that looks at a Linear's in_features, an Embedding's padding_idx, ... finds them on the wrapper, too

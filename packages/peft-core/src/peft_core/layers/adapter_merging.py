@@ -105,17 +105,21 @@ class AdapterMerging(AdapterWeights):
         with torch.no_grad():
             return WeightChange(layer, adapters) if whole else AffineChange(layer, adapters)
 
-    def merge(self, adapters: Sequence[str] | None = None, *, safe: bool = False) -> None:
-        """Fold adapters into the base weight; None: those in use.
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters into the base weight.
+
+        Args:
+            safe_merge: refuse results that are not finite.
+            adapter_names: which; None: those in use. Those without weights here, and those that are merged already, are left out.
 
         Raises:
-            MergeError: the order of nested layers is wrong, or (`safe`) the result is not finite; nothing is changed then.
+            MergeError: the order of nested layers is wrong, or (`safe_merge`) the result is not finite; nothing is changed then.
         """
-        chosen = self.activation.names if adapters is None else tuple(adapters)
+        chosen = self.activation.names if adapter_names is None else tuple(adapter_names)
         refuse_wrong_order(cast("AdapterLayer", self), chosen)
         merge = self.plan_merge(chosen)
         if merge is not None:
-            merge.apply(merge.prepare(check_finite=safe))
+            merge.apply(merge.prepare(check_finite=safe_merge))
             self.merges.append(merge)
             merges_of(merge.owner).append(merge)
 
@@ -134,6 +138,29 @@ class AdapterMerging(AdapterWeights):
         if self.merges:
             _take_out(self.get_base_layer(), self.merges)
             self.merges.clear()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off in this layer; merged ones are taken out first. Which of them train does not change."""
+        if not enabled and self.merges:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        waiting = self.activation.root.switched_off
+        if enabled and waiting:  # whoever switches layer by layer may know of layers only
+            self.activation.root.switched_off = []
+            for module in waiting:
+                module.enable_adapters(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter's weights out of this layer; a name without weights here is ignored.
+
+        If no adapter in use remains, the first that has weights here takes over.
+
+        Raises:
+            MergeError: it is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise MergeError(f"cannot delete the adapter {adapter_name!r} while it is merged", hint="unmerge() first")
+        super().delete_adapter(adapter_name)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
@@ -180,7 +207,7 @@ class AdapterMerging(AdapterWeights):
         """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
         merge = self.shifts.get(adapter)
         change = merge.folds[0].change if merge is not None else None
-        return change.matrix(self.weight.device) if isinstance(change, Subtraction) else None
+        return change.matrix(self.get_base_weight().device) if isinstance(change, Subtraction) else None
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Undo what `shift_base` did for an adapter, or for all; the base weight returns bit for bit."""

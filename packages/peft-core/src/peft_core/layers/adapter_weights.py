@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .activation import Activation
 from .creation import Creation, filler
 from .slots import Slot
+from .switching import Switches
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class AdapterWeights(nn.Module):
+class AdapterWeights(Switches):
     """What `AdapterLayer` knows of the parameters of its adapters."""
 
     #: attributes that hold per-adapter weights: `nn.ParameterDict` or `nn.ModuleDict`, keyed by adapter
@@ -34,6 +35,7 @@ class AdapterWeights(nn.Module):
         def weight(self) -> Tensor: ...
 
         def get_base_layer(self) -> nn.Module: ...
+        def get_base_weight(self) -> Tensor: ...
 
     def add(self, adapter: str, config: Any) -> None:
         """Create the weights of a new adapter with `new`, and set its `scaling` (1.0 otherwise)."""
@@ -48,7 +50,7 @@ class AdapterWeights(nn.Module):
         self._creation = creation
         try:
             self.scaling[adapter] = 1.0
-            self.activation.place(adapter, self.weight.device)
+            self.activation.place(adapter, self.get_base_weight().device)
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)
@@ -120,7 +122,7 @@ class AdapterWeights(nn.Module):
         return nn.Parameter(tensor, requires_grad=False)
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
-        weight = self.weight
+        weight = self.get_base_weight()
         hook = getattr(self.get_base_layer(), "_hf_hook", None)  # accelerate: an offloaded weight is on meta, its hook knows better
         device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else weight.device
         return (weight.dtype if weight.is_floating_point() else torch.float32), torch.device(device if device is not None else weight.device)

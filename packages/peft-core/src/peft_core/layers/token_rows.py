@@ -16,6 +16,8 @@ from .adapter_layer import AdapterLayer
 from .base_ops import with_weight
 from .merging import Fold, Merge
 from .slots import Slot
+from .switching import AuxiliaryTrainingWrapper
+from .token_adapter import TokenAdapter
 
 #: what files call the rows, behind the path of the module
 KEY = "token_adapter.trainable_tokens_delta"
@@ -64,21 +66,7 @@ class _Table:
         return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
 
 
-class _Buffers(nn.Module):
-    """Buffers by adapter that no file holds."""
-
-
-class TokenAdapter(nn.Module):
-    """What a `TokenRows` holds, under the names that the reference implementation has in memory."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.trainable_tokens_delta = nn.ParameterDict()
-        self.trainable_tokens_original = _Buffers()
-
-
-class TokenRows(AdapterLayer):
+class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
     """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
 
     The base computes as ever; where its input is in T (of an output layer: where its output is), the result is overwritten. It is always
@@ -95,7 +83,7 @@ class TokenRows(AdapterLayer):
         super().__init__(base_layer, activation)
         # in this order parameters get the names that begin with token_adapter
         del self._modules["base_layer"]
-        self.token_adapter = TokenAdapter(base_layer)
+        self.token_adapter = TokenAdapter(base_layer, self)
         self._modules["base_layer"] = base_layer
         self._around_base = (self._direct, self._fresh)
         self.indices: dict[str, tuple[int, ...]] = {}
@@ -174,6 +162,10 @@ class TokenRows(AdapterLayer):
         if adapter in self.indices and adapter not in self.sources:
             yield KEY, self.token_adapter.trainable_tokens_delta, adapter
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
+        return {KEY: f"{KEY}.{adapter_name}"} if adapter_name in self.tables else {}
+
     def further_slots(self, adapter: str) -> dict[str, Slot]:
         """Return what a file may hold besides: the reference implementation also writes rows for modules that have their weight in common."""
         source = self.sources.get(adapter)
@@ -211,7 +203,17 @@ class TokenRows(AdapterLayer):
         assert original is not None
         rows = self.rows_of(adapter) - original
         table = self.table(adapter, rows.device)
-        return self.ops.matrix(rows.new_zeros(self.weight.shape).index_copy(0, table.indices, rows))
+        return self.ops.matrix(rows.new_zeros(self.get_base_weight().shape).index_copy(0, table.indices, rows))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with the rows of the adapters in use written over it, as whoever multiplies with it by hand needs it; else the base's."""
+        weight = self.get_base_weight()
+        active = [adapter for adapter in self.activation.current().names if adapter in self.indices and not self.merges and not self._holds(adapter)]
+        for adapter in active:
+            rows = self.rows_of(adapter)
+            weight = weight.index_copy(0, self.table(adapter, weight.device).indices, rows.to(weight.dtype))
+        return weight
 
     # ---- merging ---------------------------------------------------------------------------------------------------
     @property

@@ -21,8 +21,9 @@ from ..inspection import parameters as counting
 from ..layers.creation import Creation
 from ..plugins import hooks, registry
 from ..tuners import generation, runner
+from ..tuners.adopting import adopt
 from ..tuners.base_view import checkpointed
-from ..tuners.index import ATTRIBUTE, adopt
+from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from .configs import check_same_effect, default_key_mapping, note_offload, read_config, take_hub_arguments
 from .tuner_model import AdapterOperations, TunerModel
@@ -34,6 +35,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
+    #: what `strict` is where a call does not say
+    strict_loading: ClassVar[Strict] = True
 
     def __init__(
         self,
@@ -306,7 +309,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
-        strict: Strict = True,
+        strict: Strict | None = None,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadResult:
@@ -323,7 +326,8 @@ class AdaptedModel(nn.Module, AdapterOperations):
             ephemeral_gpu_offload: noted in the config's `runtime_config`, where it has one.
             low_cpu_mem_usage: no memory for initial values.
             key_mapping: regular expression → replacement for the file's keys, behind `base_model.model.`.
-            strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
+            strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned. None: `strict_loading`, True
+                unless a subclass says otherwise.
             ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
             **kwargs: download options (`revision`, `subfolder`, `token`, ...).
 
@@ -336,6 +340,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             ConfigError: an adapter of this name has another config.
         """
         hub = take_hub_arguments(kwargs)
+        strict = self.strict_loading if strict is None else strict
         config = read_config(model_id, hub)
         config.inference_mode = not is_trainable
         note_offload(config, ephemeral_gpu_offload)

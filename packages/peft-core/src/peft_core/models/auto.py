@@ -12,7 +12,7 @@ from torch import nn
 from ..config import HUB_KEYS, PeftConfig, TaskType
 from ..errors import ConfigError
 from .configs import read_config
-from .peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+from .peft_model import PeftModel
 
 #: what `auto_mapping` of a file may import from: a file must not make us import anything at all
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "sentence_transformers", "timm", "torchvision", "open_clip")
@@ -70,21 +70,23 @@ class AutoPeftModel:
                 f"the adapter in {str(pretrained_model_name_or_path)!r} does not say which base it was trained on (base_model_name_or_path is empty)",
                 hint="load the base yourself, then use PeftModel.from_pretrained(base, folder)",
             )
-        task = str(config.task_type) if config.task_type is not None else None
+        # writers that know layers and no task (transformers' own) leave it out; then the class says it
+        task = str(config.task_type) if config.task_type is not None else cls.task
         if cls.task is not None and task != cls.task:
             raise ConfigError(
-                f"Expected target PEFT class: {_class_of(task).__name__}, but you have asked for: {_class_of(cls.task).__name__} "
+                f"Expected target PEFT class: {cls.class_for(task).__name__}, but you have asked for: {cls.class_for(cls.task).__name__} "
                 "make sure that you are loading the correct model for your task type.",
                 hint=f"the adapter's task_type is {task!r}",
             )
         base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
         base: Any = _base_class(config, task).from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **base_options)
         _fit_vocabulary(base, pretrained_model_name_or_path, own, bool(kwargs.get("trust_remote_code", False)))
-        return _class_of(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+        return cls.class_for(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
 
-
-def _class_of(task: str | None) -> type[PeftModel]:
-    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task or "", PeftModel)
+    @classmethod
+    def class_for(cls, task: str | None) -> type[PeftModel]:
+        """Return the class of models that is made for a task."""
+        return PeftModel.class_for(task or "")
 
 
 def _base_class(config: PeftConfig, task: str | None) -> Any:

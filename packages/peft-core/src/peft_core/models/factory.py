@@ -19,7 +19,9 @@ from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, listed
 from ..layers.creation import Creation
 from ..plugins import hooks, registry
-from ..tuners.index import ATTRIBUTE, AdapterIndex, adopt, index_of
+from ..tuners.adopting import adopt
+from ..tuners.base_view import BaseView
+from ..tuners.index import ATTRIBUTE, AdapterIndex, index_of
 from .adapted import AdaptedModel
 from .configs import require_adapter, take_hub_arguments
 from .mixed_model import PeftMixedModel
@@ -78,6 +80,20 @@ def get_peft_model(
     Example:
         >>> model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
     """
+    kind = PeftMixedModel if mixed else PeftModel
+    return wrap(kind, model, peft_config, adapter_name, autocast_adapter_dtype, revision, low_cpu_mem_usage)
+
+
+def wrap(
+    kind: type[PeftModel] | type[PeftMixedModel],
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str,
+    autocast_adapter_dtype: bool,
+    revision: str | None,
+    low_cpu_mem_usage: bool,
+) -> PeftModel | PeftMixedModel:
+    """Do what `get_peft_model` does, with the classes that `kind` has for tasks."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
     task = str(peft_config.task_type) if peft_config.task_type is not None else ""
@@ -88,7 +104,7 @@ def get_peft_model(
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from {before['base_model_name_or_path']!r} to {name!r}",
             PeftWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     peft_config.base_model_name_or_path = name
     if revision is not None:
@@ -96,12 +112,13 @@ def get_peft_model(
             warnings.warn(
                 f"peft config has already set base model revision to {before['revision']}, overwriting with revision {revision}",
                 PeftWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         peft_config.revision = revision
     try:
-        target: type[PeftModel] | type[PeftMixedModel] = PeftMixedModel if mixed else PeftModel.class_for(task)
-        return target(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        return kind.class_for(task)(
+            model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
+        )
     except Exception:
         for field, value in before.items():
             setattr(peft_config, field, value)
@@ -116,6 +133,8 @@ def inject_adapter_in_model(
     state_dict: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Add an adapter to a model without wrapping it: the model keeps its class and gets `model.peft_config`.
+
+    The new adapter is the one in use then; which of the others train does not change.
 
     Args:
         peft_config: what to add.
@@ -139,17 +158,27 @@ def inject_adapter_in_model(
         raise CapabilityError(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
-    view = None
-    if state_dict is not None:
-        view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
-        _warn_if_config_differs(index, peft_config, adapter_name, view.chosen or frozenset())
+    view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage), view=view, mount_on=model)
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
-    index.activation.select([*index.active, adapter_name])
+    index.follow_model()
+    index.activation.select([adapter_name])
     index.set_trainable(adapter_name, not peft_config.inference_mode)
     hooks.adapter_activated(index.base, index.active)
     return model
+
+
+def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
+    """Return a view of the base in which the names of a state dict say what is adapted; a warning where the config would say otherwise.
+
+    Raises:
+        ConfigError: a name belongs to no module, or none is an adapter's.
+    """
+    spec = registry.resolve(str(config.peft_type))
+    view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
+    _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
+    return view
 
 
 #: how keys begin of what stands beside the base and is no module of it (`base_model.vera_A`)

@@ -45,7 +45,7 @@ class LoadableModel(AdaptedModel):
         key_mapping: Mapping[str, str] | None = None,
         *,
         torch_device: str | None = None,
-        strict: Strict = True,
+        strict: Strict | None = None,
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Self:
@@ -87,7 +87,7 @@ class LoadableModel(AdaptedModel):
                 autocast_adapter_dtype=autocast_adapter_dtype,
                 low_cpu_mem_usage=low_cpu_mem_usage,
                 source=source,
-                strict=strict,
+                strict=cls.strict_loading if strict is None else strict,
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
             )
         except BaseException:
@@ -98,7 +98,7 @@ class LoadableModel(AdaptedModel):
         return found
 
     @classmethod
-    def from_stack(cls, model: nn.Module, directory: str | os.PathLike[str], is_trainable: bool = False, *, strict: Strict = True) -> Self:
+    def from_stack(cls, model: nn.Module, directory: str | os.PathLike[str], is_trainable: bool = False, *, strict: Strict | None = None) -> Self:
         """Wrap a base with all adapters that `save_pretrained` of a model with several wrote, in their order, those in use in use again.
 
         Args:

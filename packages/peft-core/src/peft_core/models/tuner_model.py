@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from ..config import PeftConfig
-from ..errors import AdapterNotFoundError, PeftWarning
+from ..errors import AdapterNameError, AdapterNotFoundError, ModelError, PeftWarning
 from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import Creation
 from ..tuners import folding
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 
@@ -182,6 +183,44 @@ class TunerModel(nn.Module, AdapterOperations):
         if not index.configs:
             raise AdapterNotFoundError("the model has no adapter")
         return index.spec(next(iter(index.configs))).parameter_prefix
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add the adapter whose config was put into `peft_config` under its name; it is neither in use nor trainable yet.
+
+        Args:
+            model: the base: the one that this stands for.
+            adapter_name: the adapter's name.
+            autocast_adapter_dtype: half-precision weights are kept in float32.
+            low_cpu_mem_usage: weights on the meta device, to be loaded later.
+            state_dict: the names in it decide which modules are adapted, instead of the config.
+
+        Raises:
+            AdapterNotFoundError: `peft_config` has no such config.
+            ModelError: `model` is another.
+            others as `inject_adapter_in_model`; the model and `peft_config` are as before.
+        """
+        from .factory import chosen_by
+
+        index = self._peft_index
+        index.require(adapter_name)
+        if model is not index.base:
+            raise ModelError(f"this {type(self).__name__} stands for another {type(index.base).__name__}", hint="give its `.model`")
+        if adapter_name in index.own:
+            raise AdapterNameError(f"the adapter {adapter_name!r} already exists", hint="delete_adapter it first, or take another name")
+        config = index.configs.pop(adapter_name)
+        try:
+            view = None if state_dict is None else chosen_by(index, config, adapter_name, state_dict)
+            index.add(adapter_name, config, creation=Creation(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype), view=view, mount_on=self)
+        except BaseException:
+            index.configs[adapter_name] = config
+            raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the base."""

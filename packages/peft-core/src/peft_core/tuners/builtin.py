@@ -20,6 +20,7 @@ from ..layers.activation import ALL, Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule, Slot, module_slots, write_tensor
+from ..layers.switching import AuxiliaryTrainingWrapper
 from ..plugins import Capability, TunerSpec
 from . import tying
 from .base_view import BaseView
@@ -86,11 +87,17 @@ def requests(
         yield BIAS, tuners.get(BIAS) or Biases(activation), BiasRequest(targets, extras.bias == "all", inside)
 
 
-class SavedModule(nn.Module):
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module of the base with a trainable whole copy per adapter.
 
     A row sees the copy of the last of its adapters that has one, otherwise the original.
+
+    Attributes:
+        original_module: the module of the base.
+        modules_to_save: adapter → its copy.
     """
+
+    adapter_layer_names = ("modules_to_save",)
 
     def __init__(self, original: nn.Module, activation: Activation) -> None:
         super().__init__()
@@ -98,9 +105,9 @@ class SavedModule(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.activation = activation
         #: adapter → the wrapper of the module with whose copy this one's copy shares its weight
-        self.tied: dict[str, SavedModule] = {}
+        self.tied: dict[str, ModulesToSaveWrapper] = {}
 
-    def attach(self, adapter: str, creation: Creation, tied_to: SavedModule | None = None) -> None:
+    def attach(self, adapter: str, creation: Creation, tied_to: ModulesToSaveWrapper | None = None) -> None:
         """Add a copy for `adapter`. The copy keeps the dtype of the original; its weight may be that of the copy in another wrapper."""
         duplicate = _plain_copy(self.original_module)
         self.modules_to_save[adapter] = (duplicate.to("meta") if creation.meta else duplicate).requires_grad_(False)
@@ -168,6 +175,12 @@ class SavedModule(nn.Module):
                 return self.modules_to_save[adapter]
         return self.original_module
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return key in an adapter's file → key in memory, both behind the path of this module."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in module_slots(self.modules_to_save[adapter_name])}
+
     @property
     def active_copy(self) -> nn.Module:
         """The module that a plain forward would use now."""
@@ -189,7 +202,7 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy without the wrappers of other adapters."""
 
     def bare(part: nn.Module) -> nn.Module:
-        while isinstance(part, (AdapterLayer, SavedModule)):
+        while isinstance(part, (AdapterLayer, ModulesToSaveWrapper)):
             part = part.get_base_layer() if isinstance(part, AdapterLayer) else part.original_module
         return part
 
@@ -205,7 +218,7 @@ def _plain_copy(module: nn.Module) -> nn.Module:
 
 
 class SavedModules(TunerBase):
-    """Plans a `SavedModule` around each module that is to be saved whole."""
+    """Plans a `ModulesToSaveWrapper` around each module that is to be saved whole."""
 
     def __init__(self, activation: Activation) -> None:
         spec = TunerSpec(
@@ -257,16 +270,16 @@ class _SavedBuilder:
     activation: Activation
 
     def __call__(self, module: nn.Module) -> AdapterModule:
-        return SavedModule(module, self.activation)
+        return ModulesToSaveWrapper(module, self.activation)
 
 
 @dataclass(frozen=True)
 class _SavedFiller:
     adapter: str
     owner: _SavedFiller | None = None
-    filled: list[SavedModule] = field(default_factory=list)
+    filled: list[ModulesToSaveWrapper] = field(default_factory=list)
 
-    def __call__(self, module: SavedModule, creation: Creation) -> None:
+    def __call__(self, module: ModulesToSaveWrapper, creation: Creation) -> None:
         module.attach(self.adapter, creation, None if self.owner is None else self.owner.filled[0])
         self.filled.append(module)
 

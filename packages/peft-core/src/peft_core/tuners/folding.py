@@ -55,7 +55,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         with collector_paused():
             for layer in _progress(layers, "merging", progress):
                 before = len(layer.merges)
-                layer.merge(chosen, safe=safe)
+                layer.merge(safe, chosen)
                 if len(layer.merges) > before:
                     done.append(layer)
     except BaseException:

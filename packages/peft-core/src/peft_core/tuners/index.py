@@ -14,6 +14,7 @@ from ..errors import AdapterNotFoundError, CapabilityError, MergeError, PeftWarn
 from ..layers.activation import BASE, Activation, Route
 from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
+from ..layers.switching import Switches
 from ..plugins import Capability, TunerSpec, hooks, registry
 from . import backbone, builtin, checkpointing, folding, generation, naming, reshaping
 from .assemble import BaseForward
@@ -245,9 +246,10 @@ class AdapterIndex:
 
     def follow_model(self) -> None:
         """Let every layer that was switched by itself follow the model's activation again."""
+        self.activation.switched_off.clear()
         for module in self.entries.values():
-            if getattr(module, "activation", self.activation) is not self.activation:
-                module.activation = self.activation  # type: ignore[attr-defined]
+            if isinstance(module, Switches) and module.activation is not self.activation:
+                module.activation = self.activation
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters."""
@@ -325,6 +327,10 @@ class AdapterIndex:
             if not kind:
                 for tuner in self.tuners.values():
                     tuner.mounted.get(path, {}).pop(adapter, None)
+            if isinstance(module, Switches) and module.activation is not self.activation:  # switched by itself
+                own = module.activation
+                rest = tuple(name for name in own.names if name != adapter) or module.adapters()[:1]
+                module.activation = own.variant(rest, own.enabled, own.as_list)
         del self.own[adapter], self.configs[adapter]
         active = before = self.activation.names
         if adapter in active:
@@ -376,9 +382,3 @@ def require_index(model: nn.Module) -> AdapterIndex:
     if found is None:
         raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
     return found
-
-
-def adopt(model: nn.Module) -> tuple[AdapterIndex, bool]:
-    """Return the index of a base model and whether it is new. A model that already has one keeps it."""
-    found = index_of(model)
-    return (found, False) if found is not None else (AdapterIndex(model), True)

@@ -51,9 +51,11 @@ class LoraLayer(AdapterLayer):
     """
 
     per_adapter: ClassVar[tuple[str, ...]] = (
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "variants", "unusual", "frozen", "kept", "columns", "tied"),
+        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias"),
+        *("variants", "unusual", "frozen", "kept", "columns", "tied"),
     )
-    #: the containers under the name that the reference implementation has for them
+    #: what each layer has by adapter, under the names that the reference implementation has for it
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     groups: int = 1
 
@@ -65,6 +67,8 @@ class LoraLayer(AdapterLayer):
     lora_alpha: dict[str, float]
     lora_dropout: dict[str, float]
     use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
     variants: dict[str, Variant]
     #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
     unusual: dict[str, bool]
@@ -139,6 +143,8 @@ class LoraLayer(AdapterLayer):
         self.lora_alpha[adapter] = settings.alpha
         self.lora_dropout[adapter] = float(settings.config.lora_dropout)
         self.use_rslora[adapter] = settings.config.use_rslora
+        self.use_dora[adapter] = settings.config.use_dora
+        self.lora_bias[adapter] = settings.config.lora_bias
         self.scaling[adapter] = formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
 
     def draw_as_plain_layers(self, r: int) -> None:

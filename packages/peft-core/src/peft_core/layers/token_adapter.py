@@ -1,0 +1,84 @@
+"""What holds trained rows of a table inside their wrapper."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .activation import Activation
+from .switching import Switches
+
+if TYPE_CHECKING:
+    from .token_rows import TokenRows
+
+
+class _Buffers(nn.Module):
+    """Buffers by adapter that no file holds."""
+
+
+class TokenAdapter(Switches):
+    """What a `TokenRows` holds, under the names that the reference implementation has in memory; switched with it.
+
+    Args:
+        base_layer: what the rows are written over.
+        rows: whose part this is.
+    """
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
+
+    def __init__(self, base_layer: nn.Module, rows: TokenRows) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.trainable_tokens_original = _Buffers()
+        self.__dict__["rows"] = rows  # not a part of this one, but the other way round
+
+    @property
+    def activation(self) -> Activation:
+        """That of the rows."""
+        found: Activation = self.__dict__["rows"].activation
+        return found
+
+    @activation.setter
+    def activation(self, value: Activation) -> None:
+        self.__dict__["rows"].activation = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_ROWS:
+            return getattr(self.__dict__["rows"], name)
+        return super().__getattr__(name)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """As of a layer."""
+        self.__dict__["rows"].enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As of a layer."""
+        self.__dict__["rows"].delete_adapter(adapter_name)
+
+
+#: what callers of layers ask, and the whole wrapper knows
+_OF_ROWS = frozenset(
+    [
+        "adapters",
+        "parameters_of",
+        "drop",
+        "merge",
+        "unmerge",
+        "merged",
+        "merged_adapters",
+        "get_base_layer",
+        "get_base_weight",
+        "weight",
+        "bias",
+        "get_delta_weight",
+        "supports_lora_conversion",
+        "indices",
+        "num_embeddings",
+        "embedding_dim",
+        "in_features",
+        "out_features",
+    ]
+)
