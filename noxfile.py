@@ -15,14 +15,24 @@ nox.options.sessions = ["tests"]
 nox.options.default_venv_backend = "virtualenv"  # pip only: nothing else has to be installed
 nox.options.reuse_venv = "yes"
 
-PACKAGES = ("core", "lora", "loha", "prompt")
+PACKAGES = ("core", "lora", "loha", "prompt", "tokens")
 OUTSIDE = ("examples/plugins/peft-audit-log", "examples/plugins/peft-ia3", "examples/plugins/peft-vera")
 # Named in every install that could touch torch: an open range takes gigabytes of CUDA.
 PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2", "attrs==26.1.0")  # the last it imports and does not declare
 IMPORT_LINTER = "import-linter==2.16"
 QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "ninja==1.13.2")
+CONSUMERS = ("accelerate==1.15.0", "datasets==5.2.0", "scikit-learn==1.9.1", "scipy", "pillow", "packaging")
+CONSUMERS_ALONE = ("trl==1.16.0", "diffusers==0.42.1", "sentence-transformers==6.2.0")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
+SITE = (
+    "mkdocs==1.6.1",
+    "mkdocs-material==9.8.2",
+    "mkdocstrings==1.0.8",
+    "mkdocstrings-python==2.0.11",
+    "griffelib==2.4.1",
+    "pymdown-extensions==13.1.2",
+)
 CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -68,7 +78,7 @@ def demo_vision(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""
     session.install(*PINS, *editable(*PACKAGES), *CLI, *PYTEST, IMPORT_LINTER)
-    apart = ("--ignore=tests/interop", "--ignore=tests/docs", "--ignore=tests/quantised")  # sessions of their own
+    apart = ("--ignore=tests/interop", "--ignore=tests/docs", "--ignore=tests/quantised", "--ignore=tests/compat")  # sessions of their own
     session.run("pytest", "-n", "2", *apart, *session.posargs, env=ONE_THREAD)
 
 
@@ -188,16 +198,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """mypy --strict on all four packages."""
+    """mypy --strict on all packages."""
     session.install(*PINS, *editable(*PACKAGES), *CLI, *PYTEST, "mypy==2.4.1")
-    session.run("mypy", "--strict", *(f"packages/peft-{package}/src" for package in PACKAGES))
+    session.run("mypy", "--strict", *(f"packages/peft-{package}/src" for package in (*PACKAGES, "compat")))
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Execute every code block of README and docs."""
-    session.install(*PINS, *editable(*PACKAGES), *PYTEST)
-    session.run("pytest", "tests/docs", *session.posargs, env=OFFLINE)
+    """Execute every code block of README and docs, then build the site with every public name in it; a warning is an error."""
+    session.install(*PINS, *editable(*PACKAGES), *PYTEST, *SITE)
+    session.run("pytest", "-n", "2", "tests/docs", *session.posargs, env=ONE_THREAD)
+    with tempfile.TemporaryDirectory() as folder:
+        # its own advertisement of a successor is a warning, too
+        session.run("mkdocs", "build", "--strict", "--site-dir", folder, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
@@ -208,6 +221,35 @@ def interop(session: nox.Session) -> None:
     # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
     peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
     session.run("pytest", "-n", "2", "-W", peer_warning, "tests/interop", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(reuse_venv=False)  # pip would keep an older build of the same version
+def compat(session: nox.Session) -> None:
+    """peft-compat as a wheel: its names, what transformers, Trainer and accelerate do with it, and a script that also runs on the peer."""
+    with tempfile.TemporaryDirectory() as folder:
+        away = Path(folder)
+        session.install("--target", str(away / "tools"), "build==1.6.1")
+        for package in (*PACKAGES, "compat"):
+            command = ("python", "-m", "build", "--wheel", f"packages/peft-{package}", "--outdir", str(away / "dist"))
+            session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
+        session.install(*PINS, *PYTEST, *CONSUMERS[:1], *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
+        session.run("pytest", "tests/compat", *session.posargs, env=ONE_THREAD)
+        for consumer in ("transformers", "trainer", "accelerate", "fsdp2"):
+            session.run("python", f"bench/accept/accept_{consumer}.py", env=ONE_THREAD)
+        session.install("--target", str(away / "peer"), "--no-deps", PEER[0], "attrs==26.1.0", "psutil==7.2.2")
+        script = "examples/compat/finetune_lora.py"
+        session.run("python", script, str(away / "ours.json"), env=ONE_THREAD)
+        session.run("python", script, str(away / "peer.json"), env={**ONE_THREAD, "PYTHONPATH": str(away / "peer")})
+        session.run("python", "scripts/compare_runs.py", str(away / "ours.json"), str(away / "peer.json"))
+
+
+@nox.session
+def consumers(session: nox.Session) -> None:
+    """What trl, diffusers, sentence-transformers, bitsandbytes and torchao do with peft-compat (slow to install, so not in CI)."""
+    session.install(*PINS, *editable(*PACKAGES, "compat"), *CONSUMERS)
+    session.install("--no-deps", *CONSUMERS_ALONE, *QUANTISERS)  # their ranges must not decide our torch
+    for consumer in ("diffusers", "trl", "sentence_transformers", "bnb", "torchao"):
+        session.run("python", f"bench/accept/accept_{consumer}.py", env=ONE_THREAD)
 
 
 @nox.session

@@ -16,6 +16,7 @@ EXTRAS: dict[str, dict[str, Any]] = {
     "LOHA": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [3, 5]},
 }
 
 

@@ -14,7 +14,7 @@ _HOME = {
     "config": "Extras LayerConfig PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
     "errors": (
         "AdapterFileError AdapterNameError AdapterNotFoundError AdapterWeightsError CapabilityError ConfigError ConfigFileError "
-        "DuplicateTunerError IncompatiblePluginError MergeError MissingMethodError ModelError NoMatchingPeftModuleError PeftError "
+        "DuplicateTunerError IncompatiblePluginError MergeError MissingMethodError ModelError NoMatchingPeftModuleError NoSuchModuleError PeftError "
         "PeftWarning PluginError "
         "RoutingError UnknownTunerError UnsupportedModuleError"
     ),
@@ -23,6 +23,8 @@ _HOME = {
     "layers.adapter_layer": "AdapterLayer",
     "layers.creation": "Creation",
     "layers.kinds": "BaseTunerLayer",
+    "layers.token_rows": "RowsLayer",
+    "tuners.tokens": "TokenRequest plan_token_rows",
     "layers.switching": "AuxiliaryTrainingWrapper",
     "tuners.builtin": "ModulesToSaveWrapper",
     "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
@@ -36,7 +38,7 @@ _HOME = {
     "tuners.perform": "leave_modules",
     "tuners.call": "Call Site VirtualTokens",
     "tuners.reshaping": "Reshape",
-    "tuners.targeting": "Patterns",
+    "tuners.targeting": "Patterns target_matcher",
     "tuners.index": "AdapterIndex require_index",
     "tuners.tuner": "Contents Incoming LayerTuner ModuleValues Plan Translation TunerBase Wrap",
     "checkpoint.save": "write_adapter",
@@ -44,6 +46,9 @@ _HOME = {
     "inspection.status": "TunerLayerStatus TunerModelStatus get_layer_status get_model_status",
     "models.tuner_model": "TunerModel",
     "models.method_model": "MethodModel",
+    "models.sharding": "fsdp_auto_wrap_policy",
+    "models.sub_modules": "get_pattern_key get_quantization_config",
+    "models.weight_mapping": "build_peft_weight_mapping convert_peft_config_for_transformers",
     "models.peft_model": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction PeftModelForQuestionAnswering "
         "PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification"
@@ -92,6 +97,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .errors import MissingMethodError as MissingMethodError
     from .errors import ModelError as ModelError
     from .errors import NoMatchingPeftModuleError as NoMatchingPeftModuleError
+    from .errors import NoSuchModuleError as NoSuchModuleError
     from .errors import PeftError as PeftError
     from .errors import PeftWarning as PeftWarning
     from .errors import PluginError as PluginError
@@ -130,6 +136,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.slots import module_slots as module_slots
     from .layers.slots import write_tensor as write_tensor
     from .layers.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+    from .layers.token_rows import RowsLayer as RowsLayer
     from .models.auto import AutoPeftModel as AutoPeftModel
     from .models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
     from .models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -171,11 +178,16 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
     from .models.preparing import shift_tokens_right as shift_tokens_right
     from .models.preparing import transpose as transpose
+    from .models.sharding import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
     from .models.signatures import check_if_peft_model as check_if_peft_model
     from .models.signatures import update_forward_signature as update_forward_signature
     from .models.signatures import update_generate_signature as update_generate_signature
     from .models.signatures import update_signature as update_signature
+    from .models.sub_modules import get_pattern_key as get_pattern_key
+    from .models.sub_modules import get_quantization_config as get_quantization_config
     from .models.tuner_model import TunerModel as TunerModel
+    from .models.weight_mapping import build_peft_weight_mapping as build_peft_weight_mapping
+    from .models.weight_mapping import convert_peft_config_for_transformers as convert_peft_config_for_transformers
     from .plugins import Capability as Capability
     from .plugins import TunerInfo as TunerInfo
     from .plugins import TunerSpec as TunerSpec
@@ -195,6 +207,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .tuners.perform import leave_modules as leave_modules
     from .tuners.reshaping import Reshape as Reshape
     from .tuners.targeting import Patterns as Patterns
+    from .tuners.targeting import target_matcher as target_matcher
+    from .tuners.tokens import TokenRequest as TokenRequest
+    from .tuners.tokens import plan_token_rows as plan_token_rows
     from .tuners.tuner import Contents as Contents
     from .tuners.tuner import Incoming as Incoming
     from .tuners.tuner import LayerTuner as LayerTuner

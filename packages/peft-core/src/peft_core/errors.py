@@ -131,6 +131,10 @@ class ModelError(PeftError, ValueError):
     code = "model"
 
 
+class NoSuchModuleError(ModelError, AttributeError):
+    """A model has no module of a name."""
+
+
 class MissingMethodError(ModelError, AttributeError):
     """The base model lacks a method that its task needs."""
 

@@ -33,6 +33,8 @@ _HOME = {
     "variants.kasa": "kasa_loss",
     "variants.monteclora": "monteclora_loss",
     "variants.qalora": "merged_zero_points qalora_from_peer",
+    "kappa": "find_kappa_target_modules",
+    "loraplus": "create_loraplus_optimizer",
     "helpers": "DoraCaching disable_input_dtype_casting rescale_adapter_scale",
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
@@ -58,6 +60,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
     from .initializers.base import Initializer as Initializer
     from .initializers.base import Start as Start
+    from .kappa import find_kappa_target_modules as find_kappa_target_modules
     from .layers.attention import Attention as Attention
     from .layers.common import LoraLayer as LoraLayer
     from .layers.common import LoraSettings as LoraSettings
@@ -67,6 +70,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.parameters import Parameter as Parameter
     from .loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
     from .lora_ga import preprocess_loraga as preprocess_loraga
+    from .loraplus import create_loraplus_optimizer as create_loraplus_optimizer
     from .model import LoraModel as LoraModel
     from .subconfigs import ArrowConfig as ArrowConfig
     from .subconfigs import BdLoraConfig as BdLoraConfig

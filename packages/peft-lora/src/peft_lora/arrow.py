@@ -41,7 +41,7 @@ def create_arrow_model(
     Raises:
         ConfigError: no expert, `top_k` above their number, `use_gks` without general adapters; adapters with different targets or ranks, or
             that are no plain LoRA. The base is as before.
-        others as `PeftModel.from_pretrained`.
+        others: as `PeftModel.from_pretrained`.
 
     Example:
         >>> model = create_arrow_model(base, ["./code", "./maths", "./law"], ArrowConfig(top_k=2))

@@ -105,7 +105,7 @@ def save_as_lora(
 
     Raises:
         AdapterFileError: `path` is a file.
-        others as `convert_to_lora`.
+        others: as `convert_to_lora`.
     """
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     write_adapter(path, config, tensors, model)
@@ -113,6 +113,10 @@ def save_as_lora(
 
 def supports_lora_conversion(model: nn.Module, adapter_name: str = "default") -> bool:
     """Return whether `convert_to_lora` knows all that an adapter consists of.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+        adapter_name: which adapter.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.

@@ -121,9 +121,10 @@ def initialize_lora_eva_weights(
 
     Args:
         model: a `PeftModel` with an adapter whose `init_lora_weights` is "eva".
-        dataloader: as `get_eva_state_dict`; not needed with
+        dataloader: as `get_eva_state_dict`; not needed with `eva_state_dict`.
         eva_state_dict: what that returned; layers that it lacks start as with `init_lora_weights=True`, with a warning.
-        others: as `get_eva_state_dict`.
+        forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs, show_progress_bar, max_passes: as
+            `get_eva_state_dict`.
 
     Raises:
         ConfigError: the model or the tensors do not fit; nothing has changed.

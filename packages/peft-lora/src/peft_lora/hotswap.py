@@ -50,6 +50,9 @@ _CHECKS = ("error", "warn", "ignore")
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
     """Check that an adapter with one config can take the place of one with the other.
 
+    Args:
+        config0, config1: of the two adapters.
+
     Raises:
         CapabilityError: one of them is no LoRA.
         ConfigError: they differ in `use_rslora`, `lora_dropout`, `alpha_pattern` or `use_dora`.

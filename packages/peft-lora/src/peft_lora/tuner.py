@@ -21,6 +21,7 @@ from peft_core import (
     Plan,
     Reshape,
     Translation,
+    TunerSpec,
     Wrap,
     is_conv1d,
     ops_for,
@@ -58,6 +59,11 @@ class LoraTuner(LayerTuner):
         "_get_monteclora_loss": monteclora_loss,
     }
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
+
+    @classmethod
+    def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
+        """Return (expression, replacement) for other loaders than ours; magnitudes are inside a module."""
+        return [(r"(lora_magnitude_vector)", rf"\1.{adapter}.weight"), (r"(lora_(?!magnitude_vector)[^\.]*)", rf"\1.{adapter}")]
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are.

@@ -52,6 +52,11 @@ class CPTEmbedding(Encoder):
         self.delta_embedding = nn.Embedding(len(ids), width, _weight=torch.zeros(len(ids), width, device=device))
         self.register_buffer("types", torch.tensor(config.cpt_tokens_type_mask), persistent=False)
 
+    @property
+    def trained(self) -> Tensor:
+        """δ (tokens, width): P is a buffer."""
+        return self.delta_embedding.weight
+
     def tokens(self) -> Tensor:
         """Return P + δ (tokens, width). δ is pulled back into its balls first, in place; labels get no gradient."""
         return self.memo.result(self, self._tokens)
@@ -127,7 +132,7 @@ class CPTTuner(TunerBase):
         used = []
         for adapter, rows in call.share(encoders):
             used.append((adapter, rows, sum(tokens.length for tokens in call.virtual if tokens.embeds is not None)))
-            call = call.adding(VirtualTokens(rows, embeds=encoders[adapter].tokens()))
+            call = call.adding(VirtualTokens(rows, embeds=encoders[adapter]("tokens")))
         if not used or not isinstance(labels, Tensor):
             return call
         types = _types(call.arguments.get(ARGUMENT), labels)
@@ -148,7 +153,7 @@ class CPTTuner(TunerBase):
         return replace(call, inputs=inputs, arguments={**call.arguments, PENDING: Pending(full, weights, lead)})
 
     def finish(self, call: Call, output: Any) -> Any:
-        """Return the output with the loss before everything else, as models put it.
+        """Return the `output` of `call` with the loss before everything else, as models put it.
 
         Raises:
             RoutingError: the base did not compute logits for all tokens.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from peft_core import Creation, Memo, Slot, module_slots
 
@@ -19,12 +20,30 @@ _M = TypeVar("_M", bound=nn.Module)
 class Encoder(nn.Module):
     """A module that computes virtual tokens from parameters; equal calls in evaluation give the same tensors.
 
-    A subclass computes in a method without arguments, and returns ``self.memo.result(self, method)``.
+    A subclass computes in a method without arguments, and returns ``self.memo.result(self, method)``. A tuner calls the module with the name of what
+    it asks for, so that whoever keeps parameters elsewhere (FullyShardedDataParallel, hooks) has them in place when they are read.
+
+    Example:
+        >>> encoder("tokens")  # encoder.tokens(), with the parameters in place
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memo = Memo()
+
+    def forward(self, question: str, *arguments: Any) -> Any:
+        """Return the answer of the method `question` to `arguments`; tensors of its own where parameters are only lent for this call."""
+        answer = getattr(self, question)
+        if type(self.trained) is nn.Parameter and not self._forward_pre_hooks:
+            return answer(*arguments)
+        self.memo.forget()  # what it compares with is gone after the call
+        return tree_map_only(Tensor, torch.clone, answer(*arguments))
+
+    @property
+    def trained(self) -> Tensor:
+        """A parameter, of whatever shape, that every answer reads; no `nn.Parameter` where it is a piece of something larger."""
+        weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
+        return weight
 
     def train(self, mode: bool = True) -> Encoder:
         """Switch between training and evaluation, and forget what is kept."""

@@ -68,6 +68,7 @@ class MultitaskPromptEmbedding(Encoder):
             task_ids: (rows,), at least one.
             same: the task of all rows, where it is known to be one: each part is (tokens, hidden) then, in evaluation the same tensor each time.
         """
+        task_ids = task_ids.to(self.prefix_task_cols.device)
         if same is not None:
             return self.memo.result(self, lambda: self._split(self._products(task_ids[:1])[0]), key=same)
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():  # no more products than are needed
@@ -113,12 +114,12 @@ class MultitaskPromptTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         task_ids: Tensor | None = None
         for adapter, rows in call.share(encoders):
-            encoder: MultitaskPromptEmbedding = encoders[adapter]
+            encoder = encoders[adapter]
             if task_ids is None:
                 task_ids = _read(call, adapter)
             own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
             same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
-            for site, embeds in encoder.tokens(own.to(encoder.prefix_task_cols.device), same):
+            for site, embeds in encoder("tokens", own, same):
                 call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
         return call
 

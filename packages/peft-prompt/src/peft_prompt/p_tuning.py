@@ -41,7 +41,7 @@ class PromptEncoder(TableEncoder):
         super().__init__(size, network, size[1], config.inference_mode, creation)
 
     def compute(self, weight: Tensor) -> Tensor:
-        """Return the virtual tokens (tokens, hidden) from the table that the network reads, of the same shape."""
+        """Return the virtual tokens (tokens, hidden) from `weight`, the table that the network reads, of the same shape."""
         if "lstm_head" in self.parts:
             weight = self.get_submodule("lstm_head")(weight)
         found: Tensor = self.get_submodule("mlp_head")(weight)
@@ -50,6 +50,10 @@ class PromptEncoder(TableEncoder):
     def tokens(self) -> Tensor:
         """Return the virtual tokens that act (tokens, hidden)."""
         return self.memo.result(self, self._tokens)
+
+    def all_tokens(self) -> Tensor:
+        """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
+        return self.memo.result(self, self.table, key="all")
 
     def _tokens(self) -> Tensor:
         table = self.table()

@@ -60,7 +60,7 @@ class PrefixEncoder(TableEncoder):
             self.gate = nn.Parameter(torch.full((self.count,), GATE, device="meta" if creation.meta else "cpu"))
 
     def compute(self, weight: Tensor) -> Tensor:
-        """Return all keys and values (tokens, 2·layers·width) from the table that the network reads (tokens, width)."""
+        """Return all keys and values (tokens, 2·layers·width) from `weight`, the table that the network reads (tokens, width)."""
         found: Tensor = self.get_submodule("transform")(weight)
         return found
 
@@ -71,6 +71,10 @@ class PrefixEncoder(TableEncoder):
     def weights(self) -> Tensor | None:
         """Return log|g| of each token's gate g (tokens,), to be added to the scores of its keys; None: there are no gates."""
         return None if self.gate is None else self.gate.abs().clamp_min(SMALLEST).log()
+
+    def offered(self) -> tuple[KeysValues, Tensor | None]:
+        """Return `keys_values` and `weights`, in their shapes."""
+        return self.keys_values(), self.weights()
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: the table, the network behind it, the gates."""
@@ -117,6 +121,7 @@ class PrefixTuner(TunerBase):
         """Offer the keys and values of the adapters in use."""
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
-            encoder: PrefixEncoder = encoders[adapter]
-            call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=encoder.keys_values(), weights=encoder.weights()))
+            encoder = encoders[adapter]
+            keys_values, weights = encoder("offered")
+            call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=keys_values, weights=weights))
         return call

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
-from ..layers.token_rows import TokenRows
+from ..layers.token_rows import RowsLayer
 from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
-from ..tuners.targeting import matcher
+from ..tuners.targeting import target_matcher
 from ..tuners.tokens import TOKENS
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -57,9 +57,9 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
     except ModelError:
         return {}
     own = index.own[adapter]
-    wrappers = {path for (method, path) in own if method and not method.startswith("@")}
+    rows = {path: key for key in own for path in [key[1]] if isinstance(index.entries[key], RowsLayer)}
+    wrappers = {path for (method, path) in own if method and not method.startswith("@") and path not in rows}
     saved = {path for (method, path) in own if method == SAVED}
-    rows = {path for (method, path) in own if method == TOKENS}
     prefix = index.prefix(adapter) if wrapped else ""
     targeted = any(index.view.modules[path] is layer for path in wrappers for layer in layers)
     found: dict[str, Slot] = {}
@@ -68,7 +68,8 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
             continue
         if targeted and path not in wrappers:
             continue  # of a targeted pair only the targeted one is written: readers of the format expect no more
-        middle = ".base_layer" if path in wrappers else ".token_adapter.base_layer" if path in rows else ""
+        outer = ".token_adapter" if path in rows and rows[path][0] == TOKENS else ""
+        middle = f"{outer}.base_layer" if path in wrappers or path in rows else ""
         found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
     return found
 
@@ -79,7 +80,7 @@ def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) ->
     return {
         f"{prefix}{path}.{key}": slot
         for (_, path), module in index.modules_of(adapter)
-        if isinstance(module, TokenRows)
+        if isinstance(module, RowsLayer)
         for key, slot in module.further_slots(adapter).items()
     }
 
@@ -88,12 +89,12 @@ def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None
     targets: Any = getattr(config, "target_modules", None)
     if targets:
         if isinstance(targets, str):
-            matches = matcher(targets, "target_modules")
+            matches = target_matcher(targets, "target_modules")
             embedded = any(matches(path) for path in index.view.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
         else:
             embedded = any(name in targets for name in EMBEDDING_LAYER_NAMES)
         # of an embedding whose rows train, the rest of the table is the base's
-        if embedded and not any(method == TOKENS for method, _ in index.own[adapter]):
+        if embedded and not any(isinstance(index.entries[key], RowsLayer) for key in index.own[adapter]):
             return "embedding layers are targeted"
     original = _local_vocabulary(config.base_model_name_or_path)
     current = getattr(index.view.text_config, "vocab_size", None)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers.slots import Slot
+from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
 
 #: what wrapped models put before the path of a base module; removed where there is no wrapper
@@ -29,7 +30,12 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
     """
     prefix = index.prefix(adapter) if wrapped else ""
     keyed = {}
+    config = index.configs.get(adapter)
+    # heads that the task brings, of a config that can't name them: the reference implementation has none in such files
+    implied = {path for (kind, path), _ in index.modules_of(adapter) if kind == SAVED} if not hasattr(config, "modules_to_save") else ()
     for path, end, slot in index.slots(adapter):
+        if path in implied:
+            slot = replace(slot, optional=True)
         if slot.stands_for:
             slot = replace(slot, stands_for=tuple(file_key(prefix, path, other) for other in slot.stands_for))
         keyed[file_key(prefix, path, end)] = slot

@@ -70,7 +70,6 @@ def merge(
         active = list(wrapped.active_adapters)
         stage("merging")
         merged = wrapped.merge_and_unload(progressbar=progress, safe_merge=safe)
-        _untie(merged)
         stage("writing")
         files = _write(merged, [directory, base], out)
     return {
@@ -97,16 +96,6 @@ def _base(adapters: list[Adapter], base: Path) -> nn.Module:
             hint="is this the base that the adapter was trained on, and does its task_type fit?",
         )
     return model
-
-
-def _untie(model: Any) -> None:
-    """Say in the config that input and output embeddings differ, where an adapter made them: a reader would drop one of them."""
-    config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    if first is not None and last is not None and first.weight is not last.weight:
-        config.tie_word_embeddings = False
 
 
 def _require_empty(out: Path) -> None:

@@ -140,12 +140,12 @@ def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
 
 
 def _outside_targets(raw: Mapping[str, Any], spec: TunerSpec, paths: list[str]) -> list[str]:
-    from ..tuners.targeting import ALL_LINEAR, matcher
+    from ..tuners.targeting import ALL_LINEAR, target_matcher
 
     targets = raw.get("target_modules")
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR) or raw.get("target_parameters"):
         return []  # what is matched then is not decided by the names of modules
-    matches = matcher(targets, "target_modules")
+    matches = target_matcher(targets, "target_modules")
     return [path for path in paths if not matches(path.removeprefix(spec.base_prefix))]
 
 

@@ -121,11 +121,20 @@ class PeftConfig:
         }
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the text of `adapter_config.json`: keys and sets sorted, so that equal configs give equal bytes."""
+        """Return the text of `adapter_config.json`: keys and sets sorted, so that equal configs give equal bytes.
+
+        Args:
+            **overrides: fields to write with other values.
+        """
         return json.dumps(jsonable({**self.to_dict(), **overrides}), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Write `adapter_config.json` into a directory, which is created if missing.
+
+        Args:
+            save_directory: the directory.
+            auto_mapping_dict: written as `auto_mapping`; None: the config's own.
+            **kwargs: accepted for code that passes them, and not used.
 
         Raises:
             ConfigFileError: `save_directory` is a file.
@@ -163,6 +172,10 @@ class PeftConfig:
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
         """Return the object in a JSON file as a dict.
 
+        Args:
+            path_json_file: the file.
+            **kwargs: accepted for code that passes them, and not used.
+
         Raises:
             ConfigFileError: not readable as a JSON object.
         """
@@ -176,7 +189,7 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> PeftConfig:
-        """Build a config from a dict as tolerantly as from a file: unknown keys give one warning."""
+        """Build a config from `config_dict` as tolerantly as from a file: unknown keys give one warning."""
         return config_from_dict(config_dict, fallback=cls)
 
     @classmethod

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -23,6 +24,23 @@ class TaskType(str, enum.Enum):
 
 
 class _OpenEnum(type):
+    """A class that looks like an enum whose members are the methods that are installed."""
+
+    @property
+    def __members__(cls) -> Mapping[str, PeftType]:
+        from ..plugins.registry import registry
+
+        return MappingProxyType({name: PeftType(name) for name in registry.names()})
+
+    def __iter__(cls) -> Iterator[PeftType]:
+        return iter(cls.__members__.values())
+
+    def __len__(cls) -> int:
+        return len(cls.__members__)
+
+    def __contains__(cls, member: object) -> bool:
+        return isinstance(member, str) and member in cls.__members__
+
     def __getattr__(cls, name: str) -> PeftType:
         if name.startswith("_") or name != name.upper():
             raise AttributeError(name)

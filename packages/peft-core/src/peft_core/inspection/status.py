@@ -19,7 +19,19 @@ IRREGULAR = "irregular"
 
 @dataclass
 class TunerLayerStatus:
-    """One module with adapter weights. Names begin with ``model.`` for a wrapped model."""
+    """One module with adapter weights.
+
+    Args:
+        name: its path, which begins with ``model.`` in a wrapped model.
+        module_type: method and class (``"lora.Linear"``).
+        enabled: whether its adapters are switched on.
+        active_adapters: the adapters in use, in load order.
+        merged_adapters: those folded into the base weight.
+        requires_grad: adapter → whether its parameters train; ``"irregular"``: some.
+        available_adapters: those with weights here.
+        devices: adapter → where they are.
+        quantization_backend: the library that quantised the base layer, or None.
+    """
 
     name: str
     module_type: str
@@ -34,7 +46,17 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The whole model; ``"irregular"`` where its layers disagree."""
+    """The whole model; ``"irregular"`` where its layers disagree.
+
+    Args:
+        base_model_type: class of the base.
+        adapter_model_type: class of what holds the adapters.
+        peft_types: adapter → method.
+        trainable_params, total_params: numbers, as `PeftModel.get_nb_trainable_parameters` counts them.
+        num_adapter_layers: modules with adapter weights.
+        enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices, quantization_backend: as in
+            `TunerLayerStatus`, for all layers.
+    """
 
     base_model_type: str
     adapter_model_type: str

@@ -34,6 +34,7 @@ class Route:
         names: adapters that every row uses, in the order in which they act; with `per_row`, all that some row uses, in that order.
         per_row: for each row the adapters that it uses; ``()`` is the plain base.
         facts: things that a tuner tells its own layers for this call.
+        chosen: the same as numbers, for compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; filled in by `Activation.use`.
     """
 
     names: tuple[str, ...] = ()
@@ -54,6 +55,7 @@ class Route:
         """Return which rows of a batch use `adapter`: None (no row), `ALL`, or a tensor of row numbers (rows,).
 
         Each name stands for ``batch / len(per_row)`` neighbouring rows: beams of one sample, or the tokens of a flattened batch.
+        `device`: where the numbers are to be.
 
         Raises:
             RoutingError: the batch is no multiple of the number of names.
@@ -103,6 +105,7 @@ class _All:
         return (_All, ())
 
 
+#: the rows of a route that every row of the batch is in; as an index it selects every row
 ALL = _All()
 Rows = Tensor | _All | None
 NO_ROUTE = Route()
@@ -112,6 +115,9 @@ class Activation:
     """The adapters in use, shared by all adapter layers of a model: switching sets one attribute and visits no layer.
 
     A thread may override it for itself with `use`: concurrent requests do not see one another.
+
+    Args:
+        names: the adapters in use.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
@@ -139,12 +145,12 @@ class Activation:
         return self.selected.names
 
     def select(self, names: Sequence[str]) -> None:
-        """Choose the adapters for the whole model."""
+        """Choose the adapters `names` for the whole model."""
         self.selected = Route(tuple(names))
         self._refresh()
 
     def enable(self, enabled: bool) -> None:
-        """Switch all adapters on or off without forgetting which were chosen."""
+        """Switch all adapters on or off, as `enabled` says, without forgetting which were chosen."""
         self.enabled = enabled
         self._refresh()
 
@@ -154,7 +160,7 @@ class Activation:
             self.chosen = self._numbers(self.default.names).to(self.chosen.device)
 
     def place(self, name: str, device: torch.device) -> None:
-        """Give an adapter a number, for the model and all variants. `device`: where its layers are."""
+        """Give the adapter `name` a number, for the model and all variants. `device`: where its layers are."""
         root = self.root
         if name not in root.places:
             root.places[name] = len(root.places)
@@ -212,7 +218,13 @@ class Activation:
         return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
 
     def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> Activation:
-        """Return what a layer follows that has another choice than its model; overrides of threads are those of the model."""
+        """Return what a layer follows that has another choice than its model; overrides of threads are those of the model.
+
+        Args:
+            names: the adapters in use there.
+            enabled: whether they are switched on.
+            as_list: the names were given as a list, and are shown as one.
+        """
         root = self.root
         key = (tuple(names), enabled, as_list)
         found = root.variants.get(key)

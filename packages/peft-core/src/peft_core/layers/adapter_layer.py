@@ -23,6 +23,10 @@ class AdapterLayer(AdapterMerging):
     A subclass names its `containers`, adds parameters in `add`, and says its formula in `delta_weight`; forward, routing per
     sample, merging, saving and deleting follow from these. Where there is something cheaper than a whole ΔW, it overrides `contribute`.
 
+    Methods take an adapter's name as `adapter` (or `adapter_name`), the input of the base as `x`, its output as `y`, and what else the base takes as
+    `args` and `kwargs`. Shapes: x (rows, …, in) and y (rows, …, out); of an embedding x (rows, …) holds ids; of a convolution x (rows, in, …),
+    y (rows, out, …).
+
     Args:
         base_layer: the module to wrap; it may be an adapter layer of another tuner.
         activation: which adapters act, shared by all layers of a model.
@@ -114,12 +118,12 @@ class AdapterLayer(AdapterMerging):
         if observed:
             # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
             y: Tensor = base(x, *args, **kwargs).clone()
-        elif self._direct:
-            parameters = state["_parameters"]
-            y = F.linear(x, parameters["weight"], parameters["bias"])
+        elif self._direct and (weight := state["_parameters"].get("weight")) is not None:  # FSDP1 takes it out between calls of the module
+            y = F.linear(x, weight, state["_parameters"]["bias"])
         else:
             y = base(x, *args, **kwargs)
-            y = y if self._fresh else y.clone()
+            # another adapter's layer may keep its output for its gradients, or hand out a view of it
+            y = y if self._fresh and not (y.requires_grad and isinstance(base, AdapterLayer)) else y.clone()
         if self.merges:
             return y
         activation = self.activation
@@ -213,21 +217,21 @@ class AdapterLayer(AdapterMerging):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight."""
+        """The base weight, in its own layout."""
         return getattr(self.get_base_layer(), self.weight_name)  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base bias."""
+        """The base bias (out,), or None."""
         return getattr(self.get_base_layer(), self.bias_name, None)
 
     def get_base_weight(self) -> Tensor:
-        """Return the base weight as it is now, what is merged included."""
+        """Return the base weight as it is now, in its own layout, what is merged included."""
         found: Tensor = getattr(self.get_base_layer(), self.weight_name)
         return found
 
     def set_base_weight(self, weight_data: Tensor) -> None:
-        """Write numbers into the base weight, in place.
+        """Write `weight_data`, in the layout of the base weight, into it, in place.
 
         Raises:
             MergeError: something is merged into it, and could not be taken out again.

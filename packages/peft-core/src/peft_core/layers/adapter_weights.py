@@ -38,7 +38,7 @@ class AdapterWeights(Switches):
         def get_base_weight(self) -> Tensor: ...
 
     def add(self, adapter: str, config: Any) -> None:
-        """Create the weights of a new adapter with `new`, and set its `scaling` (1.0 otherwise)."""
+        """Create the weights of a new adapter with `new`, and set its `scaling` (1.0 otherwise). `config`: what the tuner's `settings` say."""
         raise NotImplementedError(f"{type(self).__name__} must define add(adapter, config)")
 
     def adapters(self) -> tuple[str, ...]:

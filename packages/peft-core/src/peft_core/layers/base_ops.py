@@ -14,7 +14,10 @@ from ..errors import UnsupportedModuleError
 
 
 class BaseOps(Protocol):
-    """How one kind of base layer uses its weight. `delta` is always seen as the matrix (out, in) of `matrix_shape`."""
+    """How one kind of base layer uses its weight. `delta` is always seen as the matrix (out, in) of `matrix_shape`.
+
+    Methods take the layer as `base`, its input as `x`, a tensor in the layout of its weight as `weight`.
+    """
 
     @property
     def kind(self) -> str:
@@ -163,7 +166,7 @@ class ConvolutionOps:
 
 
 def with_weight(base: nn.Module, weight: Tensor) -> Any:
-    """Return a module that computes as `base` does, but with another weight and without a bias. `base` is not touched.
+    """Return a module that computes as `base` does, but with `weight`, of any shape that suits, and without a bias. `base` is not touched.
 
     It is a shell of the same class with the same settings, so that subclasses with a constructor and a forward of their own keep theirs.
     """

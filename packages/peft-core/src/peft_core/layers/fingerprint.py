@@ -21,7 +21,7 @@ class Watch:
     step visits each layer with cold caches, and every object on the way costs.
 
     Args:
-        tensors: what to watch. Of tensors that were made in inference mode nothing can be known: they never hold.
+        tensors: what to watch, of whatever shapes. Of tensors that were made in inference mode nothing can be known: they never hold.
     """
 
     __slots__ = ("places", "versions", "was", "words")
@@ -39,7 +39,7 @@ class Watch:
         return _never, ()  # addresses mean nothing to a copy
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Return whether `tensors` are where the watched ones were, with the same values as far as can be told."""
+        """Return whether `tensors`, of whatever shapes, are where the watched ones were, with the same values as far as can be told."""
         if self.versions < 0:
             return False
         # the address comes first: the memory behind an old one may be gone
@@ -66,6 +66,9 @@ def _ends(tensor: Tensor) -> list[int]:
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, ...]:
-    """Return what a `Watch` looks at, as a key: cheaper to write, dearer to ask. Of tensors made in inference mode no two are equal."""
+    """Return what a `Watch` of `tensor`, of any shape, looks at, as a key: cheaper to write, dearer to ask.
+
+    Keys of tensors made in inference mode are never equal.
+    """
     watch = Watch(tensor)
     return watch.places, watch.versions if watch.versions >= 0 else -id(watch), watch.was

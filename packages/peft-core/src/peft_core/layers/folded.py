@@ -149,15 +149,15 @@ class Subtraction:
         self.delta, self.ops = delta.detach() if isinstance(delta, Tensor) else delta, ops
 
     def matrix(self, device: torch.device) -> Tensor:
-        """Return Δ (out, in)."""
+        """Return Δ (out, in) on `device`."""
         return self.delta.to(device) if isinstance(self.delta, Tensor) else self.delta(device)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return W − Δ."""
+        """Return `weight`, in the layout of the base, − Δ."""
         return _sum(weight, -self.ops.stored(self.matrix(weight.device)))
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return W' + Δ."""
+        """Return `weight`, in the layout of the base, + Δ."""
         return _sum(weight, self.ops.stored(self.matrix(weight.device)))
 
 

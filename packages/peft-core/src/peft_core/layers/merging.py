@@ -64,7 +64,7 @@ class Fold:
 
     Args:
         owner: the module that has the parameter.
-        name: name of the parameter in it.
+        name: name of the parameter in it, of any shape.
         change: what is done to it.
         shared: it also belongs to another module (tied embeddings): then `owner` gets one of its own meanwhile.
     """
@@ -78,7 +78,7 @@ class Fold:
         self._threads = torch.get_num_threads()
 
     def prepare(self) -> Tensor:
-        """Return the changed parameter's value without touching anything."""
+        """Return the changed parameter's value, of its shape, without touching anything."""
         # a fold that is taken out and done again starts from another weight: nothing of the first time may stay
         parameter = self.owner.get_parameter(self.name)
         self._original = parameter if self._shared else None
@@ -92,7 +92,7 @@ class Fold:
             return merged
 
     def put(self, merged: Tensor) -> None:
-        """Put the changed value in place: into the same parameter, or into one of its own where the parameter is shared."""
+        """Put `merged`, of the parameter's shape, in place: into the same parameter, or into one of its own where the parameter is shared."""
         parameter = self.owner.get_parameter(self.name)
         if self._original is not None:
             self.owner.register_parameter(self.name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
@@ -110,7 +110,7 @@ class Fold:
             parameter.copy_(self.before(parameter.detach()))
 
     def before(self, merged: Tensor) -> Tensor:
-        """Return the value that was there before, given the one that is there now. Changes nothing."""
+        """Return the value that was there before, given `merged`, the one that is there now, of the same shape. Changes nothing."""
         if self._original is not None:
             return self._original.detach()
         if self._copy is not None:
@@ -166,7 +166,7 @@ class Merge:
         return sum(fold.nbytes for fold in self.folds)
 
     def prepare(self, *, check_finite: bool) -> list[Tensor]:
-        """Return the merged values without touching anything.
+        """Return the merged values, in the shapes of the parameters, without touching anything.
 
         Raises:
             MergeError: `check_finite`, and one contains NaN or infinity.
@@ -185,7 +185,7 @@ class Merge:
         return values
 
     def apply(self, values: Sequence[Tensor]) -> None:
-        """Put what `prepare` returned in place."""
+        """Put `values`, what `prepare` returned, in the shapes of the parameters, in place."""
         for fold, merged in zip(self.folds, values, strict=True):
             fold.put(merged)
 
@@ -208,7 +208,7 @@ def pristine(owner: nn.Module, name: str = "weight") -> Tensor:
 
 
 def merges_of(owner: nn.Module) -> list[Merge]:
-    """Return the merges into a module's weight in the order in which they were done, whatever layers did them."""
+    """Return the merges into the weight of `owner`, a module of the base, in the order in which they were done, whatever layers did them."""
     stack: list[Merge] = owner.__dict__.setdefault(MERGES, [])
     return stack
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -35,7 +35,7 @@ class Slot:
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Slot:
-        """Return the slot of a parameter or buffer of `module`."""
+        """Return the slot of the parameter or buffer `name` of `module`."""
 
         def read() -> Tensor:
             tensor: Tensor = getattr(module, name)
@@ -57,7 +57,7 @@ class Slot:
 
 
 def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set a parameter or buffer: copied in place, or, where it is still on the meta device, put there as a new one."""
+    """Set the parameter or buffer `name` of `module` to `value`, of its shape: copied in place, or put there where it is still on the meta device."""
     current = getattr(module, name)
     if not current.is_meta:
         with torch.no_grad():
@@ -74,7 +74,10 @@ def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 @runtime_checkable
 class AdapterModule(Protocol):
-    """A module with weights of named adapters: a wrapped Linear, a prompt table, a saved head."""
+    """A module with weights of named adapters: a wrapped Linear, a prompt table, a saved head.
+
+    Methods take an adapter's name as `adapter`.
+    """
 
     def adapters(self) -> tuple[str, ...]:
         """Return the names of the adapters that have weights here."""
@@ -97,8 +100,8 @@ class AdapterModule(Protocol):
 class Mergeable(Protocol):
     """In addition, where the effect is a change of the base weight."""
 
-    def merge(self, adapters: tuple[str, ...], *, safe: bool = False) -> None:
-        """Fold the adapters that have weights here into the base weight."""
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold those of `adapter_names` that have weights here into the base weight; `safe_merge`: refuse results that are not finite."""
         ...
 
     def unmerge(self) -> None:

@@ -52,14 +52,12 @@ class Switches(nn.Module):
             inference_mode: they do not train either.
         """
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
-        own = self.adapters()
-        names = (*(name for name in own if name in given), *(name for name in given if name not in own))
-        self.activation = self.activation.variant(names, self.activation.enabled, not isinstance(adapter_names, str))
-        for name in own:
+        self.activation = self.activation.variant(given, self.activation.enabled, not isinstance(adapter_names, str))
+        for name in self.adapters():
             self._let_train(name, name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off in this module; which of them train does not change."""
+        """Switch adapters on or off in this module, as `enabled` says; which of them train does not change."""
         if enabled is not self.activation.enabled:
             self.activation = self.activation.variant(self.activation.names, enabled, self.activation.as_list)
 
@@ -89,7 +87,10 @@ class Switches(nn.Module):
 
 
 class AuxiliaryTrainingWrapper(Switches):
-    """What stands around a module of the base for a part of an adapter that every method may have: saved modules, rows of tokens."""
+    """What stands around a module of the base for a part of an adapter that every method may have: saved modules, rows of tokens.
+
+    Methods take an adapter's name as `adapter_name`.
+    """
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Return key in an adapter's file → key in memory, both behind the path of this module."""

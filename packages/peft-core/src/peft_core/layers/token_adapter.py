@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .token_rows import TokenRows
 
 
-class _Buffers(nn.Module):
-    """Buffers by adapter that no file holds."""
+class Originals(nn.Module):
+    """Buffers by adapter that no file holds: rows as they were when they began to train."""
 
 
 class TokenAdapter(Switches):
@@ -32,7 +32,7 @@ class TokenAdapter(Switches):
         super().__init__()
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
-        self.trainable_tokens_original = _Buffers()
+        self.trainable_tokens_original = Originals()
         self.__dict__["rows"] = rows  # not a part of this one, but the other way round
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,13 +14,12 @@ from ..errors import ConfigError
 from .activation import Activation
 from .adapter_layer import AdapterLayer
 from .base_ops import with_weight
-from .merging import Fold, Merge
+from .merging import Merge
+from .rows_change import RowsChange, RowsFold
 from .slots import Slot
 from .switching import AuxiliaryTrainingWrapper
-from .token_adapter import TokenAdapter
+from .token_adapter import Originals, TokenAdapter
 
-#: what files call the rows, behind the path of the module
-KEY = "token_adapter.trainable_tokens_delta"
 #: output layers of at most so many numbers are multiplied as a whole: that takes no longer, and scores have the bits that they have when merged
 SMALL = 2**16
 
@@ -34,12 +33,14 @@ class RowSettings:
         indices: which rows; each once, from 0.
         source: the layer that holds them, where the module has its weight in common with another one; None: this one.
         alone: the base's weight also belongs to a module that does not get these rows.
+        random: the rows start as normal random numbers instead of the base's.
     """
 
     path: str
     indices: tuple[int, ...]
-    source: TokenRows | None = None
+    source: RowsLayer | None = None
     alone: bool = False
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,41 +67,50 @@ class _Table:
         return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
 
 
-class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
+class RowsLayer(AdapterLayer):
     """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
 
     The base computes as ever; where its input is in T (of an output layer: where its output is), the result is overwritten. It is always
     the outermost wrapper, so that a row is what D says whatever other adapters do to the rest of the table.
 
-    Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
+    Shapes: `trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
 
     base_types = (nn.Embedding, nn.Linear)
     additive: ClassVar[bool] = False
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "alone")
+    adapter_layer_names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
+    #: what files call the rows, behind the path of the module
+    key: ClassVar[str] = "trainable_tokens_delta"
+    #: whether adapters may train the same row; where they are in use at once, that of the last one counts
+    may_overlap: ClassVar[bool] = False
+    #: whether files have rows that two modules have in common under the names of both
+    written_twice: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__(base_layer, activation)
-        # in this order parameters get the names that begin with token_adapter
-        del self._modules["base_layer"]
-        self.token_adapter = TokenAdapter(base_layer, self)
-        self._modules["base_layer"] = base_layer
+        self.hold(base_layer)
         self._around_base = (self._direct, self._fresh)
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tables: dict[str, _Table] = {}
         #: adapter → the layer that holds its rows, where it is another one
-        self.sources: dict[str, TokenRows] = {}
+        self.sources: dict[str, RowsLayer] = {}
         self.alone: dict[str, bool] = {}
         self._borrows = False
 
+    def hold(self, base_layer: nn.Module) -> None:
+        """Make the places for rows of `base_layer`."""
+        self.trainable_tokens_delta = nn.ParameterDict()
+        self.trainable_tokens_original = Originals()
+
     @property
-    def original_module(self) -> nn.Module:
-        """The module of the base."""
-        return self.get_base_layer()
+    def part(self) -> Any:
+        """The module that has these places."""
+        return self
 
     def put_inside(self, module: nn.Module) -> None:
-        """Set what the rows are written over: the base, or a wrapper around it."""
-        self._modules["base_layer"] = self.token_adapter._modules["base_layer"] = module
+        """Set what the rows are written over: `module`, the base or a wrapper around it."""
+        self._modules["base_layer"] = module
         self._direct, self._fresh = (False, True) if isinstance(module, AdapterLayer) else self._around_base
 
     # ---- weights ---------------------------------------------------------------------------------------------------
@@ -110,7 +120,7 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
         Raises:
             ConfigError: another adapter trains one of the rows.
         """
-        for other, indices in self.indices.items():
+        for other, indices in () if self.may_overlap else self.indices.items():
             common = sorted({*indices} & {*config.indices})
             if common:
                 raise ConfigError(
@@ -118,18 +128,19 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
                     hint="give each adapter tokens of its own, or delete_adapter the other one",
                 )
         self.indices[adapter], self.alone[adapter] = config.indices, config.alone
-        part = self.token_adapter
+        part = self.part
         if config.source is not None:
             self.sources[adapter] = config.source
             if not part.trainable_tokens_delta:  # as in the reference implementation, both have the rows under their names
-                self._borrows, part.trainable_tokens_delta = True, config.source.token_adapter.trainable_tokens_delta
+                self._borrows, part.trainable_tokens_delta = True, config.source.part.trainable_tokens_delta
             return
         if self._borrows:
             self._borrows, part.trainable_tokens_delta = False, nn.ParameterDict()
         self.tables[adapter] = _Table.of(config.indices)
         rows = self._initial_rows(adapter)
+        start = rows.new_empty(rows.shape).normal_() if config.random and self.creation.initialise else rows
         part.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
-        part.trainable_tokens_delta[adapter] = self.keep_parameter(rows)
+        part.trainable_tokens_delta[adapter] = self.keep_parameter(start)
 
     def _initial_rows(self, adapter: str) -> Tensor:
         """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""
@@ -146,7 +157,7 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
 
     def rows_of(self, adapter: str) -> Tensor:
         """Return D (|T|, dim)."""
-        found: Tensor = self.sources.get(adapter, self).token_adapter.trainable_tokens_delta._parameters[adapter]  # type: ignore[assignment]
+        found: Tensor = self.sources.get(adapter, self).part.trainable_tokens_delta._parameters[adapter]
         return found
 
     def table(self, adapter: str, device: torch.device) -> _Table:
@@ -159,21 +170,21 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
 
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield (end of the file key, module, attribute) of the rows, if they are this layer's own."""
-        if adapter in self.indices and adapter not in self.sources:
-            yield KEY, self.token_adapter.trainable_tokens_delta, adapter
+        if adapter in self.indices and (adapter not in self.sources or self.written_twice):
+            yield self.key, self.sources.get(adapter, self).part.trainable_tokens_delta, adapter
 
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
-        return {KEY: f"{KEY}.{adapter_name}"} if adapter_name in self.tables else {}
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds of the rows; those of another layer may be missing in it."""
+        return {key: replace(slot, optional=adapter in self.sources) for key, slot in super().slots(adapter).items()}
 
     def further_slots(self, adapter: str) -> dict[str, Slot]:
         """Return what a file may hold besides: the reference implementation also writes rows for modules that have their weight in common."""
         source = self.sources.get(adapter)
-        return {} if source is None else {KEY: Slot.of(source.token_adapter.trainable_tokens_delta, adapter)}
+        return {} if source is None else {self.key: Slot.of(source.part.trainable_tokens_delta, adapter)}
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's rows out; a name that is not here is ignored."""
-        part = self.token_adapter
+        part = self.part
         if adapter in self.tables:  # its own
             if adapter in part.trainable_tokens_delta:
                 del part.trainable_tokens_delta[adapter]
@@ -199,7 +210,7 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
 
     def delta_weight(self, adapter: str) -> Tensor:
         """Return E' − E as a matrix (out, in), for E as it was when the adapter was made; all but the rows is 0."""
-        original = self.sources.get(adapter, self).token_adapter.trainable_tokens_original._buffers[adapter]
+        original = self.sources.get(adapter, self).part.trainable_tokens_original._buffers[adapter]
         assert original is not None
         rows = self.rows_of(adapter) - original
         table = self.table(adapter, rows.device)
@@ -250,6 +261,42 @@ class TokenRows(AdapterLayer, AuxiliaryTrainingWrapper):
         folds = [fold for merge in source.merges if adapter in merge.adapters for fold in merge.folds]
         return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
 
+
+class TokenRows(RowsLayer, AuxiliaryTrainingWrapper):
+    """Rows that a part of an adapter trains which every method may have (`trainable_token_indices`).
+
+    Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
+    """
+
+    key = f"token_adapter.{RowsLayer.key}"
+    written_twice = False
+
+    def hold(self, base_layer: nn.Module) -> None:
+        """Make the places for rows: in a module around the base."""
+        # in this order parameters get the names that begin with token_adapter
+        del self._modules["base_layer"]
+        self.token_adapter = TokenAdapter(base_layer, self)
+        self._modules["base_layer"] = base_layer
+
+    @property
+    def part(self) -> Any:
+        """The module that has these places."""
+        return self.token_adapter
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The module of the base."""
+        return self.get_base_layer()
+
+    def put_inside(self, module: nn.Module) -> None:
+        """Set what the rows are written over: the base, or a wrapper around it."""
+        super().put_inside(module)
+        self.token_adapter._modules["base_layer"] = module
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
+        return {self.key: f"{self.key}.{adapter_name}"} if adapter_name in self.tables else {}
+
     # ---- names in state dicts: the base stands under token_adapter only ----------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors, each once, as the reference implementation names them."""
@@ -281,78 +328,3 @@ def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor
         look_up.__self__.padding_idx, look_up.__self__.sparse = padding, False
         found = look_up(places)
     return torch.where(hit.unsqueeze(-1), found.to(y.dtype), y)
-
-
-class RowsChange:
-    """W → W with some rows overwritten. The rows are kept as they were when merged."""
-
-    additive = False
-    invertible = False
-
-    def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self.indices = torch.cat([indices for indices, _ in rows])
-        self.rows = torch.cat([values.detach() for _, values in rows])
-
-    def apply(self, weight: Tensor) -> Tensor:
-        """Return a weight with the rows."""
-        return weight.index_copy(0, self.indices.to(weight.device), self.rows.to(weight))
-
-    def invert(self, weight: Tensor) -> Tensor:
-        """Return `weight`: the way back is not in the rows."""
-        return weight
-
-
-class RowsFold(Fold):
-    """Overwrites rows in place; the few that were there are the way back. With `shared`, in a weight of the owner's own meanwhile.
-
-    All modules that have the weight in common get the rows, as they should.
-    """
-
-    change: RowsChange
-
-    def __init__(self, owner: nn.Module, name: str, change: RowsChange, *, shared: bool = False) -> None:
-        super().__init__(owner, name, change, shared=shared)
-        #: the parameter in which the rows are
-        self.written: nn.Parameter | None = None
-        self._before: Tensor | None = None
-
-    def prepare(self) -> Tensor:
-        """Return what is written, without touching anything."""
-        if self._shared:
-            return super().prepare()
-        parameter = self.owner.get_parameter(self.name)
-        self._before = parameter.detach()[self.change.indices.to(parameter.device)]
-        return self.change.rows.to(parameter)
-
-    def put(self, merged: Tensor) -> None:
-        """Write the rows."""
-        if self._shared:
-            super().put(merged)
-        else:
-            self._write(merged)
-        self.written = self.owner.get_parameter(self.name)
-
-    def undo(self) -> None:
-        """Write back what was there."""
-        if self._shared:
-            super().undo()
-        else:
-            assert self._before is not None
-            self._write(self._before)
-        self.written = None
-
-    def before(self, merged: Tensor) -> Tensor:
-        """Return the weight that was there before; changes nothing."""
-        if self._shared or self._before is None:
-            return super().before(merged)
-        return merged.index_copy(0, self.change.indices.to(merged.device), self._before.to(merged))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are kept for the way back."""
-        return 0 if self._before is None else self._before.numel() * self._before.element_size()
-
-    def _write(self, rows: Tensor) -> None:
-        parameter = self.owner.get_parameter(self.name)
-        with torch.no_grad():
-            parameter.index_copy_(0, self.change.indices.to(parameter.device), rows.to(parameter))

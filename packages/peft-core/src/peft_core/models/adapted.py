@@ -373,6 +373,15 @@ class AdaptedModel(nn.Module, AdapterOperations):
         """Adapter → config, in load order."""
         return self._peft_index.configs
 
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, PeftConfig]) -> None:
+        """Exchange the configs of the adapters; what they have computed from the old ones stays."""
+        present = self._peft_index.configs
+        if not isinstance(configs, Mapping) or set(configs) != set(present) or not all(isinstance(each, PeftConfig) for each in configs.values()):
+            raise ConfigError(f"peft_config takes a dict with a PeftConfig for each of {list(present)}", hint="add_adapter and delete_adapter")
+        present.update(configs)
+        self._peft_index.refresh()
+
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Return (numbers that train, all numbers) of this model; shared parameters count once."""
         return counting.count(self)

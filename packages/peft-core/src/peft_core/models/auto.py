@@ -28,7 +28,7 @@ _BASES = {
 
 
 class AutoPeftModel:
-    """Makes the class that the adapter's config asks for: `from_pretrained` is all that there is."""
+    """Makes the class that the adapter's config asks for: `from_pretrained` is all there is; a call with any `args`, `kwargs` is an error."""
 
     #: the only task whose adapters this class loads; None: any
     task: ClassVar[str | None] = None
@@ -59,7 +59,7 @@ class AutoPeftModel:
 
         Raises:
             ConfigError: the config names no base, belongs to another task, or to a library that must not be imported.
-            others as `PeftModel.from_pretrained`.
+            others: as `PeftModel.from_pretrained`.
         """
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS or name == "subfolder"}
         own = {**hub, **({"revision": revision} if revision is not None else {})}

@@ -148,7 +148,8 @@ def inject_adapter_in_model(
 
     Raises:
         CapabilityError: the method takes part in calls (virtual tokens, facts for its layers), and those of a bare model are its own.
-        others as `get_peft_model`; the model is as before.
+        ConfigError: `peft_config` is no config.
+        others: as `get_peft_model`; the model is as before.
     """
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
@@ -159,7 +160,8 @@ def inject_adapter_in_model(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
-    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage), view=view, mount_on=model)
+    # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
+    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model)
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
     index.follow_model()
@@ -192,15 +194,16 @@ def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -
         cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
         if cut and parts[:cut] != _BESIDE:
             paths.add(".".join(part for part in parts[:cut] if part != "base_layer"))  # wrappers inside others
-    unknown = sorted(paths - index.view.modules.keys())
-    if unknown:
-        raise ConfigError(
-            f"state_dict names modules that {index.view.name} does not have: {listed(unknown)}",
-            hint=did_you_mean(unknown[0], index.view.modules) or None,
-        )
     if not paths:
         raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
-    return frozenset(paths)
+    unknown = sorted(paths - index.view.modules.keys())
+    if unknown:
+        message = f"state_dict names modules that {index.view.name} does not have: {listed(unknown)}"
+        hint = did_you_mean(unknown[0], index.view.modules)
+        if len(unknown) == len(paths):
+            raise ConfigError(message, hint=hint or None)
+        warnings.warn(f"{message}{f'; {hint}' if hint else ''}", PeftWarning, stacklevel=4)
+    return frozenset(paths - set(unknown))
 
 
 def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: str, chosen: frozenset[str]) -> None:

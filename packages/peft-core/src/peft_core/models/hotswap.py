@@ -49,7 +49,7 @@ def hotswap_adapter(
 
     Raises:
         ConfigFileError, AdapterFileError: there is no adapter.
-        others as `hotswap_adapter_from_state_dict`.
+        AdapterNotFoundError, CapabilityError, MergeError, ConfigError, AdapterWeightsError: as `hotswap_adapter_from_state_dict`.
     """
     index = require_index(model)
     index.require(adapter_name)

@@ -28,7 +28,7 @@ class LoadableModel(AdaptedModel):
 
     @classmethod
     def class_for(cls, task: str) -> type[Any]:
-        """Return the class of models for a task, as in `TaskType`."""
+        """Return the class of models for a `task`, as in `TaskType`."""
         return cls
 
     @classmethod
@@ -64,6 +64,7 @@ class LoadableModel(AdaptedModel):
         Raises:
             ConfigFileError, AdapterFileError: there is no adapter.
             AdapterWeightsError: its tensors do not fit; the base is as before.
+            ConfigError: `config` is no config, or its values do not suit the base.
         """
         hub = take_hub_arguments(kwargs)
         if config is None:
@@ -109,7 +110,7 @@ class LoadableModel(AdaptedModel):
 
         Raises:
             AdapterFileError: there is no manifest, or it names what is not there.
-            others as `from_pretrained`; the base is as before.
+            others: as `from_pretrained`; the base is as before.
         """
         stack = read_stack(directory)
         root = Path(directory)
@@ -139,7 +140,7 @@ class LoadableModel(AdaptedModel):
         return get_model_status(self)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write or update `README.md` in a folder. Doing it twice changes nothing."""
+        """Write or update `README.md` in the folder `output_dir`, which is created if missing. Doing it twice changes nothing."""
         from ..checkpoint import model_card
         from ..checkpoint.files import AtomicFolder
 
@@ -150,7 +151,11 @@ class LoadableModel(AdaptedModel):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The config of the adapter in use (of the first, if there are several)."""
+        """The config of the adapter in use (of the first, if there are several).
+
+        Raises:
+            ModelError: none is in use.
+        """
         index = self._peft_index
         if not index.active:
             raise ModelError("no adapter is active", hint="set_adapter one")

@@ -59,6 +59,8 @@ PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = _ByMethod(registry.config_class)
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = _ByMethod(registry.tuner_class)
 #: method → class of models in which it can be mixed with others: any can
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: PeftMixedModel)
+#: method → what the names of its parameters begin with
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: registry.resolve(peft_type).parameter_prefix)
 #: model type → what makes a cache of keys and values; nothing has to since transformers has caches of its own
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 

@@ -54,7 +54,7 @@ class MethodModel(TunerModel, metaclass=_OfMethod):
 
     Raises:
         ConfigError: the config is of another method.
-        others as `inject_adapter_in_model`; the model is as before.
+        others: as `inject_adapter_in_model`; the model is as before.
     """
 
     peft_type: ClassVar[str | None] = None

@@ -19,10 +19,11 @@ class PeftMixedModel(LoadableModel):
     layers, those with virtual tokens, and those of third parties. It trains, saves (`save_pretrained`, `from_stack`) and has a status.
 
     Args:
-        model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage: as `PeftModel`.
+        model, peft_config, adapter_name: as `PeftModel`.
+        *args, **kwargs: `autocast_adapter_dtype`, `low_cpu_mem_usage`, as `PeftModel`.
 
     Raises:
-        as `PeftModel`.
+        others: as `PeftModel`.
 
     Example:
         >>> model = PeftMixedModel.from_pretrained(base, "folder/lora", "one")
@@ -37,6 +38,9 @@ class PeftMixedModel(LoadableModel):
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Remove one adapter or several.
+
+        Args:
+            adapter_name: a name or names.
 
         Raises:
             AdapterNotFoundError: the model lacks one; nothing is removed then.

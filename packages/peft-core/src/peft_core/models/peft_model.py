@@ -25,6 +25,7 @@ class PeftModel(LoadableModel):
         adapter_name: its name.
         autocast_adapter_dtype: half-precision adapter weights are kept in float32.
         low_cpu_mem_usage: weights on the meta device, to be loaded later.
+        source, strict, ignore_mismatched_sizes: for `from_pretrained`, which passes the tensors of a file.
 
     Raises:
         UnknownTunerError, PluginError: the method is not installed, or its plugin is broken.
@@ -37,7 +38,7 @@ class PeftModel(LoadableModel):
 
     @classmethod
     def class_for(cls, task: str) -> type[PeftModel]:
-        """Return the class of models for a task, as in `TaskType`; this one for others."""
+        """Return the class of models for a `task`, as in `TaskType`; this one for others."""
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
 
     @property
@@ -86,6 +87,9 @@ class PeftModel(LoadableModel):
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """Return the virtual tokens of the adapter in use: (batch, tokens, hidden), or a cache of keys and values.
 
+        On encoder-decoder models `tokens` is num_virtual_tokens·num_transformer_submodules: a table holds tokens for both, of which prompt tuning
+        and p-tuning use the first num_virtual_tokens, before the encoder's text.
+
         Args:
             batch_size: how many samples; each gets the same tokens unless `task_ids` say otherwise.
             task_ids: (batch,), for methods with several tasks.
@@ -107,6 +111,7 @@ class PeftModel(LoadableModel):
             batch_size,
             device,
             arguments={"task_ids": task_ids} if task_ids is not None else {},
+            entire=True,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
             for tuner in index.speakers:
@@ -116,7 +121,10 @@ class PeftModel(LoadableModel):
         return prompt_of(call, index.forward, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Return what a file holds of a prompt: detached, on the CPU.
+        """Return what a file holds of a prompt: detached, on the CPU; (tokens, hidden), of a prefix (tokens, 2·layers·width).
+
+        Args:
+            adapter_name: which adapter.
 
         Raises:
             AdapterNotFoundError: the model has no such adapter.
@@ -131,6 +139,13 @@ class PeftModel(LoadableModel):
 
 
 class _TaskModel(PeftModel):
+    """What the classes of tasks share.
+
+    Args:
+        model, peft_config, adapter_name: as `PeftModel`.
+        **kwargs: `autocast_adapter_dtype`, `low_cpu_mem_usage`, as `PeftModel`.
+    """
+
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
@@ -201,6 +216,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
         return getattr(self.get_base_model(), "_prepare_encoder_decoder_kwargs_for_generation", None)
 
 
+#: task → class of its models
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     cls.task.name: cls
     for cls in (

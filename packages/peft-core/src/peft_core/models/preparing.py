@@ -125,5 +125,5 @@ def infer_device() -> str:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return a weight the other way round if it is stored (in, out)."""
+    """Return `weight` (in, out) as (out, in) if `fan_in_fan_out`; as it is otherwise."""
     return weight.T if fan_in_fan_out else weight

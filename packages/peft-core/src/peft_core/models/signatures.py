@@ -33,6 +33,10 @@ def update_generate_signature(model: Any) -> None:
 def update_signature(model: Any, method: Literal["all", "forward", "generate"] = "all") -> None:
     """Show the base's signatures: of `forward`, of `generate`, or of both.
 
+    Args:
+        model: a `PeftModel`.
+        method: ``"forward"``, ``"generate"`` or ``"all"``.
+
     Raises:
         ConfigError: `method` is none of these.
     """
@@ -61,7 +65,7 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or repository holds the config of an adapter."""
+    """Return whether a folder or repository, `model_name_or_path`, holds the config of an adapter."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (PeftError, OSError, ValueError):

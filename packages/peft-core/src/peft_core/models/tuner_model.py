@@ -75,6 +75,9 @@ class AdapterOperations:
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
 
+        Args:
+            adapter_name: which adapter.
+
         Raises:
             AdapterNotFoundError: the model has no such adapter.
             MergeError: it is merged.
@@ -96,6 +99,10 @@ class AdapterOperations:
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, whether they are in use or not.
 
+        Args:
+            adapter_names: a name or names.
+            requires_grad: whether they train.
+
         Raises:
             AdapterNotFoundError: the model lacks one.
         """
@@ -103,6 +110,19 @@ class AdapterOperations:
         self._peft_index.require(*names)
         for name in names:
             self._peft_index.set_trainable(name, requires_grad)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether a low-rank product can stand for what an adapter does in each of its layers.
+
+        Args:
+            adapter_name: which adapter.
+
+        Raises:
+            AdapterNotFoundError: the model has no such adapter.
+        """
+        self._peft_index.require(adapter_name)
+        layers = [module for (kind, _), module in self._peft_index.modules_of(adapter_name) if kind and not kind.startswith("@")]
+        return bool(layers) and all(isinstance(layer, AdapterLayer) and layer.supports_lora_conversion(adapter_name) for layer in layers)
 
     @contextmanager
     def use_adapters(self, *adapter_names: str) -> Iterator[None]:
@@ -178,7 +198,11 @@ class TunerModel(nn.Module, AdapterOperations):
 
     @property
     def prefix(self) -> str:
-        """What the parameter names of the first adapter's method begin with."""
+        """What the parameter names of the first adapter's method begin with.
+
+        Raises:
+            AdapterNotFoundError: there is no adapter.
+        """
         index = self._peft_index
         if not index.configs:
             raise AdapterNotFoundError("the model has no adapter")
@@ -203,8 +227,9 @@ class TunerModel(nn.Module, AdapterOperations):
 
         Raises:
             AdapterNotFoundError: `peft_config` has no such config.
+            AdapterNameError: it is added already.
             ModelError: `model` is another.
-            others as `inject_adapter_in_model`; the model and `peft_config` are as before.
+            others: as `inject_adapter_in_model`; the model and `peft_config` are as before.
         """
         from .factory import chosen_by
 
@@ -223,12 +248,12 @@ class TunerModel(nn.Module, AdapterOperations):
             raise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the base."""
+        """Call the base with `args` and `kwargs`."""
         return self.model(*args, **kwargs)
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return the base's config as a dict; ``{"model_type": "custom"}`` without one."""
+        """Return the config of `model`, the base, as a dict; ``{"model_type": "custom"}`` without one."""
         config = getattr(model, "config", None)
         if config is None:
             return {"model_type": "custom"}

@@ -28,8 +28,13 @@ from .spec import TunerSpec
 class TunerInfo:
     """What is known of a tuner without importing it.
 
-    `state` is ``"available"`` (not imported yet), ``"loaded"``, ``"registered"`` (by `register_tuner`), ``"broken"``
-    (see `error`) or ``"conflict"`` (offered by more than one distribution).
+    Args:
+        peft_type: the method.
+        distribution, version: the package that offers it, and its version.
+        module: what its entry point names.
+        state: ``"available"`` (not imported yet), ``"loaded"``, ``"registered"`` (by `register_tuner`), ``"broken"`` (see `error`) or
+            ``"conflict"`` (offered by more than one distribution).
+        error: why it can't be used; None: nothing is known against it.
     """
 
     peft_type: str
@@ -310,12 +315,24 @@ def list_tuners() -> list[TunerInfo]:
 
 
 def get_tuner_spec(peft_type: str) -> TunerSpec:
-    """Return the spec of a tuner. Raises as `Registry.resolve` does."""
+    """Return the spec of a tuner, importing its plugin if that has not happened yet.
+
+    Args:
+        peft_type: the method, in upper or lower case.
+
+    Raises:
+        UnknownTunerError: nothing installed or registered has this name.
+        DuplicateTunerError, IncompatiblePluginError, PluginError: it can't be used; the message names its distribution.
+    """
     return registry.resolve(peft_type)
 
 
 def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
     """Make a tuner known without packaging it, for example in a notebook.
+
+    Args:
+        spec: the tuner.
+        replace: take the place of one of this name.
 
     Raises:
         DuplicateTunerError: the name is taken and `replace` is False.
@@ -324,5 +341,5 @@ def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
 
 
 def unregister_tuner(peft_type: str) -> None:
-    """Forget a tuner that was made known with `register_tuner`."""
+    """Forget the tuner `peft_type` that was made known with `register_tuner`; a name that was not is ignored."""
     registry.unregister(peft_type)

@@ -31,7 +31,7 @@ from .models import TASKS, inputs_of, tiny
 _SELECTING = frozenset(field.name for field in dataclasses.fields(LayerConfig))
 
 #: keys of an example that are no fields of its config
-_EXTRA = frozenset({"base", "arguments"})
+_EXTRA = frozenset({"base", "arguments", "second"})
 
 
 class SuiteBase:
@@ -40,7 +40,8 @@ class SuiteBase:
     Attributes:
         peft_type: the tuner; it must be installed or registered.
         configs: name → fields of its config. The extra key ``"base"`` chooses a model of `BASES`, default ``"llama"``; ``"arguments"`` has a list for
-            each keyword of a call that belongs to the tuner (`TunerSpec.call_arguments`): one entry for each row, repeated.
+            each keyword of a call that belongs to the tuner (`TunerSpec.call_arguments`): one entry for each row, repeated; ``"second"`` has
+            the fields in which further adapters on one model differ, where two equal ones would stand in for one another.
             Without any: the examples of the tuner's spec, else one config with nothing but defaults.
         expected_failures: check → reason. Strict: a listed check that passes is a failure, so that the list can only shrink.
         neutral_start: a new adapter leaves the outputs as they are. None: expected of tuners that wrap layers, not of others.
@@ -145,13 +146,18 @@ class SuiteBase:
         }
         return get_peft_config({"peft_type": self.peft_type, **fields, "target_modules": [target]})
 
-    def model(self, name: str, *adapters: str, seed: int = 1, random: bool = True, base: nn.Module | None = None) -> PeftModel:
+    def second_config(self, name: str) -> PeftConfig:
+        """Return the config of further adapters on one model."""
+        return self.config(name, **self.named_configs()[name].get("second", {}))
+
+    def model(self, name: str, *adapters: str, seed: int = 1, random: bool = True, base: nn.Module | None = None, second: bool = False) -> PeftModel:
         """Return a model in eval mode with adapters (default one called ``default``), their weights random so that they have an effect."""
         names = adapters or ("default",)
         with quiet():
-            wrapped = get_peft_model(self.base(name) if base is None else base, self.config(name), names[0])
+            first = self.second_config(name) if second else self.config(name)
+            wrapped = get_peft_model(self.base(name) if base is None else base, first, names[0])
             for other in names[1:]:
-                wrapped.add_adapter(other, self.config(name))
+                wrapped.add_adapter(other, self.second_config(name))
         if random:
             for offset, adapter in enumerate(names):
                 randomise(wrapped, adapter, seed + offset)

@@ -141,7 +141,7 @@ class BehaviourChecks(SuiteBase):
         Protects from one adapter answering, or being trained, in the place of another.
         """
         model = self.model(name, "one", "two")
-        alone = {adapter: self.output(self.model(name, "x", seed=seed), name) for adapter, seed in (("one", 1), ("two", 2))}
+        alone = {adapter: self.output(self.model(name, "x", seed=seed, second=adapter == "two"), name) for adapter, seed in (("one", 1), ("two", 2))}
         for adapter, other in (("two", "one"), ("one", "two")):
             model.set_adapter(adapter)
             self.close(self.output(model, name), alone[adapter], f"{adapter!r} computes something else beside {other!r}")

@@ -55,6 +55,8 @@ class BaseForward:
                 or bool(getattr(view.config, "is_decoder", False))
             )
         self.causal = says and not self.encoder_decoder
+        #: it has a head that predicts the next token
+        self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
         #: how far back layers look that do not look at everything; 0: all look at everything
         self.window = _window(view)
 
@@ -152,14 +154,15 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
     if embeds:
         inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
         inputs.pop("input_ids", None)
-        for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if task.token_labels else ())):
+        labelled = task.labels_each_token(inputs.get("labels"), tuple(text.shape[:2]))
+        for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
             if isinstance(inputs.get(name), Tensor):
                 inputs[name] = led(inputs[name], n_embeds, filler)
         if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
             inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
         elif mask is not None and forward.causal and task.pools:
             inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
-        elif mask is not None and forward.causal and task.generates and isinstance(inputs.get("labels"), Tensor):
+        elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
             inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
     if kv:

@@ -75,13 +75,13 @@ class BaseView:
         return tuple(group) if path in group and len(group) > 1 else ()
 
     def choosing(self, names: Iterable[str]) -> BaseView:
-        """Return the same view, in which exactly these modules are targets."""
+        """Return the same view, in which exactly the modules `names` are targets."""
         twin = copy.copy(self)
         twin.chosen = frozenset(names)
         return twin
 
     def with_heads(self, heads: Iterable[str]) -> BaseView:
-        """Return the same view of a model whose task saves these modules whole."""
+        """Return the same view of a model whose task saves the modules `heads` whole."""
         twin = copy.copy(self)
         twin.heads = tuple(heads)
         return twin

@@ -24,7 +24,7 @@ from ..layers.switching import AuxiliaryTrainingWrapper
 from ..plugins import Capability, TunerSpec
 from . import tying
 from .base_view import BaseView
-from .targeting import matcher
+from .targeting import target_matcher
 from .tasks import TASKS
 from .tokens import TOKENS, TokenRequest, TrainedTokens
 from .tuner import Plan, TunerBase, Wrap
@@ -92,6 +92,12 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     A row sees the copy of the last of its adapters that has one, otherwise the original.
 
+    Methods take an adapter's name as `adapter` (or `adapter_name`), and what the module takes as `x`, `args` and `kwargs`.
+
+    Args:
+        original: the module of the base.
+        activation: which adapters act.
+
     Attributes:
         original_module: the module of the base.
         modules_to_save: adapter → its copy.
@@ -108,7 +114,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.tied: dict[str, ModulesToSaveWrapper] = {}
 
     def attach(self, adapter: str, creation: Creation, tied_to: ModulesToSaveWrapper | None = None) -> None:
-        """Add a copy for `adapter`. The copy keeps the dtype of the original; its weight may be that of the copy in another wrapper."""
+        """Add a copy for `adapter` as `creation` says, in the dtype of the original; its weight may be that of the copy in `tied_to`."""
         duplicate = _plain_copy(self.original_module)
         self.modules_to_save[adapter] = (duplicate.to("meta") if creation.meta else duplicate).requires_grad_(False)
         if tied_to is not None:
@@ -169,7 +175,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             del self.modules_to_save[adapter]
 
     def remains(self, kept: Sequence[str]) -> nn.Module:
-        """Return what takes the wrapper's place when adapters are unloaded: the copy in use, else the original."""
+        """Return what takes the wrapper's place when adapters are unloaded and `kept` stay: the copy of the last of them, else the original."""
         for adapter in reversed(kept):
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
@@ -234,7 +240,7 @@ class SavedModules(TunerBase):
             UnsupportedModuleError: a container of modules, which has no forward to replace.
         """
         paths = self.paths(base, config)
-        unknown = [name for name in config.required if name not in HEADS and not any(map(matcher((name,), "modules_to_save"), base.modules))]
+        unknown = [name for name in config.required if name not in HEADS and not any(map(target_matcher((name,), "modules_to_save"), base.modules))]
         if unknown:
             message = f"modules_to_save: {listed(unknown)} match no module of {base.name}"
             hint = did_you_mean(unknown[0].rpartition(".")[2], base.leaf_names)
@@ -256,7 +262,7 @@ class SavedModules(TunerBase):
     @staticmethod
     def paths(base: BaseView, request: SavedRequest) -> list[str]:
         """Return the modules that are saved whole; one inside another needs no copy of its own."""
-        named = matcher((*request.required, *request.optional), "modules_to_save")
+        named = target_matcher((*request.required, *request.optional), "modules_to_save")
         brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []
         for path in base.modules:

@@ -59,10 +59,12 @@ class Call:
         inputs: the keywords that the base would get.
         route: which adapters act on which rows.
         batch: number of rows.
+        device: where the call is computed.
         virtual: virtual tokens offered so far, in the order in which they will stand.
         arguments: keywords that belong to tuners (`TunerSpec.call_arguments`), the base never sees them.
         generating: the call is a step of `generate`.
         cached: number of tokens in its cache, where somebody knows; None: the cache says.
+        entire: no call of the base, but the question what an adapter has: offer virtual tokens that no forward uses, too.
     """
 
     task: str | None
@@ -74,6 +76,7 @@ class Call:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     generating: bool = False
     cached: int | None = None
+    entire: bool = False
 
     def adding(self, *tokens: VirtualTokens) -> Call:
         """Return the call with more virtual tokens, after those already there."""

@@ -114,8 +114,25 @@ def unload(
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
     reshaping.restore(index)
     index.retire()
+    if fold:
+        _untie(index.base)
     hooks.adapter_unloaded(index.base, names, folded)
     return index.base
+
+
+def _untie(model: nn.Module) -> None:
+    """Say in the config that input and output embeddings differ, where an adapter made them: readers would drop one of them."""
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
+        return
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if first is not None and last is not None and first.weight is not last.weight:
+        warnings.warn(
+            "input and output embeddings are not tied any more, since an adapter was merged into one of them; tie_word_embeddings is False now",
+            PeftWarning,
+            stacklevel=5,
+        )
+        config.tie_word_embeddings = False
 
 
 def _progress(items: Sequence[Any], what: str, show: bool) -> Any:

@@ -100,7 +100,7 @@ class AdapterIndex:
         return self._adding if self._adding is not None else self.tuners[str(self.configs[adapter].peft_type)]
 
     def tuner_for(self, spec: TunerSpec) -> TunerBase:
-        """Return this model's tuner of a method; a new one, not kept yet, if it has none."""
+        """Return this model's tuner of the method `spec`; a new one, not kept yet, if it has none."""
         return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
 
     def prefix(self, adapter: str) -> str:
@@ -122,7 +122,7 @@ class AdapterIndex:
 
     # ---- adding ---------------------------------------------------------------------------------------------------
     def check_name(self, adapter: str, spec: TunerSpec) -> None:
-        """Check that a new adapter may be called so.
+        """Check that a new adapter of the method `spec` may be called `adapter`.
 
         Raises:
             AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
@@ -153,7 +153,7 @@ class AdapterIndex:
             before_commit: called when everything is built (to fill in a file's tensors); if it raises, all is undone.
 
         Raises:
-            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, ...: from the plans.
+            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
         """
         spec = registry.resolve(str(config.peft_type))
         self.check_name(adapter, spec)
@@ -228,7 +228,7 @@ class AdapterIndex:
 
     # ---- choosing -------------------------------------------------------------------------------------------------
     def activate(self, adapters: Sequence[str], *, trainable: bool = True) -> None:
-        """Use these adapters from now on; they train (or not), all others are frozen. Order is load order.
+        """Use these adapters from now on; they train if `trainable`, all others are frozen. Order is load order.
 
         Raises:
             AdapterNotFoundError: the model lacks one.
@@ -252,7 +252,7 @@ class AdapterIndex:
                 module.activation = self.activation
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
-        """Set `requires_grad` of an adapter's parameters."""
+        """Set `requires_grad` of an adapter's parameters to `trainable`."""
         self.last_route = None
         for parameter in self.parameters_of(adapter):
             if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
@@ -302,7 +302,7 @@ class AdapterIndex:
             raise RoutingError(f"{listed(self.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
 
     def require_capability(self, adapter: str, capability: Capability, what: str) -> None:
-        """Raise `CapabilityError` unless the adapter's tuner declares `capability`."""
+        """Raise `CapabilityError` unless the adapter's tuner declares `capability`; `what` it is for, for the message."""
         spec = self.spec(adapter)
         if not spec.can(capability):
             raise CapabilityError(f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}")

@@ -13,7 +13,7 @@ from ..errors import MergeError, UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
 from ..layers.slots import LeavesBehind, Slot
-from ..layers.token_rows import TokenRows
+from ..layers.token_rows import RowsLayer
 from .tuner import Plan, TunerBase, Wrap
 
 if TYPE_CHECKING:
@@ -62,7 +62,20 @@ def collector_paused() -> Iterator[None]:
 
 
 class MountedModules(nn.ModuleDict):
-    """Modules beside the base, one per adapter: `<mount>.<adapter>`, whatever tuner made them. Each has `slots()`."""
+    """Modules beside the base, one per adapter: `<mount>.<adapter>`, whatever tuner made them. Each has `slots()`.
+
+    Who puts another module in the place of one, as FullyShardedDataParallel does, reaches the tuner with it: `TunerBase.mounted` follows.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: adapter → the mapping in which its tuner looks its module up
+        self._known: dict[str, dict[str, nn.Module]] = {}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module) and name in self._known:
+            self._known[name][name] = value
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that have a module here."""
@@ -81,6 +94,7 @@ class MountedModules(nn.ModuleDict):
         """Remove the adapter's module."""
         if adapter in self:
             del self[adapter]
+            self._known.pop(adapter, {}).pop(adapter, None)
 
 
 def perform(
@@ -123,11 +137,9 @@ def perform(
         assert isinstance(holder, MountedModules)
         module = mount(creation).requires_grad_(False)
         module.train(mount_on.training)
-        holder[adapter] = module
+        holder._known[adapter] = mounted = tuner.mounted.setdefault(path, {})
+        holder[adapter] = mounted[adapter] = module
         undo.call(holder.drop, adapter)
-        mounted = tuner.mounted.setdefault(path, {})
-        mounted[adapter] = module
-        undo.call(mounted.pop, adapter, None)
         keys.append(key)
     for path, adopt in plan.adopts.items():
         key = (kind, path)
@@ -141,7 +153,7 @@ def perform(
 
 def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
     """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
-    if not isinstance(occupant, TokenRows):
+    if not isinstance(occupant, RowsLayer):
         module: Any = wrap.build(occupant)
         _place(index, wrap.path, module, undo)
     else:
@@ -157,7 +169,7 @@ def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: U
         _prepare(index, wrap.path, module)
     index.entries[key] = module
     undo.call(index.entries.pop, key, None)
-    if isinstance(occupant, TokenRows):
+    if isinstance(occupant, RowsLayer):
         for other in [other for other, entry in index.entries.items() if entry is occupant]:
             index.entries[other] = index.entries.pop(other)
 

@@ -49,15 +49,15 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     if every_linear:
-        targets = _all_linear(base, config)
+        targets = all_linear(base, config)
     if targets == DUMMY or (not isinstance(targets, str) and set(targets) == {DUMMY}):
         return Selection((), targets)
     if base.chosen is not None:
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
     saved = frozenset((*config.extras().modules_to_save, *base.heads))
-    matching = frozenset(targets).__contains__ if every_linear else matcher(targets, "target_modules")
+    matching = frozenset(targets).__contains__ if every_linear else target_matcher(targets, "target_modules")
     in_layers = _layer_filter(config)
-    excluded = matcher(config.exclude_modules, "exclude_modules")
+    excluded = target_matcher(config.exclude_modules, "exclude_modules")
     found: list[str] = []
     dropped: list[str] = []
     off_layer: list[str] = []
@@ -93,8 +93,12 @@ def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
             )
 
 
-def matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
+def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
     """Return a test for module names: a list matches whole names and ends after a dot, a string is a regular expression for all of it.
+
+    Args:
+        patterns: the list or the string; empty or None: no name passes.
+        field: the field that it comes from, for messages.
 
     Raises:
         ConfigError: the expression is malformed.
@@ -174,7 +178,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def _all_linear(base: BaseView, config: LayerConfig) -> set[str]:
+def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
+    """Return the linear layers of a transformers model, without its output embeddings, its heads and what is saved whole.
+
+    Raises:
+        ConfigError: it is none of transformers'.
+        NoMatchingPeftModuleError: it has none.
+    """
     if not base.is_transformers_model:
         raise ConfigError(
             f'target_modules="{ALL_LINEAR}" is for transformers models, not {base.name}',
@@ -260,6 +270,10 @@ class Patterns(Mapping[str, _V]):
 
     Keys of word characters and dots are looked up instead of tried one after the other, so that a thousand of them on a thousand
     modules stay cheap. A dot in a key is any character, as in every expression.
+
+    Args:
+        patterns: the expressions and their values.
+        field: the field that they come from, for messages.
 
     Raises:
         ConfigError: a malformed expression, from the constructor.

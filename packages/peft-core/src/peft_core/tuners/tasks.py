@@ -37,7 +37,7 @@ class TaskSpec:
     Args:
         name: as in `TaskType`.
         heads: names of heads that are trained and saved whole where the base has them.
-        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`.
+        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`. None: where they look like it.
         shift: adapts other labels to the number of virtual embeddings before the text: one number, or one per row (batch,).
         per_token: fields of the output with one entry per token, (batch, tokens, …), that are cut back to the caller's tokens.
         generates: the base must be able to generate.
@@ -46,11 +46,20 @@ class TaskSpec:
 
     name: str
     heads: tuple[str, ...] = ()
-    token_labels: bool = False
+    token_labels: bool | None = False
     shift: Callable[[dict[str, Any], Lead], dict[str, Any]] = _keep
     per_token: tuple[str, ...] = ()
     generates: bool = False
     pools: bool = False
+
+    def labels_each_token(self, labels: Any, text: tuple[int, ...]) -> bool:
+        """Return whether the labels of a call have one entry per token of its text (batch, tokens).
+
+        Without a task their shape says it, as far as they are numbers of classes: (batch, classes) of a classifier are floating-point.
+        """
+        if not isinstance(labels, Tensor) or self.token_labels is not None:
+            return isinstance(labels, Tensor) and bool(self.token_labels)
+        return not labels.is_floating_point() and tuple(labels.shape) == text
 
     def cut(self, output: Output, lead: Lead, length: int) -> Output:
         """Return `output` for the caller's tokens alone.
@@ -74,7 +83,7 @@ class TaskSpec:
         return output
 
 
-NO_TASK = TaskSpec("")
+NO_TASK = TaskSpec("", token_labels=None)
 
 TASKS: Mapping[str, TaskSpec] = {
     task.name: task

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -11,10 +11,10 @@ from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_me
 from ..layers.activation import Activation
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule
-from ..layers.token_rows import RowSettings, TokenRows
+from ..layers.token_rows import RowSettings, RowsLayer, TokenRows
 from ..plugins import Capability, TunerSpec
 from .base_view import BaseView
-from .targeting import matcher
+from .targeting import target_matcher
 from .tuner import Plan, TunerBase, Wrap
 
 TOKENS = "@tokens"
@@ -22,10 +22,17 @@ TOKENS = "@tokens"
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """Which rows train: of the input embeddings, or by name of a module; `saved` are the paths of modules saved whole."""
+    """Which rows train: of the input embeddings, or by name of a module.
+
+    Args:
+        indices: the rows; or name of a module → its rows.
+        saved: paths of modules that are saved whole.
+        random: rows start as normal random numbers instead of the base's.
+    """
 
     indices: Sequence[int] | Mapping[str, Sequence[int]]
     saved: tuple[str, ...] = ()
+    random: bool = False
 
 
 class TrainedTokens(TunerBase):
@@ -42,27 +49,41 @@ class TrainedTokens(TunerBase):
             ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
             UnsupportedModuleError: a module is no embedding and no output layer.
         """
-        named = {path: checked(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
-        for path in named:
-            if _inside(path, config.saved):
-                raise ConfigError(
-                    f"trainable_token_indices and modules_to_save both have {path!r}", hint="train some rows of it, or the whole module"
-                )
-        wraps: list[Wrap] = []
-        done: set[str] = set()
-        for path, indices in named.items():
-            if path in done:
-                continue
-            group = base.sharing(path) if isinstance(base.modules[path], nn.Embedding) else (path,)
-            followers = [other for other in group if other != path and not _inside(other, config.saved) and named.get(other, indices) == indices]
-            done.update(followers)
-            alone = len({path, *followers}) < len(base.sharing(path))
-            owner = _Filler(adapter, RowSettings(path, indices, alone=alone))
-            wraps.append(Wrap(path, _Builder(self.activation), owner))
-            wraps += [
-                Wrap(other, _Builder(self.activation), _Filler(adapter, RowSettings(other, indices, alone=alone), owner)) for other in followers
-            ]
-        return Plan(wraps=tuple(wraps))
+        return plan_token_rows(base, adapter, config, self.activation)
+
+
+def plan_token_rows(base: BaseView, adapter: str, config: TokenRequest, activation: Activation, kind: type[RowsLayer] = TokenRows) -> Plan:
+    """Plan a layer around each embedding whose rows train, and around the modules that have its weight in common with it.
+
+    Args:
+        base: the base model.
+        adapter: the new adapter.
+        config: which rows of what.
+        activation: of the model.
+        kind: class of the layers.
+
+    Raises:
+        ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
+        UnsupportedModuleError: a module is no embedding and no output layer.
+    """
+    named = {path: checked(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
+    for path in named:
+        if _inside(path, config.saved):
+            raise ConfigError(f"trainable_token_indices and modules_to_save both have {path!r}", hint="train some rows of it, or the whole module")
+    wraps: list[Wrap] = []
+    done: set[str] = set()
+    for path, indices in named.items():
+        if path in done:
+            continue
+        group = base.sharing(path) if isinstance(base.modules[path], nn.Embedding) else (path,)
+        followers = [other for other in group if other != path and not _inside(other, config.saved) and named.get(other, indices) == indices]
+        done.update(followers)
+        alone = len({path, *followers}) < len(base.sharing(path))
+        settings = RowSettings(path, indices, alone=alone, random=config.random)
+        owner, build = _Filler(adapter, settings), _Builder(activation, kind)
+        wraps.append(Wrap(path, build, owner))
+        wraps += [Wrap(other, build, _Filler(adapter, replace(settings, path=other), owner)) for other in followers]
+    return Plan(wraps=tuple(wraps))
 
 
 def _inside(path: str, saved: Sequence[str]) -> bool:
@@ -103,7 +124,7 @@ def _named(base: BaseView, indices: Sequence[int] | Mapping[str, Sequence[int]])
     given = indices if isinstance(indices, Mapping) else {_input_embeddings(base): indices}
     found: dict[str, Sequence[int]] = {}
     for name, rows in given.items():
-        matches = matcher((name,), "trainable_token_indices")
+        matches = target_matcher((name,), "trainable_token_indices")
         paths = [path for path in base.modules if path and matches(path)]
         if not paths:
             embeddings = [path for path, module in base.modules.items() if isinstance(module, nn.Embedding)]
@@ -122,7 +143,7 @@ def _input_embeddings(base: BaseView) -> str:
     try:
         module = base.embeddings
     except ModelError:
-        paths = [path for path in base.modules if matcher(("embed_tokens",), "trainable_token_indices")(path)]
+        paths = [path for path in base.modules if target_matcher(("embed_tokens",), "trainable_token_indices")(path)]
         if len(paths) == 1:
             return paths[0]
         raise ConfigError(
@@ -139,9 +160,10 @@ def _input_embeddings(base: BaseView) -> str:
 @dataclass(frozen=True)
 class _Builder:
     activation: Activation
+    kind: type[RowsLayer]
 
     def __call__(self, module: nn.Module) -> AdapterModule:
-        return TokenRows(module, self.activation)
+        return self.kind(module, self.activation)
 
 
 @dataclass(frozen=True)
@@ -151,10 +173,10 @@ class _Filler:
     adapter: str
     settings: RowSettings
     owner: _Filler | None = None
-    filled: list[TokenRows] = field(default_factory=list)
+    filled: list[RowsLayer] = field(default_factory=list)
 
-    def __call__(self, layer: TokenRows, creation: Creation) -> None:
+    def __call__(self, layer: RowsLayer, creation: Creation) -> None:
         source = None if self.owner is None else self.owner.filled[0]
-        settings = RowSettings(self.settings.path, self.settings.indices, source, self.settings.alone)
+        settings = replace(self.settings, source=source)
         layer.attach(self.adapter, settings, creation)
         self.filled.append(layer)

@@ -130,6 +130,25 @@ class TunerBase:
         """
         return None
 
+    def fitted(self, base: BaseView, config: Any) -> Mapping[str, Any]:
+        """Return field → value of a config that was written for another layout of the base; empty if it fits. Changes nothing."""
+        return {}
+
+    @classmethod
+    def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
+        """Return (expression, replacement) for other loaders than ours: names in files → names in memory, behind the path of a module.
+
+        Args:
+            spec: the tuner's.
+            adapter: name of the adapter.
+        """
+        return [(rf"({spec.parameter_prefix}[^\.]*)", rf"\1.{adapter}")]
+
+    @classmethod
+    def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
+        """Return transformers' conversions of a base's own weights (`WeightRenaming`, `WeightConverter`) as `adapter`, with `config`, needs them."""
+        return list(conversions)
+
     def reshape(self, base: BaseView, config: Any) -> Reshape | None:
         """Return how the structure of the base has to change before an adapter is planned; None: it stays as it is. Changes nothing itself.
 
@@ -160,7 +179,7 @@ class TunerBase:
         return call
 
     def finish(self, call: Call, output: Output) -> Output:
-        """Return the output as the caller is to see it, for example with a loss added. Only called if overridden."""
+        """Return the `output` of a `call` as the caller is to see it, for example with a loss added. Only called if overridden."""
         return output
 
     def swap(self, adapter: str, config: Any, incoming: Sequence[Incoming]) -> Callable[[], None]:
@@ -280,13 +299,13 @@ class LayerTuner(TunerBase):
         return config
 
     def default_targets(self, base: BaseView) -> targeting.Targets | None:
-        """Return what is adapted when the config names nothing: a plugin's answer, else the table of common architectures."""
+        """Return what of `base` is adapted when the config names nothing: a plugin's answer, else the table of common architectures."""
         if base.model_type is None:
             return None
         return hooks.default_targets(self.spec.peft_type, base.model_type) or targeting.defaults().get(base.model_type)
 
     def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
-        """Return what builds the wrapper for `module`: a plugin's layer, else the first of `layers` that fits.
+        """Return what builds the wrapper for `module`, at `path` in the base: a plugin's layer, else the first of `layers` that fits.
 
         Raises:
             UnsupportedModuleError: none fits.
@@ -323,7 +342,7 @@ class LayerTuner(TunerBase):
 
 @dataclass(frozen=True)
 class ModuleValues:
-    """The values that `rank_pattern` and `alpha_pattern` give to one module."""
+    """The values that `rank_pattern` and `alpha_pattern` (`ranks`, `alphas`) give to one module, `path` in the base."""
 
     path: str
     ranks: targeting.Patterns[int]

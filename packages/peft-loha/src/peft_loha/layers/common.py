@@ -31,6 +31,8 @@ class LoHaSettings:
 class LoHaLayer(AdapterLayer):
     """What all LoHa layers share: ΔW = s·(B₁A₁) ⊙ (B₂A₂), with the base weight seen as the matrix (out, in).
 
+    Methods take what a layer is told as `config` or `settings`, the four matrices as `factors`, a probability as `p`.
+
     Shapes: `hada_w1_a`, `hada_w2_a` (out, r) are B₁, B₂; `hada_w1_b`, `hada_w2_b` (r, in) are A₁, A₂.
 
     Attributes:
@@ -38,6 +40,7 @@ class LoHaLayer(AdapterLayer):
     """
 
     containers: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    other_param_names: ClassVar[tuple[str, ...]] = ("r", "alpha", "scaling", "rank_dropout", "module_dropout")
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "drop_components", "module_dropout")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
@@ -100,7 +103,7 @@ class LoHaLayer(AdapterLayer):
 
     # ---- dropout ----------------------------------------------------------------------------------------------------
     def dropped(self, adapter: str, device: torch.device) -> tuple[Factors, Tensor | None] | None:
-        """Return the factors for one call in training, and a 0 or 1 to multiply the effect by, if there is one; None: skip the adapter.
+        """Return the factors for one call in training, and a 0 or 1, on `device`, to multiply the effect by, if there is one; None: skip the adapter.
 
         Dropping rows of ΔW is dropping rows of B₁, and dropping components is dropping columns of B₁ and B₂: nothing of the size of the
         output is masked.
@@ -134,7 +137,7 @@ class LoHaLayer(AdapterLayer):
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the adapters in use."""
+        """Multiply the scaling of the adapters in use by `scale`."""
         if scale == 1:
             return
         for adapter in self.activation.names:
@@ -142,7 +145,7 @@ class LoHaLayer(AdapterLayer):
                 self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the adapters in use; None: back to alpha/r."""
+        """Divide the scaling of the adapters in use by `scale`; None: back to alpha/r."""
         for adapter in self.activation.names:
             if adapter in self.scaling:
                 self.scaling[adapter] = self.alpha[adapter] / self.r[adapter] if scale is None else self.scaling[adapter] / scale

@@ -80,7 +80,7 @@ class Initializer:
         return False
 
     def tell_others(self, adapters: Sequence[str], path: str) -> None:
-        """Warn, once, that other adapters of a layer see another base from now on."""
+        """Warn, once, that `adapters`, others of the layer at `path`, see another base from now on."""
         if adapters and not self._told:
             self._told = True
             warnings.warn(
@@ -91,7 +91,7 @@ class Initializer:
             )
 
     def require_kind(self, kind: str, path: str) -> None:
-        """Check that a base layer is of a kind that this initialiser knows.
+        """Check that the `kind` of the base layer at `path` is one that this initialiser knows.
 
         Raises:
             ConfigError: it is not.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
+
+from peft_core import PeftWarning
 
 from .base import Initializer, Start
 from .plain import Plain
@@ -19,6 +22,19 @@ class Eva(Plain):
     """A as with True and B zero, until `initialize_lora_eva_weights` gives A the principal directions of the layer's inputs."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    _warned = False
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+        """Return how A and B are filled; these values will be thrown away, which is said once."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "lora with eva initialization used with low_cpu_mem_usage=False: the starting values are computed and thrown away; "
+                "low_cpu_mem_usage=True leaves that memory for larger batches",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return super().start(layer, settings)
 
 
 class Directions(Initializer):

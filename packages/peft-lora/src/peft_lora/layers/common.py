@@ -44,6 +44,8 @@ class LoraSettings:
 class LoraLayer(AdapterLayer):
     """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
 
+    Methods take what a layer is told as `config` or `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
+
     Attributes:
         r, lora_alpha, lora_dropout, scaling: by adapter.
         variants: by adapter, where it is not plain LoRA.
@@ -260,7 +262,7 @@ class LoraLayer(AdapterLayer):
 
     # ---- the scale --------------------------------------------------------------------------------------------------
     def set_scaling(self, adapter: str, value: float) -> None:
-        """Set the scaling itself. Where it is a tensor, because a compiled graph reads it, that one is filled."""
+        """Set the scaling itself to `value`. Where it is a tensor, because a compiled graph reads it, that one is filled."""
         present: Any = self.scaling[adapter]
         if isinstance(present, Tensor):
             present.fill_(value)
@@ -276,7 +278,7 @@ class LoraLayer(AdapterLayer):
             self.set_scaling(adapter, scale * self._usual_scaling(adapter))
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scaling of the adapters in use."""
+        """Multiply the scaling of the adapters in use by `scale`."""
         if scale == 1:
             return
         for adapter in self.activation.names:
@@ -284,7 +286,7 @@ class LoraLayer(AdapterLayer):
                 self.set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the adapters in use; None: back to what alpha and rank make of it."""
+        """Divide the scaling of the adapters in use by `scale`; None: back to what alpha and rank make of it."""
         for adapter in self.activation.names:
             if adapter in self.scaling:
                 self.set_scaling(adapter, self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale)

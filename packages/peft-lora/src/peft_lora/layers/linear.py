@@ -102,7 +102,9 @@ class Linear(LoraLayer):
     def low_rank(self, adapter: str, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
         """Return y + s·B(A·drop(x)); without `drop`, `x` is dropped already. `y` may be overwritten."""
         down, up = self.ends[adapter]
-        a, b = down["weight"], up["weight"]
+        a, b = down.get("weight"), up.get("weight")
+        if a is None or b is None or a.dim() != 2:
+            return self._by_calling(adapter, x, y, drop)
         dtype = x.dtype
         s = self.scaling[adapter]
         if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped: the graph reads it anew each time
@@ -115,6 +117,13 @@ class Linear(LoraLayer):
         if torch.is_grad_enabled() and kernels.can_record() and not torch.is_autocast_enabled(x.device.type):
             return kernels.record_low_rank(y, x, a, b, s, float(p))
         return kernels.add_low_rank(y, F.dropout(x, p) if p else x, a, b, s)
+
+    def _by_calling(self, adapter: str, x: Tensor, y: Tensor, drop: bool) -> Tensor:
+        """As `low_rank`, where FSDP1 has made units of A and B, whose weights are whole while their modules are called, and not otherwise."""
+        down, up = self.lora_A[adapter], self.lora_B[adapter]
+        p = self.lora_dropout[adapter] if drop and self.training else 0.0
+        x = self.cast_input(x, next(down.parameters()).dtype)
+        return add_scaled(y, up(down(F.dropout(x, p) if p else x)).to(y.dtype), self.scaling[adapter])
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""

@@ -238,7 +238,7 @@ class Parameter(LoraLayer):
         return call_with(base, {layer.weight_name: layer.changed(acting) for layer in self.around()}, args, kwargs)
 
     def changed(self, names: Sequence[str]) -> Tensor:
-        """Return W + ΔW of these adapters in the layout and dtype of W, differentiably."""
+        """Return W + ΔW of the adapters `names` in the layout and dtype of W, differentiably."""
         weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
         with torch.autocast(weight.device.type, enabled=False):
             if len(names) == 1 and weight.dtype in (torch.float32, torch.float64):

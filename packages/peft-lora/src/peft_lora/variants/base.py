@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class Variant:
     """Base class of variants. One object for each layer and adapter.
 
+    Methods take the input of the base as `x` (rows, …, in) and its output as `y` (rows, …, out).
+
     Args:
         layer: where the adapter is.
         adapter: its name.
@@ -45,7 +47,7 @@ class Variant:
 
     @classmethod
     def require_kind(cls, kind: str, path: str) -> None:
-        """Check that the variant works around a kind of base layer.
+        """Check that the variant works around the `kind` of base layer at `path`.
 
         Raises:
             ConfigError: it does not.
@@ -58,7 +60,7 @@ class Variant:
 
     @classmethod
     def require_base(cls, base: BaseView) -> None:
-        """Check that the variant works on a model.
+        """Check that the variant works on a model, seen as `base`.
 
         Raises:
             ConfigError: it does not.
@@ -83,7 +85,7 @@ class Variant:
         raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
 
     def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
-        """Return the whole output of a plain, frozen Linear with the adapter's effect, where that is cheaper in training; None: as usual."""
+        """Return the whole output of `base`, a plain, frozen Linear, for `x` with the adapter's effect, where that is cheaper; None: as usual."""
         return None
 
     def delta(self) -> Tensor:

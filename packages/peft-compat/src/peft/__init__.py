@@ -1,0 +1,47 @@
+"""The module `peft` on top of peft-core. Everything is found in our packages when it is used; importing this imports no torch."""
+
+from __future__ import annotations
+
+from . import _absent, _place
+from ._names import names
+
+_place.check()
+
+__version__ = "0.21.2"
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft._lenient: AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
+    peft._lenient: AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+    peft._lenient: MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftMixedModel PeftModel PeftModelForCausalLM PeftModelForFeatureExtraction
+    peft._lenient: PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification PeftModelForTokenClassification
+    peft._lenient: get_peft_model
+    peft_core: NoMatchingPeftModuleError PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_TUNER_MAPPING PeftConfig
+    peft_core: PeftError PeftType PeftWarning PromptLearningConfig TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING TaskType
+    peft_core: bloom_model_postprocess_past_key_value cast_mixed_precision_params get_base_model_state_dict get_layer_status get_model_status
+    peft_core: get_peft_config get_peft_model_state_dict inject_adapter_in_model load_peft_weights prepare_model_for_kbit_training
+    peft_core: set_base_model_state_dict set_peft_model_state_dict shift_tokens_right MixedModel=TunerModel
+    peft_prompt: CPTConfig CPTEmbedding MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit PrefixEncoder
+    peft_prompt: PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig
+    peft_prompt: PromptTuningInit
+    peft_lora: ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig MontecloraConfig
+    peft_lora: VeloraConfig convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
+    peft_lora: preprocess_loraga replace_lora_weights_loftq save_as_lora
+    peft_loha: LoHaConfig LoHaModel
+    peft_tokens: TrainableTokensConfig TrainableTokensModel
+    peft.auto: auto=*
+    peft.config: config=*
+    peft.functional: functional=*
+    peft.helpers: helpers=*
+    peft.import_utils: import_utils=*
+    peft.mapping: mapping=*
+    peft.mapping_func: mapping_func=*
+    peft.mixed_model: mixed_model=*
+    peft.optimizers: optimizers=*
+    peft.peft_model: peft_model=*
+    peft.tuners: tuners=*
+    peft.utils: utils=*
+    """,
+    absent=_absent.NAMES,
+)

@@ -1,0 +1,104 @@
+"""Names of methods that we do not have: they can be imported, say what to install when they are used, and give way to a plugin."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+#: method → names of its classes: config, model, and more
+METHODS = {
+    "ADALORA": "AdaLoraConfig AdaLoraModel AdaLoraLayer RankAllocator",
+    "ADAMSS": "AdamssConfig AdamssModel",
+    "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
+    "BEFT": "BeftConfig BeftModel",
+    "BOFT": "BOFTConfig BOFTModel",
+    "BONE": "BoneConfig BoneModel",
+    "C3A": "C3AConfig C3AModel",
+    "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
+    "DEFT": "DeftConfig DeftModel",
+    "DELORA": "DeloraConfig DeloraModel",
+    "FOURIERFT": "FourierFTConfig FourierFTModel",
+    "FROD": "FrodConfig FrodModel",
+    "GLORA": "GloraConfig GloraModel",
+    "GRALORA": "GraloraConfig GraloraModel",
+    "HIRA": "HiraConfig HiraModel",
+    "HRA": "HRAConfig HRAModel",
+    "IA3": "IA3Config IA3Model",
+    "LILY": "LilyConfig LilyModel",
+    "LN_TUNING": "LNTuningConfig LNTuningModel",
+    "LOKR": "LoKrConfig LoKrModel LoKrLayer",
+    "MISS": "MissConfig MissModel",
+    "OFT": "OFTConfig OFTModel",
+    "OSF": "OSFConfig OSFModel",
+    "PEANUT": "PeanutConfig PeanutModel",
+    "POLY": "PolyConfig PolyModel",
+    "PSOFT": "PsoftConfig PsoftModel",
+    "PVERA": "PveraConfig PveraModel",
+    "RANDLORA": "RandLoraConfig RandLoraModel",
+    "ROAD": "RoadConfig RoadModel",
+    "SHADOW": "ShadowConfig ShadowModel",
+    "SHIRA": "ShiraConfig ShiraModel",
+    "SUPERTUNING": "SupertuningConfig SupertuningModel",
+    "TINYLORA": "TinyLoraConfig TinyLoraModel",
+    "UNILORA": "UniLoraConfig UniLoraModel",
+    "VBLORA": "VBLoRAConfig VBLoRAModel",
+    "VERA": "VeraConfig VeraModel",
+    "WAVEFT": "WaveFTConfig WaveFTModel",
+    "XLORA": "XLoraConfig XLoraModel",
+}
+METHOD_OF = {name: method for method, names in METHODS.items() for name in names.split()}
+NAMES = " ".join(METHOD_OF)
+#: of layers: class attributes that other libraries read without any adapter
+_LAYER_NAMES = {"LoKrLayer": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
+
+
+def stand_in(name: str) -> Any:
+    """Return an installed plugin's class for a name of `METHODS`, otherwise a class that can't be instantiated."""
+    from peft_core.plugins.registry import registry
+
+    method = METHOD_OF[name]
+    if method in registry.names():
+        found = _of_plugin(name, method)
+        if found is not None:
+            return found
+    return _placeholder(name, method)
+
+
+def _of_plugin(name: str, method: str) -> Any:
+    from peft_core.plugins.registry import registry
+
+    if name.endswith("Config"):
+        return registry.config_class(method)
+    if name.endswith("Model"):
+        return _model(name, method)
+    tuner: Any = registry.tuner_class(method)
+    layers = getattr(tuner, "layers", ())
+    return layers[0] if name.endswith("Layer") and layers else None
+
+
+@functools.cache
+def _model(name: str, method: str) -> Any:
+    from peft_core import MethodModel
+
+    kind: Any = type(MethodModel)
+    return kind(name, (MethodModel,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."})
+
+
+@functools.cache
+def _placeholder(name: str, method: str) -> Any:
+    from peft_core import BaseTunerLayer, PeftConfig, UnknownTunerError
+
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnknownTunerError(
+            f"{name}: the method {method} is not installed",
+            hint=f"install a package that provides the tuner {method} for peft-core (by custom called peft-{method.lower().replace('_', '-')}); "
+            "`peft-core plugins` lists what is installed",
+        )
+
+    members: dict[str, Any] = {"__init__": refuse, "__module__": "peft", "__doc__": f"Stands for {name} of {method}, which is not installed."}
+    if name.endswith("Config"):
+        return type(name, (PeftConfig,), members)
+    if name.endswith("Layer"):
+        kind: Any = type(BaseTunerLayer)
+        return kind(name, (BaseTunerLayer,), {**members, "adapter_layer_names": _LAYER_NAMES.get(name, ())})
+    return type(name, (), members)

@@ -1,0 +1,43 @@
+"""What all modules of this package are made of: names that are found in our packages when they are used."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from . import _absent
+
+
+def names(module: str, table: str, absent: str = "") -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a module that re-exports names.
+
+    Args:
+        module: its `__name__`.
+        table: lines of ``home: name other=name_there ...``; a home is a module, and a name may stand for another there.
+        absent: names that belong to methods that we do not have; see `_absent`.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for line in table.strip().splitlines():
+        home, _, given = line.strip().partition(": ")
+        for entry in given.split():
+            name, _, there = entry.partition("=")
+            found[name] = (home, there or name)
+    missing = frozenset(absent.split())
+    shown = sorted(name for name in {*found, *missing} if not name.startswith("_"))
+
+    def __getattr__(name: str) -> Any:
+        if name in missing:
+            return _absent.stand_in(name)  # not kept: a plugin may come and take its place
+        if name in found:
+            home, there = found[name]
+            source = importlib.import_module(home)
+            return getattr(source, there) if there != "*" else source
+        if name == "__path__":
+            raise AttributeError(name)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}; if upstream peft has it, please tell the authors of peft-compat")
+
+    def __dir__() -> list[str]:
+        return shown
+
+    return __getattr__, __dir__, shown

@@ -1,0 +1,12 @@
+"""Names of `peft.mapping_func`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft._lenient: MODEL_TYPE_TO_PEFT_MODEL_MAPPING get_peft_model
+    """,
+)

@@ -1,0 +1,13 @@
+"""Names of `peft.tuners.adalora`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft_core: BaseTunerLayer
+    """,
+    absent="AdaLoraConfig AdaLoraModel AdaLoraLayer RankAllocator",
+)

@@ -1,0 +1,13 @@
+"""Names of `peft.utils.integrations`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft_core.models.libraries: gather_params_ctx init_empty_weights
+    peft_core.models.sub_modules: dequantize_module_weight get_bnb_param_type
+    """,
+)

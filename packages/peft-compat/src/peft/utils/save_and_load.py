@@ -1,0 +1,12 @@
+"""Names of `peft.utils.save_and_load`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft_core: get_peft_model_state_dict load_peft_weights set_peft_model_state_dict
+    """,
+)

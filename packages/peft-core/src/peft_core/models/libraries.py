@@ -1,0 +1,122 @@
+"""Which optional libraries are there, and how parameters are made or gathered under them. Nothing is imported before it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@functools.cache
+def is_available(library: str) -> bool:
+    """Return whether a library could be imported."""
+    return importlib.util.find_spec(library) is not None
+
+
+def is_accelerate_available() -> bool:
+    """Return whether accelerate is installed."""
+    return is_available("accelerate")
+
+
+def is_diffusers_available() -> bool:
+    """Return whether diffusers is installed."""
+    return is_available("diffusers")
+
+
+def is_bnb_available() -> bool:
+    """Return whether bitsandbytes is installed."""
+    return is_available("bitsandbytes")
+
+
+def is_bnb_4bit_available() -> bool:
+    """Return whether bitsandbytes has layers of 4 bits."""
+    if not is_bnb_available():
+        return False
+    import bitsandbytes as bnb  # type: ignore[import-untyped,import-not-found,unused-ignore]
+
+    return hasattr(bnb.nn, "Linear4bit")
+
+
+def is_torchao_available() -> bool:
+    """Return whether torchao is installed."""
+    return is_available("torchao")
+
+
+def is_hqq_available() -> bool:
+    """Return whether hqq is installed."""
+    return is_available("hqq")
+
+
+def is_optimum_quanto_available() -> bool:
+    """Return whether optimum-quanto is installed."""
+    return is_available("optimum") and is_available("optimum.quanto")
+
+
+def is_gptqmodel_available() -> bool:
+    """Return whether gptqmodel is installed."""
+    return is_available("gptqmodel")
+
+
+def is_auto_awq_available() -> bool:
+    """Return whether autoawq is installed."""
+    return is_available("awq")
+
+
+def is_aqlm_available() -> bool:
+    """Return whether aqlm is installed."""
+    return is_available("aqlm")
+
+
+def is_eetq_available() -> bool:
+    """Return whether eetq is installed."""
+    return is_available("eetq")
+
+
+@contextlib.contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Inside the block, modules are created with their parameters on the meta device.
+
+    Args:
+        include_buffers: their buffers, too; default no.
+    """
+    if include_buffers:
+        with torch.device("meta"):
+            yield
+        return
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def gather_params_ctx(
+    param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
+    """Inside the block, parameters that DeepSpeed ZeRO-3 has spread over processes are whole; nothing to do for others.
+
+    Args:
+        param: one or several.
+        modifier_rank: the process whose changes count; None: nobody changes them.
+        fwd_module: the module whose forward they are needed for.
+    """
+    given = [param] if isinstance(param, nn.Parameter) else list(param)
+    if not any(hasattr(each, "ds_id") for each in given):
+        yield
+        return
+    deepspeed: Any = importlib.import_module("deepspeed")
+    with deepspeed.zero.GatheredParameters(given, modifier_rank=modifier_rank, fwd_module=fwd_module):
+        yield

@@ -1,0 +1,56 @@
+"""What libraries that spread a model over devices ask."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError, did_you_mean
+from ..tuners.index import index_of
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """Return the rule by which `torch.distributed.fsdp.FullyShardedDataParallel` makes units of a model's modules.
+
+    Units are the base's blocks, modules of prompts, and each module without children whose weight trains: so that, with
+    ``use_orig_params=False``, everything in a unit trains or nothing does. Blocks are the classes named in the environment variable
+    `FSDP_TRANSFORMER_CLS_TO_WRAP` (with commas between), else in the base's `_no_split_modules`.
+
+    Args:
+        model: a model with adapters, or any other.
+
+    Returns:
+        A function of (module, recurse, nonwrapped_numel), as `auto_wrap_policy` takes it.
+
+    Raises:
+        ModelError: the model has no module of a named class.
+    """
+    default: Any = getattr(model, "_no_split_modules", None) or ()
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = [name.strip() for name in named.split(",") if name.strip()] if named is not None else sorted(default)
+    found = {type(module).__name__: type(module) for module in model.modules()}
+    for name in names:
+        if name not in found:
+            raise ModelError(
+                f"Could not find the transformer layer class {name!r} in {type(model).__name__}",
+                hint=did_you_mean(name, found) or "set the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP to the classes of its blocks",
+            )
+    blocks = {found[name] for name in names}
+    index = index_of(model)
+    prompts = {module for (kind, _), module in index.entries.items() if not kind and isinstance(module, nn.Module)} if index is not None else set()
+    # a prompt is one unit: what computes it reads weights of its parts without calling them
+    inside = {part for prompt in prompts for part in prompt.modules()} - prompts
+
+    def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int, **kwargs: Any) -> bool:
+        if recurse:
+            return True
+        if type(module) in blocks or module in prompts:
+            return True
+        weight: Any = getattr(module, "weight", None)
+        alone = weight is not None and next(module.children(), None) is None
+        return alone and bool(weight.requires_grad) and module not in inside
+
+    return policy

@@ -1,0 +1,142 @@
+"""Small questions about modules that libraries ask of a PEFT framework."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..config import LayerConfig, PeftConfig
+from ..errors import ModelError, NoSuchModuleError, PeftWarning, UnsupportedModuleError, did_you_mean
+from ..layers.base_ops import ops_for
+from ..tuners.base_view import BaseView
+from ..tuners.targeting import all_linear, target_matcher
+
+
+def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """Return (parent, module, name in the parent) of a module by its path.
+
+    Raises:
+        NoSuchModuleError: there is no such module; also an `AttributeError`.
+    """
+    parent, _, name = key.rpartition(".")
+    try:
+        return model.get_submodule(parent), model.get_submodule(key), name
+    except AttributeError:
+        names = [path for path, _ in model.named_modules() if path]
+        raise NoSuchModuleError(f"{type(model).__name__} has no module {key!r}", hint=did_you_mean(key, names) or None) from None
+
+
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """Return the first of the regular expressions that matches the end of a module's name after a dot; the name itself if none does.
+
+    Args:
+        pattern_keys: keys of `rank_pattern` or `alpha_pattern`.
+        key_to_match: the module's name.
+    """
+    return next((key for key in pattern_keys if re.match(rf"(?:^|.*\.)(?:{key})$", key_to_match)), key_to_match)
+
+
+def check_target_module_exists(config: Any, key: str) -> bool:
+    """Return whether a config's `target_modules` (and `exclude_modules`) choose the module of this name."""
+    excluded = getattr(config, "exclude_modules", None)
+    if excluded and target_matcher(excluded, "exclude_modules")(key):
+        return False
+    targets = getattr(config, "target_modules", None)
+    return bool(targets) and bool(target_matcher(targets, "target_modules")(key))
+
+
+def include_all_linear(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
+    """Write the names of all linear layers into a config whose `target_modules` are ``"all-linear"``, and return it.
+
+    Raises:
+        ConfigError: the model has no linear layers.
+    """
+    targets = getattr(peft_config, "target_modules", None)
+    if isinstance(peft_config, LayerConfig) and isinstance(targets, str) and targets.lower() == "all-linear":
+        peft_config.target_modules = all_linear(BaseView(model), copy.copy(peft_config))
+    return peft_config
+
+
+def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Return which adapters a layer still has to merge.
+
+    Args:
+        module: a layer.
+        adapter_names: the wanted ones; None: those in use.
+    """
+    if isinstance(adapter_names, str):
+        raise ModelError(f"adapter_names={adapter_names!r} is one name", hint="give a list of names")
+    wanted = module.active_adapters if adapter_names is None else list(adapter_names)
+    merged = set(module.merged_adapters)
+    left = [name for name in wanted if name not in merged]
+    if merged and len(left) < len(wanted):
+        already = ", ".join(name for name in wanted if name in merged)
+        warnings.warn(f"Already following adapters were merged {already}", PeftWarning, stacklevel=2)
+    return left
+
+
+@contextlib.contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Inside the block, weights of a layer that accelerate has moved away (to the CPU or a disk) are there; changes are written back."""
+    parts = [module for module in layer.modules() if hasattr(getattr(module, "_hf_hook", None), "pre_forward")]
+    away = [module for module in parts if getattr(module._hf_hook, "offload", False)]
+    for module in away:
+        module._hf_hook.pre_forward(module)  # type: ignore[union-attr,operator]
+    try:
+        yield
+    finally:
+        for module in away:
+            hook: Any = module._hf_hook
+            kept = getattr(hook.weights_map, "dataset", hook.weights_map)
+            for name, parameter in module._parameters.items():
+                key = f"{getattr(hook.weights_map, 'prefix', '')}{name}"
+                if parameter is not None and isinstance(kept, dict) and key in kept:
+                    kept[key] = parameter.data.cpu()
+            hook.post_forward(module, torch.tensor([]))
+
+
+def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
+    """Return a module's weight in floating point.
+
+    Args:
+        module: a layer, plain or quantised by a library whose layers can be merged into.
+
+    Raises:
+        UnsupportedModuleError: core knows no such layer.
+    """
+    weight: Any = getattr(module, "weight", None)
+    base: Any = getattr(module, "get_base_layer", lambda: module)()
+    weight = getattr(base, "weight", weight)
+    if isinstance(weight, torch.Tensor) and hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, nn.Parameter):
+        return nn.Parameter(weight.dequantize(), requires_grad=False)
+    if hasattr(base, "dequantize"):
+        return nn.Parameter(base.dequantize(), requires_grad=False)
+    ops = ops_for(base)
+    if ops is None or not weight.is_floating_point():
+        raise UnsupportedModuleError(f"{type(base).__name__} is no layer whose weight core can read", hint="merge it through its tuner")
+    return weight  # type: ignore[no-any-return]
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
+    """Return whether a parameter is one of bitsandbytes', and of how many bits."""
+    name = type(param).__name__
+    return "4bit" if name == "Params4bit" else "8bit" if name == "Int8Params" else False
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """Return the quantisation config of a model that a library quantised by this method; None if it did not.
+
+    Args:
+        model: a transformers model.
+        method: ``"gptq"``, ``"bitsandbytes"``, ...
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    found = getattr(model, "quantization_method", None) or getattr(config, "quant_method", None)
+    return config if found is not None and str(getattr(found, "value", found)) == method else None

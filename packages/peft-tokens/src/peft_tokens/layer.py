@@ -1,0 +1,16 @@
+"""The layer of trainable tokens."""
+
+from __future__ import annotations
+
+from peft_core import RowsLayer
+
+
+class TrainableTokensLayer(RowsLayer):
+    """E' = E with E'[T] = D around an embedding, or around the output layer that shares its weight; see `peft_core.RowsLayer`.
+
+    Adapters may train the same rows; where several are in use at once, the last one's count.
+
+    Shapes: `trainable_tokens_delta.<adapter>` (|T|, dim), in the order of `token_indices`.
+    """
+
+    may_overlap = True
