@@ -32,6 +32,7 @@ SITE = (
     "mkdocstrings-python==2.0.11",
     "griffelib==2.4.1",
     "pymdown-extensions==13.1.2",
+    "ruff==0.17.6",  # lays out the signatures
 )
 CLI = ("-e", "packages/peft-core[cli]", "typer==0.29.2", "rich==15.0.0")
 

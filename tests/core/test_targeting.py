@@ -12,7 +12,7 @@ from torch import nn
 
 import support
 from peft_core import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedModuleError, get_peft_model
-from peft_core.tuners.targeting import defaults, matcher, shortest_suffixes
+from peft_core.tuners.targeting import defaults, shortest_suffixes, target_matcher
 from support import DenseConfig
 
 
@@ -328,9 +328,9 @@ def test_shortest_suffixes_select_exactly_what_was_found(seed: int) -> None:
     every = sorted({".".join(chance.choices(["a", "b", "c", "0", "1"], k=chance.randint(1, 4))) for _ in range(60)})
     # what a list of names can select: whole families that share an end
     seeds = chance.sample(every, 5)
-    found = [name for name in every if matcher(seeds, "target_modules")(name)]
+    found = [name for name in every if target_matcher(seeds, "target_modules")(name)]
     suffixes = shortest_suffixes(found, every)
-    matches = matcher(suffixes, "target_modules")
+    matches = target_matcher(suffixes, "target_modules")
     assert [name for name in every if matches(name)] == found
     assert len(suffixes) <= len(found)
 

@@ -353,6 +353,7 @@ def test_a_tied_pair_named_with_the_same_rows_has_them_once() -> None:
     assert torch.equal(logits(model), logits(plain))
 
 
+@pytest.mark.filterwarnings("ignore:input and output embeddings are not tied any more")
 @pytest.mark.parametrize("tokens", [{"lm_head": [7]}, {"embed_tokens": T, "lm_head": [7]}])
 def test_rows_of_one_end_of_a_tied_pair_stay_there(tokens: dict[str, list[int]]) -> None:
     model = get_peft_model(llama(), rows(tokens)).eval()
@@ -416,6 +417,7 @@ def test_of_two_adapters_too(model: PeftModel) -> None:
         other.add_adapter("b", rows())
 
 
+@pytest.mark.filterwarnings("ignore:input and output embeddings are not tied any more")
 def test_an_output_layer_that_is_saved_whole_has_no_rows() -> None:
     """What trl asks for when it adds tokens to a chat template, whether the pair is tied or not."""
     model = get_peft_model(llama(), rows(modules_to_save=["lm_head"])).eval()
@@ -570,6 +572,7 @@ def beside(order: str) -> PeftModel:
     return model.eval()
 
 
+@pytest.mark.filterwarnings("ignore:input and output embeddings are not tied any more")
 @pytest.mark.parametrize("order", ORDERS)
 def test_rows_are_what_they_say_beside_an_adapter_of_the_table(order: str) -> None:
     """In whatever order they came: the rows replace what the other adapter makes of them, too."""

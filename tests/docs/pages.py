@@ -61,7 +61,8 @@ class Page:
     @cached_property
     def blocks(self) -> list[Block]:
         found: list[Block] = []
-        language, code, start, fence, end = "", [], 0, "", -1
+        code: list[str] = []
+        language, start, fence, end = "", 0, "", -1
         for number, line in enumerate(self.text.splitlines(), 1):
             mark = _FENCE.match(line)
             if fence:
@@ -101,7 +102,7 @@ class Page:
 
 def pages() -> list[Page]:
     """Return README.md and everything in docs/, and what the packages show on the index."""
-    return [Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("packages/*/README.md")))]
+    return [Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("packages/*/README.md")))]
 
 
 def sessions() -> set[str]:

@@ -20,7 +20,7 @@ peer = pytest.importorskip("peft", reason="the peer is installed by `nox -s inte
 assert peer.__version__ == "0.21.2", "the comparisons hold for this release"
 
 ours = types.SimpleNamespace()
-for _package in ("peft_core", "peft_lora", "peft_loha", "peft_prompt"):
+for _package in ("peft_core", "peft_lora", "peft_loha", "peft_prompt", "peft_tokens"):
     _module = importlib.import_module(_package)
     for _name in dir(_module):
         if not _name.startswith("_"):
@@ -108,6 +108,9 @@ _BASES: dict[str, Callable[[], nn.Module]] = {
     "llama-mha": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_LLAMA, "num_key_value_heads": 4})),
     "llama-bf16": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA)).to(torch.bfloat16),
     "llama-cls": lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**_LLAMA, num_labels=3)),
+    "llama-token": lambda: transformers.LlamaForTokenClassification(transformers.LlamaConfig(**_LLAMA, num_labels=3)),
+    "llama-qa": lambda: transformers.LlamaForQuestionAnswering(transformers.LlamaConfig(**_LLAMA)),
+    "llama-features": lambda: transformers.LlamaModel(transformers.LlamaConfig(**_LLAMA)),
     "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**_GPT2)),
     "bert-cls": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**_BERT, num_labels=3)),
     "bert-token": lambda: transformers.BertForTokenClassification(transformers.BertConfig(**_BERT, num_labels=3)),
@@ -115,6 +118,16 @@ _BASES: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: transformers.BertModel(transformers.BertConfig(**_BERT)),
     "t5": lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)),
     "bart": lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(**_BART)),
+    "gpt2-cls": lambda: transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**_GPT2, num_labels=3)),
+    "gpt2-token": lambda: transformers.GPT2ForTokenClassification(transformers.GPT2Config(**_GPT2, num_labels=3)),
+    "gpt2-qa": lambda: transformers.GPT2ForQuestionAnswering(transformers.GPT2Config(**_GPT2)),
+    "t5-cls": lambda: transformers.T5ForSequenceClassification(transformers.T5Config(**_T5, num_labels=3)),
+    "t5-token": lambda: transformers.T5ForTokenClassification(transformers.T5Config(**_T5, num_labels=3)),
+    "t5-qa": lambda: transformers.T5ForQuestionAnswering(transformers.T5Config(**_T5)),
+    "t5-features": lambda: transformers.T5EncoderModel(transformers.T5Config(**_T5)),
+    "bart-cls": lambda: transformers.BartForSequenceClassification(transformers.BartConfig(**_BART, num_labels=3)),
+    "bart-qa": lambda: transformers.BartForQuestionAnswering(transformers.BartConfig(**_BART)),
+    "bart-features": lambda: transformers.BartModel(transformers.BartConfig(**_BART)),
 }
 
 
@@ -142,9 +155,9 @@ def batch(name: str, seed: int = 0, *, labels: bool = False, padded: bool = True
         inputs |= {"labels": target} if labels else {"decoder_input_ids": target}
     elif labels and name.endswith("-cls"):
         inputs["labels"] = torch.randint(0, 3, (3,), generator=generator)
-    elif labels and name == "bert-token":
+    elif labels and name.endswith("-token"):
         inputs["labels"] = torch.randint(0, 3, (3, 7), generator=generator).masked_fill(mask == 0, -100)
-    elif labels and name == "bert-qa":
+    elif labels and name.endswith("-qa"):
         inputs |= {key: torch.randint(0, 5, (3,), generator=generator) for key in ("start_positions", "end_positions")}
     elif labels:
         inputs["labels"] = ids.masked_fill(mask == 0, -100)

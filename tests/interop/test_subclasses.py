@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import peft
 import pytest
 import torch
 
+import peft
 from lora.test_subclasses import CASES, adapted, base_of
 
 CONVOLUTIONS = [name for name in CASES if name.startswith("conv")]

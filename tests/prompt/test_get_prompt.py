@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from prompt.families import N, made
@@ -41,3 +42,18 @@ def test_the_bases_own_preparation() -> None:
         assert model.base_model_prepare_inputs_for_generation.__func__ is type(base).prepare_inputs_for_generation
     own = getattr(base, "_prepare_encoder_decoder_kwargs_for_generation", None)  # transformers 5.23 has none
     assert model.base_model_prepare_encoder_decoder_kwargs_for_generation == own
+
+
+@pytest.mark.parametrize("method", ["prompt", "p-tuning-mlp", "p-tuning-lstm", "multitask"])
+def test_tokens_of_both_submodules(method: str) -> None:
+    """On an encoder-decoder model all of the table is returned, also what no forward uses; the forward goes on using the first half."""
+    model = made(method, "t5")
+    tasks = {"task_ids": torch.tensor([2, 0, 1])} if method == "multitask" else {}
+    found = model.get_prompt(3, **tasks)
+    assert found.shape == (3, 2 * N, 32)
+    if not tasks:
+        assert torch.allclose(found[1], model.get_prompt_embedding_to_save("default"), atol=1e-6)
+        with torch.no_grad():
+            assert torch.allclose(model.get_prompt(3), found, atol=1e-6)
+    single = made(method, "t5", num_transformer_submodules=1)
+    assert single.get_prompt(3, **tasks).shape == (3, N, 32)

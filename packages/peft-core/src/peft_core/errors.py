@@ -134,6 +134,8 @@ class ModelError(PeftError, ValueError):
 class NoSuchModuleError(ModelError, AttributeError):
     """A model has no module of a name."""
 
+    code = "no-such-module"
+
 
 class MissingMethodError(ModelError, AttributeError):
     """The base model lacks a method that its task needs."""

@@ -26,7 +26,7 @@ _PLACES = {"w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0), "gate_proj":
 _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.lora_(?P<factor>[AB])\.weight")
 _ROUTER = re.compile(r"(?P<stem>.*\.gate)\.lora_[AB]\.weight")
 _RENAMED = (".block_sparse_moe.", ".mlp.")
-_ELSEWHERE = "such an adapter can be used with transformers 4 only"
+ELSEWHERE = "such an adapter can be used with transformers 4 only"
 
 
 @dataclass(frozen=True)
@@ -108,16 +108,16 @@ def _check(stem: str, one: _Fused, shapes: Mapping[str, tuple[int, ...]], config
     if missing:
         raise ConfigError(
             f"the adapter has one of the two projections that are fused into {stem}.{one.parameter} only ({next(iter(one.keys.values()))!r})",
-            hint=_ELSEWHERE,
+            hint=ELSEWHERE,
         )
     wanted = {(place, expert, factor) for place in range(one.parts) for expert in range(one.experts) for factor in "AB"}
     if wanted - one.keys.keys():
-        raise ConfigError(f"the adapter lacks some of the {one.experts} experts of {stem!r}", hint=_ELSEWHERE)
+        raise ConfigError(f"the adapter lacks some of the {one.experts} experts of {stem!r}", hint=ELSEWHERE)
     ranks = {shapes[key][0] for (_, _, factor), key in one.keys.items() if factor == "A"}
     if ranks != {config.r}:
         raise ConfigError(
             f"the ranks of the experts of {stem!r} are {sorted(ranks)}, and r={config.r}: experts in one parameter have one rank and one scale",
-            hint=_ELSEWHERE,
+            hint=ELSEWHERE,
         )
 
 
@@ -145,17 +145,23 @@ def _fields(
     paths += [f"{path}.weight" for path in routers]
     fields: dict[str, Any] = {
         "target_modules": new_targets,
-        "target_parameters": sorted({*(config.target_parameters or ()), *_shortest(base, paths)}),
+        "target_parameters": sorted({*(config.target_parameters or ()), *shortest(base, paths)}),
     }
     if any(GATE_UP in found for found in fused.values()):
-        # two projections of rank r side by side have rank 2r; the scale stays what it was
-        alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
-        fields["rank_pattern"] = {**config.rank_pattern, rf".*\.{GATE_UP}": 2 * config.r}
-        fields["alpha_pattern"] = {**config.alpha_pattern, rf".*\.{GATE_UP}": alpha}
+        fields |= widened(config)
     return fields
 
 
-def _shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
+def widened(config: LoraConfig) -> dict[str, Any]:
+    """Return the patterns for two projections of rank r side by side: they have rank 2r; the scale stays what it was."""
+    alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    return {
+        "rank_pattern": {**config.rank_pattern, rf".*\.{GATE_UP}": 2 * config.r},
+        "alpha_pattern": {**config.alpha_pattern, rf".*\.{GATE_UP}": alpha},
+    }
+
+
+def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
     """Return the last parts of the names where these match nothing else in the base, otherwise the names as they are."""
     short = sorted({path.rpartition(".")[2] if path.endswith((GATE_UP, DOWN)) else ".".join(path.split(".")[-2:]) for path in paths})
     every = [f"{name}.{parameter}" for name, module in base.modules.items() for parameter in module._parameters]

@@ -27,7 +27,7 @@ from peft_core import (
     ops_for,
 )
 
-from . import experts
+from . import experts, experts_loading
 from .config import LoraConfig
 from .extensions import initializer_of, variant_of
 from .hotswap import SWAPPABLE, plan_swap
@@ -97,6 +97,15 @@ class LoraTuner(LayerTuner):
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
         return experts.translation(base, config, shapes)
+
+    def fitted(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
+        """Return the fields of a config that names projections of single experts, for a base that has all experts in one parameter."""
+        return experts_loading.fitted(base, config)
+
+    @classmethod
+    def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
+        """Return transformers' conversions with those of experts replaced by what joins factors."""
+        return experts_loading.conversions(conversions, adapter, config)
 
     def reshape(self, base: BaseView, config: LoraConfig) -> Reshape | None:
         """Return the replication of layers that the config asks for."""

@@ -73,18 +73,19 @@ class BidirectionalLSTM(nn.Module):
     def __init__(self, width: int, hidden: int, layers: int, dropout: float) -> None:
         super().__init__()
         self.hidden, self.layers, self.dropout = hidden, layers, dropout if layers > 1 else 0.0
-        for name, parameter in nn.LSTM(width, hidden, num_layers=layers, bidirectional=True).named_parameters():
+        parameters = dict(nn.LSTM(width, hidden, num_layers=layers, bidirectional=True).named_parameters())
+        self.names = tuple(parameters)
+        for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (time, 2·hidden) for one sequence (time, width)."""
         start = x.new_zeros(2 * self.layers, 1, self.hidden)
+        weights = [getattr(self, name) for name in self.names]  # by name: sharding replaces parameters by tensors while the module runs
         # cuDNN has no backward pass in evaluation
         plain = x.is_cuda and not self.training and torch.is_grad_enabled()
         with torch.backends.cudnn.flags(enabled=False) if plain else contextlib.nullcontext(), _hushed(x.is_cuda):
-            found = torch.lstm(
-                x.unsqueeze(0), (start, start), list(self.parameters()), True, self.layers, self.dropout, self.training, True, batch_first=True
-            )
+            found = torch.lstm(x.unsqueeze(0), (start, start), weights, True, self.layers, self.dropout, self.training, True, batch_first=True)
         return found[0].squeeze(0)
 
 

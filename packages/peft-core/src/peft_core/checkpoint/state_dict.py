@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..layers.slots import Slot
+from ..plugins.registry import registry
 from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
 
@@ -30,9 +31,9 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
     """
     prefix = index.prefix(adapter) if wrapped else ""
     keyed = {}
-    config = index.configs.get(adapter)
     # heads that the task brings, of a config that can't name them: the reference implementation has none in such files
-    implied = {path for (kind, path), _ in index.modules_of(adapter) if kind == SAVED} if not hasattr(config, "modules_to_save") else ()
+    names_them = "modules_to_save" in registry.config_class(index.tuner(adapter).spec.peft_type).__dataclass_fields__  # type: ignore[attr-defined]
+    implied = {path for (kind, path), _ in index.modules_of(adapter) if kind == SAVED} if not names_them else ()
     for path, end, slot in index.slots(adapter):
         if path in implied:
             slot = replace(slot, optional=True)

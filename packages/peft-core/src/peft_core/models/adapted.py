@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -12,7 +11,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..checkpoint import load as loading
-from ..checkpoint import save as saving
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, Tensors
 from ..config import PeftConfig
@@ -26,12 +24,13 @@ from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from .configs import check_same_effect, default_key_mapping, note_offload, read_config, take_hub_arguments
-from .tuner_model import AdapterOperations, TunerModel
+from .saving import Saving
+from .tuner_model import TunerModel
 
 _SPECIAL = frozenset({"adapter_names"})
 
 
-class AdaptedModel(nn.Module, AdapterOperations):
+class AdaptedModel(nn.Module, Saving):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
@@ -228,76 +227,6 @@ class AdaptedModel(nn.Module, AdapterOperations):
                 base.__dict__.pop("_cache", None)  # older versions keep a cache of fixed size, which virtual tokens made larger
 
     # ---- saving and loading ----------------------------------------------------------------------------------------
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
-        *,
-        state_dict: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write the adapters: ``default`` into the directory, every other one into a folder of its name; and a model card.
-
-        All files appear together or not at all, and the network is never asked.
-
-        Args:
-            save_directory: created if missing.
-            safe_serialization: safetensors; False: a pickled dict of tensors.
-            selected_adapters: which; default all.
-            save_embedding_layers: also write the base's embeddings: True, False, or ``"auto"`` (if targeted or resized).
-            is_main_process: False: only make the folders.
-            path_initial_model_for_weight_conversion: folder of the adapter as it was saved when it had just been created. An adapter that took
-                its first values out of the base (PiSSA, ...) is then written as one for the original base; this model stays as it is.
-            state_dict: take the tensors from here (names of this model) instead of from the model.
-
-        Raises:
-            AdapterFileError: `save_directory` is a file.
-            AdapterNotFoundError: `selected_adapters` names one that the model lacks.
-            CapabilityError: there is nothing to convert in adapters of this method.
-        """
-        saving.save_adapters(
-            self._peft_index,
-            save_directory,
-            model=self,
-            safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
-            save_embedding_layers=save_embedding_layers,
-            is_main_process=is_main_process,
-            state_dict=state_dict,
-            initial=path_initial_model_for_weight_conversion,
-        )
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload adapter",
-        **save_options: Any,
-    ) -> Any:
-        """Save the adapters (never the base) and upload the folder to the Hub.
-
-        Args:
-            repo_id: the repository; created if it does not exist.
-            private, token, revision, commit_message: as in huggingface_hub.
-            **save_options: as `save_pretrained`.
-
-        Returns:
-            What `huggingface_hub.HfApi.upload_folder` returns.
-        """
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **save_options)
-            hub = HfApi(token=token)
-            hub.create_repo(repo_id, private=private, exist_ok=True)
-            return hub.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message)
-
     def load_adapter(
         self,
         model_id: str | os.PathLike[str],

@@ -155,12 +155,15 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
         raise RoutingError("generate() needs input_ids or inputs_embeds before which virtual tokens can stand", hint="pass one of them")
     if kwargs.get("encoder_outputs") is not None:
         warnings.warn("encoder_outputs are computed anew, with virtual tokens before the text", PeftWarning, stacklevel=4)
+    for name in ("position_ids", "token_type_ids"):
+        if kwargs.get(name) is not None:
+            warnings.warn(f"{name} are ignored: virtual tokens stand before the text", PeftWarning, stacklevel=4)
     pad = getattr(index.view.config, "pad_token_id", None)
     ids = given.get("input_ids")
     if "attention_mask" not in given and ids is not None and pad is not None and bool((ids == pad).any()):
         given["attention_mask"] = (ids != pad).long()  # as generate() would have found out by itself
     ready = encoder_inputs(call, tokens, index.forward, given)
-    rest = {name: value for name, value in kwargs.items() if name not in (*names, "encoder_outputs")}
+    rest = {name: value for name, value in kwargs.items() if name not in (*names, "encoder_outputs", "position_ids", "token_type_ids")}
     return args[1:], {**rest, **ready}
 
 

@@ -161,6 +161,9 @@ class AdapterIndex:
         tuner = self.tuner_for(spec)
         with collector_paused(), Undo() as undo:
             reshaping.reshape(self, tuner, adapter, config, undo)
+            for name, value in tuner.fitted(view or self.view, config).items():  # in place: whoever loads the weights reads it there
+                undo.call(setattr, config, name, getattr(config, name))
+                setattr(config, name, value)
             plans = self._plans(tuner, adapter, config, (view or self.view).with_heads(heads))
             if mount_on is None and any(plan.mounts for _, _, plan in plans):
                 raise CapabilityError(

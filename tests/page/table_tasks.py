@@ -1,0 +1,143 @@
+"""Sections 3 and 4 of the page: task classes, and virtual tokens in calls."""
+
+from __future__ import annotations
+
+from page import rows_generate as generate
+from page import rows_prompts as prompts
+from page import rows_tasks as tasks
+from page.table import Row, member, says
+
+MODEL = "model, peft_config, adapter_name='default'"
+
+ROWS: list[Row] = [
+    member(
+        "3",
+        "PeftModelForSequenceClassification",
+        MODEL,
+        tasks.class_follows_the_task("bert-seq-cls", "llama-seq-cls"),
+        tasks.outputs_are_those_by_hand("bert-seq-cls", "llama-seq-cls"),
+        tasks.losses_are_those_by_hand("bert-seq-cls", "llama-seq-cls"),
+        tasks.problem_types_are_inferred,
+    ),
+    member(
+        "3",
+        "PeftModelForTokenClassification",
+        MODEL,
+        tasks.class_follows_the_task("bert-token-cls"),
+        tasks.outputs_are_those_by_hand("bert-token-cls"),
+        tasks.losses_are_those_by_hand("bert-token-cls"),
+        tasks.config_may_be_left_out_in_the_signature_alone,
+        differs="peft_config has no default: none is an error on the page as well",
+    ),
+    member(
+        "3",
+        "PeftModelForQuestionAnswering",
+        MODEL,
+        tasks.class_follows_the_task("bert-qa"),
+        tasks.outputs_are_those_by_hand("bert-qa"),
+        tasks.losses_are_those_by_hand("bert-qa"),
+    ),
+    member(
+        "3",
+        "PeftModelForCausalLM",
+        MODEL,
+        tasks.class_follows_the_task("llama", "gpt2"),
+        tasks.outputs_are_those_by_hand("llama", "gpt2"),
+        tasks.losses_are_those_by_hand("llama", "gpt2"),
+    ),
+    member(
+        "3",
+        "PeftModelForSeq2SeqLM",
+        MODEL,
+        tasks.class_follows_the_task("t5", "bart"),
+        tasks.outputs_are_those_by_hand("t5", "bart"),
+        tasks.losses_are_those_by_hand("t5", "bart"),
+    ),
+    member(
+        "3",
+        "PeftModelForFeatureExtraction",
+        MODEL,
+        tasks.class_follows_the_task("bert"),
+        tasks.outputs_are_those_by_hand("bert"),
+        tasks.features_have_no_loss,
+    ),
+    says("3", "all classes train", tasks.everything_trains_in_every_class),
+    says("3", "config", tasks.config_is_the_bases),
+    says("3", "cls_layer_name", tasks.layer_of_the_classes_is_named),
+    says("3", "heads in modules_to_save", tasks.heads_are_saved_whole, tasks.heads_that_do_not_exist_are_ignored),
+    says("3", "heads are deep-copied", tasks.heads_are_copied_and_the_original_is_frozen, tasks.heads_are_expected_in_the_file),
+    says("3", "all-linear", tasks.all_linear_spares_the_heads),
+    says("3", "forward of tuner methods", tasks.plain_keywords_are_passed_on, tasks.task_ids_are_ignored_without_tasks),
+    says("3", "bases without prepare_inputs_for_generation", tasks.bases_that_can_not_generate_are_refused),
+    says(
+        "3",
+        "base_model_prepare_inputs_for_generation",
+        tasks.preparation_of_the_base_is_kept,
+        tasks.exceptions_in_generate_leave_the_base_as_it_was,
+    ),
+    says("3", "base_model_prepare_encoder_decoder_kwargs_for_generation", tasks.preparation_of_the_encoder_is_kept),
+    # ---- 4.1 set-up --------------------------------------------------------------------------------------------------
+    says("4.1", "num_transformer_submodules", prompts.submodules_are_two_for_encoder_decoders),
+    says("4.1", "num_layers", prompts.dimensions_are_read_from("num_layers")),
+    says("4.1", "token_dim", prompts.dimensions_are_read_from("token_dim")),
+    says("4.1", "num_attention_heads", prompts.dimensions_are_read_from("num_attention_heads")),
+    says("4.1", "text_config", prompts.dimensions_are_read_from_the_text_config),
+    says("4.1", "encoder_hidden_size", prompts.hidden_size_of_the_encoder_is_the_width),
+    says("4.1", "grouped-query attention", prompts.shared_heads_give_the_width_of_prefixes),
+    says(
+        "4.1",
+        "prefix tuning with gradient checkpointing",
+        prompts.checkpointed_bases_work_with_prefixes,
+        differs="works, with the same gradients: docs/prompts.md",
+    ),
+    says("4.1", "a base without config", prompts.bases_without_a_config_are_refused),
+    says("4.1", "num_virtual_tokens=None", prompts.a_number_of_tokens_must_be_given),
+    # ---- 4.2 input and label changes ---------------------------------------------------------------------------------
+    says(
+        "4.2",
+        "how injected",
+        prompts.keys_and_values_are_a_cache,
+        prompts.embeddings_stand_before_the_text,
+        prompts.embeddings_have_the_dtype_of_the_words,
+    ),
+    says("4.2", "attention_mask", prompts.masks_get_ones),
+    says("4.2", "causal LM labels", prompts.labels_are_padded_where_there_are_embeddings),
+    says("4.2", "logits length", prompts.logits_have_the_length_of_what_stood_there),
+    says("4.2", "position_ids", prompts.positions_are_moved, differs="moved behind embeddings, too: docs/prompts.md (positions count)"),
+    says("4.2", "token_type_ids", prompts.token_types_are_padded_or_passed_on, differs="kept in every class"),
+    says("4.2", "inputs_embeds", prompts.given_embeddings_are_used),
+    says("4.2", "no adapter active, or disabled", prompts.without_an_adapter_the_base_is_called),
+    says("4.2", "multitask without task_ids", prompts.tasks_must_be_given),
+    # ---- 4.3 classification and QA with keys and values --------------------------------------------------------------
+    says("4.3", "SEQ_CLS", prompts.backbone_runs_behind_the_prefix("bert-seq-cls")),
+    says("4.3", "TOKEN_CLS", prompts.backbone_runs_behind_the_prefix("bert-token-cls")),
+    says("4.3", "QA", prompts.backbone_runs_behind_the_prefix("bert-qa"), prompts.answers_outside_the_text_are_ignored),
+    says("4.3", "FEATURE_EXTRACTION", prompts.features_get_what_the_base_takes),
+    says("4.3", "no past_key_values", prompts.bases_without_a_cache_are_refused),
+    says("4.3", "outputs of length n+T", prompts.outputs_per_token_are_those_of_the_text, differs="cut to the text (§12.11): docs/prompts.md"),
+    # ---- 4.4 encoder-decoder -----------------------------------------------------------------------------------------
+    says("4.4", "prefix tuning", prompts.prefixes_stand_in_the_decoder),
+    says("4.4", "prompt tuning, p-tuning", prompts.embeddings_stand_before_the_encoders_text),
+    says("4.4", "multitask, 1 submodule", prompts.tasks_with_one_submodule_leave_the_decoder),
+    says("4.4", "multitask, 2 submodules", prompts.tasks_with_two_submodules_stand_before_both),
+    says("4.4", "generate", prompts.encoder_decoders_generate_as_an_argmax_loop),
+    says("4.4", "generate: encoder_outputs", prompts.encoder_outputs_are_computed_anew),
+    says("4.4", "generate: token_type_ids, position_ids", prompts.types_and_positions_are_dropped_with_a_warning),
+    says("4.4", "generate: input_ids", prompts.generate_needs_ids),
+    says("4.4", "CPT", prompts.cpt_is_for_decoders, differs="refused when the model is made"),
+    # ---- 4.5 to 4.7 --------------------------------------------------------------------------------------------------
+    says("4.5", "rows of the table", generate.rows_of_the_table_are_keys_and_values),
+    says("4.5", "kind of cache", generate.cache_is_dynamic, generate.nothing_is_dropped),
+    says("4.5", "dtype", generate.cache_has_the_dtype_of_the_base),
+    says("4.5", "encoder-decoder", generate.each_layer_of_both_submodules_reads_its_part),
+    says("4.5", "layers that differ", generate.windows_and_shapes_by_layer_work),
+    says("4.6", "greedy", generate.greedy_is_an_argmax_loop),
+    says("4.6", "beams", generate.beams_are_those_of_each_row_alone),
+    says("4.6", "use_cache=False", generate.without_a_cache_it_is_the_same),
+    says("4.6", "left padding", generate.padding_on_the_left_changes_nothing),
+    says("4.6", "mask and ids of each step", generate.masks_grow_in_every_step),
+    says("4.6", "static caches", generate.static_caches_give_the_same),
+    says("4.6", "returned ids", generate.virtual_tokens_never_appear),
+    says("4.7", "input_type_mask", generate.types_are_labels_unless_told_otherwise, generate.types_are_needed_for_labels_alone),
+    says("4.7", "input_type_mask: shape", generate.types_have_the_shape_of_the_ids),
+]
