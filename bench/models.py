@@ -77,7 +77,6 @@ PROMPTS: dict[str, Callable[[Any], Any]] = {
 def libraries() -> tuple[Any, Any]:
     """Return ours, the public names of all four packages in one namespace, and the peer."""
     import peft
-
     import peft_core
     import peft_loha
     import peft_lora

@@ -186,6 +186,12 @@ def models_without_the_method_get_a_hook() -> None:
     assert base.words(torch.tensor([1])).requires_grad
 
 
+def models_that_do_not_say_count_as_checkpointed() -> None:
+    base = _Bare()
+    PeftModel(base, config("lora", task_type=None, target_modules=["layer"]))
+    assert base.words(torch.tensor([1])).requires_grad
+
+
 def quantised_models_are_left_alone() -> None:
     model = fresh("lora")
     for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"):

@@ -237,6 +237,7 @@ def pretraining_tp_becomes_one() -> None:
 def checkpointed_bases_get_inputs_that_require_gradients() -> None:
     base = tiny()
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.disable_input_require_grads()  # new versions of transformers do it themselves
     PeftModelForCausalLM(base, config("lora"))
     assert base.get_input_embeddings()(IDS).requires_grad
     plain = tiny()

@@ -11,7 +11,7 @@ import peft_core
 from peft_core import PeftConfig, TaskType
 
 TYPES = ("LORA", "LOHA", "PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT")
-HOMES = ("peft_core", "peft_lora", "peft_loha", "peft_prompt")
+HOMES = ("peft_core", "peft_lora", "peft_loha", "peft_prompt", "peft_tokens")
 
 
 def importable(*names: str) -> Callable[[], None]:

@@ -283,14 +283,11 @@ def features_get_what_the_base_takes() -> None:
         assert run(model, "bert", kind).shape[1] == IDS.shape[1] + (0 if kind == "prefix" else N)
 
 
-def _cut(kind: str, base: str) -> Tensor:
-    return run(made(kind, base), base, kind)
-
-
 @over(*SINGLE)
 def outputs_per_token_are_those_of_the_text(kind: str) -> None:
-    for base in ("bert-token-cls", "bert-qa"):
-        assert _cut(kind, base).shape[1] == IDS.shape[1]
+    for base, names in (("bert-token-cls", ["logits"]), ("bert-qa", ["start_logits", "end_logits"])):
+        output = made(kind, base)(**inputs(base, kind))
+        assert [output[name].shape[1] for name in names] == [IDS.shape[1]] * len(names)
 
 
 # ---- 4.4 encoder-decoder models --------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def several_merged_are_the_sum(kind: str) -> None:
 def broken_adapters_are_refused(kind: str) -> None:
     for broken in (float("nan"), float("inf")):
         model = made(kind)
-        next(iter(parameters_of(model, "default").values())).data.fill_(broken)
+        list(parameters_of(model, "default").values())[-1].data.fill_(broken)  # what was merged before it is taken out again
         weight = _weight(model).clone()
         for operation in (model.merge_adapter, model.merge_and_unload):
             with refused(ValueError, "NaNs detected in the merged weights. The adapter.*default.*seems to be broken"):
@@ -109,6 +109,17 @@ def merged_and_unloaded_it_is_the_base(kind: str, capsys: pytest.CaptureFixture[
     assert type(base.get_submodule(Q)) is nn.Linear
     assert base.lm_head is copy_of_head
     assert same(run(base), before, atol=1e-4)
+
+
+def injected_models_lose_their_configs() -> None:
+    from peft_lora import LoraModel
+
+    base = tiny()
+    make: Any = LoraModel  # a type checker sees the constructor of a module
+    tuner = make(base, config("lora"))
+    assert list(base.peft_config) == ["default"]
+    assert tuner.merge_and_unload() is base
+    assert not hasattr(base, "peft_config")
 
 
 def token_rows_become_the_models() -> None:

@@ -58,11 +58,11 @@ ROWS: list[Row] = [
         names.importable(
             *("LoraConfig", "LoraRuntimeConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "ArrowConfig", "BdLoraConfig", "KasaConfig"),
             *("MontecloraConfig", "VeloraConfig", "CordaConfig", "get_eva_state_dict", "initialize_lora_eva_weights", "preprocess_loraga"),
-            *("preprocess_corda", "create_arrow_model", "convert_to_lora", "save_as_lora"),
+            *("preprocess_corda", "create_arrow_model", "convert_to_lora", "save_as_lora", "LoraModel", "find_kappa_target_modules"),
         ),
-        differs="LoraModel and find_kappa_target_modules belong to the drop-in module `peft`, not to the top of a package",
     ),
-    says("1", "names of the LoHa package", names.importable("LoHaConfig"), differs="LoHaModel belongs to the drop-in module `peft`"),
+    says("1", "names of the LoHa package", names.importable("LoHaConfig", "LoHaModel")),
+    says("1", "names of trainable tokens", names.importable("TrainableTokensConfig", "TrainableTokensModel")),
     says(
         "1",
         "classes that load a base, too",
@@ -104,6 +104,7 @@ ROWS: list[Row] = [
     says("2", "device, config, …", model.unknown_attributes_are_the_bases),
     says("2", "construction: pretraining_tp", model.pretraining_tp_becomes_one),
     says("2", "construction: gradient checkpointing", model.checkpointed_bases_get_inputs_that_require_gradients),
+    says("2", "construction: no is_gradient_checkpointing", members.models_that_do_not_say_count_as_checkpointed),
     says("2", "construction: what trains", model.the_base_is_frozen_and_the_adapter_trains, model.for_inference_nothing_trains),
     # ---- 2.1 add_adapter ---------------------------------------------------------------------------------------------
     member(

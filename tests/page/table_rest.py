@@ -25,6 +25,7 @@ ROWS: list[Row] = [
         "TunerModel.merge_and_unload",
         "progressbar=False, safe_merge=False, adapter_names=None",
         tuner.merged_and_unloaded_it_is_the_base,
+        tuner.injected_models_lose_their_configs,
         tuner.token_rows_become_the_models,
         tuner.named_ones_are_merged,
     ),

@@ -84,13 +84,16 @@ def transcript() -> list[tuple[str, str]]:
     return re.findall(r"^```text\n\$ (peft-core [^\n]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+OURS = ("peft-lora", "peft-loha", "peft-prompt", "peft-tokens")
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in a new process in which only our tuners are installed."""
     every = discovery.metadata.entry_points
 
     def ours(**group: str) -> list[importlib.metadata.EntryPoint]:
-        return [point for point in every(**group) if point.dist is not None and point.dist.name in ("peft-lora", "peft-loha", "peft-prompt")]
+        return [point for point in every(**group) if point.dist is not None and point.dist.name in OURS]
 
     monkeypatch.setattr(discovery.metadata, "entry_points", ours)
     monkeypatch.setattr(registry, "_loaded", {})
@@ -237,7 +240,7 @@ def test_the_doctor_finds_every_fault(ward: Path) -> None:
     found = json.loads(text)
     states = {row["distribution"]: row["state"] for row in found["plugins"]}
     expected = {
-        **dict.fromkeys(["peft-lora", "peft-loha", "peft-prompt", "peft-fine"], "ok"),
+        **dict.fromkeys([*OURS, "peft-fine"], "ok"),
         **dict.fromkeys(["peft-torn", "peft-quits", "peft-hollow", "peft-ear"], "broken"),
         **dict.fromkeys(["peft-one", "peft-two"], "conflict"),
         "peft-late": "slow-import",

@@ -152,7 +152,7 @@ def private_uses(code: str) -> Iterator[str]:
 
 
 def _ours(module: str) -> bool:
-    return module.partition(".")[0] in ("peft_core", "peft_lora", "peft_loha", "peft_prompt")
+    return module.partition(".")[0] in ("peft_core", "peft_lora", "peft_loha", "peft_prompt", "peft_tokens")
 
 
 def _private(name: str) -> bool:

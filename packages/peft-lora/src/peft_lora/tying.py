@@ -83,6 +83,10 @@ class End:
     def __getitem__(self, name: str) -> Tensor:
         return self.tie.factors()[self.which]
 
+    def get(self, name: str) -> Tensor:
+        """As the dictionary of a module's parameters."""
+        return self[name]
+
 
 class _TieFold(Fold):
     """Puts the weight of another module in place: what was merged there is merged here, and the two stay tied."""

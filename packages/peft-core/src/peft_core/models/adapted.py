@@ -30,6 +30,9 @@ from .tuner_model import TunerModel
 _SPECIAL = frozenset({"adapter_names"})
 
 
+CHECKPOINTED = "is_gradient_checkpointing"
+
+
 class AdaptedModel(nn.Module, Saving):
     """A base model with adapters of any methods; see `PeftModel`."""
 
@@ -67,7 +70,8 @@ class AdaptedModel(nn.Module, Saving):
         index.activate([*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
-        if checkpointed(model):
+        # one that can't say counts as checkpointed; the class is asked, since transformers warns whoever asks the model
+        if checkpointed(model) or not (hasattr(type(model), CHECKPOINTED) or CHECKPOINTED in model.__dict__):
             self.prepare_model_for_gradient_checkpointing(model)
 
     # ---- adapters --------------------------------------------------------------------------------------------------

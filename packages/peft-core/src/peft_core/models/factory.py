@@ -178,6 +178,8 @@ def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict:
         ConfigError: a name belongs to no module, or none is an adapter's.
     """
     spec = registry.resolve(str(config.peft_type))
+    if getattr(config, "target_parameters", None):
+        raise ConfigError("the names in state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
     view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
     _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
     return view

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -58,3 +58,14 @@ class MethodModel(TunerModel, metaclass=_OfMethod):
     """
 
     peft_type: ClassVar[str | None] = None
+
+    if TYPE_CHECKING:  # what calling the class takes; its metaclass does it
+
+        def __init__(
+            self,
+            model: nn.Module,
+            peft_config: PeftConfig | Mapping[str, PeftConfig],
+            adapter_name: str = "default",
+            low_cpu_mem_usage: bool = False,
+            state_dict: Mapping[str, Any] | None = None,
+        ) -> None: ...

@@ -33,9 +33,12 @@ class BaseForward:
         #: the names of the forward's parameters, in order
         self.parameters = tuple(found)
         #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
-        self.takes_cache = "past_key_values" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+        keywords = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
+        self.takes_cache = "past_key_values" in found or keywords
         #: where keys and values go if the forward takes none: a model inside, before its head
         self.backbone = None if self.takes_cache else backbone.find(view.base)
+        #: a layer was seen to read what a prefix put into a cache
+        self.reads_cache = False
         #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
         self.first_position = 0
         for name, module in view.modules.items():

@@ -31,8 +31,19 @@ class BackboneDoor:
         return None if cache is None or kwargs.get("past_key_values") is not None else (args, {**kwargs, "past_key_values": cache})
 
 
+def own_decoder(base: nn.Module) -> nn.Module | None:
+    """Return the decoder of a model that runs its encoder and its decoder itself, and hands the latter a cache of its own choice (or none)."""
+    children = dict(base.named_children())
+    decoder = children.get("decoder")
+    takes = decoder is not None and "past_key_values" in inspect.signature(type(decoder).forward).parameters
+    return decoder if takes and "encoder" in children else None
+
+
 def find(base: nn.Module) -> nn.Module | None:
-    """Return the child of a model that takes a cache, the first that is a transformers model itself; None if there is none."""
+    """Return the part that takes a cache: the model's own decoder, or its first child that is a transformers model; None if there is none."""
+    decoder = own_decoder(base)
+    if decoder is not None:
+        return decoder
     for child in base.children():
         if any(cls.__name__ == "PreTrainedModel" for cls in type(child).__mro__):
             return child if "past_key_values" in inspect.signature(type(child).forward).parameters else None

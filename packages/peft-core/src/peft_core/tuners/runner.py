@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
+from ..errors import CapabilityError, RoutingError
 from ..layers.activation import EMPTY, Route, read_names
 from ..layers.fingerprint import Watch
 from . import checkpointing, reuse
-from .assemble import assemble
+from .assemble import BaseForward, assemble
 from .call import Call, Output, batch_of
 from .index import AdapterIndex
 from .tasks import TaskSpec
@@ -108,9 +108,11 @@ def run(
     if call.virtual and (again or index.forward.backbone is not None):
         call = call.telling()  # a route of its own, in which prefixes wait for the layers
     call, first = reuse.shortened(index, call, base)
-    assembled = assemble(call, index.forward, task, again=again)
-    with index.activation.use(call.route):
+    with index.activation.use(call.route):  # embedding the text, too, is up to the adapters of its row
+        assembled = assemble(call, index.forward, task, again=again)
         output = base(**assembled.inputs)
+    if not again and not index.forward.reads_cache:
+        check_cache_was_read(index.forward, call, assembled.inputs)
     output = task.cut(output, assembled.lead, assembled.length)
     if first is not EMPTY:
         output = reuse.led_by(output, first, task)
@@ -151,3 +153,25 @@ def _by_name(index: AdapterIndex, args: tuple[Any, ...], kwargs: dict[str, Any])
     if twice:
         raise TypeError(f"{index.view.name}.forward got {twice[0]!r} both by position and by name")
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, Any]) -> None:
+    """Check after the first call with keys and values that some layer put its own behind them: if none did, none looked at them.
+
+    Raises:
+        CapabilityError: the base's layers read no cache, though its forward takes one.
+    """
+    if torch.compiler.is_compiling():
+        return
+    length = sum(tokens.length for tokens in call.virtual if tokens.keys_values is not None)
+    cache = inputs.get("past_key_values")
+    cache = call.route.facts.get(checkpointing.PREFIX) if cache is None else cache
+    own: Any = getattr(cache, "self_attention_cache", cache)
+    if not length or not hasattr(own, "layers"):
+        return
+    if not any(layer.get_seq_length() > length for layer in own.layers):
+        raise CapabilityError(
+            "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
+            hint=f"the layers of {forward.view.name} look at no cache; use a method with virtual embeddings",
+        )
+    forward.reads_cache = True

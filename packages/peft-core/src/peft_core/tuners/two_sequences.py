@@ -62,7 +62,9 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
         if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
             inputs["labels"] = led(inputs["labels"], lead, IGNORED)
     if kv:
-        inputs["past_key_values"] = cache = filled_cache(call, kv, forward, cache, again=again)
+        cache = filled_cache(call, kv, forward, cache, again=again)
+        if forward.takes_cache:
+            inputs["past_key_values"] = cache
     return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
 
 
