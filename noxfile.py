@@ -233,7 +233,7 @@ def compat(session: nox.Session) -> None:
         for package in (*PACKAGES, "compat"):
             command = ("python", "-m", "build", "--wheel", f"packages/peft-{package}", "--outdir", str(away / "dist"))
             session.run(*command, env={"PYTHONPATH": str(away / "tools")}, silent=True)
-        session.install(*PINS, *PYTEST, *CONSUMERS[:1], *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
+        session.install(*PINS, *PYTEST, *CONSUMERS[:2], *(str(wheel) for wheel in (away / "dist").glob("*.whl")))
         session.run("pytest", "tests/compat", *session.posargs, env=ONE_THREAD)
         for consumer in ("transformers", "trainer", "accelerate", "fsdp2"):
             session.run("python", f"bench/accept/accept_{consumer}.py", env=ONE_THREAD)
