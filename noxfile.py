@@ -22,7 +22,7 @@ PINS = ("torch==2.13.0", "transformers==5.23.0", "safetensors==0.8.0")
 PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2", "attrs==26.1.0")  # the last it imports and does not declare
 IMPORT_LINTER = "import-linter==2.16"
 QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "ninja==1.13.2")
-CONSUMERS = ("accelerate==1.15.0", "datasets==5.2.0", "scikit-learn==1.9.1", "scipy", "pillow", "packaging")
+CONSUMERS = ("accelerate==1.15.0", "datasets==5.2.0", "scikit-learn==1.9.1", "scipy", "pillow", "requests", "importlib-metadata")
 CONSUMERS_ALONE = ("trl==1.16.0", "diffusers==0.42.1", "sentence-transformers==6.2.0")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
 SITE = (

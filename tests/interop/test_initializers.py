@@ -16,6 +16,7 @@ from interop.cases import base, batch, difference, ours, outputs, peer, using
 
 peers_corda = importlib.import_module("peft.tuners.lora.corda")
 peers_config = importlib.import_module("peft.tuners.lora.config")
+pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization")  # both say it
 LLAMA = ["q_proj", "down_proj"]
 GPT2 = ["c_attn", "c_proj"]
 
