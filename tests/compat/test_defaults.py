@@ -141,3 +141,70 @@ def test_an_adapter_without_a_task_is_loaded_by_a_class_that_knows_it(tmp_path: 
     found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert type(found) is peft.PeftModelForCausalLM
     assert torch.equal(found(IDS).logits, model.eval()(IDS).logits)
+
+
+# ---- what model cards and notebooks do ---------------------------------------------------------------------------------
+
+BESIDE = "ignore:the model already has adapters; the new one is added beside them"
+
+
+def test_keywords_of_whole_models_are_ignored_with_a_warning(tmp_path: Path) -> None:
+    model = peft.get_peft_model(base(), config())
+    with pytest.warns(UserWarning, match="save_pretrained ignores 'convert_pissa_to_lora'"):
+        model.save_pretrained(tmp_path, convert_pissa_to_lora=None)
+    with pytest.warns(UserWarning, match="from_pretrained ignores 'torch_dtype', 'device_map'"):
+        found = peft.PeftModel.from_pretrained(base(), tmp_path, torch_dtype=torch.float16, device_map="auto")
+    assert torch.equal(found(IDS).logits, model.eval()(IDS).logits)
+    with pytest.warns(UserWarning, match="load_adapter ignores 'offload_folder'"):
+        found.load_adapter(tmp_path, "other", offload_folder="x")
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        peft_core.PeftModel.from_pretrained(base(), tmp_path, torch_dtype=torch.float16)
+
+
+@pytest.mark.filterwarnings(BESIDE)
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_cell_that_runs_twice_makes_the_adapter_anew(mixed: bool) -> None:
+    plain = base()
+    expected = plain(IDS).logits
+    model = peft.get_peft_model(plain, config(), mixed=mixed)
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.warns(UserWarning, match="has an adapter 'default' already, which is replaced"):
+        again = peft.get_peft_model(model, config(init_lora_weights=True), mixed=mixed).eval()
+    assert [name for name, _ in again.named_parameters()] == names
+    assert torch.equal(again(IDS).logits, expected)
+    with pytest.warns(UserWarning, match="which is replaced"):
+        third = peft.get_peft_model(plain, config(r=4))
+    assert third.peft_config["default"].r == 4
+
+
+@pytest.mark.filterwarnings(BESIDE)
+def test_a_second_loading_replaces_the_first(tmp_path: Path) -> None:
+    plain = base()
+    first = peft.get_peft_model(plain, config()).eval()
+    expected = first(IDS).logits
+    first.save_pretrained(tmp_path)
+    with torch.no_grad():
+        next(p for p in first.parameters() if p.requires_grad).zero_()
+    with pytest.warns(UserWarning, match="which is replaced"):
+        again = peft.PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(again(IDS).logits, expected)
+
+
+@pytest.mark.filterwarnings(BESIDE)
+def test_what_fails_the_second_time_leaves_the_first() -> None:
+    model = peft.get_peft_model(base(), config()).eval()
+    expected = model(IDS).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="which is replaced"), pytest.raises(ValueError, match="nothing_like_this"):
+        peft.get_peft_model(model, config(target_modules=["nothing_like_this"]))
+    assert torch.equal(model(IDS).logits, expected)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {name: value.tolist() for name, value in before.items()}
+    assert model.active_adapter == "default"
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"default"}
+
+
+@pytest.mark.filterwarnings(BESIDE)
+def test_our_own_module_says_what_to_do_when_a_cell_runs_twice() -> None:
+    model = peft_core.get_peft_model(base(), config())
+    with pytest.raises(peft_core.AdapterNameError, match=r"already exists; .* begin with the base: model.unload\(\)"):
+        peft_core.get_peft_model(model, config())

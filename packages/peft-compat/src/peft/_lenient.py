@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
 import peft_core
+from peft_core import PeftWarning
+from peft_core.checkpoint.load import Tensors, fill
+from peft_core.checkpoint.state_dict import keyed_slots
+from peft_core.config import HUB_KEYS
 from peft_core.models import factory
+from peft_core.models.uploading import OF_UPLOAD, OF_WHOLE_MODELS
+from peft_core.tuners.index import index_of
 
 
 class _Lenient(type(nn.Module)):  # type: ignore[misc]
@@ -20,6 +31,11 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
         found: bool = isinstance(instance, cls.__mro__[1]) if cls.__module__ == MODULE else super().__instancecheck__(instance)
         return found
 
+    def __call__(cls, model: Any, peft_config: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        """Make a model. Where the base has an adapter of this name (a cell of a notebook that ran twice), it is made anew, with a warning."""
+        with anew(model, adapter_name):
+            return super().__call__(model, peft_config, adapter_name, *args, **kwargs)
+
     def __subclasscheck__(cls, subclass: type) -> bool:
         found: bool = issubclass(subclass, cls.__mro__[1]) if cls.__module__ == MODULE else super().__subclasscheck__(subclass)
         return found
@@ -28,9 +44,45 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
 MODULE = "peft.peft_model"
 
 
-def _lenient(core: type) -> Any:
+@contextlib.contextmanager
+def anew(model: Any, adapter_name: str) -> Iterator[None]:
+    """Take an adapter of this name out of the model until the block ends; if it fails, the adapter is put back."""
+    index = index_of(model) if isinstance(model, nn.Module) else None
+    if index is None or adapter_name not in index.configs:
+        yield
+        return
+    warnings.warn(f"the model has an adapter {adapter_name!r} already, which is replaced by a new one", PeftWarning, stacklevel=4)
+    config, active = index.configs[adapter_name], index.active
+    tensors = {key: slot.read().clone() for key, slot in keyed_slots(index, adapter_name).items() if not slot.unread}
+    index.delete(adapter_name)
+    try:
+        yield
+    except BaseException:
+        index.add(adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
+        index.activate(active, trainable=not config.inference_mode)
+        raise
+
+
+def _lenient(core: Any) -> Any:
     members = {"__module__": MODULE, "__doc__": core.__doc__, "strict_loading": "warn", "class_for": classmethod(_class_for)}
+    members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__))
+    members["load_adapter"] = _tolerant(core.load_adapter)
+    members["save_pretrained"] = _tolerant(core.save_pretrained)
     return _Lenient(core.__name__, (core,), members)
+
+
+def _tolerant(function: Any) -> Any:
+    """Return a method that ignores keywords which nothing here knows, with one warning: model cards pass those of whole models."""
+    known = {*inspect.signature(function).parameters, *HUB_KEYS, "subfolder", *OF_UPLOAD, *OF_WHOLE_MODELS}
+
+    @functools.wraps(function)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            warnings.warn(f"{function.__name__} ignores {', '.join(map(repr, unknown))}: an adapter has no use for it", PeftWarning, stacklevel=2)
+        return function(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+
+    return method
 
 
 def _class_for(cls: Any, task: str) -> Any:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterIndex, Creation, PeftWarning, require_index
+from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, require_index
 
 from . import rooms
 from .factorisation import Decomposition, decompose, decompose_matrix, groups_of
@@ -92,6 +92,9 @@ def add_weighted_adapter(
         MergeError: the effect of an adapter is no change of a weight. The model is as before.
     """
     index = require_index(model)
+    for what, given in (("adapters", adapters), ("weights", weights)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ConfigError(f"{what}={given!r} is a {type(given).__name__}", hint="give lists of the same length: names of adapters, and numbers")
     request = Request(tuple(adapters), tuple(weights), combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
     layers = check(index, request)
     if len(request.adapters) == 1 and combination_type != "exact" and not any(set(names) & layer.variants.keys() for layer, names in layers.values()):

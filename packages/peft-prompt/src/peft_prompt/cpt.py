@@ -58,12 +58,21 @@ class CPTEmbedding(Encoder):
         return self.delta_embedding.weight
 
     def tokens(self) -> Tensor:
-        """Return P + δ (tokens, width). δ is pulled back into its balls first, in place; labels get no gradient."""
+        """Return P + δ (tokens, width). δ is pulled back into its balls first, in place; labels get no gradient.
+
+        Raises:
+            CapabilityError: δ is a piece of a larger parameter, as under FullyShardedDataParallel, and would train outside of its balls.
+        """
         return self.memo.result(self, self._tokens)
 
     def _tokens(self) -> Tensor:
         delta, center = self.delta_embedding.weight, self.embedding.get_buffer("weight")
         types = self.types.to(delta.device)
+        if torch.is_grad_enabled() and delta._is_view():  # a piece of what FullyShardedDataParallel gathers for this call, and drops after it
+            raise CapabilityError(
+                "CPT pulls its tokens back into their balls in place, which parameters that are gathered for one call do not keep",
+                hint="train it with DistributedDataParallel, or leave its encoder out of sharding (ignored_modules)",
+            )
         with torch.no_grad():
             delta.copy_(cpt_loss.projected(delta, cpt_loss.radii(types, *self.epsilons, delta.shape[1])))
         return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())

@@ -257,6 +257,8 @@ class AdapterLayer(AdapterMerging):
         except AttributeError:
             if name in ("base_layer", "activation", "scaling", "ops") or name.startswith("__"):
                 raise
+            if name in self.adapter_layer_names and name not in self.containers:  # a container that other layers of the method have
+                return nn.ParameterDict()
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name not in _FORWARDED:
                 raise

@@ -161,7 +161,7 @@ def inject_adapter_in_model(
         )
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
-    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model)
+    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True)
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
     index.follow_model()

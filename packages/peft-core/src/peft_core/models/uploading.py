@@ -9,9 +9,9 @@ from typing import Any
 
 from ..errors import did_you_mean
 
-_OF_UPLOAD = ("repo_id", "private", "token", "revision", "commit_message")
+OF_UPLOAD = ("repo_id", "private", "token", "revision", "commit_message")
 #: of transformers' saving of whole models: scripts pass them to whatever they save
-_OF_WHOLE_MODELS = ("save_function", "max_shard_size", "variant", "save_peft_format", "save_original_format")
+OF_WHOLE_MODELS = ("save_function", "max_shard_size", "variant", "save_peft_format", "save_original_format")
 
 
 def hub_options(given: Mapping[str, Any], push: bool, directory: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -20,14 +20,14 @@ def hub_options(given: Mapping[str, Any], push: bool, directory: str | os.PathLi
     Raises:
         TypeError: there is a keyword that neither saving nor uploading has.
     """
-    known = (*_OF_UPLOAD, *_OF_WHOLE_MODELS)
+    known = (*OF_UPLOAD, *OF_WHOLE_MODELS)
     unknown = [name for name in given if name not in known]
     if unknown:
         near = did_you_mean(unknown[0], known)
         raise TypeError(f"save_pretrained() got unexpected keyword argument(s) {', '.join(map(repr, unknown))}{f'; {near}' if near else ''}")
     if not push:
         return None
-    return {"repo_id": Path(directory).name, **{name: value for name, value in given.items() if name in _OF_UPLOAD}}
+    return {"repo_id": Path(directory).name, **{name: value for name, value in given.items() if name in OF_UPLOAD}}
 
 
 def upload_folder(

@@ -140,6 +140,7 @@ class AdapterIndex:
         mount_on: nn.Module | None = None,
         view: BaseView | None = None,
         before_commit: Callable[[], None] | None = None,
+        fit: bool = False,
     ) -> None:
         """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
 
@@ -150,6 +151,7 @@ class AdapterIndex:
             heads: modules that the task wants saved whole where they exist.
             mount_on: where modules beside the base go; None refuses plans that mount something.
             view: the view to plan with; default the model's own.
+            fit: rewrite a config that was made for another layout of the base; who reads a file knows more and has done it.
             before_commit: called when everything is built (to fill in a file's tensors); if it raises, all is undone.
 
         Raises:
@@ -161,7 +163,7 @@ class AdapterIndex:
         tuner = self.tuner_for(spec)
         with collector_paused(), Undo() as undo:
             reshaping.reshape(self, tuner, adapter, config, undo)
-            for name, value in tuner.fitted(view or self.view, config).items():  # in place: whoever loads the weights reads it there
+            for name, value in (tuner.fitted(self.view, config) if fit else {}).items():
                 undo.call(setattr, config, name, getattr(config, name))
                 setattr(config, name, value)
             plans = self._plans(tuner, adapter, config, (view or self.view).with_heads(heads))

@@ -25,7 +25,9 @@ def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]
         raise AdapterNameError(f"{adapter!r} is no adapter name", hint="give a non-empty string")
     if adapter in present:
         raise AdapterNameError(
-            f"Adapter with name {adapter!r} already exists", hint="choose another name, or delete_adapter it first", code="name-taken"
+            f"Adapter with name {adapter!r} already exists",
+            hint="choose another name, or delete_adapter it; if the same lines ran before, begin with the base: model.unload()",
+            code="name-taken",
         )
     if adapter == BASE or any(mark in adapter for mark in "./\\") or any(hasattr(kind(), adapter) for kind in (nn.ModuleDict, nn.ParameterDict)):
         raise AdapterNameError(

@@ -82,6 +82,11 @@ class LoraLayer(AdapterLayer):
     #: what was computed from weights and holds until they change, by adapter
     kept: dict[str, Any]
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base stores its weight (in, out)."""
+        return self.ops.kind == "conv1d"
+
     # ---- what each kind of layer says -----------------------------------------------------------------------------
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) as matrices, as they are stored."""
@@ -116,6 +121,8 @@ class LoraLayer(AdapterLayer):
         if draws or config.initializer.needs_base:
             if draws and config.config.init_lora_weights is not False:
                 self.draw_as_plain_layers(config.r)
+                if config.config.lora_bias:
+                    torch.empty(self.matrix_shape[0]).uniform_()
             start = config.initializer.start(self, config)
             if variant is not None:
                 start = variant.start(start)
