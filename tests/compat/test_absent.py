@@ -33,9 +33,10 @@ def test_a_config_takes_arguments_before_it_refuses(name: str) -> None:
 
 
 def test_the_layer_that_diffusers_asks_for() -> None:
-    assert issubclass(LoKrLayer, BaseTunerLayer)
-    assert LoKrLayer.adapter_layer_names == ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
-    assert not isinstance(nn.Linear(1, 1), LoKrLayer)
+    kind: Any = LoKrLayer
+    assert issubclass(kind, BaseTunerLayer)
+    assert kind.adapter_layer_names == ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    assert not isinstance(nn.Linear(1, 1), kind)
 
 
 @pytest.mark.parametrize(

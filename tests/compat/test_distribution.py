@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 from packaging.version import Version
 
 import peft
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parents[2] / "packages" / "peft-compat"
 

@@ -23,8 +23,12 @@ from peft_core import (
     PeftModelForCausalLM,
     PeftType,
     PeftWarning,
+    get_layer_status,
+    get_model_status,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
     unregister_tuner,
 )
 from peft_core.testing import tiny
@@ -266,3 +270,30 @@ def test_tensors_of_other_shapes_can_be_left_out(saved: Path) -> None:
         PeftModel.from_pretrained(tiny(), saved, ignore_mismatched_sizes=True)
     with pytest.warns(PeftWarning, match="left out because of other shapes"):
         model.load_adapter(saved, "other", ignore_mismatched_sizes=True)
+
+
+def test_compiled_models_are_unwrapped() -> None:
+    model = get_peft_model(tiny(), dense())
+    compiled: Any = torch.compile(model, backend="eager")
+    tensors = get_peft_model_state_dict(compiled)
+    assert tensors.keys() == get_peft_model_state_dict(model).keys()
+    assert set_peft_model_state_dict(compiled, {key: torch.zeros_like(value) for key, value in tensors.items()}) == ([], [])
+    assert all(not value.any() for value in get_peft_model_state_dict(model).values())
+    assert get_model_status(compiled) == get_model_status(model)
+    assert get_layer_status(compiled) == get_layer_status(model)
+
+
+@pytest.mark.parametrize("call", [get_model_status, get_layer_status, get_peft_model_state_dict])
+def test_what_is_no_model_has_no_adapters(call: Any) -> None:
+    with pytest.raises(AdapterNotFoundError, match="No adapter layers found"):
+        call(None)
+
+
+def test_tensors_that_are_no_mapping() -> None:
+    with pytest.raises(ConfigError, match="peft_model_state_dict is a NoneType; give a dict"):
+        set_peft_model_state_dict(get_peft_model(tiny(), dense()), None)  # type: ignore[arg-type]
+
+
+def test_a_method_is_one_object() -> None:
+    assert PeftType("LORA") is PeftType.LORA
+    assert list(PeftType) == [PeftType(name) for name in PeftType.__members__]

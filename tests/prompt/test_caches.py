@@ -56,7 +56,8 @@ def test_a_cache_of_ones_own(model: PeftModel) -> None:
 def test_embeddings_instead_of_ids(model: PeftModel) -> None:
     expected = generated(model)
     given = left_padded()
-    words: Any = model.get_base_model().get_input_embeddings()
+    base: Any = model.get_base_model()
+    words = base.get_input_embeddings()
     found = generated(model, input_ids=None, inputs_embeds=words(given["input_ids"]))
     assert torch.equal(found, expected[:, given["input_ids"].shape[1] :])
 
@@ -150,16 +151,16 @@ def test_a_model_that_hears() -> None:
 
     torch.manual_seed(0)
     names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")
-    sizes = {**dict.fromkeys(names, 2), "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "d_model": 16}
-    tokens = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    rest = {"max_source_positions": 20, "max_target_positions": 30, "suppress_tokens": None, "begin_suppress_tokens": None}
+    sizes: dict[str, Any] = {**dict.fromkeys(names, 2), "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_mel_bins": 8, "d_model": 16}
+    tokens: dict[str, Any] = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    rest: dict[str, Any] = {"max_source_positions": 20, "max_target_positions": 30, "suppress_tokens": None, "begin_suppress_tokens": None}
     config = transformers.WhisperConfig(**sizes, **tokens, **rest)
     whisper: Any = transformers.WhisperForConditionalGeneration(config)
     common = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3}
     model = get_peft_model(whisper, get_peft_config({"peft_type": "PREFIX_TUNING", **common}), "prefix").eval()
     model.add_adapter("prompt", get_peft_config({"peft_type": "PROMPT_TUNING", **common}))
     sound = torch.randn(2, 8, 40)
-    how = {"input_features": sound, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    how: dict[str, Any] = {"input_features": sound, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     assert model.generate(**how).shape[0] == 2
     model.set_adapter("prompt")
     with pytest.raises(RoutingError, match="needs input_ids or inputs_embeds"):

@@ -92,7 +92,7 @@ def test_switching_on_and_off_and_unloading() -> None:
     gradients(model, inputs)
     twin = copy.deepcopy(model)
     assert_same(gradients(twin, inputs), expected)
-    bare = model.unload()
+    bare: Any = model.unload()
     layer = bare.model.layers[0]
     assert "peft_core" not in type(layer._gradient_checkpointing_func).__module__
     bare.train()(input_ids=inputs["input_ids"], labels=inputs["labels"])

@@ -16,7 +16,7 @@ from peft_core.testing import tiny
 CONTEXT = [5, 6, 7, 8, 9, 10, 11, 12]
 TYPES = [1, 2, 3, 4, 5, 6, 7, 8]
 PLAIN: dict[str, Any] = {"peft_type": "CPT", "task_type": "CAUSAL_LM", "cpt_token_ids": CONTEXT, "cpt_tokens_type_mask": TYPES}
-DECAY = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}
+DECAY: dict[str, Any] = {"opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5}
 TEXT = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 6]])
 
 
@@ -166,7 +166,8 @@ def test_projection_before_each_use() -> None:
     model = made(opt_projection_epsilon=0.3, opt_projection_format_epsilon=0.2)
     encoder = model.prompt_encoder["default"]
     delta = encoder.delta_embedding.weight
-    center = tiny("llama").get_input_embeddings()(torch.tensor(CONTEXT)).detach()
+    base: Any = tiny("llama")
+    center = base.get_input_embeddings()(torch.tensor(CONTEXT)).detach()
     assert torch.equal(encoder.embedding.weight, center)
     assert not delta.any()
     with torch.no_grad():
@@ -185,8 +186,8 @@ def test_projection_before_each_use() -> None:
     assert torch.equal(inside[0], before[0].float())
     encoder.train().eval()  # nothing is kept
     with torch.no_grad():
-        words = tiny("llama").get_input_embeddings()(TEXT)
-        expected_logits = tiny("llama")(inputs_embeds=torch.cat([(center + inside).expand(2, -1, -1), words], dim=1)).logits
+        words = base.get_input_embeddings()(TEXT)
+        expected_logits = base(inputs_embeds=torch.cat([(center + inside).expand(2, -1, -1), words], dim=1)).logits
         torch.testing.assert_close(model(input_ids=TEXT).logits, expected_logits, rtol=0, atol=1e-5)
     assert torch.equal(delta, inside), "a second projection moves it again"
     torch.testing.assert_close(get_peft_model_state_dict(model)["prompt_embeddings"], center + inside, rtol=0, atol=0)
@@ -244,9 +245,9 @@ def test_generate_and_bases() -> None:
 
 
 def test_configs() -> None:
-    usual = get_peft_config({"peft_type": "CPT", "task_type": "CAUSAL_LM"})
+    usual: Any = get_peft_config({"peft_type": "CPT", "task_type": "CAUSAL_LM"})
     assert (usual.cpt_token_ids, usual.cpt_mask, usual.cpt_tokens_type_mask) == ([0], [1], [1])
-    found = get_peft_config(PLAIN)
+    found: Any = get_peft_config(PLAIN)
     assert (found.num_virtual_tokens, found.num_transformer_submodules, found.cpt_mask) == (8, 1, [1] * 8)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"task_type": "SEQ_2_SEQ_LM"}, "CPT is for task_type='CAUSAL_LM', not 'SEQ_2_SEQ_LM'"),

@@ -24,7 +24,7 @@ def refused(method: str, family: str) -> bool:
     return True
 
 
-def arguments(method: Method, rows: int) -> dict[str, Tensor]:
+def arguments(method: Method, rows: int) -> dict[str, Any]:
     return {name: value[:rows] for name, value in method.arguments.items()}
 
 
@@ -118,7 +118,7 @@ def test_generate(method: str, family: str, use_cache: bool) -> None:
         return
     how, kind = METHODS[method], FAMILIES[family]
     model = made(method, family)
-    inputs = {name: value for name, value in kind.inputs().items() if name != "decoder_input_ids"}
+    inputs: dict[str, Any] = {name: value for name, value in kind.inputs().items() if name != "decoder_input_ids"}
     if not (kind.causal or kind.two):
         with pytest.raises(MissingMethodError, match="can't generate"):
             model.generate(**inputs)

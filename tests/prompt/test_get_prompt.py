@@ -48,7 +48,7 @@ def test_the_bases_own_preparation() -> None:
 def test_tokens_of_both_submodules(method: str) -> None:
     """On an encoder-decoder model all of the table is returned, also what no forward uses; the forward goes on using the first half."""
     model = made(method, "t5")
-    tasks = {"task_ids": torch.tensor([2, 0, 1])} if method == "multitask" else {}
+    tasks: dict[str, Any] = {"task_ids": torch.tensor([2, 0, 1])} if method == "multitask" else {}
     found = model.get_prompt(3, **tasks)
     assert found.shape == (3, 2 * N, 32)
     if not tasks:

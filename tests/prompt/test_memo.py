@@ -157,7 +157,7 @@ def test_copies_begin_with_none(module: Doubler, duplicate: Callable[[Any], Any]
     assert kept(module) is found
 
 
-ENCODERS = {
+ENCODERS: dict[str, dict[str, Any]] = {
     "prefix": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3},
     "projection": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 3, "prefix_projection": True},
     "mlp": {"peft_type": "P_TUNING", "num_virtual_tokens": 3},

@@ -49,7 +49,7 @@ def test_so_is_what_it_generates(family: str, cache: dict[str, Any]) -> None:
     torch.manual_seed(0)
     inputs: dict[str, Any] = FAMILIES[family].inputs()
     inputs["input_ids"][1, :2] = inputs["attention_mask"][1, :2] = 0
-    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    how: dict[str, Any] = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     bare: Any = tiny(family)
     expected = bare.generate(**inputs, **how)
     model = get_peft_model(tiny(family), config(family)).eval()
@@ -104,7 +104,7 @@ def test_it_learns_from_the_first_step_on(family: str) -> None:
     batch = {**kind.inputs(), **kind.labels()}
     gate = model.prompt_encoder["default"].gate
     optimiser = torch.optim.Adam([p for n, p in model.named_parameters() if p.requires_grad and "prompt_encoder" in n], lr=0.05)
-    losses = []
+    losses: list[float] = []
     for _ in range(30):
         optimiser.zero_grad()
         loss = model(**batch).loss
@@ -181,6 +181,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(CapabilityError, match="under transformers 4"):
             model(**FAMILIES["bert-token-cls"].inputs())
     model = get_peft_model(tiny(), config("llama"))
-    model.get_base_model().config._attn_implementation = "flex_attention"
+    base: Any = model.get_base_model()
+    base.config._attn_implementation = "flex_attention"
     with pytest.raises(CapabilityError, match="can't weigh keys"):
         model(**FAMILIES["llama"].inputs())

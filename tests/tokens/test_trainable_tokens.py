@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 5, 9, 3], [2, 2, 7, 5]])
 
 def llama(tie: bool = True) -> Any:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=tie, initializer_range=0.2)).eval()
 
 
@@ -84,17 +84,19 @@ def test_gradients_are_those_of_the_rows(tie: bool) -> None:
 
 def test_the_layer_is_one_of_a_tuner_and_the_names_are_those_of_the_format() -> None:
     model = get_peft_model(llama(), config())
-    layer = model.get_base_model().get_input_embeddings()
+    base: Any = model.get_base_model()
+    layer = base.get_input_embeddings()
     assert type(layer) is TrainableTokensLayer
     assert isinstance(layer, BaseTunerLayer)
-    assert isinstance(model.get_base_model().lm_head, TrainableTokensLayer)
+    assert isinstance(base.lm_head, TrainableTokensLayer)
     names = [name for name, _ in model.named_parameters() if "embed_tokens" in name or "lm_head" in name]
     assert names == [f"base_model.model.model.embed_tokens.{end}" for end in ("base_layer.weight", "trainable_tokens_delta.default")]
     assert set(get_peft_model_state_dict(model)) == {
         "base_model.model.lm_head.trainable_tokens_delta",
         "base_model.model.model.embed_tokens.trainable_tokens_delta",
     }
-    assert model.peft_config["default"].target_modules == "model.embed_tokens", "what the model decided is noted"
+    noted: Any = model.peft_config["default"]
+    assert noted.target_modules == "model.embed_tokens", "what the model decided is noted"
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -133,7 +135,7 @@ def test_merging_writes_the_rows_and_unmerging_gives_every_bit_back(tie: bool) -
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], ["model.embed_tokens"], r".*embed_tokens"])
 def test_named_embeddings(targets: Any) -> None:
-    model = get_peft_model(llama(), config(target_modules=targets))
+    model: Any = get_peft_model(llama(), config(target_modules=targets))
     assert isinstance(model.get_base_model().get_input_embeddings(), TrainableTokensLayer)
     assert model.peft_config["default"].target_modules == targets
 
@@ -192,10 +194,10 @@ def test_generation() -> None:
 
 
 def test_without_a_wrapper() -> None:
-    tuner = TrainableTokensModel(llama(), config(), "default")
+    tuner: Any = TrainableTokensModel(llama(), config(), "default")
     assert isinstance(tuner, TrainableTokensModel)
     assert isinstance(tuner.model.get_input_embeddings(), TrainableTokensLayer)
-    base = inject_adapter_in_model(config(), llama())
+    base: Any = inject_adapter_in_model(config(), llama())
     assert isinstance(base.get_input_embeddings(), TrainableTokensLayer)
 
 

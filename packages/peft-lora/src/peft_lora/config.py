@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft_core.config import Extras, LayerConfig, require_number, require_positive_integer, require_probability
-from peft_core.errors import ConfigError, PeftWarning, did_you_mean
+from peft_core.errors import CapabilityError, ConfigError, PeftWarning, did_you_mean
 
 from .subconfigs import (
     ArrowConfig,
@@ -115,6 +115,17 @@ class LoraConfig(LayerConfig):
     default_peft_type: ClassVar[str | None] = "LORA"
     transient: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     additional: ClassVar[frozenset[str]] = frozenset({"variant", "grouped_convolutions", "out_projection_twice"})
+
+    def _register_custom_module(self, mapping: Mapping[Any, Any]) -> None:
+        """Refuse layers that were written against the reference implementation's classes.
+
+        Raises:
+            CapabilityError: always.
+        """
+        raise CapabilityError(
+            "layers of one's own are not registered at a config",
+            hint="offer them with the hook peft_make_layer (docs/plugins.md); base class: LoraLayer",
+        )
 
     def check(self) -> None:
         """Check every value by itself, and which exclude one another.

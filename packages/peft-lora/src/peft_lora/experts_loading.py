@@ -21,8 +21,13 @@ if TYPE_CHECKING:
     from .config import LoraConfig
 
 
-def fitted(base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
+def fitted(base: BaseView, config: LoraConfig, *, shared: bool = True) -> Mapping[str, Any]:
     """Return the fields of a config that names projections of single experts, for a base that has them in one parameter; else nothing.
+
+    Args:
+        base: the model.
+        config: the config.
+        shared: names that modules outside of the experts have, too (Qwen's shared expert), mean both; False: they mean these modules alone.
 
     Raises:
         ConfigError: it names only one of two projections that are one parameter now.
@@ -34,6 +39,8 @@ def fitted(base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
 
     model: Any = base.base
     found = _projections(get_model_conversion_mapping(model), config)
+    if not shared and any(is_named and name in base.leaf_names for named in found.values() for name, is_named in named.items()):
+        return {}
     for parameter, named in found.items():
         if 0 < sum(named.values()) < len(named):
             given = next(name for name, is_named in named.items() if is_named)

@@ -22,14 +22,14 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """Return an optimiser for what trains in a model, in which A learns with `lr` and B with ``lr · ratio`` (section 4 of the paper).
 
-    Vectors (biases, magnitudes) learn as B does and do not decay; factors of embeddings have a rate of their own.
+    Vectors (biases, magnitudes) learn as B does, biases and norms do not decay; factors of embeddings have a rate of their own.
 
     Args:
         model: a model with LoRA adapters.
         optimizer_cls: class of the optimiser.
         lr: learning rate of A and of everything else that trains.
         loraplus_lr_ratio: learning rate of B divided by that of A; above 1 (the paper finds 16 good in many cases).
-        loraplus_weight_decay: of all matrices.
+        loraplus_weight_decay: of everything but biases and norms.
         loraplus_lr_embedding: learning rate of the factors of embeddings.
         **kwargs: further arguments of `optimizer_cls` (`betas`, `eps`, ...).
 
@@ -44,26 +44,26 @@ def create_loraplus_optimizer(
         raise ConfigError(f"loraplus_lr_ratio={loraplus_lr_ratio!r} is not positive", hint="the paper uses 16")
     a: list[nn.Parameter] = []
     b: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+    fixed: list[nn.Parameter] = []
     embedded: list[nn.Parameter] = []
+    norms = {id(p) for module in model.modules() if "norm" in type(module).__name__.lower() for p in module.parameters(recurse=False)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if "lora_embedding" in name:
             embedded.append(parameter)
-        elif parameter.ndim == 1:
-            vectors.append(parameter)
+        elif "lora_B" in name or parameter.ndim == 1:
+            (fixed if "bias" in name or id(parameter) in norms else b).append(parameter)
         else:
-            (b if "lora_B" in name else a).append(parameter)
+            a.append(parameter)
     faster = lr * loraplus_lr_ratio
     groups = [
         {"params": a, "lr": lr, "weight_decay": loraplus_weight_decay},
         {"params": embedded, "lr": loraplus_lr_embedding, "weight_decay": loraplus_weight_decay},
         {"params": b, "lr": faster, "weight_decay": loraplus_weight_decay},
-        {"params": vectors, "lr": faster, "weight_decay": 0.0},
+        {"params": fixed, "lr": faster, "weight_decay": 0.0},
     ]
-    used = [group for group in groups if group["params"]]
-    if not used:
+    if not any(group["params"] for group in groups):  # empty ones stay: scripts know groups by their numbers
         raise ModelError("nothing in the model trains", hint="set_adapter an adapter, without inference_mode")
     optimizer: Any = optimizer_cls
-    return optimizer(used, lr=lr, **kwargs)  # type: ignore[no-any-return]
+    return optimizer(groups, lr=lr, **kwargs)  # type: ignore[no-any-return]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -66,11 +67,16 @@ class LoraTuner(LayerTuner):
         return [(r"(lora_magnitude_vector)", rf"\1.{adapter}.weight"), (r"(lora_(?!magnitude_vector)[^\.]*)", rf"\1.{adapter}")]
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are.
+        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are, and names of single experts those of all.
 
         Raises:
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
+        fields = experts_loading.fitted(base, config, shared=False)
+        if fields:
+            config = copy.copy(config)
+            for name, value in fields.items():
+                setattr(config, name, value)
         self._chosen = initializer_of(config), variant_of(config)
         initializer, variant = self._chosen
         refuse_mixture(config, {name: other for name, other in self.configs.items() if name != adapter})
@@ -92,7 +98,7 @@ class LoraTuner(LayerTuner):
         if config.ensure_weight_tying:
             modules = list(with_ties(self, base, adapter, config, modules))
         wraps = (*with_out_projections(base, modules, config, self.activation), *parameters)
-        return dataclasses.replace(plan, wraps=wraps, resolved={**plan.resolved, "fan_in_fan_out": fan_in_fan_out})
+        return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""

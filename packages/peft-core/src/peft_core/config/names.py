@@ -6,7 +6,7 @@ import dataclasses
 import enum
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class TaskType(str, enum.Enum):
@@ -50,8 +50,11 @@ class _OpenEnum(type):
 class PeftType(str, metaclass=_OpenEnum):
     """The name of a method: any upper-case word, because anybody can publish one. `PeftType.LORA == "LORA"`."""
 
+    _made: ClassVar[dict[str, PeftType]] = {}
+
     def __new__(cls, value: str) -> PeftType:
-        return super().__new__(cls, str(value).upper())
+        name = str(value).upper()
+        return cls._made.setdefault(name, super().__new__(cls, name))  # one object for each: code asks with `is`, too
 
     @property
     def value(self) -> str:

@@ -11,7 +11,7 @@ from ..errors import AdapterNotFoundError
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.slots import AdapterModule
 from ..tuners.builtin import ModulesToSaveWrapper
-from ..tuners.index import AdapterIndex, index_of
+from ..tuners.index import AdapterIndex, index_of, uncompiled
 from . import parameters
 
 IRREGULAR = "irregular"
@@ -82,7 +82,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index = _index(model)
+    index, model = _index(model), uncompiled(model)
     prefix = "model." if index.base is not model else ""
     found = []
     for (kind, path), module in index.entries.items():
@@ -100,7 +100,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index = _index(model)
+    index, model = _index(model), uncompiled(model)
     layers = get_layer_status(model)
     trainable, total = parameters.count(model)
     wrapped = index.base is not model

@@ -96,8 +96,10 @@ class AdapterLayer(AdapterMerging):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "adapter_layer_names" not in cls.__dict__ and "containers" in cls.__dict__:
-            cls.adapter_layer_names = cls.containers
+        if "containers" in cls.__dict__ and "adapter_layer_names" not in cls.__dict__:
+            follows = {()} | {parent.__dict__.get("containers", ()) for parent in cls.__mro__[1:]}
+            if cls.adapter_layer_names in follows:  # else a class above has names for all its kinds
+                cls.adapter_layer_names = cls.containers
 
     # ---- what a tuner writes (and `add`, `delta_weight`, for effects that are no sum `weight_factor`) -----------------
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..layers.creation import Creation
 from ..plugins import hooks, registry
 from ..tuners.adopting import adopt
 from ..tuners.base_view import BaseView
-from ..tuners.index import ATTRIBUTE, AdapterIndex, index_of
+from ..tuners.index import ATTRIBUTE, AdapterIndex, index_of, uncompiled
 from .adapted import AdaptedModel
 from .configs import require_adapter, take_hub_arguments
 from .mixed_model import PeftMixedModel
@@ -239,14 +239,13 @@ def get_peft_model_state_dict(
         model: a `PeftModel`, or a model with injected adapters (then without the prefix `base_model.model.`).
         state_dict: take the tensors from this state dict of `model` instead.
         adapter_name: which adapter.
-        unwrap_compiled: `model` is what `torch.compile` returned.
+        unwrap_compiled: accepted and not needed: what `torch.compile` returned is unwrapped anyway.
         save_embedding_layers: as `PeftModel.save_pretrained`.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
     """
-    if unwrap_compiled:
-        model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     index = require_adapter(index_of(model), model)
     index.require(adapter_name)
     wrapped = isinstance(model, AdaptedModel)
@@ -280,9 +279,13 @@ def set_peft_model_state_dict(
     Raises:
         AdapterNotFoundError: the model has no such adapter.
         AdapterWeightsError: tensors do not fit; nothing was written.
+        ConfigError: the tensors are no mapping.
     """
+    model = uncompiled(model)
     index = require_adapter(index_of(model), model)
     index.require(adapter_name)
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise ConfigError(f"peft_model_state_dict is a {type(peft_model_state_dict).__name__}", hint="give a dict: name → tensor")
     return loading.fill(
         index,
         adapter_name,

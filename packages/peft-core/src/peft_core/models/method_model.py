@@ -34,8 +34,14 @@ class _OfMethod(type(nn.Module)):  # type: ignore[misc]
     ) -> TunerModel:
         config = peft_config.get(adapter_name) if isinstance(peft_config, Mapping) else peft_config
         if not isinstance(config, PeftConfig) or (cls.peft_type is not None and str(config.peft_type) != cls.peft_type):
-            kind = "None" if config is None else f"a config of {config.peft_type}" if isinstance(config, PeftConfig) else type(config).__name__
-            raise ConfigError(f"{cls.__name__} takes a config of {cls.peft_type}, and this is {kind}")
+            kind = (
+                f"none for {adapter_name!r}"
+                if config is None
+                else f"a config of {config.peft_type}"
+                if isinstance(config, PeftConfig)
+                else type(config).__name__
+            )
+            raise ConfigError(f"{cls.__name__} takes a config of {cls.peft_type}, and there is {kind}")
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
         return TunerModel(require_index(model))
 

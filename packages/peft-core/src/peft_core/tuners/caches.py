@@ -146,7 +146,11 @@ def _again_class() -> type[Any]:
         from transformers import DynamicCache
 
         class Again(DynamicCache):
-            """A cache that keeps nothing but what it began with."""
+            """A cache that keeps nothing but what it began with, and whether a layer read that; copies of it say it here."""
+
+            def __init__(self, config: Any = None) -> None:
+                super().__init__(config=config)
+                self.readers: set[int] = set()
 
             def begin(self, keys: Tensor, values: Tensor, layer: int) -> None:
                 super().update(keys, values, layer)
@@ -155,6 +159,7 @@ def _again_class() -> type[Any]:
                 layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
                 if layer is None or not layer.is_initialized:
                     return key_states, value_states
+                self.readers.add(layer_idx)
                 return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
         _classes.append(Again)

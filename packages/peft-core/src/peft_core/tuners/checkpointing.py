@@ -115,9 +115,11 @@ def prepare(index: AdapterIndex) -> bool:
 
 
 def _encoder(index: AdapterIndex) -> frozenset[nn.Module]:
-    """Return the modules of an encoder that stands before a decoder: its layers have no cache."""
+    """Return the modules of encoders whose layers have no cache: one that stands before a decoder, and one that says so, as T5's alone does."""
     found: Any = getattr(index.base, "get_encoder", dict)() if index.forward.encoder_decoder else None
-    return frozenset(found.modules()) if isinstance(found, nn.Module) else frozenset()
+    encoders = [found] if isinstance(found, nn.Module) and found is not index.base else []
+    encoders += [part for part in index.base.modules() if getattr(part, "is_decoder", None) is False and hasattr(part, "embed_tokens")]
+    return frozenset(module for encoder in encoders for module in encoder.modules())
 
 
 def _number(layer: nn.Module) -> int | None:

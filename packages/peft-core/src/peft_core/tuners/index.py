@@ -372,9 +372,15 @@ class AdapterIndex:
 
 
 def index_of(model: nn.Module) -> AdapterIndex | None:
-    """Return the index of a `PeftModel`, or of a model with injected adapters; None if it has none."""
-    found = model.__dict__.get(ATTRIBUTE)
+    """Return the index of a `PeftModel` (compiled or not), or of a model with injected adapters; None if it has none."""
+    found = getattr(uncompiled(model), "__dict__", {}).get(ATTRIBUTE)
     return found if isinstance(found, AdapterIndex) else None
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile` returned; any other as it is."""
+    inside: nn.Module | None = getattr(model, "__dict__", {}).get("_modules", {}).get("_orig_mod")
+    return model if inside is None else inside
 
 
 def require_index(model: nn.Module) -> AdapterIndex:
@@ -383,7 +389,7 @@ def require_index(model: nn.Module) -> AdapterIndex:
     Raises:
         AdapterNotFoundError: the model has no adapters.
     """
-    found = index_of(model) or index_of(getattr(model, "_orig_mod", model))
+    found = index_of(model)
     if found is None:
         raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
     return found

@@ -111,7 +111,7 @@ def run(
     with index.activation.use(call.route):  # embedding the text, too, is up to the adapters of its row
         assembled = assemble(call, index.forward, task, again=again)
         output = base(**assembled.inputs)
-    if not again and not index.forward.reads_cache:
+    if not index.forward.reads_cache:
         check_cache_was_read(index.forward, call, assembled.inputs)
     output = task.cut(output, assembled.lead, assembled.length)
     if first is not EMPTY:
@@ -169,7 +169,8 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     own: Any = getattr(cache, "self_attention_cache", cache)
     if not length or not hasattr(own, "layers"):
         return
-    if not any(layer.get_seq_length() > length for layer in own.layers):
+    readers = getattr(own, "readers", None)  # under checkpointing, what layers add is not kept
+    if not (any(layer.get_seq_length() > length for layer in own.layers) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
             hint=f"the layers of {forward.view.name} look at no cache; use a method with virtual embeddings",
