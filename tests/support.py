@@ -111,10 +111,11 @@ class CueTable(nn.Module):
 class CueTuner(TunerBase):
     def plan(self, base: Any, adapter: str, config: CueConfig) -> Plan:
         width = base.embeddings.weight.shape[1]
-        return Plan(mounts={"cues": partial(CueTable, (config.num_virtual_tokens, width))}, resolved={"token_dim": width})
+        size: Any = (config.num_virtual_tokens, width)
+        return Plan(mounts={"cues": partial(CueTable, size)}, resolved={"token_dim": width})
 
     def prepare(self, call: Call) -> Call:
-        tables = self.mounted.get("cues", {})
+        tables: Any = self.mounted.get("cues", {})
         for adapter, rows in call.share(tables):
             call = call.adding(VirtualTokens(rows, embeds=tables[adapter].table))
         return call
@@ -164,12 +165,12 @@ class Net(nn.Module):
         return self.head(self.last(x))
 
 
-def net(**kwargs: Any) -> Net:
+def net(**kwargs: Any) -> Any:
     torch.manual_seed(0)
     return Net(**kwargs)
 
 
-def llama(**kwargs: Any) -> nn.Module:
+def llama(**kwargs: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -177,7 +178,7 @@ def llama(**kwargs: Any) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **kwargs})).eval()
 
 
-def bert_classifier(**kwargs: Any) -> nn.Module:
+def bert_classifier(**kwargs: Any) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
@@ -185,7 +186,7 @@ def bert_classifier(**kwargs: Any) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**{**sizes, **kwargs})).eval()
 
 
-def gpt2(**kwargs: Any) -> nn.Module:
+def gpt2(**kwargs: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -198,6 +199,18 @@ IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 def features(rows: int = 3, width: int = 4) -> Tensor:
     """The same random rows each time."""
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+def dense(**fields: Any) -> DenseConfig:
+    """A config for layers of two kinds in `net`, which changes outputs from the start."""
+    return DenseConfig(**{"target_modules": ["up", "last"], "start": "random", **fields})
+
+
+def logits(model: nn.Module, /, **inputs: Any) -> Tensor:
+    """What a model returns for these inputs, without gradients."""
+    with torch.no_grad():
+        found: Tensor = model(**inputs).logits
+    return found
 
 
 def randomise(model: nn.Module, adapter: str, seed: int = 7) -> None:

@@ -46,7 +46,7 @@ PATHS = {
         prepare_model_for_compiled_hotswap""",
     "peft.utils.transformers_weight_conversion": "build_peft_weight_mapping convert_peft_config_for_transformers get_model_conversion_mapping",
     "peft.utils.integrations": "init_empty_weights gather_params_ctx dequantize_module_weight get_bnb_param_type",
-    "peft.utils.constants": "DUMMY_TARGET_MODULES",
+    "peft.utils.constants": "DUMMY_TARGET_MODULES TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING",
     "peft.import_utils": "is_bnb_available is_bnb_4bit_available",
     "peft.tuners": "LoraModel LoHaModel lora tuners_utils",
     "peft.tuners.tuners_utils": "BaseTuner BaseTunerLayer onload_layer check_adapters_to_merge _maybe_include_all_linear_layers",
@@ -70,6 +70,18 @@ PATHS = {
     "peft.config": "PeftConfig PromptLearningConfig PeftConfigMixin",
     "peft.auto": "AutoPeftModel AutoPeftModelForCausalLM",
     "peft.optimizers": "create_loraplus_optimizer",
+    # what scripts import besides
+    "peft.optimizers.loraplus": "create_loraplus_optimizer",
+    "peft.tuners.prompt_tuning.config": "PromptTuningConfig PromptTuningInit",
+    "peft.tuners.prompt_tuning.model": "PromptEmbedding",
+    "peft.tuners.prefix_tuning.config": "PrefixTuningConfig",
+    "peft.tuners.prefix_tuning.model": "PrefixEncoder",
+    "peft.tuners.p_tuning.config": "PromptEncoderConfig PromptEncoderReparameterizationType",
+    "peft.tuners.p_tuning.model": "PromptEncoder",
+    "peft.tuners.multitask_prompt_tuning.model": "MultitaskPromptEmbedding",
+    "peft.tuners.trainable_tokens.layer": "TrainableTokensLayer",
+    "peft.tuners.mixed": "MixedModel",
+    "peft.utils.loftq_utils": "replace_lora_weights_loftq",
 }
 ROWS = [("peft", name) for name in TOP.split()] + [(path, name) for path, names in PATHS.items() for name in names.split()]
 

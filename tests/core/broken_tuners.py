@@ -29,7 +29,7 @@ class SoundConfig(LayerConfig):
 class SoundLayer(AdapterLayer):
     """ΔW = b a."""
 
-    containers = ("sound_a", "sound_b")
+    containers: ClassVar[tuple[str, ...]] = ("sound_a", "sound_b")
     base_types = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d)
 
     def add(self, adapter: str, config: SoundConfig) -> None:
@@ -59,7 +59,10 @@ class ForgetsAField(SoundConfig):
 
 class ReadsSomethingElse(SoundLayer):
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        return {key: Slot(slot.shape, lambda slot=slot: slot.read() * 2, slot.write) for key, slot in super().slots(adapter).items()}
+        def doubled(slot: Slot) -> Slot:
+            return Slot(slot.shape, lambda: slot.read() * 2, slot.write)
+
+        return {key: doubled(slot) for key, slot in super().slots(adapter).items()}
 
 
 class PutsNamesIntoKeys(SoundLayer):
@@ -172,7 +175,8 @@ class ForgetsTheStride(SoundLayer):
             return super().contribute(adapter, x, y)
         weight = self.delta_weight(adapter).reshape(self.weight.shape)
         found = (nn.functional.conv1d if weight.ndim == 3 else nn.functional.conv2d)(x, weight)
-        return y + found[(..., *map(slice, y.shape[2:]))].sum(dim=tuple(range(2, y.ndim)), keepdim=True)
+        place: Any = (..., *map(slice, y.shape[2:]))
+        return y + found[place].sum(dim=tuple(range(2, y.ndim)), keepdim=True)
 
 
 class SwapsObjects(SoundTuner):
@@ -327,7 +331,9 @@ DECLARED = Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Cap
 
 def register(fault: type | None, capabilities: Capability = DECLARED) -> None:
     """Register SOUND and SOUND_TOKENS with the faulty part in the place of the sound one."""
-    config, tuner, tokens = SoundConfig, SoundTuner, SoundTokens
+    config: type = SoundConfig
+    tuner: type = SoundTuner
+    tokens: type = SoundTokens
     if fault is not None and issubclass(fault, SoundConfig):
         config = fault
     elif fault is not None and issubclass(fault, SoundTuner):

@@ -17,11 +17,7 @@ from peft_core import (
     PeftWarning,
     get_peft_model,
 )
-from support import CueConfig, DenseConfig
-
-
-def dense(**fields: Any) -> DenseConfig:
-    return DenseConfig(**{"target_modules": ["up", "last"], "start": "random", **fields})
+from support import CueConfig, DenseConfig, dense
 
 
 @pytest.fixture
@@ -130,7 +126,7 @@ def test_inputs_require_grad_under_gradient_checkpointing() -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_unknown_attributes_are_those_of_the_base(model: PeftModel) -> None:
+def test_unknown_attributes_are_those_of_the_base(model: Any) -> None:
     model.get_base_model().colour = "red"
     assert model.colour == "red"
     with pytest.raises(AttributeError):
@@ -208,7 +204,7 @@ def test_set_adapter_for_inference_trains_nothing(model: PeftModel) -> None:
 
 
 def test_several_adapters_add_up(model: PeftModel) -> None:
-    layer = model.get_base_model().last
+    layer: Any = model.get_base_model().last
     plain = layer.base_layer(X)
     deltas = {}
     for name in ("a", "c"):
@@ -231,7 +227,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(model: PeftModel) -> None:
         model.set_adapter("frnch")
 
 
-def test_set_adapter_while_merged_unmerges_with_one_warning(model: PeftModel) -> None:
+def test_set_adapter_while_merged_unmerges_with_one_warning(model: Any) -> None:
     weight = model.get_base_model().last.weight.clone()
     model.merge_adapter()
     with pytest.warns(PeftWarning, match="Unmerging the model first") as caught:
@@ -247,7 +243,7 @@ def test_set_requires_grad_is_independent_of_activity(model: PeftModel) -> None:
     assert model.active_adapters == ["a"]
 
 
-def test_merge_adapter_takes_a_name_or_a_list(model: PeftModel) -> None:
+def test_merge_adapter_takes_a_name_or_a_list(model: Any) -> None:
     model.merge_adapter("b")
     assert model.get_base_model().last.merged_adapters == ["b"]
     model.unmerge_adapter()
@@ -327,7 +323,7 @@ def test_adapters_that_were_switched_off_before_stay_off_afterwards(model: PeftM
     assert torch.equal(model(X), support.net()(X))
 
 
-def test_merged_adapters_are_taken_out_and_stay_out(model: PeftModel) -> None:
+def test_merged_adapters_are_taken_out_and_stay_out(model: Any) -> None:
     model.merge_adapter()
     with model.disable_adapter():
         assert torch.equal(model(X), support.net()(X))

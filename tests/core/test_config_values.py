@@ -48,8 +48,9 @@ def test_prompt_methods_say_so() -> None:
 
 
 def test_lists_of_targets_become_sets() -> None:
-    assert DenseConfig(target_modules=["a", "a", "b"], exclude_modules=("c",)).target_modules == {"a", "b"}
-    assert DenseConfig(exclude_modules=("c",)).exclude_modules == {"c"}
+    pair: Any = ("c",)
+    assert DenseConfig(target_modules=["a", "a", "b"], exclude_modules=pair).target_modules == {"a", "b"}
+    assert DenseConfig(exclude_modules=pair).exclude_modules == {"c"}
 
 
 def test_the_callers_list_stays_a_list() -> None:

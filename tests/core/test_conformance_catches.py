@@ -151,6 +151,7 @@ def test_a_merge_that_forgets_the_bias_is_found(registered: None, monkeypatch: p
     def forgets(self: SoundLayer, *args: Any, **kwargs: Any) -> None:
         merge(self, *args, **kwargs)
         with torch.no_grad():
+            assert self.bias is not None
             self.bias.zero_()
 
     monkeypatch.setattr(SoundLayer, "merge", forgets)
@@ -200,8 +201,9 @@ def test_configs_are_the_suites_own_else_examples_else_defaults(registered: None
 
 
 def test_an_example_that_holds_no_fields_is_refused() -> None:
+    examples: Any = {"a": []}
     with pytest.raises(ConfigError, match="example 'a' of the tuner SOUND is a list"):
-        TunerSpec("SOUND", SoundConfig, SoundTuner, "sound_", examples={"a": []})
+        TunerSpec("SOUND", SoundConfig, SoundTuner, "sound_", examples=examples)
 
 
 def test_expected_failures_are_strict(pytester: pytest.Pytester) -> None:

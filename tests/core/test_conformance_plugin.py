@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ CHECKS = ("test_status", "test_generate", "test_shapes", "test_padding")
 @pytest.fixture(scope="module", autouse=True)
 def models_are_imported() -> None:
     """pytester takes new modules out again, and torch can't be imported twice: have everything imported that suites need."""
-    configs = {"decoder": {"target_modules": ["q_proj"]}, "head": {"target_modules": ["query"], "base": "bert-seq-cls"}}
+    configs: dict[str, dict[str, Any]] = {"decoder": {"target_modules": ["q_proj"]}, "head": {"target_modules": ["query"], "base": "bert-seq-cls"}}
     with support.registered(support.DENSE):
         found = run_suite(suite_for("DENSE", configs), CHECKS)
     assert {result.outcome for result in found} == {"passed", "not run"}

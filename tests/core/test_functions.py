@@ -297,3 +297,16 @@ def test_tensors_that_are_no_mapping() -> None:
 def test_a_method_is_one_object() -> None:
     assert PeftType("LORA") is PeftType.LORA
     assert list(PeftType) == [PeftType(name) for name in PeftType.__members__]
+
+
+@pytest.mark.parametrize("how", ["state_dict", "compiled"])
+def test_names_of_a_models_own_state_dict_are_understood(how: str) -> None:
+    """What `torch.save(model.state_dict())` and training frameworks write: the adapter's name is in each key."""
+    fields = {"modules_to_save": ["norm"]}
+    one, two = (get_peft_model(tiny(), dense(**fields)) for _ in range(2))
+    randomise(one, "default", 1)
+    source: Any = torch.compile(one, backend="eager") if how == "compiled" else one
+    tensors = {name: value for name, value in source.state_dict().items() if "default" in name.split(".")}
+    assert set_peft_model_state_dict(two, tensors) == ([], [])
+    for (name, mine), (_, other) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert torch.equal(mine, other), name

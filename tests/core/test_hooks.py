@@ -179,7 +179,7 @@ def test_peft_tuners(plug: Plug, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_peft_default_targets(plug: Plug) -> None:
     plug(peft_default_targets=lambda peft_type, model_type: ["down_proj"] if (peft_type, model_type) == ("DENSE", "llama") else None)
-    model = get_peft_model(support.llama(), DenseConfig())
+    model: Any = get_peft_model(support.llama(), DenseConfig())
     assert model.peft_config["default"].target_modules == {"down_proj"}
 
 
@@ -215,10 +215,10 @@ def test_peft_convert_state_dict(plug: Plug, tmp_path: Path) -> None:
         assert (peft_type, config.alpha) == ("DENSE", 1)
         return {key: 2 * value for key, value in state_dict.items()}
 
-    saved = get_peft_model(support.net(), DenseConfig(target_modules=["last"], start="random"))
+    saved: Any = get_peft_model(support.net(), DenseConfig(target_modules=["last"], start="random"))
     saved.save_pretrained(tmp_path)
     plug(peft_convert_state_dict=convert)
-    loaded = PeftModel.from_pretrained(support.net(), tmp_path)
+    loaded: Any = PeftModel.from_pretrained(support.net(), tmp_path)
     assert torch.equal(loaded.get_base_model().last.dense_delta["default"], 2 * saved.get_base_model().last.dense_delta["default"])
 
 
@@ -325,7 +325,7 @@ def test_peft_adapter_unloaded(plug: Plug) -> None:
 def test_the_first_answer_counts(plug: Plug) -> None:
     plug(peft_default_targets=lambda peft_type, model_type: ["up_proj"])  # pluggy asks the newest first
     plug(peft_default_targets=lambda peft_type, model_type: None)
-    model = get_peft_model(support.llama(), DenseConfig())
+    model: Any = get_peft_model(support.llama(), DenseConfig())
     assert model.peft_config["default"].target_modules == {"up_proj"}
 
 

@@ -18,13 +18,9 @@ from peft_core import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from support import CueConfig, DenseConfig, DenseLayer
+from support import CueConfig, DenseLayer, dense
 
 X = support.features()
-
-
-def dense(**fields: Any) -> DenseConfig:
-    return DenseConfig(**{"target_modules": ["up", "last"], "start": "random", **fields})
 
 
 def wrapped(model: torch.nn.Module) -> list[str]:
@@ -61,7 +57,7 @@ def test_an_adapter_for_inference_is_frozen() -> None:
 
 
 def test_more_adapters_can_be_injected() -> None:
-    model = inject_adapter_in_model(dense(), support.net(), "a")
+    model: Any = inject_adapter_in_model(dense(), support.net(), "a")
     inject_adapter_in_model(dense(target_modules=["down"]), model, "b")
     assert list(model.peft_config) == ["a", "b"]
     assert len(wrapped(model)) == 5
@@ -80,7 +76,7 @@ def test_keys_have_no_wrapper_prefix() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "base_model.model."])
 def test_keys_are_accepted_with_and_without_the_prefix(prefix: str) -> None:
-    model = inject_adapter_in_model(dense(), support.net())
+    model: Any = inject_adapter_in_model(dense(), support.net())
     tensors = {prefix + key: torch.ones_like(value) for key, value in get_peft_model_state_dict(model).items()}
     assert set_peft_model_state_dict(model, tensors) == ([], [])
     assert (model.last.dense_delta["default"] == 1).all()
@@ -110,7 +106,7 @@ def test_a_state_dict_that_agrees_with_the_config_is_silent() -> None:
 
 def test_the_values_of_a_state_dict_are_not_used() -> None:
     keys = ["layers.0.up.dense_delta", "layers.1.up.dense_delta", "last.dense_delta"]
-    model = inject_adapter_in_model(dense(start="zero"), support.net(), state_dict={key: torch.ones(4, 4) for key in keys})
+    model: Any = inject_adapter_in_model(dense(start="zero"), support.net(), state_dict={key: torch.ones(4, 4) for key in keys})
     assert (model.last.dense_delta["default"] == 0).all()
 
 

@@ -23,20 +23,16 @@ from peft_core import (
     get_peft_model,
     inject_adapter_in_model,
 )
-from support import DenseConfig
+from support import DenseConfig, dense
 
 X = support.features()
 HEAD = {"modules_to_save": ["head"]}
 
 
-def config(**fields: Any) -> DenseConfig:
-    return DenseConfig(**{"target_modules": ["up", "last"], "start": "random", **fields})
-
-
 def two(**fields: Any) -> nn.Module:
     torch.manual_seed(1)
-    model = inject_adapter_in_model(config(**fields), support.net(), "a")
-    return inject_adapter_in_model(config(**fields), model, "b").eval()
+    model = inject_adapter_in_model(dense(**fields), support.net(), "a")
+    return inject_adapter_in_model(dense(**fields), model, "b").eval()
 
 
 def layers(model: nn.Module) -> list[Any]:
@@ -61,7 +57,7 @@ def test_the_adapter_that_was_injected_last_is_in_use() -> None:
     model = two()
     assert [layer.active_adapters for layer in layers(model)] == [["b"]] * 3
     assert trains(model) == {"a", "b"}
-    inject_adapter_in_model(config(), alone := support.net(), "b")
+    inject_adapter_in_model(dense(), alone := support.net(), "b")
     for mine, other in zip(layers(alone), layers(model), strict=True):
         mine.dense_delta["b"].data.copy_(other.dense_delta["b"])
     assert torch.equal(alone(X), model(X))
@@ -195,8 +191,8 @@ def test_deleting_from_a_model_whose_layers_were_switched() -> None:
 
 @pytest.mark.parametrize("how", ["set_adapter", "enable_adapter_layers"])
 def test_the_model_takes_its_layers_back(how: str) -> None:
-    model = get_peft_model(support.net(), config(), "a")
-    model.add_adapter("b", config())
+    model = get_peft_model(support.net(), dense(), "a")
+    model.add_adapter("b", dense())
     model.eval()
     expected = model(X)
     for layer in layers(model):
@@ -210,7 +206,7 @@ def test_the_model_takes_its_layers_back(how: str) -> None:
 
 
 def test_rows_of_a_call_are_followed_by_layers_that_were_switched() -> None:
-    model = get_peft_model(support.net(), config(), "a").eval()
+    model = get_peft_model(support.net(), dense(), "a").eval()
     expected = model(X)
     layers(model)[0].enable_adapters(False)
     assert not torch.equal(model(X), expected)
@@ -241,19 +237,19 @@ def test_copies_are_switched_as_the_original_is(how: str) -> None:
 def test_an_adapter_that_comes_later_has_a_number_for_all() -> None:
     model = two()
     switch(model, "a")
-    inject_adapter_in_model(config(), model, "c")
+    inject_adapter_in_model(dense(), model, "c")
     switch(model, "c")
     activation = layers(model)[0].activation
     assert activation.chosen.tolist() == [False, False, True]
 
 
 def test_wrappers_that_somebody_else_took_off() -> None:
-    model = two()
+    model: Any = two()
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, AdapterLayer)]:
         model.set_submodule(name, layer.get_base_layer())
     model.peft_config.clear()
     del model.peft_config
-    inject_adapter_in_model(config(), model, "a")
+    inject_adapter_in_model(dense(), model, "a")
     assert len(layers(model)) == 3
     assert not torch.equal(model(X), support.net()(X))
 
@@ -262,7 +258,7 @@ def test_wrappers_that_somebody_else_took_off() -> None:
 
 
 def test_kinds_of_modules() -> None:
-    model = get_peft_model(support.llama(), config(target_modules=["q_proj"], modules_to_save=["norm"]))
+    model = get_peft_model(support.llama(), dense(target_modules=["q_proj"], modules_to_save=["norm"]))
     for layer in layers(model):
         assert isinstance(layer, AdapterLayer)
         assert not isinstance(layer, AuxiliaryTrainingWrapper)
@@ -275,7 +271,7 @@ def test_kinds_of_modules() -> None:
 
 def test_rows_of_tokens_are_auxiliary_and_hold_a_layer() -> None:
     model = two_rows()
-    rows = model.get_input_embeddings()
+    rows: Any = model.get_input_embeddings()
     assert isinstance(rows, AuxiliaryTrainingWrapper)
     assert not isinstance(rows, BaseTunerLayer)
     assert isinstance(rows.token_adapter, BaseTunerLayer)
@@ -284,7 +280,7 @@ def test_rows_of_tokens_are_auxiliary_and_hold_a_layer() -> None:
     }
     assert rows.adapter_state_dict_load_map("nobody") == {}
     found = rows.adapter_state_dict("default", rows.state_dict())
-    assert torch.equal(found["token_adapter.trainable_tokens_delta"], rows.token_adapter.trainable_tokens_delta["default"])
+    assert torch.equal(found["token_adapter.trainable_tokens_delta"], model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"])
 
 
 def two_rows() -> Any:
@@ -293,7 +289,7 @@ def two_rows() -> Any:
         def extras(self) -> Any:
             return support.Extras(token_indices=[1, 2])
 
-    model = inject_adapter_in_model(RowsConfig(target_modules=["q_proj"]), support.llama()).eval()
+    model: Any = inject_adapter_in_model(RowsConfig(target_modules=["q_proj"]), support.llama()).eval()
     with torch.no_grad():
         model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].fill_(0.5)
     return model
@@ -335,7 +331,7 @@ def test_the_weight_of_trained_rows_is_what_a_product_by_hand_needs() -> None:
 
 
 def test_keys_of_saved_modules() -> None:
-    model: PeftModel = get_peft_model(support.net(), config(**HEAD))
+    model: PeftModel = get_peft_model(support.net(), dense(**HEAD))
     (saved,) = wrappers(model)
     assert saved.adapter_state_dict_load_map("default") == {"weight": "modules_to_save.default.weight", "bias": "modules_to_save.default.bias"}
     found = saved.adapter_state_dict("default", saved.state_dict())

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+import support
 from peft_core import AdapterNotFoundError, PeftMixedModel, PeftModel, get_peft_model
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
@@ -18,15 +19,12 @@ from support import CueConfig, DenseConfig
 INPUTS = inputs_of("llama", 2)
 
 
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**INPUTS).logits
-    return found
+logits = partial(support.logits, **INPUTS)
 
 
 @pytest.fixture
 def mixed() -> PeftMixedModel:
-    model = get_peft_model(tiny(), DenseConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "one", mixed=True)
+    model: Any = get_peft_model(tiny(), DenseConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), "one", mixed=True)
     model.add_adapter("two", DenseConfig(target_modules=["q_proj", "up_proj"], alpha=2, task_type="CAUSAL_LM"))
     model.add_adapter("words", CueConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     for number, name in enumerate(("one", "two", "words")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ def test_a_base_without_name_leaves_the_name_out(tmp_path: Path) -> None:
     assert not any(tag.startswith("base_model:adapter") for tag in header(tmp_path)["tags"])
 
 
-def test_quantisation_is_described_once(model: PeftModel, tmp_path: Path) -> None:
+def test_quantisation_is_described_once(model: Any, tmp_path: Path) -> None:
     model.get_base_model().config.quantization_config = {"load_in_4bit": True}
     for _ in range(2):
         model.create_or_update_model_card(tmp_path)

@@ -39,13 +39,13 @@ def test_the_copy_starts_as_the_original() -> None:
 
 
 def test_the_copy_trains_and_the_original_is_frozen(model: PeftModel) -> None:
-    head = model.get_base_model().head
+    head: Any = model.get_base_model().head
     assert head.modules_to_save["a"].weight.requires_grad
     assert not head.original_module.weight.requires_grad
 
 
 def test_trainability_follows_set_adapter(model: PeftModel) -> None:
-    head = model.get_base_model().head
+    head: Any = model.get_base_model().head
     model.set_adapter("b")
     assert [head.modules_to_save[name].weight.requires_grad for name in ("a", "b")] == [False, True]
     model.set_adapter("b", inference_mode=True)
@@ -53,7 +53,7 @@ def test_trainability_follows_set_adapter(model: PeftModel) -> None:
 
 
 def test_the_copy_of_the_active_adapter_is_used(model: PeftModel) -> None:
-    head = model.get_base_model().head
+    head: Any = model.get_base_model().head
     for name in ("a", "b"):
         model.set_adapter(name)
         assert torch.equal(head(X), head.modules_to_save[name](X))
@@ -62,7 +62,7 @@ def test_the_copy_of_the_active_adapter_is_used(model: PeftModel) -> None:
 def test_an_adapter_without_a_copy_uses_the_original(model: PeftModel) -> None:
     model.add_adapter("c", dense(modules_to_save=None))
     model.set_adapter("c")
-    head = model.get_base_model().head
+    head: Any = model.get_base_model().head
     assert torch.equal(head(X), head.original_module(X))
 
 
@@ -86,7 +86,7 @@ def test_each_row_sees_its_own_copy(model: PeftModel) -> None:
 
 
 def test_attributes_are_those_of_the_copy_in_use(model: PeftModel) -> None:
-    head = model.get_base_model().head
+    head: Any = model.get_base_model().head
     assert head.weight is head.modules_to_save["a"].weight
     assert head.out_features == 2
 
@@ -184,7 +184,7 @@ def test_a_copy_of_a_block_holds_no_adapter_of_another() -> None:
 
 
 @pytest.mark.parametrize("method", ["merge_and_unload", "unload"])
-def test_the_copy_in_use_stays_in_the_base(model: PeftModel, method: str) -> None:
+def test_the_copy_in_use_stays_in_the_base(model: Any, method: str) -> None:
     model.set_adapter("b")
     weight = model.get_base_model().head.modules_to_save["b"].weight.clone()
     base = getattr(model, method)()
@@ -192,11 +192,11 @@ def test_the_copy_in_use_stays_in_the_base(model: PeftModel, method: str) -> Non
     assert torch.equal(base.head.weight, weight)
 
 
-def test_merge_and_unload_of_a_named_adapter_leaves_its_copy(model: PeftModel) -> None:
+def test_merge_and_unload_of_a_named_adapter_leaves_its_copy(model: Any) -> None:
     weight = model.get_base_model().head.modules_to_save["b"].weight.clone()
     assert torch.equal(model.merge_and_unload(adapter_names=["b"]).head.weight, weight)
 
 
-def test_deleting_the_adapter_deletes_the_copy(model: PeftModel) -> None:
+def test_deleting_the_adapter_deletes_the_copy(model: Any) -> None:
     model.delete_adapter("b")
     assert list(model.get_base_model().head.modules_to_save) == ["a"]

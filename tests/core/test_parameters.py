@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from torch import nn
@@ -40,7 +41,7 @@ def test_tied_parameters_count_once() -> None:
 
 
 def test_a_sharded_parameter_counts_with_its_full_size() -> None:
-    model = get_peft_model(support.net(), DenseConfig(target_modules=["last"]))
+    model: Any = get_peft_model(support.net(), DenseConfig(target_modules=["last"]))
     before = model.get_nb_trainable_parameters()[1]
     empty = nn.Parameter(model.get_base_model().head.weight.new_empty(0), requires_grad=False)
     empty.ds_numel = 8  # type: ignore[attr-defined]

@@ -51,7 +51,8 @@ def test_a_plain_name_matches_whole_segments_only() -> None:
 
 
 def test_no_match_is_the_default() -> None:
-    assert Patterns({}, "rank_pattern").value("q", 8) == 8
+    none: dict[str, int] = {}
+    assert Patterns(none, "rank_pattern").value("q", 8) == 8
 
 
 def test_patterns_that_have_matched_nothing_are_known() -> None:

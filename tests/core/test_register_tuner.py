@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -68,8 +69,9 @@ def test_a_malformed_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize("place", ["", "module", "module.Class", "module:Class:more", "module: Class"])
 @pytest.mark.parametrize("field", ["config", "tuner"])
 def test_a_malformed_place_is_refused(field: str, place: str) -> None:
+    fields: dict[str, Any] = {"peft_type": "MINE", "config": "m:C", "tuner": "m:T", "parameter_prefix": "mine_", field: place}
     with pytest.raises(ConfigError, match=f"{field}=.*is no place of a class"):
-        TunerSpec(**{"peft_type": "MINE", "config": "m:C", "tuner": "m:T", "parameter_prefix": "mine_", field: place})
+        TunerSpec(**fields)
 
 
 def test_an_empty_parameter_prefix_is_refused() -> None:

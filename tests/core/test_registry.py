@@ -12,9 +12,7 @@ import pytest
 import support
 from peft_core import DuplicateTunerError, IncompatiblePluginError, PeftWarning, PluginError, UnknownTunerError
 from peft_core.plugins import discovery
-from peft_core.plugins import registry as process_registry
-
-Registry = type(process_registry)
+from peft_core.plugins.registry import Registry
 
 
 @pytest.fixture

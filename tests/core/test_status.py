@@ -10,11 +10,7 @@ from torch import nn
 
 import support
 from peft_core import PeftModel, TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status, get_peft_model
-from support import CueConfig, DenseConfig
-
-
-def dense(**fields: Any) -> DenseConfig:
-    return DenseConfig(**{"target_modules": ["up", "last"], "start": "random", **fields})
+from support import CueConfig, dense
 
 
 @pytest.fixture
@@ -86,12 +82,12 @@ def test_merged_is_seen(model: PeftModel) -> None:
     assert model.get_model_status().merged_adapters == ["a"]
 
 
-def test_partly_merged_is_irregular(model: PeftModel) -> None:
+def test_partly_merged_is_irregular(model: Any) -> None:
     model.get_base_model().last.merge(adapter_names=["a"])
     assert model.get_model_status().merged_adapters == "irregular"
 
 
-def test_partly_frozen_is_irregular(model: PeftModel) -> None:
+def test_partly_frozen_is_irregular(model: Any) -> None:
     model.get_base_model().last.dense_delta["a"].requires_grad_(False)
     assert model.get_model_status().requires_grad == {"a": "irregular", "b": False}
 

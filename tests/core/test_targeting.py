@@ -63,7 +63,7 @@ def test_an_expression_must_match_the_whole_name() -> None:
 
 
 def test_an_expression_stays_an_expression_in_the_config() -> None:
-    model = get_peft_model(support.net(), DenseConfig(target_modules=".*up"))
+    model: Any = get_peft_model(support.net(), DenseConfig(target_modules=".*up"))
     assert model.peft_config["default"].target_modules == ".*up"
 
 
@@ -297,7 +297,7 @@ def test_an_unsupported_module_is_named_with_what_is_supported() -> None:
 def test_layers_that_a_fused_kernel_passes_by_are_refused() -> None:
     from types import SimpleNamespace
 
-    base = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})})
+    base: Any = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})})
     base.config = SimpleNamespace(model_type="falcon_mamba")
     with pytest.raises(ConfigError, match=r"fused kernel.*in_proj"):
         targeted(base, target_modules=["out_proj"])

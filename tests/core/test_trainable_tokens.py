@@ -96,7 +96,7 @@ def reference(base: Any, delta: Tensor, ids: Tensor, **look_up: Any) -> Tensor:
 )
 def test_look_ups_and_gradients_are_those_of_a_changed_table(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    base = nn.Module()
+    base: Any = nn.Module()
     base.tokens, base.q_proj = nn.Embedding(32, 4, dtype=torch.float64, **options), nn.Linear(4, 4)
     plain = copy.deepcopy(base.tokens)
     get_peft_model(base, rows({"tokens": T}))
@@ -233,7 +233,7 @@ def test_no_rows_at_all() -> None:
 
 
 def test_named_modules_have_rows_of_their_own() -> None:
-    model = get_peft_model(llama(tie_word_embeddings=False), rows({"embed_tokens": T, "lm_head": [7]})).eval()
+    model: Any = get_peft_model(llama(tie_word_embeddings=False), rows({"embed_tokens": T, "lm_head": [7]})).eval()
     values = new_rows(model)
     head = model.get_base_model().lm_head.token_adapter.trainable_tokens_delta["default"]
     plain = overwritten(llama(tie_word_embeddings=False), values)
@@ -281,6 +281,6 @@ def test_all_modules_with_the_weight_get_the_rows() -> None:
     plain = overwritten(tiny("t5"), new_rows(model))
     with torch.no_grad():
         assert torch.equal(model(**ids).logits, plain(**ids).logits)
-        merged = model.merge_and_unload()
+        merged: Any = model.merge_and_unload()
         assert torch.equal(merged(**ids).logits, plain(**ids).logits)
     assert merged.lm_head.weight is merged.shared.weight is merged.decoder.embed_tokens.weight

@@ -6,12 +6,12 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch import Tensor
 
 import support
 from peft_core import Capability, ConfigError, Extras, PeftModel, PeftWarning, TunerSpec, get_peft_model, get_peft_model_state_dict
@@ -50,10 +50,7 @@ def llama(**kwargs: Any) -> Any:
     return support.llama(**{"tie_word_embeddings": True, **kwargs})
 
 
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, **kwargs).logits
-    return found
+logits = partial(support.logits, input_ids=IDS)
 
 
 def ends(model: PeftModel, adapter: str = "default") -> tuple[Any, Any]:
@@ -74,7 +71,7 @@ def moved(model: PeftModel, adapter: str = "default", seed: int = 3) -> Any:
 
 @pytest.mark.parametrize("names", NAMES)
 def test_both_ends_train_one_parameter(names: list[str]) -> None:
-    model = get_peft_model(llama(), config(names)).eval()
+    model: Any = get_peft_model(llama(), config(names)).eval()
     first, last = ends(model)
     assert first.weight is last.weight
     assert first.weight is not model.get_base_model().model.embed_tokens.original_module.weight

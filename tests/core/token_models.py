@@ -45,7 +45,7 @@ def bert(**kwargs: Any) -> Any:
     from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = BertForMaskedLM(BertConfig(**{**sizes, **kwargs})).eval()
     with torch.no_grad():
         model.cls.predictions.bias.normal_()
@@ -57,7 +57,14 @@ def gemma() -> Any:
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
     return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_key_value_heads=1)).eval()
 
 
@@ -83,7 +90,8 @@ def base_weight(module: Any) -> torch.Tensor:
 
 
 def table_of(model: Any) -> Any:
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_input_embeddings()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_input_embeddings()
 
 
 def logits(model: Any, ids: Tensor = IDS, **kwargs: Any) -> Tensor:

@@ -9,6 +9,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,6 +321,13 @@ def saving(library: Any, case: Case | None = None) -> Iterator[None]:
     else:
         with using(library):
             yield
+
+
+def save(library: Any, model: Any, folder: Path, **how: Any) -> Path:
+    """Save into a folder and return it."""
+    with using(library):
+        model.save_pretrained(str(folder), **how)
+    return folder
 
 
 def saved(case: Case, library: Any, folder: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -234,10 +233,3 @@ def _size(found: Any, length: int) -> Tensor:
     """Return the mean square of half of the outputs of the text (half: what is normalised has the same size whatever is learnt)."""
     values = [found[name] for name in ("logits", "start_logits", "end_logits", "last_hidden_state") if found.get(name) is not None]
     return torch.stack([value[:, -length:, ...][..., ::2].square().mean() for value in values]).sum()
-
-
-def save(library: Any, model: Any, folder: Path, **how: Any) -> Path:
-    """Save into a folder and return it."""
-    with using(library):
-        model.save_pretrained(str(folder), **how)
-    return folder

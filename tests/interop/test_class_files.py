@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from interop.cases import Case, assert_close, base, difference, ours, peer, shake, using
-from interop.class_cases import BASES, CELLS, CLASS_OF, EMBEDDINGS, PREFIXES, cell, save, second, shown, task_of, train, views
+from interop.cases import Case, assert_close, base, difference, ours, peer, save, shake, using
+from interop.class_cases import BASES, CELLS, CLASS_OF, EMBEDDINGS, PREFIXES, cell, second, shown, task_of, train, views
 from interop.class_cases import inputs_of as inputs_for
 from interop.test_classes import tensors
 from interop.test_files import comparable, settings, tree

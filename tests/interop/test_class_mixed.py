@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, shake, using
-from interop.class_cases import cell, inputs_of, save, train
+from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, save, shake, using
+from interop.class_cases import cell, inputs_of, train
 from interop.test_files import comparable, settings
 
 #: task -> base on which two adapters are mixed

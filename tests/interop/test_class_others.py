@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
-from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, shake, using
+from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, save, shake, using
 from interop.class_cases import (
     EMBEDDINGS,
     LAYERS,
@@ -22,7 +22,6 @@ from interop.class_cases import (
     refusal,
     refused_call,
     rows_without_head,
-    save,
     task_of,
     train,
 )

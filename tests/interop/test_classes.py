@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, shake, using
+from interop.cases import Case, assert_close, base, difference, ours, outputs, peer, save, shake, using
 from interop.class_cases import (
     BASES,
     CELLS,
@@ -25,7 +25,6 @@ from interop.class_cases import (
     has_labels,
     inputs_of,
     is_bare,
-    save,
     task_of,
     train,
     views,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from interop.cases import base, batch, difference, ours, outputs, peer, using
+from interop.cases import base, batch, difference, ours, outputs, peer, save, shake, using
 
 peers_corda = importlib.import_module("peft.tuners.lora.corda")
 peers_config = importlib.import_module("peft.tuners.lora.config")
@@ -41,20 +41,6 @@ def both(init: Any, on: str = "llama", **options: Any) -> tuple[dict[str, Tensor
 def signless(name: str, value: Tensor) -> Tensor:
     """Singular vectors have no sign of their own."""
     return value.detach().double().abs() if "lora_" in name else value.detach().double()
-
-
-def move(model: Any, seed: int = 7) -> None:
-    """Give the parameters that train other values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-
-
-def save(library: Any, model: Any, folder: Path, **kwargs: Any) -> None:
-    with using(library):
-        model.save_pretrained(str(folder), **kwargs)
 
 
 def load(library: Any, folder: Path, on: str = "llama") -> Any:
@@ -95,7 +81,7 @@ def test_the_same_factors_and_base(init: str, on: str, options: dict[str, Any]) 
 def test_files_go_both_ways(init: str, tmp_path: Path) -> None:
     for writer, reader in ((ours, peer), (peer, ours)):
         model = make(writer, init)
-        move(model)
+        shake(model)
         folder = tmp_path / writer.__name__ if writer is peer else tmp_path / "ours"
         save(writer, model, folder)
         read = load(reader, folder)
@@ -108,7 +94,7 @@ def test_converted_adapters_are_the_same(options: dict[str, Any], tmp_path: Path
     for library, name in ((ours, "ours"), (peer, "peer")):
         model = make(library, "olora", **options)  # whose signs are the same on both sides
         save(library, model, tmp_path / name / "initial")
-        move(model)
+        shake(model)
         save(library, model, tmp_path / name / "plain", path_initial_model_for_weight_conversion=str(tmp_path / name / "initial"))
         expected = outputs(library, model, batch("llama"))
     configs = [json.loads((tmp_path / name / "plain" / "adapter_config.json").read_text()) for name in ("ours", "peer")]
@@ -139,7 +125,7 @@ def test_the_peer_does_not_convert_rslora_with_patterns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rslora"):
         save(peer, model, tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     mine = make(ours, "olora", **options)  # the same initial folder
-    move(mine)
+    shake(mine)
     save(ours, mine, tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     assert difference(outputs(peer, load(peer, tmp_path / "plain"), batch("llama")), outputs(ours, mine, batch("llama"))) < 1e-5
 

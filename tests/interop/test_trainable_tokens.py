@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from interop.cases import _BERT, _LLAMA, base, batch, ours, peer, using
+from interop.cases import _BERT, _LLAMA, base, batch, ours, peer, save, shake, using
 
 TOKENS = [5, 30, 2]
 TIED = {"tie_word_embeddings": True}
@@ -46,14 +46,6 @@ def make(library: Any, case: str, **options: Any) -> Any:
         return library.get_peft_model(model, library.LoraConfig(**options)).eval()
 
 
-def move(model: Any) -> None:
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-
-
 def logits(library: Any, model: Any, case: str) -> Tensor:
     inputs = batch(CASES[case][0].replace("tied", "llama"))
     inputs["input_ids"][:, 1] = torch.tensor(TOKENS)
@@ -68,18 +60,12 @@ def load(library: Any, case: str, folder: Path, **kwargs: Any) -> Any:
         return library.PeftModel.from_pretrained(model, str(folder), **kwargs).eval()
 
 
-def save(library: Any, model: Any, folder: Path, **kwargs: Any) -> Path:
-    with using(library):
-        model.save_pretrained(str(folder), **kwargs)
-    return folder
-
-
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("embeddings", [False, True])
 def test_files_go_both_ways(case: str, embeddings: bool, tmp_path: Path) -> None:
     for number, (writer, reader) in enumerate(((ours, peer), (peer, ours))):
         model = make(writer, case)
-        move(model)
+        shake(model)
         folder = save(writer, model, tmp_path / str(number), save_embedding_layers=embeddings)
         read = load(reader, case, folder)
         torch.testing.assert_close(logits(reader, read, case), logits(writer, model, case), atol=1e-5, rtol=1e-4)
@@ -105,7 +91,7 @@ def test_names_in_memory_are_the_same(case: str) -> None:
 @pytest.mark.parametrize("case", ROWS)
 def test_gradients_are_the_same(case: str, tmp_path: Path) -> None:
     model = make(peer, case)
-    move(model)
+    shake(model)
     folder = save(peer, model, tmp_path, save_embedding_layers=False)
     inputs = batch(CASES[case][0].replace("tied", "llama"), labels=True)
     inputs.setdefault("labels", inputs["input_ids"])

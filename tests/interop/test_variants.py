@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from interop.cases import base, ours, peer, using
+from interop.cases import base, ours, peer, save, shake, using
 
 peers_config = importlib.import_module("peft.tuners.lora.config")
 TARGETS = ["q_proj", "down_proj"]
@@ -49,25 +49,10 @@ def make(library: Any, variant: str, on: str = "llama", *, seed: int = 3, **opti
         return library.get_peft_model(model, config)
 
 
-def save(library: Any, model: Any, folder: Path) -> Path:
-    with using(library):
-        model.save_pretrained(str(folder))
-    return folder
-
-
 def load(library: Any, folder: Path, **kwargs: Any) -> Any:
     model = base("llama")
     with using(library):
         return library.PeftModel.from_pretrained(model, str(folder), **kwargs).eval()
-
-
-def move(model: Any, seed: int = 7) -> None:
-    """Give the parameters that train other values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters()):
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 def logits(model: Any, library: Any = ours, **arguments: Any) -> Tensor:
@@ -97,7 +82,7 @@ def test_the_same_seed_gives_the_same_adapter(variant: str) -> None:
 def test_files_go_both_ways(variant: str, tmp_path: Path) -> None:
     for number, (writer, reader) in enumerate(((ours, peer), (peer, ours))):
         model = make(writer, variant, init_lora_weights=False)
-        move(model)
+        shake(model)
         model.eval()
         folder = save(writer, model, tmp_path / str(number))
         read = load(reader, folder)
@@ -108,7 +93,7 @@ def test_files_go_both_ways(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", ["bdlora", "kasa", "velora", "velora-random", "velora-once", "alora"])
 def test_gradients_are_the_same(variant: str, tmp_path: Path) -> None:
     model = make(peer, variant, init_lora_weights=False)
-    move(model)
+    shake(model)
     folder = save(peer, model, tmp_path)
     gradients = []
     for library in (ours, peer):

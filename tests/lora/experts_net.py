@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.making import shake
 from peft_core import PeftModel, get_peft_model
 from peft_lora import LoraConfig
 
@@ -45,14 +46,6 @@ ALL = ["experts.up", "down", "mix"]
 def net(**kwargs: Any) -> Net:
     torch.manual_seed(0)
     return Net(**kwargs)
-
-
-def shake(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
 
 
 def adapted(base: nn.Module | None = None, *names: str, **options: Any) -> PeftModel:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from lora.making import shake
 from peft_core import (
     CapabilityError,
     ConfigError,
@@ -58,14 +59,6 @@ def net(**kwargs: Any) -> Net:
             if "bias" in name:  # they start at zero, where a lost bias would not show
                 parameter.normal_()
     return made
-
-
-def shake(model: nn.Module, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
 
 
 def adapted(base: nn.Module | None = None, *names: str, **options: Any) -> PeftModel:

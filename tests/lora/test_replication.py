@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from lora.making import shake
 from peft_core import ConfigError, MergeError, ModelError, NoMatchingPeftModuleError, PeftModel, get_peft_model
 from peft_lora import LoraConfig
 from support import DENSE, IDS, DenseConfig, Net, Unchanged, bert_classifier, gpt2, llama, registered
@@ -55,14 +56,6 @@ def written_out(small: nn.Module, large: nn.Module, stack: str, order: list[int]
     return large.eval()
 
 
-def shake(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
 def logits(model: nn.Module) -> torch.Tensor:
     return model(input_ids=IDS)[0]
 
@@ -98,9 +91,9 @@ def test_a_new_adapter_computes_what_the_larger_model_computes(name: str) -> Non
 
 def test_adapters_of_replicas_are_their_own() -> None:
     model = get_peft_model(base(), config()).eval()
-    shake(model)
+    shake(model, size=0.3)
     twin = get_peft_model(written_out(base(), llama(num_hidden_layers=6), "model.layers"), config(layer_replication=None)).eval()
-    shake(twin)
+    shake(twin, size=0.3)
     assert torch.equal(logits(model), logits(twin))
     assert model.get_nb_trainable_parameters()[0] == 6 * 2 * (16 + 16)
     logits(model.train()).sum().backward()
@@ -133,7 +126,7 @@ def test_a_second_adapter_with_the_same_map_shares_the_layers(tmp_path: Path) ->
     model = get_peft_model(base(), config(), "a")
     layers = list(model.get_base_model().model.layers)
     model.add_adapter("b", config(target_modules=["v_proj"], layer_replication=[(0, 3), (1, 4)]))
-    shake(model)
+    shake(model, size=0.3)
     assert list(model.get_base_model().model.layers) == layers
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -137,3 +138,36 @@ def test_a_layer_shows_every_container_of_its_method() -> None:
 def test_layers_of_ones_own_are_a_hook() -> None:
     with pytest.raises(CapabilityError, match="offer them with the hook peft_make_layer"):
         LoraConfig()._register_custom_module({nn.LSTM: nn.Module})
+
+
+def test_modules_that_somebody_puts_in_are_used() -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"])).eval()
+    ids = torch.tensor([[1, 2, 3]])
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        layer.lora_B["default"] = nn.Linear(4, 32, bias=False)
+        expected = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        torch.testing.assert_close(layer.get_delta_weight("default"), expected)
+        changed = model(input_ids=ids).logits
+        assert not torch.equal(changed, plain)
+        layer.lora_A.default = nn.Linear(32, 4, bias=False)
+        assert not torch.equal(model(input_ids=ids).logits, changed)
+    twin = copy.deepcopy(model)
+    twin.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"] = nn.Linear(4, 32, bias=False)
+    with torch.no_grad():
+        assert not torch.equal(twin(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
+def test_dropout_is_a_module_that_can_be_switched_off(options: dict[str, Any]) -> None:
+    """Trainers of preferences set p = 0 in every `nn.Dropout` of a policy."""
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False, **options)).train()
+    ids = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.p == 0.5]
+    assert len(dropouts) == 2
+    for module in dropouts:
+        module.p = 0.0
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert torch.equal(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)

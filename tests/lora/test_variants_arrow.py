@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import support
 from peft_core import AdapterFileError, ConfigError, MergeError, PeftError, PeftModel, RoutingError, get_peft_model
 from peft_core.testing import tiny
 from peft_lora import ArrowConfig, LoraConfig, LoraLayer, create_arrow_model
@@ -33,10 +35,7 @@ def arrow(paths: list[Path], tasks: int = 3, general: int = 0, *, base: nn.Modul
     return create_arrow_model(base or tiny(), paths[:tasks], ArrowConfig(**options), paths[tasks : tasks + general])
 
 
-def logits(model: nn.Module, **arguments: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, **arguments).logits
-    return found
+logits = partial(support.logits, input_ids=IDS)
 
 
 def layers_of(model: nn.Module) -> list[LoraLayer]:
@@ -167,7 +166,7 @@ def test_the_whole_model_can_be_saved_and_loaded(paths: list[Path], tmp_path: Pa
 def test_dropout_acts_on_the_mixture(paths: list[Path]) -> None:
     model = arrow(paths)
     layer = layers_of(model)[0]
-    layer.lora_dropout["arrow_router"] = 0.5
+    layer.lora_dropout["arrow_router"] = nn.Dropout(0.5)
     layer.train()
     x = torch.randn(1, 50, 32)
     change = layer(x) - layer.get_base_layer()(x)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,7 @@ def llama(**kwargs: Any) -> Any:
     return support.llama(**{"tie_word_embeddings": True, **kwargs})
 
 
-def logits(model: Any, **kwargs: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=IDS, **kwargs).logits
-    return found
+logits = partial(support.logits, input_ids=IDS)
 
 
 def factors(model: Any, adapter: str = "default") -> tuple[nn.Parameter, nn.Parameter]:

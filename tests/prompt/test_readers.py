@@ -13,12 +13,13 @@ from peft_core import CapabilityError, PeftModel, get_peft_config, get_peft_mode
 
 IDS = torch.tensor([[5, 6, 7, 1], [8, 9, 10, 1]])
 SIZES: dict[str, Any] = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4, "num_labels": 2}
+TOKENS: dict[str, Any] = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 
 
-def made(name: str, task: str, method: str = "PREFIX_TUNING", **fields: Any) -> tuple[PeftModel, nn.Module]:
+def made(name: str, task: str, method: str = "PREFIX_TUNING", **fields: Any) -> tuple[PeftModel, Any]:
     """Return a model with a prefix, and its bare base."""
     torch.manual_seed(0)
-    base = getattr(transformers, name)(transformers.T5Config(**SIZES, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)).eval()
+    base = getattr(transformers, name)(transformers.T5Config(**SIZES, **TOKENS)).eval()
     config = get_peft_config({"peft_type": method, "task_type": task, "num_virtual_tokens": 4, **fields})
     return get_peft_model(base, config).eval(), base
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import support
 from peft_core import (
     BaseTunerLayer,
     ConfigError,
@@ -37,9 +39,7 @@ def config(**fields: Any) -> TrainableTokensConfig:
     return TrainableTokensConfig(**{"token_indices": T, "task_type": "CAUSAL_LM", **fields})
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+logits = partial(support.logits, input_ids=IDS)
 
 
 def trained(model: Any, value: float = 0.5) -> Any:
@@ -195,8 +195,8 @@ def test_generation() -> None:
 
 def test_without_a_wrapper() -> None:
     tuner: Any = TrainableTokensModel(llama(), config(), "default")
-    assert isinstance(tuner, TrainableTokensModel)
     assert isinstance(tuner.model.get_input_embeddings(), TrainableTokensLayer)
+    assert isinstance(tuner, TrainableTokensModel)
     base: Any = inject_adapter_in_model(config(), llama())
     assert isinstance(base.get_input_embeddings(), TrainableTokensLayer)
 

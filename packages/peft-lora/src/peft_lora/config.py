@@ -158,6 +158,8 @@ class LoraConfig(LayerConfig):
         word = self.init_lora_weights
         if not isinstance(word, (bool, str)):
             raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
+        if isinstance(word, str):  # files have it in capitals, too
+            word = self.init_lora_weights = word.lower()
         for name, (init, settings) in SETTINGS_OF_INITS.items():
             given = getattr(self, name)
             if word != init:

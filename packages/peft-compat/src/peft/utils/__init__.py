@@ -7,6 +7,7 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
+    peft_core.checkpoint.names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
     peft_core: AuxiliaryTrainingWrapper ModulesToSaveWrapper PeftType TaskType bloom_model_postprocess_past_key_value cast_mixed_precision_params
     peft_core: get_peft_model_state_dict infer_device load_peft_weights prepare_model_for_kbit_training set_peft_model_state_dict shift_tokens_right
     peft_core: transpose register_peft_method fsdp_auto_wrap_policy get_quantization_config

@@ -7,6 +7,7 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
+    peft_core.checkpoint.names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
     peft_core: AuxiliaryTrainingWrapper ModulesToSaveWrapper bloom_model_postprocess_past_key_value cast_mixed_precision_params fsdp_auto_wrap_policy
     peft_core: get_pattern_key get_quantization_config infer_device prepare_model_for_kbit_training shift_tokens_right transpose
     peft_core.models.sub_modules: _get_submodules=get_submodules

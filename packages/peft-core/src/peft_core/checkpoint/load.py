@@ -16,7 +16,7 @@ from ..plugins import hooks, registry
 from ..tuners.index import AdapterIndex
 from . import embeddings
 from .files import WeightFile
-from .state_dict import WRAPPER_PREFIX, fitted_keys, key_renamer, keyed_slots
+from .state_dict import WRAPPER_PREFIX, fitted_keys, key_renamer, keyed_slots, names_in_memory
 
 Strict = bool | str
 
@@ -100,7 +100,11 @@ def fill(
         raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
-    shapes = fitted_keys(source.shapes, [*slots, *embedded])
+    expected = {*slots, *embedded}
+    # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
+    known = fitted_keys(source.shapes, expected).keys() & expected
+    renamed = {name: key for name, key in names_in_memory(index, adapter, source.shapes, wrapped=wrapped).items() if key not in known}
+    shapes = fitted_keys({renamed.get(key, key): shape for key, shape in source.shapes.items()}, expected)
     # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
     # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
@@ -125,7 +129,7 @@ def fill(
         warnings.warn(f"{source.origin} has tensors that the adapter {adapter!r} does not know: {listed(surplus)}", PeftWarning, stacklevel=4)
     if misshapen and ignore_mismatched_sizes:
         warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
-    tensors = fitted_keys(source.read(), slots)
+    tensors = fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots)
     index.last_route, index.reused = None, {}  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config.reading import CONFIG_NAME as CONFIG_NAME
 from ..tuners.targeting import DUMMY as DUMMY_TARGET_MODULES
+from ..tuners.targeting import defaults
 from .files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .files import WEIGHTS_NAME as WEIGHTS_NAME
 
@@ -12,7 +13,11 @@ EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 #: what heads of classifiers are usually called
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 
+#: model type → the modules that are adapted where a config says nothing: names, or one regular expression
+DEFAULT_TARGETS = defaults()
+
 __all__ = [
+    "DEFAULT_TARGETS",
     "CONFIG_NAME",
     "DUMMY_TARGET_MODULES",
     "EMBEDDING_LAYER_NAMES",

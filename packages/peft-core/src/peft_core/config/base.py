@@ -231,7 +231,10 @@ class LayerConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-            elif value is not None and not isinstance(value, (str, set, frozenset)):
+            value = getattr(self, name)
+            if isinstance(value, (set, frozenset)) and not all(isinstance(each, str) for each in value):
+                raise ConfigError(f"{name}={value!r} has members that are no names", hint="give a list of names or one regular expression")
+            if value is not None and not isinstance(value, (str, set, frozenset)):
                 raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a list of names or one regular expression")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
@@ -239,6 +242,13 @@ class LayerConfig(PeftConfig):
                     raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str", hint="put the layer numbers into the expression")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
+        if self.layers_to_transform == []:
+            self.layers_to_transform = None  # files have it, and mean all layers
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", hint="give a dict: expression → value")
+        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (str, list, tuple, set, frozenset)):
+            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a {type(self.modules_to_save).__name__}", hint="give a list of names")
         if isinstance(self.modules_to_save, str):
             raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a str", hint=f"write [{self.modules_to_save!r}]")
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null

@@ -57,7 +57,7 @@ class Saving(AdapterOperations):
             save_directory,
             model=self,  # type: ignore[arg-type]
             safe_serialization=safe_serialization,
-            selected_adapters=selected_adapters,
+            selected_adapters=[selected_adapters] if isinstance(selected_adapters, str) else selected_adapters,
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             state_dict=state_dict,

@@ -82,6 +82,8 @@ class AdapterOperations:
             AdapterNotFoundError: the model has no such adapter.
             MergeError: it is merged.
         """
+        if not isinstance(adapter_name, str):
+            raise AdapterNotFoundError(f"Adapter {adapter_name!r} not found", hint="give one name")
         self._peft_index.delete(adapter_name)
 
     def enable_adapter_layers(self) -> None:

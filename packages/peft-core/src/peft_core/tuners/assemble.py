@@ -33,7 +33,8 @@ class BaseForward:
         #: the names of the forward's parameters, in order
         self.parameters = tuple(found)
         #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
-        keywords = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
+        keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
         self.takes_cache = "past_key_values" in found or keywords
         #: where keys and values go if the forward takes none: a model inside, before its head
         self.backbone = None if self.takes_cache else backbone.find(view.base)

@@ -41,19 +41,24 @@ class LoraSettings:
     variant: type[Variant] | None = None
 
 
+#: what layers without dropout have in its place: one for all
+_NO_DROPOUT = nn.Identity()
+
+
 class LoraLayer(AdapterLayer):
     """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
 
     Methods take what a layer is told as `config` or `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
 
     Attributes:
-        r, lora_alpha, lora_dropout, scaling: by adapter.
+        r, lora_alpha, scaling: by adapter.
+        lora_dropout: by adapter an `nn.Dropout`, or an `nn.Identity` where nothing is dropped.
         variants: by adapter, where it is not plain LoRA.
         groups: into how many independent parts the base splits its input.
     """
 
     per_adapter: ClassVar[tuple[str, ...]] = (
-        *("scaling", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "lora_bias"),
+        *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
         *("variants", "unusual", "frozen", "kept", "columns", "tied"),
     )
     #: what each layer has by adapter, under the names that the reference implementation has for it
@@ -64,10 +69,11 @@ class LoraLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         self.__dict__.update({name: {} for name in self.per_adapter if name not in self.__dict__})
+        self._modules["lora_dropout"] = nn.ModuleDict()
 
     r: dict[str, int]
     lora_alpha: dict[str, float]
-    lora_dropout: dict[str, float]
+    lora_dropout: nn.ModuleDict
     use_rslora: dict[str, bool]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
@@ -150,7 +156,8 @@ class LoraLayer(AdapterLayer):
         """Write down what holds for a new adapter."""
         self.r[adapter] = settings.r
         self.lora_alpha[adapter] = settings.alpha
-        self.lora_dropout[adapter] = float(settings.config.lora_dropout)
+        p = float(settings.config.lora_dropout)
+        self.lora_dropout._modules[adapter] = nn.Dropout(p) if p else _NO_DROPOUT
         self.use_rslora[adapter] = settings.config.use_rslora
         self.use_dora[adapter] = settings.config.use_dora
         self.lora_bias[adapter] = settings.config.lora_bias
@@ -179,6 +186,11 @@ class LoraLayer(AdapterLayer):
         out = self.matrix_shape[0]
         bound = 1 / settings.r**0.5 if settings.config.init_lora_weights is False else 0.0
         self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
+
+    def drop_rate(self, adapter: str) -> float:
+        """Return the probability of dropping an input; from the module, since code that switches dropout off sets it there."""
+        found: float = getattr(self._modules["lora_dropout"]._modules[adapter], "p", 0.0)  # type: ignore[union-attr]
+        return found
 
     # ---- asking -----------------------------------------------------------------------------------------------------
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -260,6 +272,7 @@ class LoraLayer(AdapterLayer):
         variant = self.variants.get(adapter)
         if variant is not None:
             variant.drop()
+        self.lora_dropout._modules.pop(adapter, None)
         super().drop(adapter)
 
     def forget(self) -> None:

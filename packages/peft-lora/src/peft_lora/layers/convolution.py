@@ -100,7 +100,7 @@ class Convolution(LoraLayer):
             variant = self.variants.get(adapter)
             if variant is not None:
                 return variant.contribute(x, y)
-        y = add_scaled(y, self.change(adapter, F.dropout(x, self.lora_dropout[adapter], self.training)), self.scaling[adapter])
+        y = add_scaled(y, self.change(adapter, F.dropout(x, self.drop_rate(adapter), self.training)), self.scaling[adapter])
         beta = self.beta(adapter) if adapter in self.unusual else None
         return y if beta is None else add_scaled(y, self.ops.features(beta), self.scaling[adapter])
 

@@ -72,7 +72,7 @@ class Embedding(LoraLayer):
         base: Any = self.get_base_layer()
         a, b = self.factors(adapter)
         found = F.embedding(ids, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        found = F.dropout(found, self.lora_dropout[adapter], self.training)
+        found = F.dropout(found, self.drop_rate(adapter), self.training)
         change = found @ b.T
         scale = getattr(base, "embed_scale", None)
         return change if scale is None else change * torch.as_tensor(scale, dtype=change.dtype, device=change.device)

@@ -19,6 +19,27 @@ from .common import LoraLayer, add_scaled, plain_linear
 ROWS = "rows."
 
 
+class Factors(nn.ModuleDict):
+    """A or B of each adapter. The layer looks past this dictionary on its way to them, and is told when somebody puts another module in."""
+
+    def __init__(self, layer: Linear) -> None:
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a part of this one, but the other way round
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Put a module in."""
+        super().add_module(name, module)
+        self.__dict__["layer"].look_again(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self.__dict__.get("_modules", ()):
+            self.__dict__["layer"].look_again(name)
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
 class Linear(LoraLayer):
     """LoRA around `nn.Linear` or transformers' `Conv1D`.
 
@@ -31,8 +52,8 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
-        self._modules["lora_A"] = nn.ModuleDict()
-        self._modules["lora_B"] = nn.ModuleDict()
+        self._modules["lora_A"] = Factors(self)
+        self._modules["lora_B"] = Factors(self)
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
@@ -47,9 +68,15 @@ class Linear(LoraLayer):
     def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         down, up = plain_linear(a), plain_linear(b)
-        self.lora_A[adapter] = down
-        self.lora_B[adapter] = up
-        self.ends[adapter] = (down._parameters, up._parameters)
+        self.lora_A._modules[adapter] = down
+        self.lora_B._modules[adapter] = up
+        self.look_again(adapter)
+
+    def look_again(self, adapter: str) -> None:
+        """Find the modules of A and B again, of which one is new."""
+        down, up = self.lora_A._modules.get(adapter), self.lora_B._modules.get(adapter)
+        if down is not None and up is not None:
+            self.ends[adapter] = (down._parameters, up._parameters)
         self.forget()
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -87,7 +114,7 @@ class Linear(LoraLayer):
         a, b = self.factors(here[0])
         if not (a.requires_grad or b.requires_grad or x.requires_grad):
             return None
-        p = self.lora_dropout[here[0]] if self.training else 0.0
+        p = self.drop_rate(here[0]) if self.training else 0.0
         return kernels.low_rank_linear(x, base.weight, base.bias, a, b, self.scaling[here[0]], p)
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
@@ -109,7 +136,7 @@ class Linear(LoraLayer):
         s = self.scaling[adapter]
         if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped: the graph reads it anew each time
             s, b = 1.0, b * s
-        p = drop and self.training and self.lora_dropout[adapter]
+        p = drop and self.training and self.drop_rate(adapter)
         if not p and x.numel() == self.matrix_shape[1] and dtype is y.dtype and dtype is a.dtype and y.is_contiguous():
             # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
             y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=s)
@@ -121,7 +148,7 @@ class Linear(LoraLayer):
     def _by_calling(self, adapter: str, x: Tensor, y: Tensor, drop: bool) -> Tensor:
         """As `low_rank`, where FSDP1 has made units of A and B, whose weights are whole while their modules are called, and not otherwise."""
         down, up = self.lora_A[adapter], self.lora_B[adapter]
-        p = self.lora_dropout[adapter] if drop and self.training else 0.0
+        p = self.drop_rate(adapter) if drop and self.training else 0.0
         x = self.cast_input(x, next(down.parameters()).dtype)
         return add_scaled(y, up(down(F.dropout(x, p) if p else x)).to(y.dtype), self.scaling[adapter])
 

@@ -121,5 +121,5 @@ def worth_stacking(layer: Linear, route: Route) -> bool:
     """Return whether the rows of a route should be stacked: all their adapters are plain, and there are not many more rows than adapters."""
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
-    dropped = layer.training and any(layer.lora_dropout[name] for name in used)
+    dropped = layer.training and any(layer.drop_rate(name) for name in used)
     return bool(used) and not dropped and not any(name in layer.unusual for name in used) and len(rows) <= ROWS_FOR_EACH * len(used)

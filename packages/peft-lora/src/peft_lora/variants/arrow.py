@@ -88,7 +88,7 @@ class Arrow(Variant):
         if experts.general is not None:  # the coefficients of a token sum to 1
             a, b = experts.general
             change = change - F.linear(F.linear(t, a.to(t.dtype)), b.to(t.dtype))
-        p = layer.lora_dropout[self.adapter] if layer.training else 0.0
+        p = layer.drop_rate(self.adapter) if layer.training else 0.0
         return y.add_(F.dropout(change, p).view(y.shape) if p else change.view(y.shape))
 
     def _experts(self) -> Experts:

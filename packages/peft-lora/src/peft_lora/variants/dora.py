@@ -130,7 +130,7 @@ class Dora(Variant):
         """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is."""
         layer: Any = self.layer
         adapter = self.adapter
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.lora_dropout[adapter]):
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.drop_rate(adapter)):
             a, b = layer.factors(adapter)
             kept: Kept | None = layer.kept.get(adapter)
             if kept is None or not caches_dora() or not kept.holds(self.home["weight"], a, b, layer.scaling[adapter], y.dtype):
@@ -145,7 +145,7 @@ class Dora(Variant):
         ops = layer.ops
         embedding = ops.kind == "embedding"
         bias = None if embedding else layer.bias
-        p = layer.lora_dropout[self.adapter] if layer.training and not embedding else 0.0
+        p = layer.drop_rate(self.adapter) if layer.training and not embedding else 0.0
         f: Tensor = ops.features(self.vector().to(y.dtype))
         if not p:
             if bias is None:
@@ -160,7 +160,7 @@ class Dora(Variant):
     def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
         """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
         layer: Any = self.layer
-        if layer.training and layer.lora_dropout[self.adapter]:
+        if layer.training and layer.drop_rate(self.adapter):
             return None
         a, b = layer.factors(self.adapter)
         m = self.magnitude

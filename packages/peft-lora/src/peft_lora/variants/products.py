@@ -81,7 +81,7 @@ class LowRank(Variant):
 
     def dropout(self) -> float:
         """Return the probability with which inputs are dropped in this call."""
-        return self.layer.lora_dropout[self.adapter] if self.layer.training else 0.0
+        return self.layer.drop_rate(self.adapter) if self.layer.training else 0.0
 
     def pair_now(self) -> tuple[Tensor, Tensor]:
         """Return `pair`; without gradients the one that is kept, while the tensors behind it are the same."""

@@ -1,4 +1,4 @@
-"""Names of `peft.tuners.prefix_tuning`."""
+"""Names of `peft.optimizers.loraplus`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_prompt: PrefixEncoder PrefixTuningConfig
+    peft_lora: create_loraplus_optimizer
     """,
 )

@@ -1,4 +1,4 @@
-"""Names of `peft.tuners.prompt_tuning`."""
+"""Names of `peft.tuners.p_tuning.model`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_prompt: PromptEmbedding PromptTuningConfig PromptTuningInit
+    peft_prompt: PromptEncoder
     """,
 )

@@ -1,4 +1,4 @@
-"""Names of `peft.tuners.trainable_tokens`."""
+"""Names of `peft.tuners.p_tuning`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_tokens: TrainableTokensConfig TrainableTokensModel
+    peft_prompt: PromptEncoderConfig PromptEncoderReparameterizationType PromptEncoder
     """,
 )
