@@ -69,7 +69,6 @@ class LoraLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         self.__dict__.update({name: {} for name in self.per_adapter if name not in self.__dict__})
-        self._modules["lora_dropout"] = nn.ModuleDict()
 
     r: dict[str, int]
     lora_alpha: dict[str, float]
@@ -157,7 +156,8 @@ class LoraLayer(AdapterLayer):
         self.r[adapter] = settings.r
         self.lora_alpha[adapter] = settings.alpha
         p = float(settings.config.lora_dropout)
-        self.lora_dropout._modules[adapter] = nn.Dropout(p) if p else _NO_DROPOUT
+        if p or "lora_dropout" in self._modules:
+            self.lora_dropout._modules[adapter] = nn.Dropout(p) if p else _NO_DROPOUT
         self.use_rslora[adapter] = settings.config.use_rslora
         self.use_dora[adapter] = settings.config.use_dora
         self.lora_bias[adapter] = settings.config.lora_bias
@@ -189,8 +189,17 @@ class LoraLayer(AdapterLayer):
 
     def drop_rate(self, adapter: str) -> float:
         """Return the probability of dropping an input; from the module, since code that switches dropout off sets it there."""
-        found: float = getattr(self._modules["lora_dropout"]._modules[adapter], "p", 0.0)  # type: ignore[union-attr]
+        held: Any = self._modules.get("lora_dropout")
+        found: float = 0.0 if held is None else getattr(held._modules.get(adapter), "p", 0.0)
         return found
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "lora_dropout" or "scaling" not in self.__dict__:
+            return super().__getattr__(name)
+        # made when it is needed: where nothing is dropped, that is when somebody asks
+        self._modules["lora_dropout"] = made = nn.ModuleDict()
+        made._modules.update(dict.fromkeys(self.scaling, _NO_DROPOUT))
+        return made
 
     # ---- asking -----------------------------------------------------------------------------------------------------
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -272,7 +281,8 @@ class LoraLayer(AdapterLayer):
         variant = self.variants.get(adapter)
         if variant is not None:
             variant.drop()
-        self.lora_dropout._modules.pop(adapter, None)
+        if "lora_dropout" in self._modules:
+            self.lora_dropout._modules.pop(adapter, None)
         super().drop(adapter)
 
     def forget(self) -> None:
