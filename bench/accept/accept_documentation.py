@@ -135,9 +135,8 @@ def injection() -> None:
     tokens = torch.arange(8).reshape(2, 4)
     config = LoraConfig(lora_alpha=16, r=4, target_modules=["linear"], init_lora_weights=False)
     model: Any = inject_adapter_in_model(config, Dummy())
-    check("the class stays", type(model) is Dummy)
     state = get_peft_model_state_dict(model)
-    check("names without a wrapper's prefix", sorted(state) == ["linear.lora_A.weight", "linear.lora_B.weight"])
+    check("in place, no prefix in names", type(model) is Dummy and sorted(state) == ["linear.lora_A.weight", "linear.lora_B.weight"])
     other: Any = inject_adapter_in_model(config, Dummy(), state_dict=state)
     check("layers found from a state dict", not set_peft_model_state_dict(other, state).unexpected_keys and close(other(tokens), model(tokens)))
     light: Any = inject_adapter_in_model(config, Dummy(), low_cpu_mem_usage=True)
@@ -327,6 +326,8 @@ def vocabulary() -> None:
     kept = {key for key in load_peft_weights(str(path)) if "lora_" not in key}
     check("saved with the embeddings", any("embed_tokens" in key for key in kept) and any("lm_head" in key for key in kept), kept)
     check("unless not wanted", all("lora_" in key for key in load_peft_weights(str(saved(model, save_embedding_layers=False)))))
+    targeted = load_peft_weights(str(saved(lora(target_modules=["q_proj", "embed_tokens"]))))
+    check("a targeted embedding is saved with its base", any("embed_tokens" in key and "lora_" not in key for key in targeted), sorted(targeted))
     words = tokenizer()
     words.add_tokens([f"new{i}" for i in range(6)])
     words.save_pretrained(path)
@@ -384,6 +385,9 @@ def helpers() -> None:
     check("a scale written by hand, hooks", differ(logits(other), before) and calls == ["base", "layer"])
     layer.lora_B["default"].weight.data = torch.zeros(32, 4)
     check("weights replaced through .data", float(layer.get_delta_weight("default").detach().abs().max()) == 0.0)
+    dropping = lora(lora_dropout=0.25)
+    dropping.add_adapter("b", LoraConfig(target_modules=["q_proj"], lora_dropout=0.5))
+    check("each adapter's dropout is a module", [query(dropping).lora_dropout[name].p for name in ("default", "b")] == [0.25, 0.5])
     better("a list of adapters on PeftModel", lambda: two().set_adapter(["a", "b"]) is None)
 
 

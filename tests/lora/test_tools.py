@@ -171,3 +171,26 @@ def test_dropout_is_a_module_that_can_be_switched_off(options: dict[str, Any]) -
         module.p = 0.0
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert torch.equal(model(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
+
+
+def test_looking_at_dropouts_and_other_adapters_leave_them_on() -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)).train()
+    ids = torch.tensor([[1, 2, 3]])
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    held = layer.lora_dropout
+    assert layer.lora_dropout is held
+    model.add_adapter("other", LoraConfig(r=4, target_modules=["q_proj"]))
+    assert isinstance(layer.lora_dropout["other"], nn.Identity)
+    model.delete_adapter("other")
+    assert layer.lora_dropout is held
+    assert layer.lora_dropout["default"].p == layer.drop_rate("default") == 0.5
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_dropout_that_is_put_in_later_acts() -> None:
+    model = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).train()
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert isinstance(layer.lora_dropout["default"], nn.Identity)
+    layer.lora_dropout["default"] = nn.Dropout(0.5)
+    ids = torch.tensor([[1, 2, 3]])
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

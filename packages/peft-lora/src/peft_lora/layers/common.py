@@ -194,7 +194,7 @@ class LoraLayer(AdapterLayer):
         return found
 
     def __getattr__(self, name: str) -> Any:
-        if name != "lora_dropout" or "scaling" not in self.__dict__:
+        if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
             return super().__getattr__(name)
         # made when it is needed: where nothing is dropped, that is when somebody asks
         self._modules["lora_dropout"] = made = nn.ModuleDict()
