@@ -208,3 +208,30 @@ def test_our_own_module_says_what_to_do_when_a_cell_runs_twice() -> None:
     model = peft_core.get_peft_model(base(), config())
     with pytest.raises(peft_core.AdapterNameError, match=r"already exists; .* begin with the base: model.unload\(\)"):
         peft_core.get_peft_model(model, config())
+
+
+@pytest.mark.filterwarnings(BESIDE)
+def test_what_runs_twice_leaves_other_adapters_out_of_use() -> None:
+    model = peft.get_peft_model(base(), config(), "a")
+    model.add_adapter("b", config())
+    with pytest.warns(UserWarning, match="has an adapter 'a' already"):
+        again = peft.get_peft_model(model, config(), "a")
+    assert again.active_adapters == ["a"]
+    assert {name.split(".")[-2] for name, p in again.named_parameters() if p.requires_grad} == {"a"}
+
+
+@pytest.mark.filterwarnings(BESIDE)
+def test_a_prompt_is_put_back_where_it_was() -> None:
+    prompt = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(base(), peft.PromptTuningConfig(**prompt)).eval()
+    expected, names = model(IDS).logits, list(model.state_dict())
+    with pytest.warns(UserWarning, match="which is replaced"), pytest.raises(ValueError, match="num_virtual_tokens"):
+        peft.get_peft_model(model.get_base_model(), peft.PromptTuningConfig(num_virtual_tokens=None, task_type="CAUSAL_LM"))
+    assert torch.equal(model(IDS).logits, expected)
+    assert list(model.state_dict()) == names
+
+
+def test_keywords_of_saving_are_none_of_loading(tmp_path: Path) -> None:
+    peft.get_peft_model(base(), config()).save_pretrained(tmp_path, variant="fp16")
+    with pytest.warns(UserWarning, match="from_pretrained ignores 'variant'"):
+        peft.PeftModel.from_pretrained(base(), tmp_path, variant="fp16")

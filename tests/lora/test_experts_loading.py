@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,23 @@ def test_old_names_in_a_second_adapter_of_one_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, selected_adapters=["second"])
     again = PeftModel.from_pretrained(mixtral(), tmp_path / "second")
     torch.testing.assert_close(again(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_older_versions_have_no_other_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models with joint experts that transformers 4 has (gpt-oss, Llama 4) never had others."""
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    base = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES_OF_GPT_OSS))
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+
+
+SIZES_OF_GPT_OSS = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "head_dim": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+}

@@ -390,3 +390,9 @@ def test_loftq_corrects_what_rounding_loses_whatever_alpha_is() -> None:
 def test_loftq_needs_its_config() -> None:
     with pytest.raises(ConfigError, match="`loftq_config` must be specified"):
         LoraConfig(init_lora_weights="loftq")
+
+
+def test_our_names_may_be_in_capitals_and_those_of_others_stay() -> None:
+    assert LoraConfig(init_lora_weights="GAUSSIAN").init_lora_weights == "gaussian"
+    with pytest.raises(ConfigError, match="init_lora_weights='MyInit' is unknown"):
+        LoraConfig(init_lora_weights="MyInit")

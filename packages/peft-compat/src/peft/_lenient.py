@@ -53,27 +53,32 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         return
     warnings.warn(f"the model has an adapter {adapter_name!r} already, which is replaced by a new one", PeftWarning, stacklevel=4)
     config, active = index.configs[adapter_name], index.active
+    places = nn.Module()  # has what stands beside the base, whichever model that belongs to
+    places._modules.update({path: module for (kind, path), module in index.entries.items() if not kind and isinstance(module, nn.Module)})
     tensors = {key: slot.read().clone() for key, slot in keyed_slots(index, adapter_name).items() if not slot.unread}
-    index.delete(adapter_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # which adapter takes over meanwhile
+        index.delete(adapter_name)
     try:
         yield
+        index.activate([*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
-        index.add(adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
+        index.add(adapter_name, config, mount_on=places, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
         index.activate(active, trainable=not config.inference_mode)
         raise
 
 
 def _lenient(core: Any) -> Any:
     members = {"__module__": MODULE, "__doc__": core.__doc__, "strict_loading": "warn", "class_for": classmethod(_class_for)}
-    members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__))
-    members["load_adapter"] = _tolerant(core.load_adapter)
-    members["save_pretrained"] = _tolerant(core.save_pretrained)
+    members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__, (*HUB_KEYS, "subfolder")))
+    members["load_adapter"] = _tolerant(core.load_adapter, (*HUB_KEYS, "subfolder"))
+    members["save_pretrained"] = _tolerant(core.save_pretrained, (*OF_UPLOAD, *OF_WHOLE_MODELS))
     return _Lenient(core.__name__, (core,), members)
 
 
-def _tolerant(function: Any) -> Any:
-    """Return a method that ignores keywords which nothing here knows, with one warning: model cards pass those of whole models."""
-    known = {*inspect.signature(function).parameters, *HUB_KEYS, "subfolder", *OF_UPLOAD, *OF_WHOLE_MODELS}
+def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
+    """Return a method that ignores keywords, but its own and `further` ones, with one warning: model cards pass those of whole models."""
+    known = {*inspect.signature(function).parameters, *further}
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -42,6 +42,9 @@ SETTINGS_OF_VARIANTS = {
 }
 
 
+_OWN_INITS = frozenset({"gaussian", "orthogonal", "pissa", "olora", "mica", *(word for word, _ in SETTINGS_OF_INITS.values())})
+
+
 @dataclass
 class LoraConfig(LayerConfig):
     """LoRA: ΔW = s·B·A with A (r, in), B (out, r) and s = alpha / r, or alpha / √r with rsLoRA.
@@ -158,7 +161,7 @@ class LoraConfig(LayerConfig):
         word = self.init_lora_weights
         if not isinstance(word, (bool, str)):
             raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
-        if isinstance(word, str):  # files have it in capitals, too
+        if isinstance(word, str) and word.lower() in _OWN_INITS:  # files have these in capitals, too; names of others are as they are
             word = self.init_lora_weights = word.lower()
         for name, (init, settings) in SETTINGS_OF_INITS.items():
             given = getattr(self, name)

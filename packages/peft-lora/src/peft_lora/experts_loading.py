@@ -35,8 +35,10 @@ def fitted(base: BaseView, config: LoraConfig, *, shared: bool = True) -> Mappin
     stems = [path for path, module in base.modules.items() if path.endswith(".experts") and {GATE_UP, DOWN} & module._parameters.keys()]
     if not stems or not config.target_modules or not base.is_transformers_model:
         return {}
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ModuleNotFoundError:  # transformers 4, whose models with joint experts never had others
+        return {}
     model: Any = base.base
     found = _projections(get_model_conversion_mapping(model), config)
     if not shared and any(is_named and name in base.leaf_names for named in found.values() for name, is_named in named.items()):

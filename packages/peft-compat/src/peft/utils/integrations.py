@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = names(
     __name__,
     """
     peft_core.models.libraries: gather_params_ctx init_empty_weights
-    peft_core.models.sub_modules: dequantize_module_weight get_bnb_param_type
+    peft_core.models.sub_modules: get_bnb_param_type
+    peft_lora.kinds: dequantize_module_weight
     """,
 )

@@ -18,7 +18,8 @@ from ..tuners.index import AdapterIndex
 from ..tuners.targeting import target_matcher
 from ..tuners.tokens import TOKENS
 
-EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
+#: what input and output embeddings are usually called
+EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 
 
 def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Tensor]:

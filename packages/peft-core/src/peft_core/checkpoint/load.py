@@ -101,10 +101,12 @@ def fill(
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
-    # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
-    known = fitted_keys(source.shapes, expected).keys() & expected
-    renamed = {name: key for name, key in names_in_memory(index, adapter, source.shapes, wrapped=wrapped).items() if key not in known}
-    shapes = fitted_keys({renamed.get(key, key): shape for key, shape in source.shapes.items()}, expected)
+    shapes, renamed = fitted_keys(source.shapes, expected), {}
+    if not shapes.keys() <= expected:
+        # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
+        found = names_in_memory(index, adapter, slots, source.shapes)
+        renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
+        shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
     # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
     # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper

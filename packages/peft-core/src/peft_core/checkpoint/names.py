@@ -5,11 +5,10 @@ from __future__ import annotations
 from ..config.reading import CONFIG_NAME as CONFIG_NAME
 from ..tuners.targeting import DUMMY as DUMMY_TARGET_MODULES
 from ..tuners.targeting import defaults
+from .embeddings import EMBEDDING_LAYER_NAMES as EMBEDDING_LAYER_NAMES
 from .files import SAFETENSORS_WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from .files import WEIGHTS_NAME as WEIGHTS_NAME
 
-#: what input and output embeddings are usually called
-EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 #: what heads of classifiers are usually called
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 

@@ -80,16 +80,20 @@ def adapter_tensors(
     return tensors
 
 
-def names_in_memory(index: AdapterIndex, adapter: str, names: Iterable[str], *, wrapped: bool = True) -> dict[str, str]:
-    """Return name → key on disk, of those names that are an adapter's tensors as the model's own state dict calls them."""
+def names_in_memory(index: AdapterIndex, adapter: str, slots: Mapping[str, Slot], names: Iterable[str]) -> dict[str, str]:
+    """Return name → key on disk, of those names that are an adapter's tensors as the model's own state dict calls them.
+
+    Args:
+        index, adapter: whose tensors.
+        slots: key on disk → slot.
+        names: to look for.
+    """
     unsure = {name: name.replace("_orig_mod.", "").removeprefix(WRAPPER_PREFIX) for name in names}
     if not any(adapter in stem.split(".") for stem in unsure.values()):
         return {}
     paths = {id(module): path for path, module in index.base.named_modules()}
     keys = {
-        f"{paths[id(slot.owner[0])]}.{slot.owner[1]}": key
-        for key, slot in keyed_slots(index, adapter, wrapped=wrapped).items()
-        if slot.owner is not None and id(slot.owner[0]) in paths
+        f"{paths[id(slot.owner[0])]}.{slot.owner[1]}": key for key, slot in slots.items() if slot.owner is not None and id(slot.owner[0]) in paths
     }
     return {name: keys[stem] for name, stem in unsure.items() if stem in keys}
 

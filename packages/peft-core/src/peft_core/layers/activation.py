@@ -9,6 +9,7 @@ import copy
 import functools
 import sys
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -135,7 +136,7 @@ class Activation:
         #: the names were given as a list, and are shown as one
         self.as_list = False
         #: (names, enabled, as_list) → what layers follow that were switched by themselves, one for all layers in the same state
-        self.variants: dict[tuple[tuple[str, ...], bool, bool], Activation] = {}
+        self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], Activation] = weakref.WeakValueDictionary()
         #: saved modules that were switched off by themselves; they follow when layers are switched on
         self.switched_off: list[Any] = []
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
@@ -54,7 +54,7 @@ class Switches(nn.Module):
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
         self.activation = self.activation.variant(given, self.activation.enabled, not isinstance(adapter_names, str))
         for name in self.adapters():
-            self._let_train(name, name in given and not inference_mode)
+            let_train(self.parameters_of(name).values(), name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this module, as `enabled` says; which of them train does not change."""
@@ -69,6 +69,10 @@ class Switches(nn.Module):
         if adapter_name not in self.adapters():
             return
         self.drop(adapter_name)
+        self.stop_using(adapter_name)
+
+    def stop_using(self, adapter_name: str) -> None:
+        """Take a name out of those in use here; if none remains, the first adapter that has weights here takes over."""
         active = self.activation
         if adapter_name in active.names:
             rest = tuple(name for name in active.names if name != adapter_name) or self.adapters()[:1]
@@ -78,12 +82,14 @@ class Switches(nn.Module):
         """Let adapters train in this module or not, whether they are in use or not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             if name in self.adapters():
-                self._let_train(name, requires_grad)
+                let_train(self.parameters_of(name).values(), requires_grad)
 
-    def _let_train(self, adapter: str, trains: bool) -> None:
-        for parameter in self.parameters_of(adapter).values():
-            if parameter.requires_grad is not trains and (parameter.is_floating_point() or not trains):
-                parameter.requires_grad_(trains)
+
+def let_train(parameters: Iterable[nn.Parameter], trains: bool) -> None:
+    """Set `requires_grad`; what holds no floating-point numbers can't train and is left out."""
+    for parameter in parameters:
+        if parameter.requires_grad is not trains and (parameter.is_floating_point() or not trains):
+            parameter.requires_grad_(trains)
 
 
 class AuxiliaryTrainingWrapper(Switches):

@@ -26,7 +26,7 @@ class TokenAdapter(Switches):
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
-    other_param_names = ("token_indices", "trainable_tokens_original")
+    other_param_names = ("indices",)
 
     def __init__(self, base_layer: nn.Module, rows: TokenRows) -> None:
         super().__init__()

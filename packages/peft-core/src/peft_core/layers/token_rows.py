@@ -80,6 +80,7 @@ class RowsLayer(AdapterLayer):
     additive: ClassVar[bool] = False
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "alone")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
+    other_param_names: ClassVar[tuple[str, ...]] = ("indices",)
     #: what files call the rows, behind the path of the module
     key: ClassVar[str] = "trainable_tokens_delta"
     #: whether adapters may train the same row; where they are in use at once, that of the last one counts

@@ -1,9 +1,9 @@
-"""Which optional libraries are there, and how parameters are made or gathered under them. Nothing is imported before it is needed."""
+"""Whether bitsandbytes is there, and how parameters are made or gathered under other libraries. None is imported before it is needed."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,69 +12,14 @@ import torch
 from torch import nn
 
 
-@functools.cache
-def is_available(library: str) -> bool:
-    """Return whether a library could be imported."""
-    return importlib.util.find_spec(library) is not None
-
-
-def is_accelerate_available() -> bool:
-    """Return whether accelerate is installed."""
-    return is_available("accelerate")
-
-
-def is_diffusers_available() -> bool:
-    """Return whether diffusers is installed."""
-    return is_available("diffusers")
-
-
 def is_bnb_available() -> bool:
     """Return whether bitsandbytes is installed."""
-    return is_available("bitsandbytes")
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def is_bnb_4bit_available() -> bool:
-    """Return whether bitsandbytes has layers of 4 bits."""
-    if not is_bnb_available():
-        return False
-    import bitsandbytes as bnb  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    return hasattr(bnb.nn, "Linear4bit")
-
-
-def is_torchao_available() -> bool:
-    """Return whether torchao is installed."""
-    return is_available("torchao")
-
-
-def is_hqq_available() -> bool:
-    """Return whether hqq is installed."""
-    return is_available("hqq")
-
-
-def is_optimum_quanto_available() -> bool:
-    """Return whether optimum-quanto is installed."""
-    return is_available("optimum") and is_available("optimum.quanto")
-
-
-def is_gptqmodel_available() -> bool:
-    """Return whether gptqmodel is installed."""
-    return is_available("gptqmodel")
-
-
-def is_auto_awq_available() -> bool:
-    """Return whether autoawq is installed."""
-    return is_available("awq")
-
-
-def is_aqlm_available() -> bool:
-    """Return whether aqlm is installed."""
-    return is_available("aqlm")
-
-
-def is_eetq_available() -> bool:
-    """Return whether eetq is installed."""
-    return is_available("eetq")
+    """Return whether bitsandbytes is installed and has layers of 4 bits."""
+    return is_bnb_available() and hasattr(importlib.import_module("bitsandbytes").nn, "Linear4bit")
 
 
 @contextlib.contextmanager

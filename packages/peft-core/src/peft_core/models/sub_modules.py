@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from ..config import LayerConfig, PeftConfig
-from ..errors import ModelError, NoSuchModuleError, PeftWarning, UnsupportedModuleError, did_you_mean
-from ..layers.base_ops import ops_for
+from ..errors import ModelError, NoSuchModuleError, PeftWarning, did_you_mean
 from ..tuners.base_view import BaseView
-from ..tuners.targeting import all_linear, target_matcher
+from ..tuners.targeting import all_linear, layer_filter, target_matcher
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
@@ -43,13 +42,10 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
     return next((key for key in pattern_keys if re.match(rf"(?:^|.*\.)(?:{key})$", key_to_match)), key_to_match)
 
 
-def check_target_module_exists(config: Any, key: str) -> bool:
-    """Return whether a config's `target_modules` (and `exclude_modules`) choose the module of this name."""
-    excluded = getattr(config, "exclude_modules", None)
-    if excluded and target_matcher(excluded, "exclude_modules")(key):
-        return False
-    targets = getattr(config, "target_modules", None)
-    return bool(targets) and bool(target_matcher(targets, "target_modules")(key))
+def check_target_module_exists(config: LayerConfig, key: str) -> bool:
+    """Return whether a config (`target_modules`, `exclude_modules`, `layers_to_transform`) chooses the module of this name."""
+    chosen, excluded = target_matcher(config.target_modules, "target_modules"), target_matcher(config.exclude_modules, "exclude_modules")
+    return chosen(key) and not excluded(key) and layer_filter(config)(key)
 
 
 def include_all_linear(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
@@ -100,28 +96,6 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
                 if parameter is not None and isinstance(kept, dict) and key in kept:
                     kept[key] = parameter.data.cpu()
             hook.post_forward(module, torch.tensor([]))
-
-
-def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
-    """Return a module's weight in floating point.
-
-    Args:
-        module: a layer, plain or quantised by a library whose layers can be merged into.
-
-    Raises:
-        UnsupportedModuleError: core knows no such layer.
-    """
-    weight: Any = getattr(module, "weight", None)
-    base: Any = getattr(module, "get_base_layer", lambda: module)()
-    weight = getattr(base, "weight", weight)
-    if isinstance(weight, torch.Tensor) and hasattr(weight, "dequantize") and type(weight) not in (torch.Tensor, nn.Parameter):
-        return nn.Parameter(weight.dequantize(), requires_grad=False)
-    if hasattr(base, "dequantize"):
-        return nn.Parameter(base.dequantize(), requires_grad=False)
-    ops = ops_for(base)
-    if ops is None or not weight.is_floating_point():
-        raise UnsupportedModuleError(f"{type(base).__name__} is no layer whose weight core can read", hint="merge it through its tuner")
-    return weight  # type: ignore[no-any-return]
 
 
 def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:

@@ -14,7 +14,7 @@ from ..errors import AdapterNotFoundError, CapabilityError, MergeError, PeftWarn
 from ..layers.activation import BASE, Activation, Route
 from ..layers.creation import INITIAL, Creation
 from ..layers.slots import AdapterModule, Slot
-from ..layers.switching import Switches
+from ..layers.switching import Switches, let_train
 from ..plugins import Capability, TunerSpec, hooks, registry
 from . import backbone, builtin, checkpointing, folding, generation, naming, reshaping
 from .assemble import BaseForward
@@ -259,9 +259,7 @@ class AdapterIndex:
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters to `trainable`."""
         self.last_route = None
-        for parameter in self.parameters_of(adapter):
-            if parameter.requires_grad is not trainable and (parameter.is_floating_point() or not trainable):
-                parameter.requires_grad_(trainable)
+        let_train(self.parameters_of(adapter), trainable)
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -333,9 +331,7 @@ class AdapterIndex:
                 for tuner in self.tuners.values():
                     tuner.mounted.get(path, {}).pop(adapter, None)
             if isinstance(module, Switches) and module.activation is not self.activation:  # switched by itself
-                own = module.activation
-                rest = tuple(name for name in own.names if name != adapter) or module.adapters()[:1]
-                module.activation = own.variant(rest, own.enabled, own.as_list)
+                module.stop_using(adapter)
         del self.own[adapter], self.configs[adapter]
         active = before = self.activation.names
         if adapter in active:

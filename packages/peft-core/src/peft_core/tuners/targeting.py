@@ -56,7 +56,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
     saved = frozenset((*config.extras().modules_to_save, *base.heads))
     matching = frozenset(targets).__contains__ if every_linear else target_matcher(targets, "target_modules")
-    in_layers = _layer_filter(config)
+    in_layers = layer_filter(config)
     excluded = target_matcher(config.exclude_modules, "exclude_modules")
     found: list[str] = []
     dropped: list[str] = []
@@ -135,7 +135,12 @@ def _inside(name: str, saved: Collection[str]) -> bool:
     return any(_ending(".".join(parts[: i + 1]), saved) is not None for i in range(len(parts)))
 
 
-def _layer_filter(config: LayerConfig) -> Callable[[str], bool]:
+def layer_filter(config: LayerConfig) -> Callable[[str], bool]:
+    """Return a test for module names: whether they are in one of the config's `layers_to_transform`.
+
+    Raises:
+        ConfigError: `layers_pattern` is malformed.
+    """
     if config.layers_to_transform is None:
         return lambda name: True
     wanted = {config.layers_to_transform} if isinstance(config.layers_to_transform, int) else set(config.layers_to_transform)
