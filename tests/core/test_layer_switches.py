@@ -338,3 +338,12 @@ def test_keys_of_saved_modules() -> None:
     assert torch.equal(found["weight"], saved.modules_to_save["default"].weight)
     with pytest.raises(KeyError):
         saved.adapter_state_dict("default", {})
+
+
+@pytest.mark.filterwarnings("ignore:the model already has adapters")
+def test_a_base_without_wrappers_keeps_what_stands_beside_it() -> None:
+    """A prompt's model has none, and goes on when its last adapter is deleted and another one comes."""
+    model = get_peft_model(support.llama(), support.CueConfig(num_virtual_tokens=2), "a")
+    model.delete_adapter("a")
+    get_peft_model(model.get_base_model(), support.CueConfig(num_virtual_tokens=3), "b")
+    assert list(model.peft_config) == ["b"]

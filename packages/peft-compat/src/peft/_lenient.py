@@ -53,8 +53,6 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         return
     warnings.warn(f"the model has an adapter {adapter_name!r} already, which is replaced by a new one", PeftWarning, stacklevel=4)
     config, active = index.configs[adapter_name], index.active
-    places = nn.Module()  # has what stands beside the base, whichever model that belongs to
-    places._modules.update({path: module for (kind, path), module in index.entries.items() if not kind and isinstance(module, nn.Module)})
     tensors = {key: slot.read().clone() for key, slot in keyed_slots(index, adapter_name).items() if not slot.unread}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # which adapter takes over meanwhile
@@ -63,7 +61,7 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         yield
         index.activate([*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
-        index.add(adapter_name, config, mount_on=places, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
+        index.add(adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
         index.activate(active, trainable=not config.inference_mode)
         raise
 

@@ -15,16 +15,16 @@ def adopt(model: nn.Module) -> tuple[AdapterIndex, bool]:
     Where somebody else took the last config out and the wrappers off, as libraries that know layers do, there is nothing to keep.
     """
     found = index_of(model)
-    if found is not None and not found.configs and not any(_in_place(found, key) for key in found.entries):
+    wrapped = [key for key in found.entries if key[0]] if found is not None and not found.configs else []
+    if found is not None and wrapped and not any(_in_place(found, key) for key in wrapped):
         found.retire()
         found = None
     return (found, False) if found is not None else (AdapterIndex(model), True)
 
 
 def _in_place(index: AdapterIndex, key: Key) -> bool:
-    kind, path = key
     module = index.entries[key]
-    for parent, leaf in index.view.sites.get(path, ()) if kind else ((index.base, path),):
+    for parent, leaf in index.view.sites.get(key[1], ()):
         found: Any = getattr(parent, leaf, None)
         while found is not None and found is not module:
             inside = found._modules
