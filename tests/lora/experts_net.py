@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lora.making import shake
 from peft_core import PeftModel, get_peft_model
 from peft_lora import LoraConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+needs_fused_experts = pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="experts are modules of their own before transformers 5"
+)
+
+
+def mixtral() -> Any:
+    """Three experts of width 24 in each of two layers."""
+    torch.manual_seed(0)
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3)).eval()
+
+
+def qwen() -> Any:
+    """Three experts of width 12 and a shared one of width 8 in each of two layers."""
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 8, "num_experts": 3, "num_experts_per_tok": 2}
+    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **sizes)).eval()
 
 
 class Experts(nn.Module):

@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lora.experts_net import SIZES, mixtral, needs_fused_experts, qwen
 from peft_core import (
     ConfigError,
     PeftModel,
@@ -24,32 +25,10 @@ from peft_core import (
 )
 from peft_lora import LoraConfig
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
+#: how wide one expert is
+WIDTHS = {"mixtral": 24, "qwen": 12}
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-newer = pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="experts are modules before transformers 5")
-pytestmark = newer
-
-
-def mixtral() -> Any:
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3)).eval()
-
-
-def qwen() -> Any:
-    torch.manual_seed(0)
-    sizes = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 8, "num_experts": 3, "num_experts_per_tok": 2}
-    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **sizes)).eval()
+pytestmark = needs_fused_experts
 
 
 #: base → how to make it, the block's name in old files, old names of the pair and of what comes after it
@@ -66,10 +45,11 @@ def config_for(name: str, **fields: Any) -> LoraConfig:
 def write(folder: Path, name: str, *, router: bool = False, **fields: Any) -> None:
     """Write an adapter as it was made when each expert was a module."""
     _, block, names = BASES[name]
+    width = WIDTHS[name]
     generator = torch.Generator().manual_seed(1)
     sizes = {"self_attn.q_proj": (16, 16)}
     for expert in range(3):
-        sizes |= {f"{block}.experts.{expert}.{end}": shape for end, shape in zip(names, ((24, 16), (24, 16), (16, 24)), strict=True)}
+        sizes |= {f"{block}.experts.{expert}.{end}": shape for end, shape in zip(names, ((width, 16), (width, 16), (16, width)), strict=True)}
     if name == "qwen":
         shapes = ((8, 16), (8, 16), (16, 8))
         sizes |= {f"{block}.shared_expert.{end}": shape for end, shape in zip(names, shapes, strict=True)}
@@ -141,7 +121,8 @@ def test_an_old_config_is_rewritten(name: str, how: str) -> None:
     assert config.alpha_pattern == {r".*\.gate_up_proj": 6}
     if how != "convert":
         experts = {key: tuple(value.shape) for key, value in model.named_parameters() if ".experts." in key and "lora_" in key}
-        assert sorted(experts.values()) == sorted([(3 * 4, 16), (2 * 24, 3 * 4), (3 * 2, 24), (16, 3 * 2)] * 2)
+        width = WIDTHS[name]
+        assert sorted(experts.values()) == sorted([(3 * 4, 16), (2 * width, 3 * 4), (3 * 2, width), (16, 3 * 2)] * 2)
 
 
 @pytest.mark.parametrize(("name", "given"), [("mixtral", ["w1", "w2"]), ("mixtral", ["q_proj", "w3"]), ("qwen", ["up_proj"])])

@@ -10,44 +10,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from torch import Tensor, nn
 
-from lora.experts_net import adapted
+from lora.experts_net import adapted, mixtral, needs_fused_experts, qwen
 from peft_core import ConfigError, PeftModel, get_peft_model_state_dict
 from support import IDS, Unchanged
-
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-
-
-def mixtral() -> nn.Module:
-    torch.manual_seed(0)
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES, num_local_experts=3)).eval()
-
-
-def qwen() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 8, "num_experts": 3, "num_experts_per_tok": 2}
-    return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **sizes)).eval()
-
 
 BASES = {"mixtral": mixtral, "qwen2_moe": qwen}
 #: names that modules of one expert had: gate, up, down
 NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
-needs_fused_experts = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="experts are modules of their own before transformers 5"
-)
 
 
 @needs_fused_experts

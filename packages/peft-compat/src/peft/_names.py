@@ -33,8 +33,6 @@ def names(module: str, table: str, absent: str = "") -> tuple[Callable[[str], An
             home, there = found[name]
             source = importlib.import_module(home)
             return getattr(source, there) if there != "*" else source
-        if name == "__path__":
-            raise AttributeError(name)
         raise AttributeError(f"module {module!r} has no attribute {name!r}; if upstream peft has it, please tell the authors of peft-compat")
 
     def __dir__() -> list[str]:
