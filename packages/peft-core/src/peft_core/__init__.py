@@ -27,11 +27,11 @@ _HOME = {
     "tuners.tokens": "TokenRequest plan_token_rows",
     "layers.switching": "AuxiliaryTrainingWrapper",
     "tuners.builtin": "ModulesToSaveWrapper",
+    "layers.cache": "CacheScope",
     "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
     "layers.casting": "disable_input_dtype_casting",
-    "layers.fingerprint": "Watch fingerprint",
+    "layers.fusing": "can_fuse",
     "layers.folded": "Product Subtraction",
-    "layers.memo": "Memo",
     "layers.merging": "MERGES Fold Merge merges_of",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
     "tuners.base_view": "BaseView",
@@ -39,7 +39,7 @@ _HOME = {
     "tuners.call": "Call Site VirtualTokens",
     "tuners.reshaping": "Reshape",
     "tuners.targeting": "Patterns target_matcher",
-    "tuners.index": "AdapterIndex require_index",
+    "tuners.index": "AdapterIndex cached require_index",
     "tuners.tuner": "Contents Incoming LayerTuner ModuleValues Plan Translation TunerBase Wrap",
     "checkpoint.save": "write_adapter",
     "checkpoint.state_dict": "file_key",
@@ -117,14 +117,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.base_ops import is_conv1d as is_conv1d
     from .layers.base_ops import ops_for as ops_for
     from .layers.base_ops import with_weight as with_weight
+    from .layers.cache import CacheScope as CacheScope
     from .layers.casting import disable_input_dtype_casting as disable_input_dtype_casting
     from .layers.creation import Creation as Creation
-    from .layers.fingerprint import Watch as Watch
-    from .layers.fingerprint import fingerprint as fingerprint
     from .layers.folded import Product as Product
     from .layers.folded import Subtraction as Subtraction
+    from .layers.fusing import can_fuse as can_fuse
     from .layers.kinds import BaseTunerLayer as BaseTunerLayer
-    from .layers.memo import Memo as Memo
     from .layers.merging import MERGES as MERGES
     from .layers.merging import Fold as Fold
     from .layers.merging import Merge as Merge
@@ -203,6 +202,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .tuners.call import Site as Site
     from .tuners.call import VirtualTokens as VirtualTokens
     from .tuners.index import AdapterIndex as AdapterIndex
+    from .tuners.index import cached as cached
     from .tuners.index import require_index as require_index
     from .tuners.perform import leave_modules as leave_modules
     from .tuners.reshaping import Reshape as Reshape

@@ -1,12 +1,13 @@
 """x ↦ x(W + s·ΔW)ᵀ + bias for a frozen W and many tokens, as one step of the graph that keeps little and costs little.
 
-Everything is computed in the dtype of the activations. What is derived from the factors (r² or in·out numbers, not tokens) is formed in their
-own dtype, rounded once, and formed again in the backward instead of kept. Products with a side of length r² have it first: BLAS is up to
+The adapter's products are accumulated in the dtype of its factors, float32 by default, and the sum is rounded once to that of the activations. What is
+derived from the factors (r² or in·out numbers, not tokens) is formed again in the backward instead of kept; activations are kept as they came. Products with a side of length r² have it first: BLAS is up to
 twice as slow at the other orientations.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -14,11 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formulas import Costs, Factors, add_applied, columns
-
-
-def can_record() -> bool:
-    """Return whether this file's function may stand in the graph: not where something else wants to look into it."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float, *, record: bool) -> Tensor:
@@ -51,7 +47,7 @@ class LoHaLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, s: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in)."""
+        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
         y, hidden = _forward(x, weight, bias, (b1, a1, b2, a2), s)
         ctx.save_for_backward(x, weight, b1, a1, b2, a2, hidden)
         ctx.s = s
@@ -62,29 +58,44 @@ class LoHaLinear(torch.autograd.Function):
         """Return the gradients of x and of the four factors."""
         x, weight, *factors, hidden = ctx.saved_tensors
         want_x, _, _, *want = ctx.needs_input_grad[:7]
-        if torch.is_grad_enabled():  # somebody differentiates this again: everything must follow from the inputs
-            return _differentiable(x, weight, factors, ctx.s, g, ctx.needs_input_grad)
-        gx, found = _gradients(x, weight, factors, ctx.s, g, hidden, want_x, any(want))
+        kind = g.device.type
+        autocast = torch.is_autocast_enabled(kind)  # somebody entered it around the backward pass alone
+        with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+            if torch.is_grad_enabled():  # somebody differentiates this again: everything must follow from the inputs
+                return _differentiable(x, weight, factors, ctx.s, g, ctx.needs_input_grad)
+            gx, found = _gradients(x, weight, factors, ctx.s, g, hidden, want_x, any(want))
         return gx, None, None, *(value if wanted else None for value, wanted in zip(found, want, strict=True)), None
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float) -> tuple[Tensor, Tensor | None]:
-    """Return the output, and K_A·xᵀ (r², tokens) where it was needed for it."""
+    """Return the output, and K_A·xᵀ (r², tokens) in the factors' dtype where it was needed for it."""
     b1, a1, b2, a2 = factors
+    wide, x2 = b1.dtype, x.reshape(-1, x.shape[-1])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    y2 = y.view(-1, y.shape[-1])
     if _costs(factors).prefer_whole_weight(_tokens(x)) and may_sum(x, factors):
-        return F.linear(x, whole_weight(weight, factors, s), bias), None
-    ka, kb = columns(a1, a2).to(x.dtype), columns(_across(b1), _across(b2)).to(x.dtype)
-    y = F.linear(x, weight, bias)
-    hidden = ka.mm(x.reshape(-1, x.shape[-1]).t())
-    y.view(-1, y.shape[-1]).addmm_(hidden.t(), kb, alpha=s)
+        _linear_into(y2, x2, whole_weight(weight, factors, s), bias)
+        return y, None
+    ka, kb = columns(a1, a2), columns(_across(b1), _across(b2))
+    hidden = ka.mm(x2.to(wide).t())
+    if wide is x.dtype:
+        _linear_into(y2, x2, weight, bias).addmm_(hidden.t(), kb, alpha=s)
+    else:
+        y2.copy_(F.linear(x2, weight, bias).to(wide).addmm_(hidden.t(), kb, alpha=s))
     return y, hidden
+
+
+def _linear_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Write xWᵀ + bias into `y` (tokens, out) and return it."""
+    found: Tensor = torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+    return found
 
 
 def _gradients(
     x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, want_x: bool, want_factors: bool
 ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
     b1, a1, b2, a2 = factors
-    costs, tokens = _costs(factors), _tokens(x)
+    costs, tokens, wide = _costs(factors), _tokens(x), b1.dtype
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     whole = costs.prefer_whole_gradient(tokens) and may_sum(x, factors) and want_factors
     merged = want_x and (whole or (costs.prefer_whole_weight(tokens) and may_sum(x, factors)))  # with dL/dW its parts are there anyway
@@ -101,16 +112,18 @@ def _gradients(
         return None if gx is None else gx.view(x.shape), (w2.mm(a1.t()), b1.t().mm(w2), w1.mm(a2.t()), b2.t().mm(w1))
     found: tuple[Tensor | None, ...] = (None,) * 4
     if want_factors or (want_x and not merged):
-        r, dtype = a1.shape[0], x.dtype
+        r = a1.shape[0]
         b1t, b2t = _across(b1).mul_(s), _across(b2)
-        g_hidden = columns(b1t, b2t).to(dtype).mm(g2.t())
+        g2 = g2.to(wide)
+        g_hidden = columns(b1t, b2t).mm(g2.t())
         if gx is not None and not merged:
-            gx.addmm_(g_hidden.t(), columns(a1, a2).to(dtype))
+            gx = gx.to(wide).addmm_(g_hidden.t(), columns(a1, a2)).to(x.dtype)
         if want_factors:
+            x2 = x2.to(wide)
             if hidden is None:
-                hidden = columns(a1, a2).to(dtype).mm(x2.t())
-            g_ka = g_hidden.mm(x2).to(a1.dtype).view(r, r, -1)
-            g_kb = hidden.mm(g2).to(b1.dtype).view(r, r, -1)
+                hidden = columns(a1, a2).mm(x2.t())
+            g_ka = g_hidden.mm(x2).view(r, r, -1)
+            g_kb = hidden.mm(g2).view(r, r, -1)
             # sums over the other factor's component
             g_b1, g_b2 = (g_kb * b2t).sum(1).mul_(s), (g_kb * b1t.unsqueeze(1)).sum(0)
             g_a1, g_a2 = (g_ka * a2).sum(1), (g_ka * a1.unsqueeze(1)).sum(0)
@@ -122,7 +135,7 @@ def _differentiable(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor
     """Return the gradients with a graph of their own."""
     inputs = (x, *factors)
     wanted = (needed[0], *needed[3:7])
-    plain = add_applied(F.linear(x, weight), s, x, tuple(factors))
+    plain = add_applied(F.linear(x, weight), s, x.to(factors[0].dtype), tuple(factors))
     found = iter(torch.autograd.grad(plain, [t for t, want in zip(inputs, wanted, strict=True) if want], g, create_graph=True))
     gx, *rest = (next(found) if want else None for want in wanted)
     return gx, None, None, *rest, None

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
+#: stands for the norm of a row that is zero
+TINY = 1e-12
 
 
 def scaling(alpha: float, r: int, rslora: bool) -> float:
@@ -50,7 +52,7 @@ def in_groups(matrix: Tensor, groups: int) -> Tensor:
     return matrix.reshape(groups, -1, matrix.shape[1])
 
 
-def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     """Return ‖W + s·B·A‖² of each row without forming it: ‖W‖² + 2s·Σ(WAᵀ ⊙ B) + s²·Σ(B(AAᵀ) ⊙ B).
 
     Where the terms cancel, the rows are formed after all; in a compiled graph and on accelerators, where that would break the graph or wait
@@ -58,7 +60,6 @@ def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor
 
     Args:
         weight: W (out, in).
-        weight_norms: ‖W‖² (out,) in float64.
         a: A (r, in).
         b: B (out, r).
         s: scaling.
@@ -74,12 +75,23 @@ def squared_row_norms(weight: Tensor, weight_norms: Tensor, a: Tensor, b: Tensor
     cross = torch.cat([a.mm(part.to(wide).t()) for part in parts], 1)  # (r, out)
     columns = b.t()
     own = (a.mm(a.t()).mm(columns).double() * columns).sum(0) * (s * s)
+    weight_norms = row_norms(weight)
     found = weight_norms + (cross.double() * columns).sum(0) * (2 * s) + own
     if branch:
         low = found < 1e-4 * (weight_norms + own)
         if bool(low.any()):
             found[low] = (weight[low].double() + s * b[low].double() @ a.double()).square().sum(1)
     return found.clamp_(min=0)
+
+
+def dora_factor(m: Tensor, norms: Tensor) -> Tensor:
+    """Return f = m / norms (out,), with a gradient to m; 1 for rows of which both are zero.
+
+    Args:
+        m: magnitudes (out,).
+        norms: ‖W + s·B·A‖ (out,), `TINY` where it is zero.
+    """
+    return torch.where((norms <= TINY) & (m == 0), torch.ones_like(m), m / norms)
 
 
 def row_norms(weight: Tensor) -> Tensor:

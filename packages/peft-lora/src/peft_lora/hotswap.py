@@ -123,7 +123,7 @@ def prepare_model_for_compiled_hotswap(
             layer.scaling[adapter] = torch.tensor(  # type: ignore[assignment]
                 layer.scaling[adapter], dtype=torch.promote_types(b.dtype, torch.float32), device=b.device
             )
-            layer.forget()
+            layer.activation.drop_cached()
 
 
 def _ranks(config: LoraConfig | Mapping[str, LoraConfig] | None) -> list[int]:
@@ -153,7 +153,7 @@ def _widen(layer: LoraLayer, adapter: str, room: int) -> None:
             new = nn.Parameter(rooms.widened(end, old.detach(), present, room), requires_grad=old.requires_grad)
             setattr(module, name, new) if not isinstance(module, nn.ParameterDict) else module.__setitem__(name, new)
     layer.columns.setdefault(adapter, present)
-    layer.forget()
+    layer.activation.drop_cached()
 
 
 # ---- the swap -----------------------------------------------------------------------------------------------------------
@@ -284,4 +284,4 @@ def _write(layer: LoraLayer, adapter: str, r: int, alpha: float, columns: int, p
         layer.columns.pop(adapter, None)
     layer.r[adapter], layer.lora_alpha[adapter] = r, alpha
     layer.set_scaling(adapter, formulas.scaling(alpha, r, layer.use_rslora[adapter]))
-    layer.forget()
+    layer.activation.drop_cached()

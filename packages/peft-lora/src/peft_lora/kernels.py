@@ -1,20 +1,26 @@
-"""y + s·B·A·x for many tokens, in training: what autograd has to keep is x, A·x and, with dropout, one byte an element.
+"""y + s·B·A·x as one step of autograd: what it keeps is x, A·x and, with dropout, one bit an element; and the same in plain operations.
 
-Products with a side of length r are formed as (r, tokens): BLAS is up to eight times slower at the other orientations.
-Everything is computed in the dtype of the activations; parameters, which are small, are cast to it, and their gradients back.
+Products with a side of length r are formed as (r, tokens): BLAS is up to eight times slower at the other orientations. The adapter's products are
+accumulated in its own dtype, float32 by default, and their sum with the base's output is rounded once; activations are kept in the dtype in which they came.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_core import can_fuse
+
+from .formulas import dora_factor
+
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-    """Return y + s·(xAᵀ)Bᵀ in plain operations; `y` may be overwritten.
+    """Return y + s·(xAᵀ)Bᵀ without gradients, rounded once to the dtype of `y`; `y` may be overwritten.
 
     Args:
         y: (…, out).
@@ -23,18 +29,51 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor
         b: B (out, r).
         s: scaling.
     """
-    dtype = x.dtype
-    a, b = (a, b) if a.dtype is dtype else (a.to(dtype), b.to(dtype))
-    if y.dtype is dtype and y.is_contiguous() and not (torch.is_grad_enabled() and y.requires_grad):
-        hidden = a.mm(x.reshape(-1, x.shape[-1]).t())
-        y.view(-1, y.shape[-1]).addmm_(hidden.t(), b.t(), alpha=s)
+    wide = a.dtype
+    x2 = x.reshape(-1, x.shape[-1]).to(wide)
+    if y.dtype is wide and y.is_contiguous():
+        _add_product(y.view(-1, y.shape[-1]), x2, a, b.to(wide), s)
         return y
-    return y.add_(F.linear(F.linear(x, a), b), alpha=s)
+    sum_dtype = torch.promote_types(y.dtype, wide)
+    total = y.reshape(-1, y.shape[-1]).to(sum_dtype)
+    total = _add_product(total.clone() if sum_dtype is y.dtype else total, x2.to(sum_dtype), a.to(sum_dtype), b.to(sum_dtype), s)
+    return total.to(y.dtype).view(y.shape)
 
 
-def can_record() -> bool:
-    """Return whether the functions of this file may stand in the graph: not where something else wants to look into them."""
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+def _add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    """Add s·(xAᵀ)Bᵀ to `y` (tokens, out) in place."""
+    if x.shape[0] == 1:  # one token: products with a vector are cheaper than products with a matrix of one row
+        y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=s)
+        return y
+    return y.addmm_(a.mm(x.t()).t(), b.t(), alpha=s)
+
+
+def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float | Tensor, p: float = 0.0) -> Tensor:
+    """Return y + s·drop(x)AᵀBᵀ with gradients to all of them, whatever looks into the operations; `y` may be overwritten.
+
+    Args:
+        y: (…, out).
+        x: (…, in).
+        a: A (r, in).
+        b: B (out, r).
+        s: scaling.
+        p: dropout probability, 0 outside of training.
+    """
+    if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped
+        s, b = 1.0, b * s
+    if not can_fuse(x) or a.dim() != 2:
+        x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)
+        return add_scaled(y, F.linear(F.linear(F.dropout(x, p) if p else x, a), b), s)
+    if torch.is_grad_enabled():
+        return record_low_rank(y, x, a, b, s, p)
+    return add_low_rank(y, F.dropout(x, p) if p else x, a, b, s)
+
+
+def add_scaled(y: Tensor, change: Tensor, s: float | Tensor) -> Tensor:
+    """Return y + s·change in new memory, rounded once to the dtype of `y`. Where s is a tensor, a compiled graph reads its value anew each time."""
+    if y.dtype is change.dtype and not isinstance(s, Tensor):
+        return torch.add(y, change, alpha=s)
+    return (y + change * s).to(y.dtype)
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
@@ -55,15 +94,15 @@ def record_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float, p: flo
     return AddLowRank.apply(y, x, a, b, s, p)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, f: Tensor, s: float) -> Tensor:
-    """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias for a frozen W, recorded as one step.
+def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
+    """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias with f = m / norms for a frozen W, recorded as one step.
 
     Args:
         x, weight, bias, a, b, s: as for `low_rank_linear`.
         m: magnitudes (out,); they train.
-        f: m / ‖W + s·B·A‖ (out,), the norm of which is a constant in the backward pass.
+        norms: ‖W + s·B·A‖ (out,), positive; a constant in the backward pass.
     """
-    return DoraLinear.apply(x, weight, bias, a, b, m, f, s)  # type: ignore[no-any-return, no-untyped-call]
+    return DoraLinear.apply(x, weight, bias, a, b, m, norms, s)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -71,60 +110,72 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in)."""
+        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
         x2 = x.reshape(-1, x.shape[-1])
         hidden, mask = _hidden(x2, a, p)
-        y = F.linear(x, weight, bias)
-        y.view(-1, y.shape[-1]).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=s)
-        ctx.save_for_backward(x, weight, a, b, hidden, mask)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        y2 = y.view(-1, y.shape[-1])
+        if a.dtype is x.dtype:
+            _linear_into(y2, x2, weight, bias).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=s)
+        else:
+            y2.copy_(F.linear(x2, weight, bias).to(a.dtype).addmm_(hidden.t(), b.to(a.dtype).t(), alpha=s))
+        ctx.save_for_backward(x, weight, bias, a, b, hidden, mask)
         ctx.s, ctx.p = s, p
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         """Return the gradients of x, A and B."""
-        x, weight, a, b, hidden, mask = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
-        gx = g2.mm(weight) if ctx.needs_input_grad[0] else None
-        gx, ga, gb = _gradients(ctx, g2, x, a, b, hidden, mask, gx, ctx.needs_input_grad[3], ctx.needs_input_grad[4])
+        x, weight, bias, a, b, hidden, mask = ctx.saved_tensors
+        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+        with _without_autocast(g):
+            if torch.is_grad_enabled():  # somebody differentiates this again
+                gx, ga, gb = _differentiable(_low_rank(ctx, mask, weight, bias), (x, a, b), (need_x, need_a, need_b), g)
+                return gx, None, None, ga, gb, None, None
+            g2 = g.reshape(-1, g.shape[-1])
+            gx = g2.mm(weight) if need_x else None
+            gx, ga, gb = _gradients(ctx, g2.to(a.dtype), x, a, b, hidden, mask, gx, need_a, need_b)
         return None if gx is None else gx.view(x.shape), None, None, ga, gb, None, None
 
 
 class DoraLinear(torch.autograd.Function):
-    """x ↦ f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias. The output is kept, which the next operation mostly keeps anyway, and not what is multiplied by f."""
+    """x ↦ f ⊙ v + bias with v = xWᵀ + s·xAᵀBᵀ and f = m / norms. v is kept in the dtype of x, for the gradient of m."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, f: Tensor, s: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in)."""
-        hidden, _ = _hidden(x.reshape(-1, x.shape[-1]), a, 0.0)
-        y = F.linear(x, weight)
-        y.view(-1, y.shape[-1]).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=s)
-        y.mul_(f.to(y.dtype))
-        if bias is not None:
-            y.add_(bias)
-        ctx.save_for_backward(x, weight, bias, a, b, m, f, hidden, y)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
+        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        x2 = x.reshape(-1, x.shape[-1])
+        hidden, _ = _hidden(x2, a, 0.0)
+        wide = a.dtype
+        v = x2.mm(weight.t()).to(wide).addmm_(hidden.t(), b.to(wide).t(), alpha=s)
+        f = dora_factor(m, norms).to(wide)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        y2 = y.view(-1, y.shape[-1])
+        if wide is not x.dtype:
+            y2.copy_(v * f if bias is None else torch.addcmul(bias.to(wide), v, f))
+        elif bias is None:
+            torch.mul(v, f, out=y2)
+        else:
+            torch.addcmul(bias, v, f, out=y2)
+        ctx.save_for_backward(x, weight, bias, a, b, m, norms, hidden, v.to(x.dtype) if ctx.needs_input_grad[5] else None)
         ctx.s, ctx.p = s, 0.0
         return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         """Return the gradients of x, A, B and m."""
-        x, weight, bias, a, b, m, f, hidden, y = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
-        scaled = g2 * f.to(g.dtype)
-        gx = scaled.mm(weight) if ctx.needs_input_grad[0] else None
-        gx, ga, gb = _gradients(ctx, scaled, x, a, b, hidden, None, gx, ctx.needs_input_grad[3], ctx.needs_input_grad[4])
-        gm = None
-        if ctx.needs_input_grad[5]:
-            zero = m == 0
-            if torch.is_grad_enabled() or bool(zero.any()):
-                x2 = x.reshape(-1, x.shape[-1])
-                plain = x2.mm(weight.t()) + ctx.s * x2.mm(a.to(x.dtype).t()).mm(b.to(x.dtype).t())
-                norms = torch.where(zero, (weight.to(m.dtype) + ctx.s * b.to(m.dtype) @ a.to(m.dtype)).detach().norm(dim=1), m / f)
-                gm = (g2 * plain).sum(0).to(m.dtype) / norms
-            else:  # y − bias = f·v and f·‖V‖ = m, so that Σ g ⊙ v / ‖V‖ = Σ g ⊙ (y − bias) / m
-                total = (g2 * y.view(-1, y.shape[-1])).sum(0)
-                gm = (total if bias is None else total - bias * g2.sum(0)).to(m.dtype) / m
+        x, weight, bias, a, b, m, norms, hidden, v = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
+        with _without_autocast(g):
+            if torch.is_grad_enabled():  # somebody differentiates this again
+                inputs, needs = (x, a, b, m), (need_x, need_a, need_b, need_m)
+                gx, ga, gb, gm = _differentiable(_dora(ctx, weight, bias, norms), inputs, needs, g)
+                return gx, None, None, ga, gb, gm, None, None
+            g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
+            scaled = g2 * dora_factor(m, norms).to(a.dtype)
+            gx = scaled.to(x.dtype).mm(weight) if need_x else None
+            gx, ga, gb = _gradients(ctx, scaled, x, a, b, hidden, None, gx, need_a, need_b)
+            gm = ((g2 * v).sum(0) / norms.to(a.dtype)).to(m.dtype) if need_m else None
         return None if gx is None else gx.view(x.shape), None, None, ga, gb, gm, None, None
 
 
@@ -133,67 +184,119 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in)."""
+        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
         x2 = x.reshape(-1, x.shape[-1])
         hidden, mask = _hidden(x2, a, p)
         ctx.save_for_backward(x, a, b, hidden, mask)
-        ctx.s, ctx.p, ctx.dtype = s, p, y.dtype
-        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)  # no view of anything, so that it may be changed in place
+        ctx.s, ctx.p = s, p
+        out = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         y2, out2 = y.reshape(-1, y.shape[-1]), out.view(-1, y.shape[-1])
-        if y.dtype is x.dtype:
-            torch.addmm(y2, hidden.t(), b.to(x.dtype).t(), alpha=s, out=out2)
+        if y.dtype is a.dtype:
+            torch.addmm(y2, hidden.t(), b.to(y.dtype).t(), alpha=s, out=out2)
         else:
-            out2.copy_(y2.add(hidden.t().mm(b.to(x.dtype).t()), alpha=s))
+            wide = torch.promote_types(y.dtype, a.dtype)
+            out2.copy_(y2.to(wide).add(hidden.t().mm(b.to(a.dtype).t()), alpha=s))
         return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         """Return the gradients of y, x, A and B."""
         x, a, b, hidden, mask = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1]).to(x.dtype)
-        gx = torch.zeros_like(x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        gx, ga, gb = _gradients(ctx, g2, x, a, b, hidden, mask, gx, ctx.needs_input_grad[2], ctx.needs_input_grad[3])
+        _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
+        with _without_autocast(g):
+            if torch.is_grad_enabled():  # somebody differentiates this again
+                gx, ga, gb = _differentiable(_low_rank(ctx, mask, None, None), (x, a, b), (need_x, need_a, need_b), g)
+                return g, gx, ga, gb, None, None
+            g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
+            gx = torch.zeros_like(x.reshape(-1, x.shape[-1])) if need_x else None
+            gx, ga, gb = _gradients(ctx, g2, x, a, b, hidden, mask, gx, need_a, need_b)
         return g, None if gx is None else gx.view(x.shape), ga, gb, None, None
 
 
+def _linear_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Write xWᵀ + bias into `y` (tokens, out) and return it."""
+    found: Tensor = torch.mm(x, weight.t(), out=y) if bias is None else torch.addmm(bias, x, weight.t(), out=y)
+    return found
+
+
 def _hidden(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """Return A·drop(x) (r, tokens), and which elements of x stay (tokens, in) where there is dropout."""
+    """Return A·drop(x) (r, tokens) in the dtype of A, and which elements of x stay (tokens, in) where there is dropout."""
     mask: Tensor | None = None
+    x = x.to(a.dtype)
     if p:
         x, stay = torch.native_dropout(x, p, True)
         mask = _packed(stay)
-    return a.to(x.dtype).mm(x.t()), mask
+    return a.mm(x.t()), mask
 
 
 def _gradients(
     ctx: Any, g: Tensor, x: Tensor, a: Tensor, b: Tensor, hidden: Tensor, mask: Tensor | None, gx: Tensor | None, want_a: bool, want_b: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x (added to `gx`), A and B, for that of the output `g` (tokens, out)."""
-    x2, scale = x.reshape(-1, x.shape[-1]), 1 / (1 - ctx.p) if ctx.p < 1 else 0.0
-    dropped = x2 if mask is None else _masked(x2, mask, scale)
-    narrow_a, narrow_b = a.to(x.dtype), b.to(x.dtype)
-    if torch.is_grad_enabled():  # somebody differentiates this again: everything must follow from the inputs
-        hidden = narrow_a.mm(dropped.t())
-        g_hidden = narrow_b.t().mm(g.t()) * ctx.s
-        if gx is not None:
-            back = g_hidden.t().mm(narrow_a)
-            gx = gx + (back if mask is None else _masked(back, mask, scale))
-    else:
-        g_hidden = narrow_b.t().mm(g.t())
-        g_hidden = g_hidden.mul_(ctx.s)
-        if gx is not None and mask is None:
-            gx = gx.addmm_(g_hidden.t(), narrow_a)
-        elif gx is not None:
-            gx = gx.add_(_masked(g_hidden.t().mm(narrow_a), mask, scale))
-    ga = g_hidden.mm(dropped).to(a.dtype) if want_a else None
+    """Return the gradients of x (added to `gx`, and rounded once to its dtype), A and B, for that of the output `g` (tokens, out) in the dtype of A."""
+    scale = _scale(ctx.p)
+    g_hidden = b.to(a.dtype).t().mm(g.t()).mul_(ctx.s)
+    if gx is not None:
+        total = gx.to(a.dtype)
+        if mask is None:
+            total.addmm_(g_hidden.t(), a)
+        else:
+            total.add_(_masked(g_hidden.t().mm(a), mask, scale))
+        gx = total.to(gx.dtype)
+    ga = None
+    if want_a:
+        dropped = x.reshape(-1, x.shape[-1]).to(a.dtype)
+        ga = g_hidden.mm(dropped if mask is None else _masked(dropped, mask, scale))
     gb = (hidden.mm(g) * ctx.s).t().to(b.dtype).contiguous() if want_b else None
     return gx, ga, gb
 
 
-def _masked(x: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    assert mask is not None
-    mask = _unpacked(mask, x)
-    return torch.ops.aten.native_dropout_backward(x, mask, scale)  # type: ignore[no-any-return]
+# ---- differentiating twice: the same formulas in plain operations ----------------------------------------------------------
+def _differentiable(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of `function` at `inputs` for the gradient `g` of its result, with a graph of their own; None where none is needed."""
+    wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needs]
+
+
+def _low_rank(ctx: Any, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
+    """Return (x, A, B) ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ; without W the second part alone."""
+
+    def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        dropped = x.to(a.dtype)
+        if mask is not None:
+            dropped = _masked(dropped.reshape(-1, x.shape[-1]), mask, _scale(ctx.p)).view(x.shape)
+        change = ctx.s * F.linear(F.linear(dropped, a), b.to(a.dtype))
+        return change.to(x.dtype) if weight is None else (F.linear(x, weight, bias) + change).to(x.dtype)
+
+    return function
+
+
+def _dora(ctx: Any, weight: Tensor, bias: Tensor | None, norms: Tensor) -> Callable[..., Tensor]:
+    """Return (x, A, B, m) ↦ f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias."""
+
+    def function(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+        v = F.linear(x, weight) + ctx.s * F.linear(F.linear(x.to(a.dtype), a), b.to(a.dtype))
+        y = v * dora_factor(m, norms)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    return function
+
+
+def _without_autocast(g: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return what switches autocast off, where somebody entered it around the backward pass alone."""
+    kind = g.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
+
+
+# ---- masks ------------------------------------------------------------------------------------------------------------
+def _scale(p: float) -> float:
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def _masked(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return torch.ops.aten.native_dropout_backward(x, _unpacked(mask, x), scale)  # type: ignore[no-any-return]
 
 
 #: multiplied with eight bytes that are 0 or 1, gathers them as the bits of the highest byte

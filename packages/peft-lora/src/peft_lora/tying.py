@@ -74,20 +74,6 @@ def _transposed(slot: Slot) -> Slot:
     return Slot((columns, rows), lambda: slot.read().t().contiguous(), lambda value: slot.write(value.t().contiguous()))
 
 
-class End:
-    """A or B of a tied adapter under the name ``"weight"``, looked up each time: parameters may be replaced when a file is loaded."""
-
-    def __init__(self, tie: Tie, which: int) -> None:
-        self.tie, self.which = tie, which
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tie.factors()[self.which]
-
-    def get(self, name: str) -> Tensor:
-        """As the dictionary of a module's parameters."""
-        return self[name]
-
-
 class _TieFold(Fold):
     """Puts the weight of another module in place: what was merged there is merged here, and the two stay tied."""
 
@@ -190,5 +176,3 @@ class _TiedFiller:
         layer.tied[self.adapter] = tie
         frozen = source.frozen.get(self.adapter, frozenset())
         layer.frozen[self.adapter] = frozenset({"A": "B", "B": "A"}[end] for end in frozen) if tie.transposed else frozen
-        if tie.transposed:
-            cast(Any, layer).ends[self.adapter] = (End(tie, 0), End(tie, 1))

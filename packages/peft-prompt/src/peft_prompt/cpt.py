@@ -63,9 +63,6 @@ class CPTEmbedding(Encoder):
         Raises:
             CapabilityError: δ is a piece of a larger parameter, as under FullyShardedDataParallel, and would train outside of its balls.
         """
-        return self.memo.result(self, self._tokens)
-
-    def _tokens(self) -> Tensor:
         delta, center = self.delta_embedding.weight, self.embedding.get_buffer("weight")
         types = self.types.to(delta.device)
         if torch.is_grad_enabled() and delta._is_view():  # a piece of what FullyShardedDataParallel gathers for this call, and drops after it
@@ -141,7 +138,8 @@ class CPTTuner(TunerBase):
         used = []
         for adapter, rows in call.share(encoders):
             used.append((adapter, rows, sum(tokens.length for tokens in call.virtual if tokens.embeds is not None)))
-            call = call.adding(VirtualTokens(rows, embeds=encoders[adapter]("tokens")))
+            encoder = encoders[adapter]
+            call = call.adding(VirtualTokens(rows, embeds=self.cached("tokens", encoder, partial(encoder, "tokens"))))
         if not used or not isinstance(labels, Tensor):
             return call
         types = _types(call.arguments.get(ARGUMENT), labels)

@@ -1,4 +1,4 @@
-"""What the encoders of all prompt methods share: results that are kept in evaluation, and files from which training goes on."""
+"""What the encoders of all prompt methods share: how they are called, and files from which training goes on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from peft_core import Creation, Memo, Slot, module_slots
+from peft_core import Creation, Slot, module_slots
 
 #: key of what every reader of the format knows, and what stands before the keys that only we know
 TABLE, OWN = "prompt_embeddings", "prompt_encoder."
@@ -18,25 +18,20 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class Encoder(nn.Module):
-    """A module that computes virtual tokens from parameters; equal calls in evaluation give the same tensors.
+    """A module that computes virtual tokens from parameters.
 
-    A subclass computes in a method without arguments, and returns ``self.memo.result(self, method)``. A tuner calls the module with the name of what
-    it asks for, so that whoever keeps parameters elsewhere (FullyShardedDataParallel, hooks) has them in place when they are read.
+    A tuner calls the module with the name of what it asks for, so that whoever keeps parameters elsewhere (FullyShardedDataParallel, hooks) has them
+    in place when they are read.
 
     Example:
         >>> encoder("tokens")  # encoder.tokens(), with the parameters in place
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.memo = Memo()
 
     def forward(self, question: str, *arguments: Any) -> Any:
         """Return the answer of the method `question` to `arguments`; tensors of its own where parameters are only lent for this call."""
         answer = getattr(self, question)
         if type(self.trained) is nn.Parameter and not self._forward_pre_hooks:
             return answer(*arguments)
-        self.memo.forget()  # what it compares with is gone after the call
         return tree_map_only(Tensor, torch.clone, answer(*arguments))
 
     @property
@@ -44,12 +39,6 @@ class Encoder(nn.Module):
         """A parameter, of whatever shape, that every answer reads; no `nn.Parameter` where it is a piece of something larger."""
         weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
         return weight
-
-    def train(self, mode: bool = True) -> Encoder:
-        """Switch between training and evaluation, and forget what is kept."""
-        self.memo.forget()
-        super().train(mode)
-        return self
 
     def slots(self) -> Mapping[str, Slot]:
         """Return what a file holds."""
@@ -101,8 +90,8 @@ class TableEncoder(Encoder):
         raise NotImplementedError(f"{type(self).__name__} must define compute(weight)")
 
     def table(self) -> Tensor:
-        """Return the table (tokens, width), without a graph where no gradients are recorded: its views are kept."""
-        weight = self.embedding.weight if torch.is_grad_enabled() else self.embedding.weight.detach()
+        """Return the table (tokens, width)."""
+        weight = self.embedding.weight
         return self.compute(weight) if self.parts else weight
 
     def slots(self) -> dict[str, Slot]:
@@ -133,4 +122,3 @@ class TableEncoder(Encoder):
         for name in self.parts:
             delattr(self, name)
         self.parts = ()
-        self.memo.forget()

@@ -66,14 +66,12 @@ class MultitaskPromptEmbedding(Encoder):
 
         Args:
             task_ids: (rows,), at least one.
-            same: the task of all rows, where it is known to be one: each part is (tokens, hidden) then, in evaluation the same tensor each time.
+            same: the task of all rows, where it is known to be one: each part is (tokens, hidden) then.
         """
         task_ids = task_ids.to(self.prefix_task_cols.device)
         if same is not None:
-            return self.memo.result(self, lambda: self._split(self._products(task_ids[:1])[0]), key=same)
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():  # no more products than are needed
-            return self._split(self._products(task_ids))
-        return self._split(self.memo.result(self, self._products)[task_ids])
+            return self._split(self._products(task_ids[:1])[0])
+        return self._split(self._products(task_ids))
 
     def _split(self, tokens: Tensor) -> tuple[tuple[Site, Tensor], ...]:
         first = tokens if tokens.shape[-2] == self.count else tokens[..., : self.count, :]
@@ -119,7 +117,8 @@ class MultitaskPromptTuner(TunerBase):
                 task_ids = _read(call, adapter)
             own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
             same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
-            for site, embeds in encoder("tokens", own, same):
+            compute = partial(encoder, "tokens", own, same)
+            for site, embeds in compute() if same is None else self.cached("tokens", encoder, compute, key=same):
                 call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
         return call
 

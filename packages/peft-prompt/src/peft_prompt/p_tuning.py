@@ -49,15 +49,12 @@ class PromptEncoder(TableEncoder):
 
     def tokens(self) -> Tensor:
         """Return the virtual tokens that act (tokens, hidden)."""
-        return self.memo.result(self, self._tokens)
+        table = self.table()
+        return table if table.shape[0] == self.count else table[: self.count]
 
     def all_tokens(self) -> Tensor:
         """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
-        return self.memo.result(self, self.table, key="all")
-
-    def _tokens(self) -> Tensor:
-        table = self.table()
-        return table if table.shape[0] == self.count else table[: self.count]
+        return self.table()
 
 
 class BidirectionalLSTM(nn.Module):

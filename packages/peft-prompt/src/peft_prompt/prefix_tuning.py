@@ -66,7 +66,8 @@ class PrefixEncoder(TableEncoder):
 
     def keys_values(self) -> KeysValues:
         """Return for each layer its keys and values, each (heads, tokens, head_dim)."""
-        return self.memo.result(self, self._keys_values)
+        table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
+        return tuple((table[2 * part], table[2 * part + 1]) for part in self.order)
 
     def weights(self) -> Tensor | None:
         """Return log|g| of each token's gate g (tokens,), to be added to the scores of its keys; None: there are no gates."""
@@ -80,10 +81,6 @@ class PrefixEncoder(TableEncoder):
         """Return what a file holds: the table, the network behind it, the gates."""
         gates = {} if self.gate is None else {"prefix_gate": Slot.of(self, "gate")}
         return {**super().slots(), **gates}
-
-    def _keys_values(self) -> KeysValues:
-        table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
-        return tuple((table[2 * part], table[2 * part + 1]) for part in self.order)
 
 
 def _values_alone(width: int, table: Tensor) -> Tensor:
@@ -122,6 +119,6 @@ class PrefixTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder = encoders[adapter]
-            keys_values, weights = encoder("offered")
+            keys_values, weights = self.cached("offered", encoder, partial(encoder, "offered"))
             call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=keys_values, weights=weights))
         return call

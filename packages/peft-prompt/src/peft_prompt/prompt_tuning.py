@@ -38,15 +38,11 @@ class PromptEmbedding(Encoder):
     def tokens(self) -> Tensor:
         """Return the virtual tokens (tokens, hidden)."""
         weight = self.embedding.weight
-        return weight if weight.shape[0] == self.count else self.memo.result(self, self._first)
+        return weight if weight.shape[0] == self.count else weight[: self.count]
 
     def all_tokens(self) -> Tensor:
         """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
         return self.embedding.weight
-
-    def _first(self) -> Tensor:
-        weight = self.embedding.weight if torch.is_grad_enabled() else self.embedding.weight.detach()  # the view is kept
-        return weight[: self.count]
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: the table."""
@@ -70,5 +66,6 @@ class PromptTuner(TunerBase):
         """Offer the prompts of the adapters in use."""
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
-            call = call.adding(VirtualTokens(rows, embeds=encoders[adapter]("all_tokens" if call.entire else "tokens")))
+            encoder, what = encoders[adapter], "all_tokens" if call.entire else "tokens"
+            call = call.adding(VirtualTokens(rows, embeds=self.cached(what, encoder, partial(encoder, what))))
         return call

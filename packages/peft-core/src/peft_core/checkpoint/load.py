@@ -132,7 +132,6 @@ def fill(
     if misshapen and ignore_mismatched_sizes:
         warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
     tensors = fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots)
-    index.last_route, index.reused = None, {}  # what layers computed from the weights that are here now is no longer good
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}
     for key, slot in slots.items():
@@ -140,6 +139,7 @@ def fill(
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
+    index.activation.drop_cached()
     return LoadResult(missing, surplus)
 
 

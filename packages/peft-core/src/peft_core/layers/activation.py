@@ -9,6 +9,7 @@ import copy
 import functools
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import RoutingError
+from ..errors import PeftWarning, RoutingError
+from .cache import CacheScope, may_cache
 
 #: the name that stands for "no adapter" in a per-sample route
 BASE = "__base__"
@@ -139,6 +141,10 @@ class Activation:
         self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], Activation] = weakref.WeakValueDictionary()
         #: saved modules that were switched off by themselves; they follow when layers are switched on
         self.switched_off: list[Any] = []
+        #: the cache scope that a caller opened for the whole model
+        self.scope: CacheScope | None = None
+        #: every open scope, those of single threads included
+        self.scopes: weakref.WeakSet[CacheScope] = weakref.WeakSet()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -217,6 +223,60 @@ class Activation:
     def of_task(self) -> Route | None:
         """Return the route that `use_here` chose for this task; None elsewhere."""
         return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
+
+    # ---- the cache scope ---------------------------------------------------------------------------------------------
+    def cache(self) -> CacheScope | None:
+        """Return the open cache scope, where this call may use one; None elsewhere. A call with gradients empties it: an optimiser may follow."""
+        if torch.compiler.is_compiling():
+            return None
+        scope: CacheScope | None = getattr(self.local, "cache", None) or self.root.scope
+        if scope is None or scope.closed:
+            return None
+        if may_cache():
+            return scope
+        if torch.is_grad_enabled():
+            scope.clear()
+        return None
+
+    @contextlib.contextmanager
+    def cached(self, *, thread: bool = False) -> Iterator[None]:
+        """Open a cache scope until the block ends; where one is open, that one goes on.
+
+        Args:
+            thread: for the calling thread alone.
+        """
+        root = self.root
+        if root.scope is not None or getattr(self.local, "cache", None) is not None:
+            yield
+            return
+        scope = CacheScope()
+        root.scopes.add(scope)
+        if thread:
+            self.local.cache = scope
+        else:
+            root.scope = scope
+        try:
+            yield
+        finally:
+            scope.close()
+            if thread:
+                self.local.cache = None
+            else:
+                root.scope = None
+
+    def drop_cached(self) -> None:
+        """Empty all open cache scopes; called by every operation of ours that changes a weight, after it has done so."""
+        scopes = self.root.scopes
+        if scopes:
+            for scope in list(scopes):
+                scope.clear()
+
+    def begin_training(self) -> None:
+        """Close the cache scope of the model with a warning: weights are about to change behind it."""
+        scope = self.root.scope
+        if scope is not None and not scope.closed:
+            scope.close()
+            warnings.warn("train() inside of cached(model): nothing is cached from here on", PeftWarning, stacklevel=3)
 
     def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> Activation:
         """Return what a layer follows that has another choice than its model; overrides of threads are those of the model.

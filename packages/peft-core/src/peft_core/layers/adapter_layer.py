@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from ..errors import MergeError, ModelError, listed
 from .activation import ALL, Activation, Route
 from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
 from .creation import Creation
-from .kept import KeptWeight, kept_weight
+from .fusing import returns_new_tensor
+
+#: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
+CACHED_WEIGHT_UP_TO = 1 << 18
 
 
 class AdapterLayer(AdapterMerging):
@@ -41,18 +44,11 @@ class AdapterLayer(AdapterMerging):
 
     #: classes of base layers that this layer can wrap
     base_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    #: in evaluation without gradients the merged weights of the adapters used last are kept for plain float32 Linears with no more entries
-    #: than this; 0: never. For layers whose whole effect on a Linear is a change of weight and bias
-    keep_up_to: ClassVar[int] = 0
     #: whether `cast_input` does anything
     casts_input: bool = True
 
     base_layer: nn.Module
     matrix_shape: tuple[int, int]
-    kept_weights: dict[str, KeptWeight]
-    _direct: bool
-    _fresh: bool
-    _small: bool
 
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__()
@@ -60,9 +56,6 @@ class AdapterLayer(AdapterMerging):
         inner = self.get_base_layer()
         ops = self.ops_of(inner)
         out, inp = ops.matrix_shape(inner)
-        # F.linear on its weight is all that a plain Linear does; the module call around it costs a tenth of a small layer
-        direct = type(base_layer) is nn.Linear
-        small = direct and out * inp <= self.keep_up_to
         # at once: a plain attribute set on a module costs a microsecond each, and a large model has thousands of layers
         self.__dict__.update(
             activation=activation,
@@ -72,11 +65,6 @@ class AdapterLayer(AdapterMerging):
             shared_weight=False,
             ops=ops,
             matrix_shape=(out, inp),
-            kept_weights={},
-            _direct=direct,
-            # layers that are known to return a new tensor each time; kernels of quantised layers may hand out a buffer of theirs
-            _fresh=isinstance(base_layer, AdapterLayer) or ops.kind in ("conv1d", "convolution") or type(base_layer) in _FRESH,
-            _small=small and type(inner.weight) is nn.Parameter and inner.weight.dtype is torch.float32,
             _creation=Creation(),
         )
 
@@ -108,56 +96,103 @@ class AdapterLayer(AdapterMerging):
         return y + self.ops.apply(self.get_base_layer(), self.cast_input(x, delta.dtype), delta).to(y.dtype)
 
     # ---- forward --------------------------------------------------------------------------------------------------
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output with the effect of the adapters in use on each row."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
+        if len(args) == 1 and not kwargs:
+            fused = self.fused_forward(args[0])
+            if fused is not None:
+                return fused
         base: Any = self._modules["base_layer"]
-        state = base.__dict__
-        observed = _observed(state)
-        if self._small and not (self.training or observed or torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            kept = kept_weight(self, x)
-            if kept is not None and kept.weight is not None:
-                return F.linear(x, kept.weight, kept.bias)
-        if observed:
-            # somebody may hold on to what the base returns: `contribute` gets a tensor of its own
-            y: Tensor = base(x, *args, **kwargs).clone()
-        elif self._direct and (weight := state["_parameters"].get("weight")) is not None:  # FSDP1 takes it out between calls of the module
-            y = F.linear(x, weight, state["_parameters"]["bias"])
-        else:
-            y = base(x, *args, **kwargs)
-            # another adapter's layer may keep its output for its gradients, or hand out a view of it
-            y = y if self._fresh and not (y.requires_grad and isinstance(base, AdapterLayer)) else y.clone()
+        y: Tensor = base(*args, **kwargs)
         if self.merges:
             return y
         activation = self.activation
         route = getattr(activation.local, "route", None)
+        chosen = None
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
             chosen = activation.chosen if route is None else route.chosen
-            if chosen is not None:
-                return self.contribute_chosen(chosen, x, y)
         if route is None:
             route = activation.default
+        if chosen is None and not any(name in self.scaling for name in route.used):
+            return y
+        x = args[0] if args else _first_argument(base, kwargs)
+        if not returns_new_tensor(base):  # somebody may hold on to what it returns, or it is kept for gradients
+            y = y.clone()
+        if chosen is not None:
+            return self.contribute_chosen(chosen, x, y)
         if route.per_row is not None:
             return self.contribute_by_row(route, x, y)
-        scaling = self.scaling
         for adapter in route.names:
-            if adapter in scaling:
+            if adapter in self.scaling:
                 y = self.contribute(adapter, x, y)
         return y
 
+    def fused_forward(self, x: Tensor) -> Tensor | None:
+        """Return the output for `x` (rows, …, in) computed at once, where `can_fuse` has just seen that base and adapter are plain; None elsewhere.
+
+        Override it for speed alone: the result has to be that of `forward` without it, up to rounding.
+        """
+        return None
+
+    def only_adapter(self) -> str | None:
+        """Return the adapter that acts here on all rows, if it is the only one and nothing is merged; None elsewhere."""
+        activation = self.activation
+        route = getattr(activation.local, "route", None)
+        if route is None:
+            route = activation.default
+        if route.per_row is not None or self.merges:
+            return None
+        names = route.names
+        if len(names) == 1:
+            return names[0] if names[0] in self.scaling else None
+        here = [name for name in names if name in self.scaling]
+        return here[0] if len(here) == 1 else None
+
+    def cached_merged_linear(self, adapter: str, x: Tensor) -> Tensor | None:
+        """Return x·W'ᵀ + b' around a small plain Linear, with W' and b' from the open cache scope; None where there is no scope, or it does not pay.
+
+        Args:
+            adapter: the only one that acts; its whole effect is a change of weight and bias.
+            x: (…, in).
+        """
+        out, inp = self.matrix_shape
+        scope = self.activation.cache() if out * inp <= CACHED_WEIGHT_UP_TO and not self.training else None
+        if scope is None:
+            return None
+        base: Any = self._modules["base_layer"]
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        scaling = self.scaling[adapter]
+        if weight.dtype is not x.dtype or x.dtype is not torch.float32:  # in half precision W would round small changes away
+            return None
+        if isinstance(scaling, Tensor):  # of a compiled model whose adapters are swapped
+            return None
+
+        def merged() -> tuple[Tensor, Tensor | None] | None:
+            try:
+                changed, changed_bias = self.change_of((adapter,)).apply(weight.detach()), self.merged_bias(adapter, bias)
+            except MergeError:  # an effect that is no change of the weight
+                return None
+            return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
+
+        pair = scope.get(("merged weight", self, adapter, scaling, x.dtype, x.device), merged)
+        return None if pair is None else F.linear(x, *pair)
+
     def train(self, mode: bool = True) -> AdapterLayer:
-        """Switch between training and evaluation, and forget what was computed from the weights."""
-        self.forget()
+        """Switch between training and evaluation; inside a cache scope, training closes it."""
+        if mode:
+            self.activation.begin_training()
+        self.activation.drop_cached()
         super().train(mode)
         return self
 
-    def forget(self) -> None:
-        """Drop everything that was computed once from weights: also to be called when parameters are replaced by others."""
-        self.kept_weights = {}
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.activation.drop_cached()
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
-        self.forget()
         super().drop(adapter)
+        self.activation.drop_cached()
 
     def contribute_chosen(self, chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.
@@ -175,13 +210,6 @@ class AdapterLayer(AdapterMerging):
                 flag = flag.repeat_interleave(y.shape[0] // flag.shape[0]).view(-1, *([1] * (y.dim() - 1)))
             y = torch.where(flag, changed, y)
         return y
-
-    def plain_base(self) -> nn.Linear | None:
-        """Return the base if it is a plain, frozen `nn.Linear` that nobody observes: then a product with its weight is all that it does."""
-        base: Any = self._modules["base_layer"]
-        if not self._direct or _observed(base.__dict__) or base.weight.requires_grad or (base.bias is not None and base.bias.requires_grad):
-            return None
-        return base if type(base.weight) is nn.Parameter else None
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it."""
@@ -246,7 +274,7 @@ class AdapterLayer(AdapterMerging):
             raise ModelError(f"the base weight has the shape {tuple(weight.shape)}, and the given one {tuple(weight_data.shape)}")
         with torch.no_grad():
             weight.copy_(weight_data)
-        self.forget()
+        self.activation.drop_cached()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether what the adapter does here is a sum W + ΔW, so that a low-rank product can stand for it."""
@@ -271,20 +299,17 @@ class AdapterLayer(AdapterMerging):
         return f"adapters={list(self.adapters())}"
 
 
-def _observed(state: dict[str, Any]) -> bool:
-    """Return whether somebody has hooks on a module, or a forward of their own."""
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or "forward" in state
-    )
+def _first_argument(base: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+    """Return the input of a base that was called with keywords alone."""
+    while isinstance(base, AdapterLayer):
+        base = base._modules["base_layer"]  # type: ignore[assignment]
+    for name in inspect.signature(base.forward).parameters:
+        if name in kwargs:
+            found: Tensor = kwargs[name]
+            return found
+    raise TypeError(f"{type(base).__name__} was called without its input")
 
 
-_FRESH = (nn.Linear, nn.Embedding)
 #: what callers read from the layer that they believe to have in hand
 _FORWARDED = frozenset(
     [

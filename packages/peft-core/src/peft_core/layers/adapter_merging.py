@@ -122,6 +122,7 @@ class AdapterMerging(AdapterWeights):
             merge.apply(merge.prepare(check_finite=safe_merge))
             self.merges.append(merge)
             merges_of(merge.owner).append(merge)
+            self.activation.drop_cached()
 
     def undo_last_merge(self) -> None:
         """Take the last merge of this layer back; it must be the last into its weight."""
@@ -129,6 +130,7 @@ class AdapterMerging(AdapterWeights):
         merge.undo()
         merges_of(merge.owner).remove(merge)
         _tidy(merge.owner)
+        self.activation.drop_cached()
 
     def unmerge(self) -> None:
         """Take every merged adapter out again; the base weight returns bit for bit.
@@ -138,6 +140,7 @@ class AdapterMerging(AdapterWeights):
         if self.merges:
             _take_out(self.get_base_layer(), self.merges)
             self.merges.clear()
+            self.activation.drop_cached()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this layer; merged ones are taken out first. Which of them train does not change."""
@@ -202,6 +205,7 @@ class AdapterMerging(AdapterWeights):
         merge.apply(merge.prepare(check_finite=True))
         self.shifts[adapter] = merge
         merges_of(base).append(merge)
+        self.activation.drop_cached()
 
     def shift_of(self, adapter: str) -> Tensor | None:
         """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
@@ -215,6 +219,7 @@ class AdapterMerging(AdapterWeights):
         merges = [self.shifts.pop(name) for name in chosen if name in self.shifts]
         if merges:
             _take_out(self.get_base_layer(), merges)
+            self.activation.drop_cached()
 
     def settle(self) -> None:
         """Leave the base weight as it is now, for good: it is unloaded with the adapters merged into it."""

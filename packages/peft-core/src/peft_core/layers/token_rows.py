@@ -91,7 +91,6 @@ class RowsLayer(AdapterLayer):
     def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
         super().__init__(base_layer, activation)
         self.hold(base_layer)
-        self._around_base = (self._direct, self._fresh)
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tables: dict[str, _Table] = {}
         #: adapter → the layer that holds its rows, where it is another one
@@ -112,7 +111,6 @@ class RowsLayer(AdapterLayer):
     def put_inside(self, module: nn.Module) -> None:
         """Set what the rows are written over: `module`, the base or a wrapper around it."""
         self._modules["base_layer"] = module
-        self._direct, self._fresh = (False, True) if isinstance(module, AdapterLayer) else self._around_base
 
     # ---- weights ---------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: RowSettings) -> None:

@@ -191,6 +191,26 @@ class AdaptedModel(nn.Module, Saving):
         """
         self.get_base_model().compile(*args, **kwargs)
 
+    def cached(self) -> contextlib.AbstractContextManager[None]:
+        """Return a cache scope: ``with model.cached(): ...``. See `peft_core.cached`."""
+        return self._peft_index.activation.cached()
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors as `nn.Module.load_state_dict` does; an open cache scope is emptied."""
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        finally:
+            self._peft_index.activation.drop_cached()
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch between training and evaluation; training closes an open cache scope with a warning."""
+        index = self.__dict__.get(ATTRIBUTE)
+        if index is not None:
+            if mode:
+                index.activation.begin_training()
+            index.activation.drop_cached()
+        return super().train(mode)
+
     def generate(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
         """Generate with the base and the adapters in use. Virtual tokens never appear in the result.
 
@@ -212,7 +232,8 @@ class AdaptedModel(nn.Module, Saving):
             raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
         arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
         if adapter_names is None and not index.speakers:
-            return base.generate(*args, **kwargs)  # type: ignore[operator]
+            with index.activation.cached(thread=True):
+                return base.generate(*args, **kwargs)  # type: ignore[operator]
         if adapter_names is not None:
             some = (
                 args[0]
@@ -221,7 +242,7 @@ class AdaptedModel(nn.Module, Saving):
             )
             if isinstance(some, Tensor):
                 runner.route_for(index, adapter_names, some.shape[0])  # checks the length
-        with runner.generating(index, self.task, adapter_names, arguments):
+        with index.activation.cached(thread=True), runner.generating(index, self.task, adapter_names, arguments):
             generation.check_assisted(index, self.task, arguments, kwargs)
             if index.forward.encoder_decoder:
                 args, kwargs = generation.encoder_arguments(index, self.task, arguments, args, kwargs)

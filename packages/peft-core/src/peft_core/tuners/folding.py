@@ -64,6 +64,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         raise
     folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merges[-1].adapters for layer in done))
     if folded:
+        index.activation.drop_cached()
         hooks.adapter_merged(index.base, folded)
 
 

@@ -51,10 +51,6 @@ class AdapterIndex:
         self.speakers: tuple[TunerBase, ...] = ()
         self.call_arguments: frozenset[str] = frozenset()
         self.frozen_base = False
-        #: the route of the last call that named adapters for its rows
-        self.last_route: Any = None
-        #: names of the adapters in use → what their virtual tokens compute before any text
-        self.reused: dict[tuple[str, ...], Any] = {}
         self.forward = BaseForward(self.view)
         #: the change that was made to the base's structure, and the method that asked for it
         self.reshaped: Reshape | None = None
@@ -223,7 +219,7 @@ class AdapterIndex:
 
     def refresh(self) -> None:
         """Recompute what depends on which adapters there are."""
-        self.last_route, self.reused = None, {}
+        self.activation.drop_cached()
         used = {str(config.peft_type) for config in self.configs.values()}
         present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (builtin.SAVED, builtin.BIAS)]
         for kind, tuner in self.tuners.items():
@@ -258,7 +254,6 @@ class AdapterIndex:
 
     def set_trainable(self, adapter: str, trainable: bool) -> None:
         """Set `requires_grad` of an adapter's parameters to `trainable`."""
-        self.last_route = None
         let_train(self.parameters_of(adapter), trainable)
 
     @contextlib.contextmanager
@@ -371,6 +366,27 @@ def index_of(model: nn.Module) -> AdapterIndex | None:
     """Return the index of a `PeftModel` (compiled or not), or of a model with injected adapters; None if it has none."""
     found = getattr(uncompiled(model), "__dict__", {}).get(ATTRIBUTE)
     return found if isinstance(found, AdapterIndex) else None
+
+
+def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a scope in which what is computed from weights is computed once and kept: merged weights of small layers, norms, stacked batches, prompts.
+
+    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging adapters,
+    scales, hot-swapping, `load_state_dict`, `train`), which drop what the scope holds. With gradients, in training mode, under compilation, tracing and
+    function transforms nothing is kept. Scopes inside one another are one; threads share it. `generate` opens one for its own duration.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapters.
+
+    Example:
+        >>> with peft_core.cached(model):
+        ...     for batch in requests:
+        ...         model(**batch)
+    """
+    return require_index(model).activation.cached()
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Virtual embeddings of a causal model, computed once: nothing that follows them changes their keys, values and logits.
 
-In evaluation the base runs once on the virtual tokens alone; after that, calls get their keys and values, as with a prefix, and the outputs that
-callers expect for the virtual tokens are put before those of the text.
+Inside a cache scope that the caller opened, the base runs once on the virtual tokens alone; after that, calls get their keys and values, as with a
+prefix, and the outputs that callers expect for the virtual tokens are put before those of the text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..layers.activation import ALL, EMPTY
-from ..layers.fingerprint import Watch
 from .assemble import cached_in
 from .call import Call, Output, Site, VirtualTokens
 from .tasks import TaskSpec
@@ -26,12 +25,9 @@ if TYPE_CHECKING:
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
-#: of so many choices of adapters, those that were used last, the results are kept
-KEEP = 4
 
-
-class Reused:
-    """Keys, values and outputs of virtual tokens, and whether everything behind them is unchanged.
+class VirtualKeysValues:
+    """Keys, values and outputs of virtual tokens, computed by running the base on them alone.
 
     Args:
         index: the adapters.
@@ -39,50 +35,22 @@ class Reused:
         base: what runs the base.
 
     Attributes:
+        embeds: the virtual tokens that were offered, each (n, hidden).
         keys_values: as in `VirtualTokens`; None where the base has another kind of cache.
         outputs: name → (1, n, …).
     """
 
     def __init__(self, index: AdapterIndex, call: Call, base: Callable[..., Output]) -> None:
         self.embeds = tuple(tokens.embeds for tokens in call.virtual if tokens.embeds is not None)
-        active = set(call.route.names)
-        others = {id(p) for name in index.configs if name not in active for p in index.parameters_of(name)}
-        others -= {id(p) for name in active for p in index.parameters_of(name)}
-        self.homes: list[tuple[Any, str]] = [
-            (module._parameters, name)
-            for module in index.base.modules()
-            for name, parameter in module._parameters.items()
-            if parameter is not None and id(parameter) not in others
-        ]
-        scalings = [(getattr(module, "scaling", EMPTY), name) for name in active for _, module in index.modules_of(name)]
-        self.scalings = [(scaling, name, scaling[name]) for scaling, name in scalings if name in scaling]
-        self.watch = Watch(*self._tensors())
-        self.keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
-        self.outputs: Mapping[str, Tensor] = EMPTY
-        with torch.inference_mode(False), torch.no_grad():
-            words: Any = index.base.get_input_embeddings()  # type: ignore[operator]
-            sequence = torch.cat(self.embeds).to(device=call.device, dtype=words.weight.dtype).unsqueeze(0)
-            with index.activation.use(call.route):
-                found = base(inputs_embeds=sequence, use_cache=True, return_dict=True)
+        words: Any = index.base.get_input_embeddings()  # type: ignore[operator]
+        sequence = torch.cat(self.embeds).to(device=call.device, dtype=words.weight.dtype).unsqueeze(0)
+        with index.activation.use(call.route):
+            found = base(inputs_embeds=sequence, use_cache=True, return_dict=True)
         self.keys_values = _plain_layers(found.get("past_key_values"), sequence.shape[1])
         values = {name: found.get(name) for name in _PER_TOKEN}
-        self.outputs = {name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 3 and v.shape[:2] == sequence.shape[:2]}
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None  # copies of a model compute their own
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def _tensors(self) -> list[Tensor]:
-        return [*self.embeds, *(home[name] for home, name in self.homes)]
-
-    def holds(self, call: Call) -> bool:
-        """Return whether it is what the virtual tokens of `call` would give."""
-        given = [tokens.embeds for tokens in call.virtual]
-        if len(given) != len(self.embeds) or any(one is not other for one, other in zip(given, self.embeds, strict=True)):
-            return False
-        return all(scaling.get(name) == value for scaling, name, value in self.scalings) and self.watch.holds(self._tensors())
+        self.outputs: Mapping[str, Tensor] = {
+            name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 3 and v.shape[:2] == sequence.shape[:2]
+        }
 
 
 def _plain_layers(cache: Any, length: int) -> tuple[tuple[Tensor, Tensor], ...] | None:
@@ -123,16 +91,15 @@ def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> t
         call: after all tuners have offered their virtual tokens.
         base: what runs the base.
     """
-    if not may_reuse(index, call):
+    # a scope of one `generate` alone has one use for them: running the base on them apart would cost more
+    scope = index.activation.cache() if index.activation.scope is not None else None
+    if scope is None or not may_reuse(index, call):
         return call, EMPTY
-    kept: Reused | None = index.reused.get(call.route.names)
-    if kept is None or not kept.holds(call):
-        kept = Reused(index, call, base)
-        others = [item for item in index.reused.items() if item[0] != call.route.names][1 - KEEP :]
-        index.reused = dict([*others, (call.route.names, kept)])  # another thread goes on with the old ones
-    if kept.keys_values is None:
+    found = scope.get(("virtual keys and values", index, call.route.names, call.device), lambda: VirtualKeysValues(index, call, base))
+    same = len(found.embeds) == len(call.virtual) and all(one is tokens.embeds for one, tokens in zip(found.embeds, call.virtual, strict=True))
+    if found.keys_values is None or not same:  # other tokens, or computed anew in each call
         return call, EMPTY
-    return replace(call, virtual=(VirtualTokens(ALL, keys_values=kept.keys_values),)), kept.outputs
+    return replace(call, virtual=(VirtualTokens(ALL, keys_values=found.keys_values),)), found.outputs
 
 
 def led_by(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:

@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import CapabilityError, RoutingError
 from ..layers.activation import EMPTY, Route, read_names
-from ..layers.fingerprint import Watch
 from . import checkpointing, reuse
 from .assemble import BaseForward, assemble
 from .call import Call, Output, batch_of
@@ -36,40 +34,16 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
         )
     if not index.activation.enabled:
         return Route()
-    kept: LastRoute | None = index.last_route
-    if kept is not None and kept.per_row == per_row and not torch.compiler.is_compiling() and kept.holds():
-        index.check_moment()
-        return kept.route
+    index.check_moment()
+    scope = index.activation.cache()
+    if scope is not None:  # layers keep what they stack for a route under that route
+        return scope.get(("route", tuple(index.configs), per_row), lambda: _checked(index, per_row))
+    return _checked(index, per_row)
+
+
+def _checked(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
     index.check_route(Route(per_row=per_row))
-    route = _ordered(index, per_row)
-    if not torch.compiler.is_compiling():
-        # the last one is enough: layers keep what they computed for it, as servers send the same rows step by step
-        index.last_route = LastRoute(per_row, route, index)
-    return route
-
-
-class LastRoute:
-    """A route, and a sample of the weights and scalings of its adapters: what layers computed for the route is good while they stay as they are.
-
-    Layers themselves look at the versions of tensors that train. For all others the tensors and the scaling of one module of each adapter stand.
-    """
-
-    def __init__(self, per_row: tuple[tuple[str, ...], ...], route: Route, index: AdapterIndex) -> None:
-        self.per_row, self.route = per_row, route
-        self.sample: list[Tensor] = []
-        self.scalings: list[tuple[Mapping[str, float], str, float]] = []
-        for number, name in enumerate(route.used):
-            modules = index.modules_of(name)
-            _, module = modules[-1 if number % 2 else 0]
-            self.sample += [tensor for tensor in module.parameters_of(name).values() if not tensor.is_meta]
-            scaling = getattr(module, "scaling", EMPTY)
-            if name in scaling:
-                self.scalings.append((scaling, name, scaling[name]))
-        self.watch = Watch(*self.sample)
-
-    def holds(self) -> bool:
-        """Return whether the sample is unchanged."""
-        return all(scaling.get(name) == value for scaling, name, value in self.scalings) and self.watch.holds(self.sample)
+    return _ordered(index, per_row)
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:

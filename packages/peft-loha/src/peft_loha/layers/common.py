@@ -135,6 +135,7 @@ class LoHaLayer(AdapterLayer):
         """Set the scaling to `scale` times alpha/r; a name without weights here is ignored."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
+            self.activation.drop_cached()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the adapters in use by `scale`."""

@@ -74,7 +74,7 @@ class Convolution(LoHaLayer):
         return b1 * row_mask(b1, self.matrix_shape[0], p), a1, b2, a2
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·conv(x, ΔW), in the dtype of x; ΔW is formed in that of the factors."""
+        """Return y + s·conv(x, ΔW), summed in the dtype of the factors and rounded once to that of `y`."""
         factors, stays = None, None
         if self.training:
             kept = self.dropped(adapter, x.device)
@@ -84,4 +84,5 @@ class Convolution(LoHaLayer):
         change = self.change_of_weight(adapter, factors)
         if stays is not None:
             change = change * stays
-        return y.add_(self.ops.apply(self.get_base_layer(), x, change.to(x.dtype)), alpha=self.scaling[adapter])
+        change = self.ops.apply(self.get_base_layer(), self.cast_input(x, change.dtype), change)
+        return (y + change * self.scaling[adapter]).to(y.dtype)

@@ -47,14 +47,14 @@ class Embedding(LoHaLayer):
         b1, a1, b2, a2 = factors
         if stays is not None:
             b1 = b1 * stays
-        found = self._rows(base, x, a1, b1, y.dtype) * self._rows(base, x, a2, b2, y.dtype)
+        found = self._rows(base, x, a1, b1) * self._rows(base, x, a2, b2)
         scale = getattr(base, "embed_scale", None)
         if scale is not None:
             found = found * torch.as_tensor(scale, dtype=found.dtype, device=found.device)
-        return y.add_(found, alpha=self.scaling[adapter])
+        return (y + found * self.scaling[adapter]).to(y.dtype)
 
     @staticmethod
-    def _rows(base: Any, ids: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    def _rows(base: Any, ids: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Return Aᵀ[ids] Bᵀ (…, dim)."""
         hidden = F.embedding(ids, a.t(), padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        return F.linear(hidden.to(dtype), b.to(dtype))
+        return F.linear(hidden, b)

@@ -51,7 +51,6 @@ class QuantisedLinear(Linear):
     """
 
     library: ClassVar[str] = ""
-    keep_up_to: ClassVar[int] = 0  # bytes of a tensor made of others can't be watched, and the matrix would be larger than the packed weight
 
     # ---- what a backend says --------------------------------------------------------------------------------------
     def packed(self) -> Packed:

@@ -41,7 +41,7 @@ class LoraSettings:
     variant: type[Variant] | None = None
 
 
-#: what layers without dropout have in its place: one for all
+#: what layers without dropout have in its place
 _NO_DROPOUT = nn.Identity()
 
 
@@ -59,7 +59,7 @@ class LoraLayer(AdapterLayer):
 
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
-        *("variants", "unusual", "frozen", "kept", "columns", "tied"),
+        *("variants", "unusual", "frozen", "columns", "tied"),
     )
     #: what each layer has by adapter, under the names that the reference implementation has for it
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -84,8 +84,6 @@ class LoraLayer(AdapterLayer):
     columns: dict[str, int]
     #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
     tied: dict[str, Tie]
-    #: what was computed from weights and holds until they change, by adapter
-    kept: dict[str, Any]
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -157,7 +155,7 @@ class LoraLayer(AdapterLayer):
         self.lora_alpha[adapter] = settings.alpha
         p = float(settings.config.lora_dropout)
         if p or "lora_dropout" in self._modules:
-            self.lora_dropout._modules[adapter] = nn.Dropout(p) if p else _NO_DROPOUT
+            self.lora_dropout._modules[adapter] = nn.Dropout(p).train(self.training) if p else _NO_DROPOUT
         self.use_rslora[adapter] = settings.config.use_rslora
         self.use_dora[adapter] = settings.config.use_dora
         self.lora_bias[adapter] = settings.config.lora_bias
@@ -188,10 +186,15 @@ class LoraLayer(AdapterLayer):
         self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
 
     def drop_rate(self, adapter: str) -> float:
-        """Return the probability of dropping an input; from the module, since code that switches dropout off sets it there."""
-        held: Any = self._modules.get("lora_dropout")
-        found: float = 0.0 if held is None else getattr(held._modules.get(adapter), "p", 0.0)
-        return found
+        """Return the probability with which inputs are dropped now: of the module, which may be in another mode than the layer."""
+        dropout = self.dropout_of(adapter)
+        return float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
+
+    def dropout_of(self, adapter: str) -> nn.Module | None:
+        """Return the module through which the adapter's inputs go first; None: there is none."""
+        held = self._modules.get("lora_dropout")
+        found = None if held is None else held._modules.get(adapter)
+        return None if found is _NO_DROPOUT else found
 
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
@@ -285,22 +288,15 @@ class LoraLayer(AdapterLayer):
             self.lora_dropout._modules.pop(adapter, None)
         super().drop(adapter)
 
-    def forget(self) -> None:
-        """Drop everything that was computed once from weights."""
-        super().forget()
-        self.kept.clear()
-
     # ---- the scale --------------------------------------------------------------------------------------------------
     def set_scaling(self, adapter: str, value: float) -> None:
         """Set the scaling itself to `value`. Where it is a tensor, because a compiled graph reads it, that one is filled."""
         present: Any = self.scaling[adapter]
         if isinstance(present, Tensor):
             present.fill_(value)
-            # what is kept from this scaling can't see that it changed
-            self.kept.pop(adapter, None)
-            self.forget()
         else:
             self.scaling[adapter] = value
+        self.activation.drop_cached()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to `scale` times what alpha and rank make of it; a name without weights here is ignored."""
@@ -330,9 +326,9 @@ class LoraLayer(AdapterLayer):
         return formulas.scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])
 
 
-def add_scaled(y: Tensor, change: Tensor, s: float) -> Tensor:
-    """Return y + s·change, written into `y`. Where s is a tensor, a compiled graph reads its value anew each time."""
-    return y.add_(change * s) if isinstance(s, Tensor) else y.add_(change, alpha=s)
+def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
+    """Return the dtype of a module's parameters; that of `x` where it has none."""
+    return next((parameter.dtype for parameter in module.parameters()), x.dtype)
 
 
 def bare(kind: type[nn.Module], **attributes: Any) -> Any:

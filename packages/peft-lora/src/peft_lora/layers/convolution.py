@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_core import ConfigError, MergeError, with_weight
+from peft_core import ConfigError, MergeError
 
 from .. import formulas
-from .common import LoraLayer, LoraSettings, add_scaled, bare
+from ..kernels import add_scaled
+from .common import LoraLayer, LoraSettings, bare, dtype_of
 
 
 class Convolution(LoraLayer):
@@ -95,26 +95,21 @@ class Convolution(LoraLayer):
         return None if self.base_groups > 1 else super().low_rank_factors(adapter)
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x))."""
-        if adapter in self.unusual:
-            variant = self.variants.get(adapter)
-            if variant is not None:
-                return variant.contribute(x, y)
-        y = add_scaled(y, self.change(adapter, F.dropout(x, self.drop_rate(adapter), self.training)), self.scaling[adapter])
-        beta = self.beta(adapter) if adapter in self.unusual else None
-        return y if beta is None else add_scaled(y, self.ops.features(beta), self.scaling[adapter])
+        """Return y + s·B(A·drop(x)), rounded once to the dtype of `y`."""
+        variant = self.variants.get(adapter)
+        if variant is not None:
+            return variant.contribute(x, y)
+        dropout = self.dropout_of(adapter)
+        x = self.cast_input(x, dtype_of(self.lora_A[adapter], x))
+        return add_scaled(y, self.change(adapter, x if dropout is None else dropout(x)), self.scaling[adapter])
 
     def change(self, adapter: str, x: Tensor) -> Tensor:
-        """Return B(A·x) in the dtype of x."""
-        a: Any = self.lora_A[adapter]
-        b: Any = self.lora_B[adapter]
-        weights = (a.weight, b.weight) if x.dtype is a.weight.dtype else (a.weight.to(x.dtype), b.weight.to(x.dtype))
-        hidden = a.forward(x) if weights[0] is a.weight else with_weight(a, weights[0])(x)
-        found: Tensor = _CONVOLVE[len(self.kernel)](hidden, weights[1], groups=self.base_groups)
+        """Return B(A·x) in the dtype of the adapter, with the bias of B where it has one."""
+        x = self.cast_input(x, dtype_of(self.lora_A[adapter], x))
+        found: Tensor = self.lora_B[adapter](self.lora_A[adapter](x))
         return found
 
 
-_CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 #: attributes of a module that belong to it alone
 _OWN = ("_parameters", "_buffers", "_modules")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from peft_core import UnsupportedModuleError
 
-from .common import LoraLayer, add_scaled
+from ..kernels import add_scaled
+from .common import LoraLayer
 
 
 class Embedding(LoraLayer):
@@ -72,7 +73,8 @@ class Embedding(LoraLayer):
         base: Any = self.get_base_layer()
         a, b = self.factors(adapter)
         found = F.embedding(ids, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
-        found = F.dropout(found, self.drop_rate(adapter), self.training)
+        dropout = self.dropout_of(adapter)
+        found = found if dropout is None else dropout(found)
         change = found @ b.T
         scale = getattr(base, "embed_scale", None)
         return change if scale is None else change * torch.as_tensor(scale, dtype=change.dtype, device=change.device)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from peft_core import Route, RoutingError
+from peft_core import Route, RoutingError, can_fuse
 
 if TYPE_CHECKING:
     from .linear import Linear
 
 #: with more rows than this for each adapter, stacking row by row would take more memory than it saves time
 ROWS_FOR_EACH = 8
-
-#: from so many rows on, they pay
+#: from so many rows on, weighted sums of rows of B pay
 BAGS_FROM = 32
-
-_WEIGHT = itemgetter("weight")
-_VERSION = attrgetter("_version")
 
 
 class Stack:
-    """The factors of each row's adapters: A transposed (rows, in, R), and s·B transposed (rows, R, out), R being the most that one row needs.
+    """The factors of each row's adapters for a cache scope: A transposed (rows, in, R), and s·B transposed (rows, R, out), R being the most of a row.
 
     Args:
         layer: whose adapters.
@@ -37,55 +31,52 @@ class Stack:
     def __init__(self, layer: Linear, route: Route, dtype: torch.dtype) -> None:
         assert route.per_row is not None
         here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
-        used = list(dict.fromkeys(name for row in here for name in row))
-        self.rows, self.dtype = len(here), dtype
-        # those that train; a look at 64 frozen ones in each layer would cost as much as the products
-        self.dicts = [end for name in used for end in layer.ends[name] if end["weight"].requires_grad]
-        self.versions = sum(map(_VERSION, map(_WEIGHT, self.dicts)))
+        self.rows = len(here)
         a, self.b = stacked(layer, here, dtype)
         self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
-        self.flat = self.b.flatten(0, 1)
-        self.bags = bags(*self.b.shape[:2]) if self.rows >= BAGS_FROM and self.b.device.type == "cpu" and dtype is torch.float32 else None
-
-    def holds(self, dtype: torch.dtype) -> bool:
-        """Return whether the weights are still those that were stacked.
-
-        Here only those are asked that train: with 64 adapters, a question to each would cost each layer as much as the products. Core looks at a
-        weight and a scaling of every adapter once a call, and gives another route, for which everything is stacked again, when they changed.
-        """
-        return dtype is self.dtype and (not self.dicts or self.versions == sum(map(_VERSION, map(_WEIGHT, self.dicts))))
+        self.bags: tuple[Tensor, Tensor] | None = None
+        if self.rows >= BAGS_FROM and self.b.device.type == "cpu" and self.b.dtype is torch.float32:
+            numbers = torch.arange(self.rows * self.b.shape[1], dtype=torch.int32)
+            self.bags = numbers, numbers[:: self.b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
-        if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype:
+        if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.b.dtype:
             hidden = torch.bmm(x, self.across)
             if self.bags is None:
                 return y.add_(torch.bmm(hidden, self.b))
             # a weighted sum of a row's R rows of B: the kernel for bags streams them, where the batched product is half as fast
             numbers, starts = self.bags
-            return y.add_(torch.embedding_bag(self.flat, numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
+            return y.add_(torch.embedding_bag(self.b.flatten(0, 1), numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 
-@functools.lru_cache(maxsize=8)
-def bags(rows: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the numbers 0 … rows·rank − 1, and where each row's begin, as `torch.embedding_bag` takes them; one pair serves all layers."""
-    with torch.inference_mode(False):
-        numbers = torch.arange(rows * rank, dtype=torch.int32)
-        return numbers, numbers[::rank].contiguous()
-
-
 def stacked(layer: Linear, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A (rows, R, in) and s·Bᵀ (rows, R, out): the adapters of each row one under the other, padded with zeros to the most that a row has."""
-    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-    most = 1
+    """Return A (rows, R, in) and s·Bᵀ (rows, R, out), in the adapters' dtype if it is wider than `dtype`.
+
+    The adapters of each row stand one under the other, padded with zeros to the most that a row has.
+    """
+    kinds = list(dict.fromkeys(rows))
+    used = list(dict.fromkeys(name for row in kinds for name in row))
+    pairs = {name: layer.factors(name) for name in used}
+    ranks = {a.shape[0] for a, _ in pairs.values()}
+    scales = [layer.scaling[name] for name in used]
+    if len(ranks) == 1 and all(len(row) == 1 for row in kinds):  # the ordinary case: one adapter of the same rank for each row
+        each = [row[0] for row in rows]
+        a = torch.stack([pairs[name][0] for name in each])
+        b = torch.stack([pairs[name][1] for name in each]).transpose(1, 2)
+        if len(set(scales)) == 1:
+            return a, b if scales[0] == 1 else b * scales[0]
+        return a, b * torch.tensor([layer.scaling[name] for name in each], dtype=b.dtype, device=b.device).view(-1, 1, 1)
+    wide = torch.promote_types(dtype, pairs[used[0]][0].dtype)
     out, inp = layer.matrix_shape
-    for row in dict.fromkeys(rows):
-        factors = [(*layer.factors(name), layer.scaling[name]) for name in row]
-        a = torch.cat([a for a, _, _ in factors]).to(dtype) if factors else torch.zeros(0, inp, dtype=dtype, device=layer.weight.device)
-        b = torch.cat([b.t() * s for _, b, s in factors]).to(dtype) if factors else torch.zeros(0, out, dtype=dtype, device=layer.weight.device)
+    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+    for row in kinds:
+        factors = [(*pairs[name], layer.scaling[name]) for name in row]
+        a = torch.cat([a for a, _, _ in factors]).to(wide) if factors else torch.zeros(0, inp, dtype=wide, device=layer.weight.device)
+        b = torch.cat([b.t() * s for _, b, s in factors]).to(wide) if factors else torch.zeros(0, out, dtype=wide, device=layer.weight.device)
         parts[row] = a, b
-        most = max(most, a.shape[0])
+    most = max(1, *(a.shape[0] for a, _ in parts.values()))
     padded = {row: tuple(torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[0])) for part in both) for row, both in parts.items()}
     return torch.stack([padded[row][0] for row in rows]), torch.stack([padded[row][1] for row in rows])
 
@@ -105,7 +96,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     rows = a.shape[0]
     if x.shape[0] % rows:
         raise RoutingError(f"adapter_names has {rows} entries, but a layer sees a batch of {x.shape[0]} rows", hint="give one entry per sample")
-    xs = x.reshape(rows, -1, x.shape[-1])
+    xs = x.reshape(rows, -1, x.shape[-1]).to(a.dtype)
     ys = y.reshape(rows, -1, y.shape[-1])
     hidden = torch.bmm(a, xs.transpose(1, 2)).transpose(1, 2)
     if torch.is_grad_enabled() or y.dtype is not hidden.dtype or not y.is_contiguous():
@@ -117,9 +108,18 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def worth_stacking(layer: Linear, route: Route) -> bool:
-    """Return whether the rows of a route should be stacked: all their adapters are plain, and there are not many more rows than adapters."""
+def can_stack(layer: Linear, route: Route, x: Tensor) -> bool:
+    """Return whether the rows of a route may be stacked and pay: all their adapters are plain, nothing is dropped, not many more rows than adapters."""
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
-    dropped = layer.training and any(layer.drop_rate(name) for name in used)
-    return bool(used) and not dropped and not any(name in layer.unusual for name in used) and len(rows) <= ROWS_FOR_EACH * len(used)
+    if not used or len(rows) > ROWS_FOR_EACH * len(used) or x.shape[0] % len(rows):
+        return False
+    modules: list[Any] = []
+    for name in used:
+        if name in layer.unusual or name in layer.tied or layer.drop_rate(name):
+            return False
+        modules += layer.ends(name)
+        dropout = layer.dropout_of(name)
+        if dropout is not None:
+            modules.append(dropout)
+    return can_fuse(x, *modules)

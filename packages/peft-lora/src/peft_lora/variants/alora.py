@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peft_core import BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
 
-from ..layers.common import add_scaled
+from ..kernels import add_scaled
 from .products import LowRank
 
 if TYPE_CHECKING:
@@ -100,8 +100,9 @@ class Alora(LowRank):
             return super().contribute(x, y)
         a, b = layer.factors(self.adapter)
         p = self.dropout()
-        hidden = F.linear(F.dropout(x, p) if p else x, a.to(x.dtype)).masked_fill(~mask, 0)
-        y = add_scaled(y, F.linear(hidden, b.to(hidden.dtype)), layer.scaling[self.adapter])
+        x = layer.cast_input(x, a.dtype)
+        hidden = F.linear(F.dropout(x, p) if p else x, a).masked_fill(~mask, 0)
+        y = add_scaled(y, F.linear(hidden, b), layer.scaling[self.adapter])
         beta = layer.beta(self.adapter)
         return y if beta is None else add_scaled(y, mask * beta, layer.scaling[self.adapter])
 

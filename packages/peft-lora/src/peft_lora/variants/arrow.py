@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import ConfigError, MergeError, RoutingError, fingerprint
+from peft_core import ConfigError, MergeError, RoutingError
 
+from ..kernels import add_scaled
 from .base import Variant
 
 if TYPE_CHECKING:
@@ -88,27 +89,21 @@ class Arrow(Variant):
         if experts.general is not None:  # the coefficients of a token sum to 1
             a, b = experts.general
             change = change - F.linear(F.linear(t, a.to(t.dtype)), b.to(t.dtype))
-        p = layer.drop_rate(self.adapter) if layer.training else 0.0
-        return y.add_(F.dropout(change, p).view(y.shape) if p else change.view(y.shape))
+        p = layer.drop_rate(self.adapter)
+        return add_scaled(y, F.dropout(change, p).view(y.shape) if p else change.view(y.shape), 1.0)
 
     def _experts(self) -> Experts:
-        """Return the experts; without gradients those that are kept, while the tensors behind them are the same."""
+        """Return the experts; in an open cache scope those that were computed first."""
         names, general = self.experts(), self.general()
         if len(names) < self.settings_of_router.top_k:
             raise RoutingError(
                 f"top_k={self.settings_of_router.top_k}, but {self.settings.path!r} has {len(names)} experts for the router {self.adapter!r}",
                 hint="load more adapters, or choose a smaller top_k",
             )
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        scope = self.layer.activation.cache()
+        if scope is None:
             return self._collected(names, general)
-        layer = self.layer
-        key = (names, general, *(fingerprint(f) for name in (*names, *general) for f in layer.factors(name)), *map(layer.scaling.get, names))
-        kept = layer.kept.get(self.adapter)
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = layer.kept[self.adapter] = (key, self._collected(names, general))
-        found: Experts = kept[1]
-        return found
+        return scope.get(("experts", self.layer, self.adapter, names, general), lambda: self._collected(names, general))
 
     def _collected(self, names: tuple[str, ...], general: tuple[str, ...]) -> Experts:
         pairs = [self._pair(name) for name in names]

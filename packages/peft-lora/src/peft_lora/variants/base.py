@@ -84,8 +84,8 @@ class Variant:
         """Return the base's output `y` for `x` with the adapter's effect. `y` may be overwritten, `x` may not."""
         raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
 
-    def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
-        """Return the whole output of `base`, a plain, frozen Linear, for `x` with the adapter's effect, where that is cheaper; None: as usual."""
+    def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
+        """Return the whole output of `base` for `x` with the adapter's effect, computed at once, where `can_fuse` says that it may be; None elsewhere."""
         return None
 
     def delta(self) -> Tensor:

@@ -25,6 +25,7 @@ class BdLora(LowRank):
     Shapes, of n blocks: such an A is stored as (r, in / n), such a B as (out, r / n): the blocks one under the other.
     """
 
+    worth_caching = True
     name = "BD-LoRA"
 
     @classmethod
@@ -79,10 +80,6 @@ class BdLora(LowRank):
         elif self.side == "B":
             b = torch.block_diag(*b.chunk(self.blocks))  # type: ignore[no-untyped-call]
         return a, b
-
-    def behind(self) -> tuple[Tensor, ...]:
-        """Return A and B."""
-        return self.layer.factors(self.adapter)
 
 
 def _side(config: BdLoraConfig, path: str) -> str:

@@ -8,17 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peft_core import ConfigError, Watch
+from peft_core import ConfigError, can_fuse
 
 from .. import formulas, kernels
 from ..helpers import caches_dora
+from ..kernels import add_scaled
 from .base import Variant
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-
-#: stands for the norm of a row that is zero
-TINY = 1e-12
 
 
 class Magnitude(nn.Module):
@@ -65,8 +63,7 @@ class Dora(Variant):
             weight = layer.make_parameter(shape, torch.Tensor.zero_)
         else:
             weight = layer.keep_parameter(self.norms().reshape(shape))
-        holder[self.adapter] = module = Magnitude(weight)
-        self.home: dict[str, Any] = module._parameters
+        holder[self.adapter] = Magnitude(weight)
 
     def _shape(self) -> tuple[int, ...]:
         out = self.layer.matrix_shape[0]
@@ -75,7 +72,8 @@ class Dora(Variant):
     @property
     def magnitude(self) -> Tensor:
         """m (out,)."""
-        weight: Tensor = self.home["weight"]
+        held: Any = self.layer._modules["lora_magnitude_vector"]
+        weight: Tensor = held._modules[self.adapter].weight
         return weight if weight.dim() == 1 else weight.flatten()
 
     # ---- norms -------------------------------------------------------------------------------------------------------
@@ -88,18 +86,7 @@ class Dora(Variant):
             s = layer.scaling[self.adapter]
             if layer.ops.kind == "convolution" and layer.base_groups > 1:
                 return self._grouped_norms(weight, a.double(), b.double(), s)
-            return formulas.squared_row_norms(weight, self._weight_norms(weight), a, b, s).sqrt_()
-
-    def _weight_norms(self, weight: Tensor) -> Tensor:
-        """Return ‖W‖² of each row, computed again when W has changed."""
-        if torch.compiler.is_compiling():
-            return formulas.row_norms(weight)
-        kept = self.layer.kept.get(WEIGHT_NORMS)
-        if kept is None or not kept[0].holds((weight,)):
-            with torch.inference_mode(False):
-                kept = self.layer.kept[WEIGHT_NORMS] = (Watch(weight), formulas.row_norms(weight))
-        norms: Tensor = kept[1]
-        return norms
+            return formulas.squared_row_norms(weight, a, b, s).sqrt_()
 
     def _grouped_norms(self, weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
         layer: Any = self.layer
@@ -116,55 +103,73 @@ class Dora(Variant):
 
     def vector(self) -> Tensor:
         """Return f = m / ‖W + s·B·A‖ (out,), with a gradient to m; finite for rows that are zero."""
-        m = self.magnitude
+        return formulas.dora_factor(self.magnitude, self._divisors())
+
+    def _divisors(self) -> Tensor:
+        """Return the norms (out,) in the dtype of m, positive."""
         norms = self.norms()
-        safe = torch.where(norms > 0, norms, TINY).to(m.dtype)
-        return torch.where((norms == 0) & (m == 0), torch.ones_like(m), m / safe)
+        return torch.where(norms > 0, norms, formulas.TINY).to(self.magnitude.dtype)
 
     def factor(self) -> Tensor | None:
         """Return f as a column (out, 1)."""
         return self.vector().detach()[:, None]
 
     # ---- forward -----------------------------------------------------------------------------------------------------
-    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is."""
+    def _factor_now(self) -> Tensor:
+        """Return f (out,); in an open cache scope, unless `DoraCaching(False)` says otherwise, it is computed once."""
         layer: Any = self.layer
-        adapter = self.adapter
-        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not (layer.training and layer.drop_rate(adapter)):
-            a, b = layer.factors(adapter)
-            kept: Kept | None = layer.kept.get(adapter)
-            if kept is None or not caches_dora() or not kept.holds(self.home["weight"], a, b, layer.scaling[adapter], y.dtype):
-                with torch.inference_mode(False):
-                    kept = layer.kept[adapter] = Kept(self, y.dtype)
-            if kept.linear and x.numel() == a.shape[1] and x.dtype is y.dtype is a.dtype and y.is_contiguous():
-                y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=kept.scaling)  # one token, as in plain LoRA
-            else:
-                y = self._plain(x, y)
-            y.mul_(kept.factor)
-            return y if kept.rest is None else y.add_(kept.rest)
+        scope = layer.activation.cache() if caches_dora() and not layer.training else None
+        if scope is None:
+            return self.vector()
+        s = layer.scaling[self.adapter]
+        return scope.get(("dora factor", layer, self.adapter, None if isinstance(s, Tensor) else s), self.vector)
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is; summed in the adapter's dtype, rounded once."""
+        layer: Any = self.layer
         ops = layer.ops
         embedding = ops.kind == "embedding"
-        bias = None if embedding else layer.bias
-        p = layer.drop_rate(self.adapter) if layer.training and not embedding else 0.0
-        f: Tensor = ops.features(self.vector().to(y.dtype))
+        p = 0.0 if embedding else layer.drop_rate(self.adapter)
+        f = self._factor_now()
+        dtype, wide = y.dtype, torch.promote_types(y.dtype, f.dtype)
+        f = ops.features(f)
         if not p:
+            bias = None if embedding else layer.bias
+            y = self._plain(x, y.to(wide))
             if bias is None:
-                return self._plain(x, y) * f
-            shift: Tensor = ops.features(bias.to(y.dtype))
-            return (self._plain(x, y) - shift) * f + shift
-        dropped = F.dropout(x, p)
+                return (y * f).to(dtype)
+            shift: Tensor = ops.features(bias.to(wide))
+            return ((y - shift) * f + shift).to(dtype)
+        dropped = layer.dropout_of(self.adapter)(x)
         weight = ops.matrix(layer.base_weight()).to(x.dtype)
         through_base: Tensor = ops.apply(layer.get_base_layer(), dropped, weight)
-        return y + (f - 1) * through_base + self._plain(dropped, torch.zeros_like(y), drop=False) * f
+        y = y + (f - 1) * through_base
+        return (y + self._plain(dropped, torch.zeros_like(y), drop=False) * f).to(dtype)
 
-    def with_base(self, x: Tensor, base: nn.Linear) -> Tensor | None:
+    def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
         """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
         layer: Any = self.layer
-        if layer.training and layer.drop_rate(self.adapter):
+        adapter, s = self.adapter, layer.scaling[self.adapter]
+        down, up = layer.ends(adapter)
+        if layer.drop_rate(adapter) or not can_fuse(x, base, down, up) or isinstance(s, Tensor):
             return None
-        a, b = layer.factors(self.adapter)
-        m = self.magnitude
-        return kernels.dora_linear(x, base.weight, base.bias, a, b, m, self.vector().detach(), layer.scaling[self.adapter])
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if weight is None or weight.dtype is not x.dtype:
+            return None
+        a, b, m = down._parameters["weight"], up._parameters["weight"], self.magnitude
+        if torch.is_grad_enabled():
+            if weight.requires_grad or (bias is not None and bias.requires_grad):
+                return None
+            if x.requires_grad or a.requires_grad or b.requires_grad or m.requires_grad:
+                return kernels.dora_linear(x, weight, bias, a, b, m, self._divisors(), s)
+        if caches_dora():
+            found: Tensor | None = layer.cached_merged_linear(adapter, x)
+            if found is not None:
+                return found
+        y = kernels.add_low_rank(F.linear(x, weight).to(a.dtype), x, a, b, s)
+        f = self._factor_now().to(y.dtype)
+        y = y.mul_(f) if bias is None else torch.addcmul(bias.to(y.dtype), y, f)
+        return y.to(x.dtype)
 
     def _plain(self, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
         """Return y + s·B·A·x."""
@@ -172,34 +177,4 @@ class Dora(Variant):
         if layer.ops.kind in ("linear", "conv1d"):
             found: Tensor = layer.low_rank(self.adapter, x, y, drop=drop)
             return found
-        change: Tensor = layer.change(self.adapter, x)
-        return y.add_(change * layer.scaling[self.adapter])
-
-
-#: where a layer keeps ‖W‖²; no adapter can be called so
-WEIGHT_NORMS = "‖W‖².dora"
-
-
-class Kept:
-    """f and (1 − f)·b in the shapes and the dtype of the output, and whether the tensors behind them are still the same."""
-
-    __slots__ = ("base", "dtype", "factor", "linear", "rest", "scaling", "watch")
-
-    def __init__(self, variant: Dora, dtype: torch.dtype) -> None:
-        layer: Any = variant.layer
-        f = variant.vector().detach()
-        self.linear = layer.ops.kind in ("linear", "conv1d")
-        self.base = layer.get_base_layer()._parameters
-        bias = None if layer.ops.kind == "embedding" else self.base["bias"]
-        a, b = layer.factors(variant.adapter)
-        self.scaling, self.dtype = layer.scaling[variant.adapter], dtype
-        self.watch = Watch(a, b, variant.home["weight"], self.base["weight"])
-        self.factor: Tensor = layer.ops.features(f.to(dtype))
-        self.rest: Tensor | None = None if bias is None else layer.ops.features(((1 - f) * bias.detach()).to(dtype))
-
-    def __reduce__(self) -> Any:
-        return type(None), ()  # copies of a layer compute their own
-
-    def holds(self, m: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> bool:
-        """Return whether it still does, given the tensors of today."""
-        return dtype is self.dtype and scaling == self.scaling and self.watch.holds((a, b, m, self.base["weight"]))
+        return add_scaled(y, layer.change(self.adapter, x), layer.scaling[self.adapter])

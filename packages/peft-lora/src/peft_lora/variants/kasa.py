@@ -27,6 +27,7 @@ class Kasa(LowRank):
         ConfigError: r is not smaller than both sides of W.
     """
 
+    worth_caching = True
     name = "KaSA"
     containers = ("lora_diag",)
 
@@ -92,10 +93,6 @@ class Kasa(LowRank):
         """Return diag(δ)·A and B."""
         a, b = self.layer.factors(self.adapter)
         return self.diagonal[:, None] * a, b
-
-    def behind(self) -> tuple[Tensor, ...]:
-        """Return A, B and δ."""
-        return (*self.layer.factors(self.adapter), self.diagonal)
 
     @property
     def diagonal(self) -> Tensor:

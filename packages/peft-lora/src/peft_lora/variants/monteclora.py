@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import add_product
 from .buffers import holder_of
 from .losses import layers_with, names_of
-from .products import LowRank, add_product
+from .products import LowRank
 
 if TYPE_CHECKING:
     from ..layers.common import LoraLayer, LoraSettings

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import ConfigError, fingerprint
+from peft_core import ConfigError
 
-from .. import formulas, kernels
+from .. import formulas
+from ..kernels import add_product
 from .base import Variant
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-
-
-def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float | Tensor, p: float = 0.0) -> Tensor:
-    """Return y + s·drop(x)AᵀBᵀ with gradients to all of them; `y` may be overwritten.
-
-    Args:
-        y: (…, out).
-        x: (…, in).
-        a: A (r, in).
-        b: B (out, r).
-        s: scaling.
-        p: dropout probability, 0 outside of training.
-    """
-    if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped
-        s, b = 1.0, b * s
-    if torch.is_grad_enabled() and kernels.can_record() and not torch.is_autocast_enabled(x.device.type):
-        return kernels.record_low_rank(y, x, a, b, s, p)
-    return kernels.add_low_rank(y, F.dropout(x, p) if p else x, a, b, s)
 
 
 def refuse_computed_starts(config: LoraConfig, name: str, why: str) -> None:
@@ -48,18 +29,15 @@ def refuse_computed_starts(config: LoraConfig, name: str, why: str) -> None:
 
 
 class LowRank(Variant):
-    """ΔW = B'·A'. A subclass says `pair`, and `behind` if what follows from the stored tensors is worth keeping."""
+    """ΔW = B'·A'. A subclass says `pair`, and `worth_caching` if more than a look-up is behind it."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    worth_caching: ClassVar[bool] = False
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A' (r, in) and B' (out, r), with gradients to what is stored."""
         found: tuple[Tensor, Tensor] = self.layer.factors(self.adapter)
         return found
-
-    def behind(self) -> tuple[Tensor, ...]:
-        """Return the tensors from which `pair` is computed; empty: it is not worth keeping."""
-        return ()
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B'A'·drop(x), and s·β where `lora_bias` gave B a bias."""
@@ -81,17 +59,11 @@ class LowRank(Variant):
 
     def dropout(self) -> float:
         """Return the probability with which inputs are dropped in this call."""
-        return self.layer.drop_rate(self.adapter) if self.layer.training else 0.0
+        found: float = self.layer.drop_rate(self.adapter)
+        return found
 
     def pair_now(self) -> tuple[Tensor, Tensor]:
-        """Return `pair`; without gradients the one that is kept, while the tensors behind it are the same."""
-        tensors = self.behind()
-        if not tensors or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.pair()
-        key = tuple(map(fingerprint, tensors))
-        kept = self.layer.kept.get(self.adapter)
-        if kept is None or kept[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                kept = self.layer.kept[self.adapter] = (key, self.pair())
-        pair: tuple[Tensor, Tensor] = kept[1]
-        return pair
+        """Return `pair`, in an open cache scope computed once."""
+        layer: Any = self.layer
+        scope = layer.activation.cache() if self.worth_caching and not layer.training else None
+        return self.pair() if scope is None else scope.get(("factors", layer, self.adapter), self.pair)

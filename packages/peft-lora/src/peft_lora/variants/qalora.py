@@ -11,7 +11,8 @@ from torch import Tensor
 from peft_core import ConfigError
 
 from ..initializers.base import Start
-from .products import LowRank, add_product, refuse_computed_starts
+from ..kernels import add_product
+from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig

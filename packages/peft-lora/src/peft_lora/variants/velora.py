@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.common import add_scaled
+from ..kernels import add_scaled
 from .buffers import BufferDict, holder_of
 from .products import LowRank
 
@@ -59,6 +59,7 @@ class Velora(LowRank):
         if not layer.training or not torch.is_grad_enabled() or not a.requires_grad:
             return super().contribute(x, y)
         p, s = self.dropout(), layer.scaling[self.adapter]
+        x = layer.cast_input(x, a.dtype)
         dropped = F.dropout(x, p) if p else x
         if self.init_type != "random":
             self._follow(dropped)

@@ -1,0 +1,81 @@
+"""Whether modules may be computed with at once instead of being called. This file is the only place that decides it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+from .cache import is_transformed
+
+#: the classes whose forward is known here, with that forward: a subclass, or a class whose forward somebody has replaced, is called
+_FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Dropout, nn.Identity)}
+_TENSORS = (Tensor, nn.Parameter)
+#: bases that return a new tensor in each call
+_FRESH = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
+    """Return whether a layer may compute with the parameters of `modules` for the input `x` instead of calling them.
+
+    Each module has to be exactly an `nn.Linear`, `nn.Dropout` or `nn.Identity`, with dense parameters that are no tensor subclass, and nobody's hooks
+    or own forward; and nothing may look into the operations: no autocast, compiler, tracer, functorch, forward-mode AD, dispatch mode. The answer holds for
+    this call only.
+
+    Args:
+        x: input of the modules, of any shape.
+        modules: what would be called.
+    """
+    if type(x) not in _TENSORS or _hooked_globally() or is_transformed() or torch.is_autocast_enabled(x.device.type):
+        return False
+    return all(map(_is_plain, modules))
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Return whether somebody has hooks on a module, or gave it a forward of its own."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or _hooked_globally()
+    )
+
+
+def returns_new_tensor(module: nn.Module) -> bool:
+    """Return whether the output of a base belongs to whoever called it: a plain layer that nobody observes."""
+    return type(module) in _FRESH and not is_observed(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    state = module.__dict__
+    kind = type(module)
+    if (
+        _FORWARDS.get(kind) is not kind.forward
+        or "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
+        return False
+    if kind is not nn.Linear:
+        return True
+    parameters = state["_parameters"]
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.is_meta:  # FSDP1 takes it out between calls of its module
+        return False
+    return bias is None or type(bias) is nn.Parameter
+
+
+def _hooked_globally() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
