@@ -36,7 +36,7 @@ def test_one_token(out: int, grad: bool) -> None:
     b1, a1, b2, a2 = (torch.randn(shape, dtype=torch.float64, requires_grad=grad) for shape in ((out, 3), (3, 5), (out, 3), (3, 5)))
     x, y = torch.randn(1, 1, 5, dtype=torch.float64), torch.randn(1, 1, out, dtype=torch.float64)
     expected = y + 0.7 * x @ ((b1 @ a1) * (b2 @ a2)).t()
-    found = formulas.add_applied_to_one(y.clone(), 0.7, x, b1, a1, b2, a2, torch.ones(3, dtype=torch.float64))
+    found = formulas.add_applied_to_one(y.clone(), 0.7, x, b1, a1, b2, a2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     if grad:
         ours, theirs = (torch.autograd.grad(value.square().sum(), (b1, a1, b2, a2), retain_graph=True) for value in (found, expected))

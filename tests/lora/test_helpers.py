@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import support
-from peft_core import AdapterNotFoundError, ConfigError, get_peft_model
+from peft_core import AdapterNotFoundError, ConfigError, cached, get_peft_model
 from peft_core import disable_input_dtype_casting as core_disable_input_dtype_casting
 from peft_core.testing.models import OneLayer
 from peft_lora import DoraCaching, LoraConfig, disable_input_dtype_casting, rescale_adapter_scale
@@ -160,22 +160,25 @@ def test_lora_computes_in_the_dtype_of_its_input_in_any_case() -> None:
 # ---- DoRA -----------------------------------------------------------------------------------------------------------------
 
 
-def test_norms_are_computed_each_time_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = lora(use_dora=True).double()  # of small layers in float32 the whole weight is kept instead
+def test_norms_in_a_cache_scope_and_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora(use_dora=True).double()  # of small layers in float32 a scope holds the whole weight instead
     calls: list[int] = []
     original = Dora.norms
     monkeypatch.setattr(Dora, "norms", lambda self, *args: (calls.append(1), original(self, *args))[1])
     with torch.no_grad():
         outputs = [model(X.double()) for _ in range(3)]
-        assert len(calls) == 1
-        with DoraCaching(enabled=False):
-            outputs += [model(X.double()) for _ in range(2)]
-            assert len(calls) == 3
-            with DoraCaching():
-                model(X.double())
-                assert len(calls) == 3
-            model(X.double())
+        assert len(calls) == 3
+        with cached(model):
+            outputs += [model(X.double()) for _ in range(3)]
             assert len(calls) == 4
+            with DoraCaching(enabled=False):
+                outputs += [model(X.double()) for _ in range(2)]
+                assert len(calls) == 6
+                with DoraCaching():
+                    model(X.double())
+                    assert len(calls) == 6
+            model(X.double())
+            assert len(calls) == 6
         model(X.double())
-        assert len(calls) == 4
+        assert len(calls) == 7
     assert all(torch.equal(output, outputs[0]) for output in outputs)

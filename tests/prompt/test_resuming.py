@@ -156,16 +156,6 @@ def test_a_file_with_the_table_alone(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model))
 
 
-@every_network
-def test_a_table_is_kept_in_evaluation(name: str) -> None:
-    model = made(name).eval()
-    set_peft_model_state_dict(model, {"prompt_embeddings": get_peft_model_state_dict(model)["prompt_embeddings"] + 1}, strict=True)
-    encoder = model.prompt_encoder["default"]
-    offer = encoder.keys_values if name == "prefix" else encoder.tokens
-    with torch.no_grad():
-        assert offer() is offer()
-
-
 @every_config
 def test_a_file_with_part_of_the_network(name: str, tmp_path: Path) -> None:
     model = made(name)

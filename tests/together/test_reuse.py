@@ -1,4 +1,4 @@
-"""In evaluation a decoder's virtual tokens are computed once: never stale, the same outputs as together with the text."""
+"""Inside a cache scope a decoder's virtual tokens are computed once: with the same outputs as together with the text; never stale after our operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_core import PeftModel, get_peft_model
+from peft_core import PeftModel, cached, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
 from peft_core.tuners import reuse
@@ -25,13 +25,13 @@ class Count:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.times = 0
-        original = reuse.Reused.__init__
+        original = reuse.VirtualKeysValues.__init__
 
         def counted(this: Any, *args: Any) -> None:
             self.times += 1
             original(this, *args)
 
-        monkeypatch.setattr(reuse.Reused, "__init__", counted)
+        monkeypatch.setattr(reuse.VirtualKeysValues, "__init__", counted)
 
 
 @pytest.fixture
@@ -54,12 +54,15 @@ def test_once_for_all_calls(count: Count) -> None:
     model = made("prompt", "llama")
     expected = usual(model)
     assert count.times == 0
-    for _ in range(3):
-        torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
-    assert count.times == 1
-    inputs = FAMILIES["llama"].inputs(rows=1)
-    model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    assert count.times == 1
+    with cached(model):
+        for _ in range(3):
+            torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+        assert count.times == 1
+        inputs = FAMILIES["llama"].inputs(rows=1)
+        found = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        assert count.times == 1
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), found)
+    assert count.times == 1, "a scope of one generate has no use for them"
 
 
 def change_base(model: PeftModel) -> None:
@@ -71,8 +74,12 @@ def replace_base(model: PeftModel) -> None:
     layer.weight = torch.nn.Parameter(layer.weight * 2)
 
 
-def through_data(model: PeftModel) -> None:
-    model.get_base_model().get_parameter("model.norm.weight").data.mul_(0.5)
+def load_state(model: PeftModel) -> None:
+    model.load_state_dict({name: tensor * 0.5 for name, tensor in model.state_dict().items() if "prompt_encoder" in name}, strict=False)
+
+
+def load_file(model: PeftModel) -> None:
+    set_peft_model_state_dict(model, {"prompt_embeddings": get_peft_model_state_dict(model)["prompt_embeddings"] * 2})
 
 
 def change_prompt(model: PeftModel) -> None:
@@ -93,16 +100,24 @@ def change_scaling(model: PeftModel) -> None:
             module.set_scale("lo", 3.0)
 
 
-CHANGES: dict[str, Callable[[PeftModel], Any]] = {
-    "a weight of the base": change_base,
-    "another weight in its place": replace_base,
-    "through data": through_data,
-    "the prompt": change_prompt,
-    "LoRA": change_lora,
+#: what may be done inside a scope
+OURS: dict[str, Callable[[PeftModel], Any]] = {
+    "a state dict": load_state,
+    "an adapter's state dict": load_file,
     "its scaling": change_scaling,
     "without LoRA": lambda model: model.set_adapter("default"),
     "deleted": lambda model: model.delete_adapter("lo"),
     "merged": lambda model: model.merge_adapter(["lo"]),
+}
+#: what may be done between calls outside of one
+CHANGES = {
+    **OURS,
+    "a weight of the base": change_base,
+    "another weight in its place": replace_base,
+    "through data": lambda model: model.get_base_model().get_parameter("model.norm.weight").data.mul_(0.5),
+    "one row through data": lambda model: model.prompt_encoder["default"].embedding.weight.data[1].add_(1.0),
+    "the prompt": change_prompt,
+    "LoRA": change_lora,
     "in double": lambda model: model.double(),
 }
 
@@ -117,8 +132,21 @@ def both() -> PeftModel:
     return model.eval()
 
 
+@pytest.mark.parametrize("change", OURS)
+def test_our_operations_inside_a_scope(both: PeftModel, change: str, count: Count) -> None:
+    with cached(both):
+        before = logits(both)
+        assert torch.equal(logits(both), before)
+        assert count.times == 1
+        with torch.no_grad():
+            OURS[change](both)
+        found = logits(both)
+    torch.testing.assert_close(found, logits(both), atol=1e-5, rtol=1e-4)
+    assert change == "merged" or not torch.allclose(found, before, atol=1e-3)
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_never_stale(both: PeftModel, change: str, count: Count) -> None:
+def test_never_stale(both: PeftModel, change: str) -> None:
     torch.testing.assert_close(logits(both), usual(both), atol=1e-5, rtol=1e-4)
     before = logits(both)
     with torch.no_grad():
@@ -154,10 +182,11 @@ def test_several_prompts_take_turns(count: Count) -> None:
     model = made("prompt", "gpt2")
     model.add_adapter("other", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
     found = {}
-    for _ in range(2):
-        for name in ("default", "other"):
-            model.set_adapter(name)
-            found.setdefault(name, []).append(logits(model))
+    with cached(model):
+        for _ in range(2):
+            for name in ("default", "other"):
+                with model.use_adapters(name):
+                    found.setdefault(name, []).append(logits(model))
     for first, second in found.values():
         assert torch.equal(first, second)
     assert count.times == 2
@@ -165,9 +194,10 @@ def test_several_prompts_take_turns(count: Count) -> None:
 
 def test_inference_mode_and_after_it() -> None:
     model = made("prompt", "llama")
-    with torch.inference_mode():
-        first = model(**FAMILIES["llama"].inputs()).logits.clone()
-    torch.testing.assert_close(logits(model), first)
+    with cached(model):
+        with torch.inference_mode():
+            first = model(**FAMILIES["llama"].inputs()).logits.clone()
+        torch.testing.assert_close(logits(model), first)
     model(**FAMILIES["llama"].inputs(), **FAMILIES["llama"].labels()).loss.backward()
 
 
@@ -184,7 +214,7 @@ def test_threads(both: PeftModel) -> None:
             with both.use_adapters(*names[chosen]):
                 torch.testing.assert_close(logits(both), expected[chosen], atol=1e-5, rtol=1e-4)
 
-    with ThreadPoolExecutor(4) as pool:
+    with cached(both), ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(8)))
 
 
@@ -192,7 +222,8 @@ def test_half_precision() -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny("llama").to(torch.bfloat16), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     randomise(model, "default", 5)
-    found = logits(model)
+    with cached(model):
+        found = logits(model)
     assert found.dtype is torch.bfloat16
     torch.testing.assert_close(found, usual(model), atol=0.1, rtol=0.1)
 
@@ -207,6 +238,6 @@ def test_hidden_states_have_all_tokens() -> None:
 
 def test_a_cache_holds_all_tokens() -> None:
     model, kind = made("prompt", "llama"), FAMILIES["llama"]
-    with torch.no_grad():
+    with torch.no_grad(), cached(model):
         cache = model(**kind.inputs(), use_cache=True).past_key_values
     assert cache.get_seq_length() == 4 + 6

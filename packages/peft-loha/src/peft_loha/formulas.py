@@ -101,15 +101,8 @@ def add_applied_to_one(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b
         x: (…, in) with one token, in the dtype of `y` and of the factors.
         b1, a1, b2, a2: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
     """
-    terms = b1.mm(F.linear(a1 * x.view(-1), a2)).mul_(b2)
-    y.view(-1).addmv_(terms, y.new_ones(terms.shape[1]), alpha=s)  # sums, scales and adds in one call
-    return y
-
-
-def add_applied_to_one_across(y: Tensor, s: float, x: Tensor, b1t: Tensor, a1: Tensor, b2t: Tensor, a2: Tensor) -> Tensor:
-    """As `add_applied_to_one`, from B₁ᵀ and B₂ᵀ (r, out): a fifth faster for 1024 outputs and more."""
-    terms = torch.mm(F.linear(a2 * x.view(-1), a1), b1t).mul_(b2t)
-    y.view(-1).addmv_(terms.t(), y.new_ones(terms.shape[0]), alpha=s)
+    terms = torch.mm(F.linear(a2 * x.view(-1), a1), b1.t()).mul_(b2.t())  # (r, out)
+    y.view(-1).addmv_(terms.t(), y.new_ones(terms.shape[0]), alpha=s)  # sums, scales and adds in one call
     return y
 
 

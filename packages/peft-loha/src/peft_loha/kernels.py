@@ -1,7 +1,8 @@
 """x ↦ x(W + s·ΔW)ᵀ + bias for a frozen W and many tokens, as one step of the graph that keeps little and costs little.
 
-The adapter's products are accumulated in the dtype of its factors, float32 by default, and the sum is rounded once to that of the activations. What is
-derived from the factors (r² or in·out numbers, not tokens) is formed again in the backward instead of kept; activations are kept as they came. Products with a side of length r² have it first: BLAS is up to
+The adapter's products are accumulated in the dtype of its factors, float32 by default, and the sum is rounded once to that of the
+activations. What is derived from the factors (r² or in·out numbers, not tokens) is formed again in the backward instead of kept; activations
+are kept as they came. Products with a side of length r² have it first: BLAS is up to
 twice as slow at the other orientations.
 """
 

@@ -10,6 +10,8 @@ from torch import Tensor
 _HALF = (torch.float16, torch.bfloat16)
 #: stands for the norm of a row that is zero
 TINY = 1e-12
+#: entries of the largest W of which rows are formed
+SMALL = 1 << 18
 
 
 def scaling(alpha: float, r: int, rslora: bool) -> float:
@@ -52,8 +54,10 @@ def in_groups(matrix: Tensor, groups: int) -> Tensor:
     return matrix.reshape(groups, -1, matrix.shape[1])
 
 
-def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -> Tensor:
     """Return ‖W + s·B·A‖² of each row without forming it: ‖W‖² + 2s·Σ(WAᵀ ⊙ B) + s²·Σ(B(AAᵀ) ⊙ B).
+
+    Rows of up to `SMALL` entries in all are formed nevertheless.
 
     Where the terms cancel, the rows are formed after all; in a compiled graph and on accelerators, where that would break the graph or wait
     for the device, the products are formed in float64 instead.
@@ -67,15 +71,20 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     Returns:
         (out,) in float64.
     """
+    s = s.item() if isinstance(s, Tensor) and not torch.compiler.is_compiling() else s
     branch = weight.device.type == "cpu" and not torch.compiler.is_compiling()
     wide = torch.float32 if branch and b.dtype is not torch.float64 else torch.float64
     a, b = a.to(wide), b.to(wide)
+    small = weight.numel() <= SMALL
+    if branch and small:  # the rows are formed in less time than the terms
+        return torch.linalg.vector_norm(torch.addmm(weight.to(wide), b, a, alpha=s), dim=1).double().square()
     # half precision is widened a few rows at a time: no second W
     parts = torch.split(weight, max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
-    cross = torch.cat([a.mm(part.to(wide).t()) for part in parts], 1)  # (r, out)
+    products = [a.mm(part.to(wide).t()) for part in parts]
+    cross = products[0] if len(products) == 1 else torch.cat(products, 1)  # (r, out)
     columns = b.t()
     own = (a.mm(a.t()).mm(columns).double() * columns).sum(0) * (s * s)
-    weight_norms = row_norms(weight)
+    weight_norms = row_norms(weight, wide)
     found = weight_norms + (cross.double() * columns).sum(0) * (2 * s) + own
     if branch:
         low = found < 1e-4 * (weight_norms + own)
@@ -94,7 +103,7 @@ def dora_factor(m: Tensor, norms: Tensor) -> Tensor:
     return torch.where((norms <= TINY) & (m == 0), torch.ones_like(m), m / norms)
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    """Return ‖W‖² of each row (out,) in float64."""
-    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float64)
-    return norms.square()
+def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ‖W‖² of each row (out,) in float64, with the rows summed in `dtype`."""
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
+    return norms.double().square()

@@ -16,7 +16,7 @@ from .layers.common import LoraLayer
 
 __all__ = ["DoraCaching", "disable_input_dtype_casting", "rescale_adapter_scale"]
 
-#: whether DoRA keeps f = m / ‖W + s·B·A‖ between calls without gradients, until a tensor behind it changes
+#: whether DoRA's f = m / ‖W + s·B·A‖ is computed once in a cache scope
 _CACHING: ContextVar[bool] = ContextVar("dora_caching", default=True)
 
 
@@ -60,9 +60,9 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching:
-    """Inside the block, DoRA's factors are kept between calls without gradients, or, with ``enabled=False``, computed in each call.
+    """Inside the block, an open cache scope (`peft_core.cached`, `generate`) holds DoRA's factors, or, with ``enabled=False``, does not.
 
-    They are kept anyway: whether the tensors behind them are still the same is asked in each call. Holds for the current thread.
+    It does anyway; outside of a scope they are computed in each call. Holds for the current thread.
 
     Args:
         enabled: keep them.
@@ -81,5 +81,5 @@ class DoraCaching:
 
 
 def caches_dora() -> bool:
-    """Return whether DoRA's factors may be kept."""
+    """Return whether a cache scope may hold DoRA's factors."""
     return _CACHING.get()

@@ -1,7 +1,8 @@
 """y + s·B·A·x as one step of autograd: what it keeps is x, A·x and, with dropout, one bit an element; and the same in plain operations.
 
-Products with a side of length r are formed as (r, tokens): BLAS is up to eight times slower at the other orientations. The adapter's products are
-accumulated in its own dtype, float32 by default, and their sum with the base's output is rounded once; activations are kept in the dtype in which they came.
+Products with a side of length r are formed as (r, tokens): BLAS is up to eight times slower at the other orientations. The adapter's products
+are accumulated in its own dtype, float32 by default, and their sum with the base's output is rounded once; activations are kept in the dtype in
+which they came.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor
         s: scaling.
     """
     wide = a.dtype
+    if x.numel() == a.shape[1] and wide is x.dtype is y.dtype is b.dtype and y.is_contiguous():
+        # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
+        y.view(-1).addmv_(b, torch.mv(a, x.reshape(-1)), alpha=s)
+        return y
     x2 = x.reshape(-1, x.shape[-1]).to(wide)
     if y.dtype is wide and y.is_contiguous():
         _add_product(y.view(-1, y.shape[-1]), x2, a, b.to(wide), s)
@@ -42,9 +47,6 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor
 
 def _add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
     """Add s·(xAᵀ)Bᵀ to `y` (tokens, out) in place."""
-    if x.shape[0] == 1:  # one token: products with a vector are cheaper than products with a matrix of one row
-        y.view(-1).addmv_(b, torch.mv(a, x.view(-1)), alpha=s)
-        return y
     return y.addmm_(a.mm(x.t()).t(), b.t(), alpha=s)
 
 
@@ -232,7 +234,7 @@ def _hidden(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
 def _gradients(
     ctx: Any, g: Tensor, x: Tensor, a: Tensor, b: Tensor, hidden: Tensor, mask: Tensor | None, gx: Tensor | None, want_a: bool, want_b: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x (added to `gx`, and rounded once to its dtype), A and B, for that of the output `g` (tokens, out) in the dtype of A."""
+    """Return the gradients of x (added to `gx`, rounded once to its dtype), A and B, for that of the output, `g` (tokens, out) in the dtype of A."""
     scale = _scale(ctx.p)
     g_hidden = b.to(a.dtype).t().mm(g.t()).mul_(ctx.s)
     if gx is not None:
@@ -251,9 +253,7 @@ def _gradients(
 
 
 # ---- differentiating twice: the same formulas in plain operations ----------------------------------------------------------
-def _differentiable(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor
-) -> list[Tensor | None]:
+def _differentiable(function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
     """Return the gradients of `function` at `inputs` for the gradient `g` of its result, with a graph of their own; None where none is needed."""
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=True, allow_unused=True))

@@ -86,7 +86,7 @@ class CPTEmbedding(Encoder):
 
     def _read(self) -> Tensor:
         with torch.no_grad():
-            return self._tokens().detach()
+            return self.tokens().detach()
 
     def _become(self, value: Tensor) -> None:
         Slot.of(self.embedding, "weight").write(value)

@@ -169,9 +169,11 @@ class AdapterLayer(AdapterMerging):
 
         def merged() -> tuple[Tensor, Tensor | None] | None:
             try:
-                changed, changed_bias = self.change_of((adapter,)).apply(weight.detach()), self.merged_bias(adapter, bias)
+                factor, changed_bias = self.weight_factor(adapter), self.merged_bias(adapter, bias)
+                changed = self.merged_weight(adapter, weight)
             except MergeError:  # an effect that is no change of the weight
                 return None
+            changed = changed if factor is None else changed * self.ops.stored(factor)
             return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
 
         pair = scope.get(("merged weight", self, adapter, scaling, x.dtype, x.device), merged)

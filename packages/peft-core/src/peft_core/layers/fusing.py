@@ -20,17 +20,35 @@ _FRESH = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
     """Return whether a layer may compute with the parameters of `modules` for the input `x` instead of calling them.
 
-    Each module has to be exactly an `nn.Linear`, `nn.Dropout` or `nn.Identity`, with dense parameters that are no tensor subclass, and nobody's hooks
-    or own forward; and nothing may look into the operations: no autocast, compiler, tracer, functorch, forward-mode AD, dispatch mode. The answer holds for
-    this call only.
+    Each module has to be exactly an `nn.Linear`, `nn.Dropout` or `nn.Identity`, with dense parameters of no tensor subclass, and without hooks and a
+    forward of its own; and nothing may look into the operations: no autocast, compiler, tracer, functorch, forward-mode AD or dispatch mode. The
+    answer holds for this call only.
 
     Args:
         x: input of the modules, of any shape.
         modules: what would be called.
     """
-    if type(x) not in _TENSORS or _hooked_globally() or is_transformed() or torch.is_autocast_enabled(x.device.type):
+    if type(x) not in _TENSORS or torch._C._is_any_autocast_enabled() or is_transformed() or _hooked_globally():
         return False
-    return all(map(_is_plain, modules))
+    for module in modules:
+        state, kind = module.__dict__, type(module)
+        if (
+            _FORWARDS.get(kind) is not kind.forward
+            or state["_forward_hooks"]
+            or state["_forward_pre_hooks"]
+            or state["_backward_hooks"]
+            or state["_backward_pre_hooks"]
+            or "forward" in state
+        ):
+            return False
+        if kind is nn.Linear:
+            parameters = state["_parameters"]
+            weight, bias = parameters.get("weight"), parameters.get("bias")  # FSDP1 takes the weight out between calls of its module
+            if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.is_meta:
+                return False
+            if bias is not None and type(bias) is not nn.Parameter:
+                return False
+    return True
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -49,27 +67,6 @@ def is_observed(module: nn.Module) -> bool:
 def returns_new_tensor(module: nn.Module) -> bool:
     """Return whether the output of a base belongs to whoever called it: a plain layer that nobody observes."""
     return type(module) in _FRESH and not is_observed(module)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    state = module.__dict__
-    kind = type(module)
-    if (
-        _FORWARDS.get(kind) is not kind.forward
-        or "forward" in state
-        or state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
-        return False
-    if kind is not nn.Linear:
-        return True
-    parameters = state["_parameters"]
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if type(weight) is not nn.Parameter or weight.layout is not torch.strided or weight.is_meta:  # FSDP1 takes it out between calls of its module
-        return False
-    return bias is None or type(bias) is nn.Parameter
 
 
 def _hooked_globally() -> bool:

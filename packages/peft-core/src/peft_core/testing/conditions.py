@@ -62,6 +62,13 @@ def offers_tokens(suite: SuiteBase, name: str) -> str | None:
     return None if "input_ids" in suite.inputs(name) else "the base takes no input_ids"
 
 
+def merges(suite: SuiteBase, name: str) -> str | None:
+    """Apply to tuners that declare MERGE."""
+    from ..plugins import Capability
+
+    return None if suite.spec.can(Capability.MERGE) else f"{suite.peft_type} does not declare MERGE"
+
+
 def generates(suite: SuiteBase, name: str) -> str | None:
     """Apply to configs whose task generates."""
     from ..tuners.tasks import task_of

@@ -6,9 +6,10 @@ from .behaviour import BehaviourChecks
 from .capabilities import CapabilityChecks
 from .robustness import RobustnessChecks
 from .shapes import ShapeChecks
+from .soundness import SoundnessChecks
 
 
-class TunerSuite(ShapeChecks, RobustnessChecks, CapabilityChecks, BehaviourChecks):
+class TunerSuite(SoundnessChecks, ShapeChecks, RobustnessChecks, CapabilityChecks, BehaviourChecks):
     """Subclass it in a test file, name the tuner and a few configs; pytest collects the checks.
 
     Attributes and what can be overridden: see `peft_core.testing.base.SuiteBase`.

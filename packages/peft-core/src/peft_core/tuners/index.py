@@ -369,11 +369,11 @@ def index_of(model: nn.Module) -> AdapterIndex | None:
 
 
 def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a scope in which what is computed from weights is computed once and kept: merged weights of small layers, norms, stacked batches, prompts.
+    """Return a scope in which values computed from weights are cached: merged weights of small layers, norms, stacked batches, prompts.
 
-    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging adapters,
-    scales, hot-swapping, `load_state_dict`, `train`), which drop what the scope holds. With gradients, in training mode, under compilation, tracing and
-    function transforms nothing is kept. Scopes inside one another are one; threads share it. `generate` opens one for its own duration.
+    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging
+    adapters, scales, hot-swapping, `load_state_dict`, `train`), which empty the scope. With gradients, in training mode, under compilation, tracing
+    and function transforms nothing is cached. Nested scopes are one; threads share it. `generate` opens one for its own duration.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.

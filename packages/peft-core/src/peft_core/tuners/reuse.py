@@ -26,6 +26,7 @@ _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache",
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
 
+
 class VirtualKeysValues:
     """Keys, values and outputs of virtual tokens, computed by running the base on them alone.
 

@@ -12,9 +12,6 @@ from peft_core import can_fuse, is_conv1d
 from .. import formulas, kernels
 from .common import LoHaLayer
 
-#: from so many outputs on, transposed copies of B₁ and B₂ pay in decoding
-TURN_FROM = 512
-
 
 class Linear(LoHaLayer):
     """LoHa around `nn.Linear` or transformers' `Conv1D`. No ΔW is formed where something else is cheaper (`formulas.Costs`)."""
@@ -56,11 +53,7 @@ class Linear(LoHaLayer):
         b1, a1, b2, a2 = factors
         s, wide = self.scaling[adapter], torch.promote_types(y.dtype, b1.dtype)
         total, x = y.to(wide), x.to(wide)
-        scope = self.activation.cache() if self.matrix_shape[0] >= TURN_FROM and wide is b1.dtype else None
-        if scope is None:
-            return formulas.add_applied_to_one(total, s, x, b1, a1, b2, a2).to(y.dtype)
-        turned = scope.get(("transposed factors", self, adapter), lambda: (b1.t().contiguous(), b2.t().contiguous()))
-        return formulas.add_applied_to_one_across(total, s, x, turned[0], a1, turned[1], a2).to(y.dtype)
+        return formulas.add_applied_to_one(total, s, x, b1, a1, b2, a2).to(y.dtype)
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xΔWᵀ, rounded once to the dtype of `y`; in training with module and rank dropout."""

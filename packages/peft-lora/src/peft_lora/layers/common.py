@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,10 +40,6 @@ class LoraSettings:
     config: LoraConfig
     initializer: Initializer
     variant: type[Variant] | None = None
-
-
-#: what layers without dropout have in its place
-_NO_DROPOUT = nn.Identity()
 
 
 class LoraLayer(AdapterLayer):
@@ -155,7 +152,7 @@ class LoraLayer(AdapterLayer):
         self.lora_alpha[adapter] = settings.alpha
         p = float(settings.config.lora_dropout)
         if p or "lora_dropout" in self._modules:
-            self.lora_dropout._modules[adapter] = nn.Dropout(p).train(self.training) if p else _NO_DROPOUT
+            self.lora_dropout._modules[adapter] = nn.Dropout(p).train(self.training) if p else nn.Identity()
         self.use_rslora[adapter] = settings.config.use_rslora
         self.use_dora[adapter] = settings.config.use_dora
         self.lora_bias[adapter] = settings.config.lora_bias
@@ -193,16 +190,23 @@ class LoraLayer(AdapterLayer):
     def dropout_of(self, adapter: str) -> nn.Module | None:
         """Return the module through which the adapter's inputs go first; None: there is none."""
         held = self._modules.get("lora_dropout")
-        found = None if held is None else held._modules.get(adapter)
-        return None if found is _NO_DROPOUT else found
+        return None if held is None else held._modules.get(adapter)
 
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
             return super().__getattr__(name)
         # made when it is needed: where nothing is dropped, that is when somebody asks
         self._modules["lora_dropout"] = made = nn.ModuleDict()
-        made._modules.update(dict.fromkeys(self.scaling, _NO_DROPOUT))
+        made._modules.update((adapter, nn.Identity()) for adapter in self.scaling)
         return made
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # variants read the weights of their layer: those of the replica
+        replica.__dict__["variants"] = {adapter: copy.copy(variant) for adapter, variant in self.variants.items()}
+        for variant in replica.variants.values():
+            variant.layer = replica
+        return replica
 
     # ---- asking -----------------------------------------------------------------------------------------------------
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:

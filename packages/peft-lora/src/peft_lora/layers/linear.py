@@ -77,8 +77,9 @@ class Linear(LoraLayer):
             return None
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         a, b, s = down._parameters["weight"], up._parameters["weight"], self.scaling[adapter]
-        if isinstance(s, Tensor) or weight.dtype is not x.dtype or up._parameters["bias"] is not None:
+        if weight.dtype is not x.dtype or up._parameters["bias"] is not None:
             return None
+        s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
         p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0  # type: ignore[union-attr]
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad):
             if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -113,12 +114,16 @@ class Linear(LoraLayer):
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
+        scope = self.activation.cache()
+        if scope is not None and not self.training:
+            # what can_stack says of 64 adapters costs as much as their products; in a scope their modules do not change
+            stack = scope.get(
+                ("stack", self, route, x.dtype, x.device), lambda: rows.Stack(self, route, x.dtype) if rows.can_stack(self, route, x) else None
+            )
+            if stack is not None and can_fuse(x):
+                return stack.add(x, y)
         if not rows.can_stack(self, route, x):
             return super().contribute_by_row(route, x, y)
-        scope = self.activation.cache()
-        if scope is not None:
-            stack = scope.get(("stack", self, route, x.dtype, x.device), lambda: rows.Stack(self, route, x.dtype))
-            return stack.add(x, y)
         assert route.per_row is not None
         here = [tuple(name for name in row if name in self.scaling) for row in route.per_row]
         return rows.add_by_row(x, y, *rows.stacked(self, here, x.dtype))

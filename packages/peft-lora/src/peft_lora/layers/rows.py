@@ -109,7 +109,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def can_stack(layer: Linear, route: Route, x: Tensor) -> bool:
-    """Return whether the rows of a route may be stacked and pay: all their adapters are plain, nothing is dropped, not many more rows than adapters."""
+    """Return whether stacking the rows of a route is possible and pays: plain adapters, no dropout, not many more rows than adapters."""
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
     if not used or len(rows) > ROWS_FOR_EACH * len(used) or x.shape[0] % len(rows):

@@ -85,7 +85,7 @@ class Variant:
         raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
 
     def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
-        """Return the whole output of `base` for `x` with the adapter's effect, computed at once, where `can_fuse` says that it may be; None elsewhere."""
+        """Return the whole output of `base` for `x` with the adapter's effect, computed at once, where `can_fuse` allows it; None elsewhere."""
         return None
 
     def delta(self) -> Tensor:

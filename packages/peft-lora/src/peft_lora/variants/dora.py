@@ -118,8 +118,8 @@ class Dora(Variant):
     def _factor_now(self) -> Tensor:
         """Return f (out,); in an open cache scope, unless `DoraCaching(False)` says otherwise, it is computed once."""
         layer: Any = self.layer
-        scope = layer.activation.cache() if caches_dora() and not layer.training else None
-        if scope is None:
+        scope = layer.activation.cache()
+        if scope is None or layer.training or not caches_dora():
             return self.vector()
         s = layer.scaling[self.adapter]
         return scope.get(("dora factor", layer, self.adapter, None if isinstance(s, Tensor) else s), self.vector)
@@ -135,7 +135,8 @@ class Dora(Variant):
         f = ops.features(f)
         if not p:
             bias = None if embedding else layer.bias
-            y = self._plain(x, y.to(wide))
+            dropout = None if embedding else layer.dropout_of(self.adapter)
+            y = self._plain(x if dropout is None else dropout(x), y.to(wide), drop=False)
             if bias is None:
                 return (y * f).to(dtype)
             shift: Tensor = ops.features(bias.to(wide))
@@ -151,8 +152,10 @@ class Dora(Variant):
         layer: Any = self.layer
         adapter, s = self.adapter, layer.scaling[self.adapter]
         down, up = layer.ends(adapter)
-        if layer.drop_rate(adapter) or not can_fuse(x, base, down, up) or isinstance(s, Tensor):
+        dropout = layer.dropout_of(adapter)
+        if layer.drop_rate(adapter) or not can_fuse(x, base, down, up, *(() if dropout is None else (dropout,))):
             return None
+        s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if weight is None or weight.dtype is not x.dtype:
             return None

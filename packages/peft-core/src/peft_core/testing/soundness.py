@@ -1,0 +1,161 @@
+"""Checks that a call computes what the weights and modules say now, whatever was computed before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import PeftModel, cached
+from ..plugins import Capability
+from .base import SuiteBase
+from .changes import CHANGES, SMALL, hidden_tensors
+from .conditions import merges, only
+from .helpers import parameters_of, quiet, randomise, tensor_of
+
+#: how a model is called: name → (in training mode, with gradients)
+MODES = {"evaluation": (False, False), "evaluation with gradients": (False, True), "training": (True, True)}
+
+
+class SoundnessChecks(SuiteBase):
+    """Checks that no output follows from weights that are gone, in or out of a cache scope."""
+
+    def test_outputs_follow_the_weights(self, name: str) -> None:
+        """After a call, every way to change a weight (`peft_core.testing.changes.CHANGES`) gives the outputs of a model that was never called before.
+
+        Protects from values computed from weights that outlive a call: merged weights, norms, transposed copies, virtual tokens.
+        """
+        model = self.model(name)
+        for number, (mode, (training, grad)) in enumerate(MODES.items()):
+            model.train(training)
+            fresh = self._fresh(model, name, training)
+            found = self._called(model, name, grad)
+            # what a call without gradients could keep is what the others could find: they need a sample
+            for what in [*CHANGES][:: 1 + 4 * bool(number)]:
+                for module, key, place in sampled(model, what):
+                    before = found
+                    CHANGES[what](module, key)
+                    found = self._called(model, name, grad)
+                    fresh.load_state_dict(model.state_dict())  # it has seen other weights, so that what it could keep would differ
+                    expected = self._called(fresh, name, grad)
+                    self.close(found, expected, f"{mode}, {place} changed: {what}", factor=3)
+                    assert what in SMALL or not place.startswith("adapter") or not torch.equal(found, before), (
+                        f"{mode}, {place}: {what} had no effect"
+                    )
+        model.eval()
+
+    def test_copies_compute_their_own(self, name: str) -> None:
+        """A deep copy of a model that has been called follows its own weights, and the original does not follow those of the copy.
+
+        Protects from copies that share what was computed.
+        """
+        model = self.model(name)
+        before = self.output(model, name)
+        twin = copy.deepcopy(model)
+        randomise(twin, "default", 7)
+        self.close(self.output(twin, name), self.output(self._fresh(twin, name, False), name), "a copy computes something else")
+        assert torch.equal(self.output(model, name), before), "changing a copy changed the original"
+
+    def test_nothing_is_kept(self, name: str) -> None:
+        """After evaluation no tensor is left in the objects of a model but parameters, buffers and the records of merges.
+
+        Protects from memory that grows with each adapter, and from values that can be stale.
+        """
+        model = self.model(name)
+        had = set(hidden_tensors(model))
+        for _ in range(2):
+            self.output(model, name)
+        with torch.no_grad(), cached(model):
+            self.output(model, name)
+        if Capability.PER_SAMPLE in self.spec.capabilities:
+            self.output(model, name, adapter_names=["default", "__base__", "default"])
+        left = [place for place in hidden_tensors(model) if place not in had]
+        assert not left, f"tensors are left behind: {left[:5]}"
+
+    def test_cache_scope(self, name: str) -> None:
+        """Inside ``cached(model)`` outputs are those outside of it, also after operations of ours in the scope, and an error leaves nothing behind.
+
+        Protects from a scope that holds values behind operations that are allowed in it.
+        """
+        model = self.model(name)
+        expected = self.output(model, name)
+        other = {key: tensor.clone() for key, tensor in self.model(name, seed=5).state_dict().items()}
+        with cached(model):
+            for _ in range(2):
+                self.close(self.output(model, name), expected, "in a cache scope", factor=3)
+            for what, operation in self._operations(name, other).items():
+                operation(model)
+                inside = [self.output(model, name) for _ in range(2)]
+                self.close(inside[1], self._called(self._fresh(model, name, False), name, False), f"in a cache scope after {what}", factor=3)
+        try:
+            with cached(model):
+                self.output(model, name)
+                raise KeyError("something went wrong")
+        except KeyError:
+            pass
+        randomise(model, "default", 9)
+        self.close(self.output(model, name), self.output(self._fresh(model, name, False), name), "after an error in a cache scope", factor=3)
+
+    @only(merges)
+    def test_merging_in_a_cache_scope(self, name: str) -> None:
+        """Merging and unmerging inside of ``cached(model)`` empties it.
+
+        Protects from a scope that holds the weight of before.
+        """
+        model = self.model(name)
+        expected = self.output(model, name)
+        with cached(model):
+            self.output(model, name)
+            model.merge_adapter()
+            self.close(self.output(model, name), expected, "merged in a cache scope", factor=10)
+            model.unmerge_adapter()
+            self.close(self.output(model, name), expected, "unmerged in a cache scope", factor=3)
+
+    # ---- helpers ---------------------------------------------------------------------------------------------------------
+    def _operations(self, name: str, state: dict[str, Tensor]) -> dict[str, Callable[[PeftModel], Any]]:
+        def add_and_delete(model: PeftModel) -> None:
+            with quiet():
+                model.add_adapter("passing", self.second_config(name))
+            model.delete_adapter("passing")
+
+        return {
+            "load_state_dict": lambda model: model.load_state_dict(state),
+            "adding and deleting another adapter": add_and_delete,
+            "train() and eval()": _trained,
+        }
+
+    def _called(self, model: nn.Module, name: str, grad: bool) -> Tensor:
+        torch.manual_seed(0)  # training draws
+        with torch.set_grad_enabled(grad):
+            return tensor_of(model(**self.inputs_for(model, name))).detach().clone()
+
+    def _fresh(self, model: nn.Module, name: str, training: bool) -> PeftModel:
+        """Return a model that was never called, with the weights of `model`."""
+        twin = self.model(name, random=False)
+        twin.load_state_dict(model.state_dict())
+        return twin.train(training)
+
+
+def _trained(model: PeftModel) -> None:
+    with quiet():
+        model.train()
+    randomise(model, "default", 3)
+    model.eval()
+
+
+def sampled(model: PeftModel, what: str) -> Iterator[tuple[nn.Module, str, str]]:
+    """Yield (module, name, description) of tensors to change: for each change another one of the adapter, and another one of the base.
+
+    Changing all tensors at once would hide that a single one is not followed; each is taken in turn.
+    """
+    number = list(CHANGES).index(what)
+    own = {id(parameter): key for key, parameter in parameters_of(model, "default").items()}
+    places = [(module, key, p) for module in model.modules() for key, p in module._parameters.items() if p is not None]
+    adapter = [(module, key, f"adapter: {own[id(p)]}") for module, key, p in places if id(p) in own and p.dim()]
+    base = [(module, key, f"base: {type(module).__name__}.{key}") for module, key, p in places if id(p) not in own and p.dim() > 1]
+    for choices, step in ((adapter, number), (base, 5 * number)):
+        if choices:
+            yield choices[step % len(choices)]
