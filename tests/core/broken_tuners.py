@@ -279,7 +279,32 @@ class HidesItsParameters(SoundLayer):
         return {}
 
 
+class KeepsItsDelta(SoundLayer):
+    """Believes that weights stay as they are in evaluation."""
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().delta_weight(adapter)
+        kept: dict[str, Tensor] = self.__dict__.setdefault("_kept_deltas", {})
+        if adapter not in kept:
+            kept[adapter] = super().delta_weight(adapter)
+        return kept[adapter]
+
+
+class ActsWhileMerged(SoundLayer):
+    """In a cache scope it acts beside a weight into which it is merged."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        y = super().forward(*args, **kwargs)
+        return self.contribute("default", args[0], y) if self.merges and self.activation.cache() is not None else y
+
+
 BROKEN: dict[str, type] = {
+    "test_outputs_follow_the_weights": KeepsItsDelta,
+    "test_copies_compute_their_own": KeepsItsDelta,
+    "test_nothing_is_kept": KeepsItsDelta,
+    "test_cache_scope": KeepsItsDelta,
+    "test_merging_in_a_cache_scope": ActsWhileMerged,
     "test_config_survives_json": ForgetsAField,
     "test_save_and_load": ReadsSomethingElse,
     "test_files_hold_everything_and_no_names": PutsNamesIntoKeys,

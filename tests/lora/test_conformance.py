@@ -110,6 +110,7 @@ class TestAlora(TunerSuite):
     expected_failures = {
         "test_merge": "no change of the base weight acts on some tokens only",
         "test_unmerge_is_exact": "as above",
+        "test_merging_in_a_cache_scope": "as above",
         "test_shapes": "a layer by itself has no tokens in which an invocation could stand",
         "test_two_at_once": "it asks layers by themselves; see test_two_in_use_act_each_from_its_own_invocation_on",
     }

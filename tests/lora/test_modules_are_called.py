@@ -18,7 +18,10 @@ from peft_lora import LoraConfig
 
 FIELDS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}, "dropout": {"lora_dropout": 0.5}}
 BASES: dict[str, Callable[[], nn.Module]] = {"linear": lambda: nn.Linear(6, 5), "conv": lambda: nn.Conv1d(6, 5, 3, padding=1)}
-X = {"linear": torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)), "conv": torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))}
+X = {
+    "linear": torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0)),
+    "conv": torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0)),
+}
 
 
 class Net(nn.Module):

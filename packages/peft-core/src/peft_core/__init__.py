@@ -39,7 +39,7 @@ _HOME = {
     "tuners.call": "Call Site VirtualTokens",
     "tuners.reshaping": "Reshape",
     "tuners.targeting": "Patterns target_matcher",
-    "tuners.index": "AdapterIndex cached require_index",
+    "tuners.index": "AdapterIndex require_index",
     "tuners.tuner": "Contents Incoming LayerTuner ModuleValues Plan Translation TunerBase Wrap",
     "checkpoint.save": "write_adapter",
     "checkpoint.state_dict": "file_key",
@@ -66,7 +66,7 @@ _HOME = {
         "bloom_model_postprocess_past_key_value cast_mixed_precision_params infer_device prepare_model_for_kbit_training shift_tokens_right transpose"
     ),
     "models.base_state": "get_base_model_state_dict set_base_model_state_dict",
-    "models.functional": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
+    "models.functional": "cached cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
     "models.signatures": "check_if_peft_model update_forward_signature update_generate_signature update_signature",
     "models.hotswap": "hotswap_adapter hotswap_adapter_from_state_dict",
     "models.factory": ("get_peft_model get_peft_model_state_dict inject_adapter_in_model load_peft_weights set_peft_model_state_dict"),
@@ -150,6 +150,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .models.factory import inject_adapter_in_model as inject_adapter_in_model
     from .models.factory import load_peft_weights as load_peft_weights
     from .models.factory import set_peft_model_state_dict as set_peft_model_state_dict
+    from .models.functional import cached as cached
     from .models.functional import cast_adapter_dtype as cast_adapter_dtype
     from .models.functional import delete_adapter as delete_adapter
     from .models.functional import set_adapter as set_adapter
@@ -202,7 +203,6 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .tuners.call import Site as Site
     from .tuners.call import VirtualTokens as VirtualTokens
     from .tuners.index import AdapterIndex as AdapterIndex
-    from .tuners.index import cached as cached
     from .tuners.index import require_index as require_index
     from .tuners.perform import leave_modules as leave_modules
     from .tuners.reshaping import Reshape as Reshape

@@ -11,16 +11,19 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import PeftWarning, RoutingError
 from .cache import CacheScope, may_cache
+from .fusing import is_observed
+
+T = TypeVar("T")
 
 #: the name that stands for "no adapter" in a per-sample route
 BASE = "__base__"
@@ -263,6 +266,22 @@ class Activation:
                 self.local.cache = None
             else:
                 root.scope = None
+
+    def cached_result(self, kind: str, module: nn.Module, compute: Callable[[], T], key: Hashable = None) -> T:
+        """Return what `compute` makes of the weights of a module: in an open cache scope computed once, elsewhere in each call.
+
+        Nothing is cached while a part of `module` is in training mode, where it may compute something else each time, or has hooks.
+
+        Args:
+            kind: names the result.
+            module: from whose parameters and buffers alone it is computed.
+            compute: takes nothing, returns a tensor or anything made of tensors.
+            key: which of several results of the module.
+        """
+        scope = self.cache()
+        if scope is None or any(part.training or is_observed(part) for part in module.modules()):
+            return compute()
+        return scope.get((kind, module, key), compute)
 
     def drop_cached(self) -> None:
         """Empty all open cache scopes; called by every operation of ours that changes a weight, after it has done so."""

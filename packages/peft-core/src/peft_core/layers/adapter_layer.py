@@ -98,7 +98,7 @@ class AdapterLayer(AdapterMerging):
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
-        if len(args) == 1 and not kwargs:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
             fused = self.fused_forward(args[0])
             if fused is not None:
                 return fused

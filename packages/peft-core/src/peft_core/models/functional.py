@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from ..tuners.index import AdapterIndex, index_of
+from ..tuners.index import AdapterIndex, index_of, require_index
 from .configs import require_adapter
 
 
@@ -82,3 +83,24 @@ def _index(model: nn.Module, *names: str) -> AdapterIndex:
     index = require_adapter(index_of(model), model)
     index.require(*names)
     return index
+
+
+def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a scope in which values computed from weights are cached: merged weights of small layers, norms, stacked batches, prompts.
+
+    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging
+    adapters, scales, hot-swapping, `load_state_dict`, `train`), which empty the scope. With gradients, in training mode, under compilation, tracing
+    and function transforms nothing is cached. Nested scopes are one; threads share it. `generate` opens one for its own duration.
+
+    Args:
+        model: a `PeftModel`, or a model with injected adapters.
+
+    Raises:
+        AdapterNotFoundError: the model has no adapters.
+
+    Example:
+        >>> with peft_core.cached(model):
+        ...     for batch in requests:
+        ...         model(**batch)
+    """
+    return require_index(model).activation.cached()

@@ -130,8 +130,6 @@ def _in_a_thread(module: nn.Module, name: str) -> None:
     thread.join()
 
 
-#: changes that may reach numbers which an input does not use
-SMALL = ("one entry, through .data", "one row, through .data", "a numpy view", "from another thread")
 #: name → what is done to a tensor; each leaves it in the same shape and dtype
 CHANGES: dict[str, Change] = {
     "in place": _in_place,

@@ -368,27 +368,6 @@ def index_of(model: nn.Module) -> AdapterIndex | None:
     return found if isinstance(found, AdapterIndex) else None
 
 
-def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a scope in which values computed from weights are cached: merged weights of small layers, norms, stacked batches, prompts.
-
-    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging
-    adapters, scales, hot-swapping, `load_state_dict`, `train`), which empty the scope. With gradients, in training mode, under compilation, tracing
-    and function transforms nothing is cached. Nested scopes are one; threads share it. `generate` opens one for its own duration.
-
-    Args:
-        model: a `PeftModel`, or a model with injected adapters.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapters.
-
-    Example:
-        >>> with peft_core.cached(model):
-        ...     for batch in requests:
-        ...         model(**batch)
-    """
-    return require_index(model).activation.cached()
-
-
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model inside what `torch.compile` returned; any other as it is."""
     inside: nn.Module | None = getattr(model, "__dict__", {}).get("_modules", {}).get("_orig_mod")

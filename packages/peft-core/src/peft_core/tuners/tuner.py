@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -15,15 +15,12 @@ from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleErro
 from ..layers.activation import Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
-from ..layers.fusing import is_observed
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
 from . import targeting
 from .base_view import BaseView
 from .call import Call, Output
 from .reshaping import Reshape
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,21 +117,9 @@ class TunerBase:
         self.mounted: dict[str, dict[str, nn.Module]] = {}
         self.configs: dict[str, Any] = {}
 
-    def cached(self, kind: str, module: nn.Module, compute: Callable[[], T], key: Hashable = None) -> T:
-        """Return what `compute` makes of the weights of `module`: in an open cache scope (`peft_core.cached`) once, elsewhere in each call.
-
-        Nothing is cached while a part of `module` is in training mode, where it may compute something else each time, or has hooks.
-
-        Args:
-            kind: names the result.
-            module: from whose parameters and buffers alone it is computed.
-            compute: takes nothing, returns a tensor or anything made of tensors.
-            key: which of several results of the module.
-        """
-        scope = self.activation.cache()
-        if scope is None or any(part.training or is_observed(part) for part in module.modules()):
-            return compute()
-        return scope.get((kind, module, key), compute)
+    def cached(self, kind: str, module: nn.Module, compute: Callable[[], Any], key: Hashable = None) -> Any:
+        """Return what `compute` makes of the weights of `module`: in an open cache scope once, see `Activation.cached_result`."""
+        return self.activation.cached_result(kind, module, compute, key)
 
     def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file is read on this base; None: as it is. Changes nothing.
