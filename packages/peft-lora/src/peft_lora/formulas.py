@@ -77,7 +77,8 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -
     a, b = a.to(wide), b.to(wide)
     small = weight.numel() <= SMALL
     if branch and small:  # the rows are formed in less time than the terms
-        return torch.linalg.vector_norm(torch.addmm(weight.to(wide), b, a, alpha=s), dim=1).double().square()
+        rows: Tensor = torch.linalg.vector_norm(torch.addmm(weight.to(wide), b, a, alpha=s), dim=1)  # type: ignore[arg-type]
+        return rows.double().square()
     # half precision is widened a few rows at a time: no second W
     parts = torch.split(weight, max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
     products = [a.mm(part.to(wide).t()) for part in parts]

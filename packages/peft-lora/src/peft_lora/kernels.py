@@ -268,7 +268,8 @@ def _low_rank(ctx: Any, mask: Tensor | None, weight: Tensor | None, bias: Tensor
         if mask is not None:
             dropped = _masked(dropped.reshape(-1, x.shape[-1]), mask, _scale(ctx.p)).view(x.shape)
         change = ctx.s * F.linear(F.linear(dropped, a), b.to(a.dtype))
-        return change.to(x.dtype) if weight is None else (F.linear(x, weight, bias) + change).to(x.dtype)
+        found: Tensor = change if weight is None else F.linear(x, weight, bias) + change
+        return found.to(x.dtype)
 
     return function
 
@@ -278,7 +279,7 @@ def _dora(ctx: Any, weight: Tensor, bias: Tensor | None, norms: Tensor) -> Calla
 
     def function(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         v = F.linear(x, weight) + ctx.s * F.linear(F.linear(x.to(a.dtype), a), b.to(a.dtype))
-        y = v * dora_factor(m, norms)
+        y: Tensor = v * dora_factor(m, norms)
         return (y if bias is None else y + bias).to(x.dtype)
 
     return function

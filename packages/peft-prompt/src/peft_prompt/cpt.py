@@ -139,7 +139,7 @@ class CPTTuner(TunerBase):
         for adapter, rows in call.share(encoders):
             used.append((adapter, rows, sum(tokens.length for tokens in call.virtual if tokens.embeds is not None)))
             encoder = encoders[adapter]
-            call = call.adding(VirtualTokens(rows, embeds=self.cached("tokens", encoder, partial(encoder, "tokens"))))
+            call = call.adding(VirtualTokens(rows, embeds=self.activation.cached_result("tokens", encoder, partial(encoder, "tokens"))))
         if not used or not isinstance(labels, Tensor):
             return call
         types = _types(call.arguments.get(ARGUMENT), labels)

@@ -118,7 +118,7 @@ class MultitaskPromptTuner(TunerBase):
             own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
             same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
             compute = partial(encoder, "tokens", own, same)
-            for site, embeds in compute() if same is None else self.cached("tokens", encoder, compute, key=same):
+            for site, embeds in compute() if same is None else self.activation.cached_result("tokens", encoder, compute, key=same):
                 call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
         return call
 

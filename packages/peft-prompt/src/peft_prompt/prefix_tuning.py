@@ -119,6 +119,6 @@ class PrefixTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder = encoders[adapter]
-            keys_values, weights = self.cached("offered", encoder, partial(encoder, "offered"))
+            keys_values, weights = self.activation.cached_result("offered", encoder, partial(encoder, "offered"))
             call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=keys_values, weights=weights))
         return call

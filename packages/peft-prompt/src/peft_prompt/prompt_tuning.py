@@ -67,5 +67,5 @@ class PromptTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder, what = encoders[adapter], "all_tokens" if call.entire else "tokens"
-            call = call.adding(VirtualTokens(rows, embeds=self.cached(what, encoder, partial(encoder, what))))
+            call = call.adding(VirtualTokens(rows, embeds=self.activation.cached_result(what, encoder, partial(encoder, what))))
         return call

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
@@ -40,7 +41,7 @@ def _numpy(module: nn.Module, name: str) -> None:
 
 
 def _dlpack(module: nn.Module, name: str) -> None:
-    torch.from_dlpack(module.get_parameter(name).detach()).add_(0.5)
+    torch.utils.dlpack.from_dlpack(module.get_parameter(name).detach()).add_(0.5)
 
 
 def _data_assigned(module: nn.Module, name: str) -> None:
@@ -88,7 +89,7 @@ def _loaded_by_assigning(module: nn.Module, name: str) -> None:
     module.load_state_dict({name: module.state_dict()[name] * -0.5 + 0.25}, strict=False, assign=True)
 
 
-def _stepped(kind: type[torch.optim.Optimizer], **options: Any) -> Change:
+def _stepped(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Change:
     def change(module: nn.Module, name: str) -> None:
         parameter = module.get_parameter(name)
         parameter.grad = torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype).view(parameter.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -116,10 +116,6 @@ class TunerBase:
         self.activation = activation
         self.mounted: dict[str, dict[str, nn.Module]] = {}
         self.configs: dict[str, Any] = {}
-
-    def cached(self, kind: str, module: nn.Module, compute: Callable[[], Any], key: Hashable = None) -> Any:
-        """Return what `compute` makes of the weights of `module`: in an open cache scope once, see `Activation.cached_result`."""
-        return self.activation.cached_result(kind, module, compute, key)
 
     def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file is read on this base; None: as it is. Changes nothing.

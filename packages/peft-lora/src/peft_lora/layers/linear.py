@@ -76,11 +76,13 @@ class Linear(LoraLayer):
         if not (can_fuse(x, base, down, up) if dropout is None else can_fuse(x, base, down, up, dropout)):
             return None
         weight, bias = base._parameters["weight"], base._parameters["bias"]
-        a, b, s = down._parameters["weight"], up._parameters["weight"], self.scaling[adapter]
+        a: Any = down._parameters["weight"]
+        b: Any = up._parameters["weight"]
+        s = self.scaling[adapter]
         if weight.dtype is not x.dtype or up._parameters["bias"] is not None:
             return None
         s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
-        p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0  # type: ignore[union-attr]
+        p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0
         if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad):
             if weight.requires_grad or (bias is not None and bias.requires_grad):
                 return None

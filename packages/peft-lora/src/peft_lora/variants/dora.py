@@ -122,7 +122,8 @@ class Dora(Variant):
         if scope is None or layer.training or not caches_dora():
             return self.vector()
         s = layer.scaling[self.adapter]
-        return scope.get(("dora factor", layer, self.adapter, None if isinstance(s, Tensor) else s), self.vector)
+        found: Tensor = scope.get(("dora factor", layer, self.adapter, None if isinstance(s, Tensor) else s), self.vector)
+        return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is; summed in the adapter's dtype, rounded once."""
@@ -138,14 +139,16 @@ class Dora(Variant):
             dropout = None if embedding else layer.dropout_of(self.adapter)
             y = self._plain(x if dropout is None else dropout(x), y.to(wide), drop=False)
             if bias is None:
-                return (y * f).to(dtype)
-            shift: Tensor = ops.features(bias.to(wide))
-            return ((y - shift) * f + shift).to(dtype)
+                changed: Tensor = y * f
+            else:
+                shift: Tensor = ops.features(bias.to(wide))
+                changed = (y - shift) * f + shift
+            return changed.to(dtype)
         dropped = layer.dropout_of(self.adapter)(x)
         weight = ops.matrix(layer.base_weight()).to(x.dtype)
         through_base: Tensor = ops.apply(layer.get_base_layer(), dropped, weight)
-        y = y + (f - 1) * through_base
-        return (y + self._plain(dropped, torch.zeros_like(y), drop=False) * f).to(dtype)
+        total: Tensor = y + (f - 1) * through_base
+        return (total + self._plain(dropped, torch.zeros_like(total), drop=False) * f).to(dtype)
 
     def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
         """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
