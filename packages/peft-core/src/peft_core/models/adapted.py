@@ -196,7 +196,11 @@ class AdaptedModel(nn.Module, Saving):
         return self._peft_index.activation.cached()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load tensors as `nn.Module.load_state_dict` does; an open cache scope is emptied."""
+        """Load tensors; an open cache scope is emptied.
+
+        Args:
+            *args, **kwargs: as `nn.Module.load_state_dict` takes them.
+        """
         try:
             return super().load_state_dict(*args, **kwargs)
         finally:

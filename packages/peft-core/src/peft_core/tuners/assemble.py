@@ -31,7 +31,7 @@ class BaseForward:
         self.view = view
         found = inspect.signature(type(view.base).forward).parameters
         #: the names of the forward's parameters, in order
-        self.parameters = tuple(found)
+        self.parameters = tuple(found)[1:]  # without the model itself, whatever it is called
         #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
         passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
         keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)

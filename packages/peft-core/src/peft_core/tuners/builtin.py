@@ -10,12 +10,14 @@ import dataclasses
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..config import Extras
-from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
+from ..errors import AdapterNameError, ConfigError, PeftWarning, RoutingError, UnsupportedModuleError, did_you_mean, listed
 from ..layers.activation import ALL, Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
@@ -125,26 +127,36 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         shared = self.tied[adapter].modules_to_save[adapter]._parameters["weight"]
         self.modules_to_save[adapter].register_parameter("weight", shared)
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Return what the copy of the adapter in use makes of `x`, row by row where rows differ."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the copy of the adapter in use makes of the arguments, which are those of the module; row by row where rows differ.
+
+        Raises:
+            RoutingError: rows differ, and the module writes to a cache, which each copy would do.
+        """
         route = self.activation.current()
         copies = self.modules_to_save._modules
         if route.per_row is None:
-            for adapter in reversed(route.names):
-                if adapter in copies:
-                    return copies[adapter](x, *args, **kwargs)
-            return self.original_module(x, *args, **kwargs)
+            acting = next((adapter for adapter in reversed(route.names) if adapter in copies), None)
+            module: Any = self.original_module if acting is None else copies[acting]
+            return module(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        x = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+        if x is None or any(hasattr(leaf, "get_seq_length") for leaf in leaves):
+            what = f"a saved {type(self.original_module).__name__}"
+            raise RoutingError(
+                f"rows are under different adapters, and {what} was called {'without tensors' if x is None else 'with a cache'}",
+                hint="use one adapter for the batch, or use_cache=False",
+            )
         batch = x.shape[0]
-        output = self.original_module(x, *args, **kwargs)
+        output = self.original_module(*args, **kwargs)
         for adapter in route.used:
-            if adapter not in copies:
-                continue
-            rows = route.rows(adapter, batch, x.device)
+            rows = route.rows(adapter, batch, x.device) if adapter in copies else None
+            copied: Any = copies.get(adapter)
             if rows is ALL:
-                output = copies[adapter](x, *args, **kwargs)
+                output = copied(*args, **kwargs)
             elif isinstance(rows, Tensor):
-                part = copies[adapter](x[rows], *args, **kwargs)
-                output = output.index_copy(0, rows, part.to(output.dtype))
+                taken, named = tree_map(partial(_taken, rows, batch), (args, kwargs))
+                output = tree_map(partial(_written, rows, batch), output, copied(*taken, **named))
         return output
 
     def adapters(self) -> tuple[str, ...]:
@@ -221,6 +233,18 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
+
+
+def _taken(rows: Tensor, batch: int, value: Any) -> Any:
+    """Return some rows of a tensor (batch, …); anything else as it is."""
+    return value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
+
+
+def _written(rows: Tensor, batch: int, whole: Any, part: Any) -> Any:
+    """Return a tensor (batch, …) with some rows replaced by those of `part`; anything else as it is."""
+    if not (isinstance(whole, Tensor) and whole.dim() and whole.shape[0] == batch):
+        return whole
+    return whole.index_copy(0, rows.to(whole.device), part.to(whole.dtype))
 
 
 class SavedModules(TunerBase):

@@ -120,7 +120,7 @@ def virtual_length(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | N
 def _by_name(index: AdapterIndex, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     if not args:
         return dict(kwargs)
-    names = [name for name in index.forward.parameters if name != "self"]
+    names = index.forward.parameters
     if len(args) > len(names):
         raise TypeError(f"{index.view.name}.forward takes {len(names)} positional arguments, but {len(args)} were given")
     twice = [name for name in names[: len(args)] if name in kwargs]

@@ -46,4 +46,9 @@ def call_with(module: nn.Module, tensors: Mapping[str, Tensor], args: Sequence[A
     """
     if torch.compiler.is_compiling() and not parametrize.is_parametrized(module):
         return torch.func.functional_call(module, dict(tensors), tuple(args), dict(kwargs))
-    return shell(module, tensors)(*args, **kwargs)
+    twin = shell(module, tensors)
+    output = twin(*args, **kwargs)
+    for name, value in twin.__dict__.items():  # what the forward sets on the module stays
+        if name not in ("_parameters", "_modules") and module.__dict__.get(name, twin) is not value:
+            module.__dict__[name] = value
+    return output

@@ -148,7 +148,8 @@ class Dora(Variant):
         weight = ops.matrix(layer.base_weight()).to(x.dtype)
         through_base: Tensor = ops.apply(layer.get_base_layer(), dropped, weight)
         total: Tensor = y + (f - 1) * through_base
-        return (total + self._plain(dropped, torch.zeros_like(total), drop=False) * f).to(dtype)
+        total = total + self._plain(dropped, torch.zeros_like(total), drop=False) * f
+        return total.to(dtype)
 
     def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
         """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
