@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from peft_core import cached, get_peft_model
+from peft_core import MergeError, cached, get_peft_model
 from peft_core.testing.helpers import randomise
 from peft_loha import LoHaConfig
 from peft_lora import LoraConfig
@@ -221,3 +221,25 @@ def test_per_sample_gradients_by_hooks() -> None:
         model.zero_grad()
         model(X["linear"][row : row + 1]).square().sum().backward()
         torch.testing.assert_close(found[row], layer.lora_B["default"].weight.grad)
+
+
+def weight_norm_by_hooks(module: nn.Module) -> None:
+    nn.utils.weight_norm(module)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@every
+@kinds
+@pytest.mark.parametrize("how", [*COMPUTED, "weight_norm by hooks"])
+def test_an_adapter_around_a_computed_weight(fields: dict[str, Any], kind: str, how: str) -> None:
+    torch.manual_seed(0)
+    base = BASES[kind]()
+    {**COMPUTED, "weight_norm by hooks": weight_norm_by_hooks}[how](base)
+    before = base(X[kind]).detach()
+    model: Any = get_peft_model(Net(base), LoraConfig(r=2, target_modules=["target"], **fields)).eval()
+    torch.testing.assert_close(model(X[kind]), before)
+    randomise(model, "default", 1)
+    assert not torch.allclose(model(X[kind]), before)
+    with pytest.raises(MergeError, match="is computed"):
+        model.merge_adapter()
+    model(X[kind]).square().sum().backward()

@@ -15,6 +15,7 @@ from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
 from .creation import Creation
 from .fusing import returns_new_tensor
+from .offloading import in_memory, is_offloaded
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
 CACHED_WEIGHT_UP_TO = 1 << 18
@@ -120,6 +121,12 @@ class AdapterLayer(AdapterMerging):
             y = y.clone()
         if chosen is not None:
             return self.contribute_chosen(chosen, x, y)
+        if is_offloaded(base):
+            with in_memory(self):
+                return self._contribute_all(route, x, y)
+        return self._contribute_all(route, x, y)
+
+    def _contribute_all(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         if route.per_row is not None:
             return self.contribute_by_row(route, x, y)
         for adapter in route.names:

@@ -14,6 +14,7 @@ from .adapter_weights import AdapterWeights
 from .base_ops import BaseOps
 from .folded import AffineChange, BiasChange, Product, Subtraction, WeightChange, refuse_wrong_order
 from .merging import MERGES, Fold, Merge, merges_of, pristine
+from .offloading import is_offloaded
 
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
@@ -90,6 +91,7 @@ class AdapterMerging(AdapterWeights):
         if not own:
             return None
         base = self.get_base_layer()
+        self._require_writable(base)
         layer = cast("AdapterLayer", self)
         folds = [Fold(base, self.weight_name, self.change_of(own), shared=self.shared_weight)]
         bias = base._parameters.get(self.bias_name)
@@ -97,6 +99,22 @@ class AdapterMerging(AdapterWeights):
             if any(self.merged_bias(adapter, bias) is not bias for adapter in own):
                 folds.append(Fold(base, self.bias_name, BiasChange(layer, own)))
         return Merge(base, own, folds)
+
+    def _require_writable(self, base: nn.Module) -> None:
+        weight = base._parameters.get(self.weight_name)
+        if weight is None:
+            raise MergeError(
+                f"{self.weight_name!r} of this {type(base).__name__} is computed (weight_norm, a parametrisation, pruning) or sharded: there is no "
+                "weight to merge into",
+                hint="make it a parameter first (remove_parametrizations, remove_weight_norm, prune.remove), or use the adapter unmerged",
+                code="weight-is-computed",
+            )
+        if weight.is_meta and is_offloaded(base):
+            raise MergeError(
+                f"{self.weight_name!r} of this {type(base).__name__} is offloaded by accelerate and is not in memory",
+                hint="load the base without offloading, or use the adapter unmerged",
+                code="weight-is-offloaded",
+            )
 
     def change_of(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
         """Return what merging these adapters does to the base weight."""

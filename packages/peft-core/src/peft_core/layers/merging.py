@@ -197,7 +197,7 @@ class Merge:
 
 def pristine(owner: nn.Module, name: str = "weight") -> Tensor:
     """Return a parameter as it was before all that is merged into it now; detached, not to be written to."""
-    value = owner.get_parameter(name).detach()
+    value: Tensor = getattr(owner, name).detach()
     for merge in reversed(owner.__dict__.get(MERGES, ())):
         if merge.permanent:
             break

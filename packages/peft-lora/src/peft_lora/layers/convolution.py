@@ -6,6 +6,7 @@ import copy
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from peft_core import ConfigError, MergeError
 
@@ -117,12 +118,12 @@ _OWN = ("_parameters", "_buffers", "_modules")
 
 def _twin(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
     """Return a module of the base's class with its settings and another weight."""
-    twin = bare(type(base))
+    twin = bare(parametrize.type_before_parametrizations(base))
     for name, value in base.__dict__.items():
-        if name not in twin.__dict__ and name not in ("forward", "_old_forward", "_hf_hook"):
+        if name not in twin.__dict__ and name not in ("forward", "_old_forward", "_hf_hook", "weight"):  # a weight that hooks compute is an attribute
             twin.__dict__[name] = copy.copy(value)
     twin._buffers.update(base._buffers)
-    twin._modules.update({name: copy.deepcopy(part) for name, part in base._modules.items()})
+    twin._modules.update({name: copy.deepcopy(part) for name, part in base._modules.items() if name != "parametrizations"})
     twin.out_channels, twin.groups = weight.shape[0], groups
     twin.weight = weight
     twin.register_parameter("bias", None)
