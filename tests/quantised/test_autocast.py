@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from peft_core import get_peft_config
-
 from quantised.kinds import BOTH, KINDS, X, adapted, close
 
 FIELDS: dict[str, dict[str, Any]] = {"plain": {}, "dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}

@@ -100,8 +100,10 @@ def test_threads_share_it_and_generate_has_its_own(model: Any) -> None:
     hook = model.get_base_model().register_forward_hook(lambda *args: scopes.append(id(model._peft_index.activation.cache())))
     model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
     hook.remove()
-    assert len(set(scopes)) == 1 and scopes[0] != id(None)
-    assert model._peft_index.activation.cache() is None and held(model) == -1
+    assert len(set(scopes)) == 1
+    assert scopes[0] != id(None)
+    assert model._peft_index.activation.cache() is None
+    assert held(model) == -1
 
 
 def test_what_is_computed_while_a_weight_changes_is_not_put_in() -> None:

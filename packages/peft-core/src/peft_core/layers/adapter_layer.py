@@ -99,8 +99,10 @@ class AdapterLayer(AdapterMerging):
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
-        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
-            fused = self.fused_forward(args[0])
+        if not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
+            if torch.is_grad_enabled() and self.activation.root.scope is not None:
+                self.activation.cache()  # empties it: an optimiser may follow
+            fused = self.fused_forward(args[0]) if len(args) == 1 and not kwargs else None
             if fused is not None:
                 return fused
         base: Any = self._modules["base_layer"]
