@@ -28,7 +28,9 @@ def test_autocast(kind: str, fields: dict[str, Any], half: bool) -> None:
         model(x).float().square().mean().backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()) and parameter.grad.dtype is torch.float32, name
+            assert parameter.grad is not None, name
+            assert parameter.grad.dtype is torch.float32, name
+            assert bool(torch.isfinite(parameter.grad).all()), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
