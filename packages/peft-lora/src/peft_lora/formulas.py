@@ -75,8 +75,7 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -
     branch = weight.device.type == "cpu" and not torch.compiler.is_compiling()
     wide = torch.float32 if branch and b.dtype is not torch.float64 else torch.float64
     a, b = a.to(wide), b.to(wide)
-    small = weight.numel() <= SMALL
-    if branch and small:  # the rows are formed in less time than the terms
+    if branch and forms_rows(weight):
         rows: Tensor = torch.linalg.vector_norm(torch.addmm(weight.to(wide), b, a, alpha=s), dim=1)  # type: ignore[arg-type]
         return rows.double().square()
     # half precision is widened a few rows at a time: no second W
@@ -92,6 +91,11 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -
         if bool(low.any()):
             found[low] = (weight[low].double() + s * b[low].double() @ a.double()).square().sum(1)
     return found.clamp_(min=0)
+
+
+def forms_rows(weight: Tensor) -> bool:
+    """Return whether the rows of W + s·B·A are formed in less time than the terms of their norms: a small W (out, in) on the CPU."""
+    return weight.numel() <= SMALL and weight.device.type == "cpu"
 
 
 def dora_factor(m: Tensor, norms: Tensor) -> Tensor:

@@ -230,16 +230,17 @@ class Activation:
     # ---- the cache scope ---------------------------------------------------------------------------------------------
     def cache(self) -> CacheScope | None:
         """Return the open cache scope, where this call may use one; None elsewhere. A call with gradients empties it: an optimiser may follow."""
-        if torch.compiler.is_compiling():
-            return None
-        scope: CacheScope | None = getattr(self.local, "cache", None) or self.root.scope
-        if scope is None or scope.closed:
-            return None
-        if may_cache():
+        scope = None if torch.compiler.is_compiling() else self.open_scope()
+        if scope is None or may_cache():
             return scope
         if torch.is_grad_enabled():
             scope.clear()
         return None
+
+    def open_scope(self) -> CacheScope | None:
+        """Return the open cache scope for a call of which `can_fuse` has just said yes and which has no gradients; other calls ask `cache`."""
+        scope: CacheScope | None = getattr(self.local, "cache", None) or self.root.scope
+        return None if scope is None or scope.closed else scope
 
     @contextlib.contextmanager
     def cached(self, *, thread: bool = False) -> Iterator[None]:

@@ -160,33 +160,41 @@ class AdapterLayer(AdapterMerging):
     def cached_merged_linear(self, adapter: str, x: Tensor) -> Tensor | None:
         """Return x·W'ᵀ + b' around a small plain Linear, with W' and b' from the open cache scope; None where there is no scope, or it does not pay.
 
+        Call it only after `can_fuse` has said yes.
+
         Args:
             adapter: the only one that acts; its whole effect is a change of weight and bias.
             x: (…, in).
         """
-        out, inp = self.matrix_shape
-        scope = self.activation.cache() if out * inp <= CACHED_WEIGHT_UP_TO and not self.training else None
-        if scope is None:
+        scope = self.activation.open_scope()
+        if scope is None or self.training or torch.is_grad_enabled():
             return None
         base: Any = self._modules["base_layer"]
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         scaling = self.scaling[adapter]
-        if weight.dtype is not x.dtype or x.dtype is not torch.float32:  # in half precision W would round small changes away
-            return None
-        if isinstance(scaling, Tensor):  # of a compiled model whose adapters are swapped
+        # in half precision W would round small changes away; a tensor: of a compiled model whose adapters are swapped
+        if weight.numel() > CACHED_WEIGHT_UP_TO or not weight.dtype is x.dtype is torch.float32 or isinstance(scaling, Tensor):
             return None
 
         def merged() -> tuple[Tensor, Tensor | None] | None:
             try:
-                factor, changed_bias = self.weight_factor(adapter), self.merged_bias(adapter, bias)
-                changed = self.merged_weight(adapter, weight)
+                return self.merged_linear(adapter, weight, bias)
             except MergeError:  # an effect that is no change of the weight
                 return None
-            changed = changed if factor is None else changed * self.ops.stored(factor)
-            return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
 
-        pair = scope.get(("merged weight", self, adapter, scaling, x.dtype, x.device), merged)
+        pair = scope.get(("merged weight", self, adapter, scaling, x.device), merged)
         return None if pair is None else F.linear(x, *pair)
+
+    def merged_linear(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (out, in) and bias (out,) of a Linear that does what this plain one and the adapter do; both stay as they are.
+
+        Raises:
+            MergeError: the adapter's effect is no change of the weight.
+        """
+        factor, changed_bias = self.weight_factor(adapter), self.merged_bias(adapter, bias)
+        changed = self.merged_weight(adapter, weight)
+        changed = changed if factor is None else changed * self.ops.stored(factor)
+        return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Switch between training and evaluation; inside a cache scope, training closes it."""

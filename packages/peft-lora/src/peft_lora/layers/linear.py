@@ -95,6 +95,16 @@ class Linear(LoraLayer):
                 return found
         return kernels.add_low_rank(F.linear(x, weight, bias), F.dropout(x, p) if p else x, a, b, s)
 
+    def merged_linear(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight (out, in) and bias (out,) of a Linear that does what this plain one and the adapter do; both stay as they are."""
+        variant = self.variants.get(adapter)
+        if variant is None:  # in one step: this is done for each call of `generate`
+            a, b = self.factors(adapter)
+            merged: Tensor | None = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling[adapter])
+        else:
+            merged = variant.merged_rows(weight)
+        return super().merged_linear(adapter, weight, bias) if merged is None else (merged, self.merged_bias(adapter, bias))
+
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(x)) and what the adapter does besides, rounded once to the dtype of `y`."""
         variant = self.variants.get(adapter)

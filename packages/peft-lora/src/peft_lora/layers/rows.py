@@ -32,12 +32,13 @@ class Stack:
         assert route.per_row is not None
         here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
         self.rows = len(here)
-        a, self.b = stacked(layer, here, dtype)
+        a, b = stacked(layer, here, dtype)
+        self.b = b.contiguous()
         self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
-        self.bags: tuple[Tensor, Tensor] | None = None
-        if self.rows >= BAGS_FROM and self.b.device.type == "cpu" and self.b.dtype is torch.float32:
-            numbers = torch.arange(self.rows * self.b.shape[1], dtype=torch.int32)
-            self.bags = numbers, numbers[:: self.b.shape[1]].contiguous()
+        self.bags: tuple[Tensor, Tensor, Tensor] | None = None
+        if self.rows >= BAGS_FROM and b.device.type == "cpu" and b.dtype is torch.float32:
+            numbers = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
+            self.bags = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
@@ -46,8 +47,8 @@ class Stack:
             if self.bags is None:
                 return y.add_(torch.bmm(hidden, self.b))
             # a weighted sum of a row's R rows of B: the kernel for bags streams them, where the batched product is half as fast
-            numbers, starts = self.bags
-            return y.add_(torch.embedding_bag(self.b.flatten(0, 1), numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
+            table, numbers, starts = self.bags
+            return y.add_(torch.embedding_bag(table, numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 

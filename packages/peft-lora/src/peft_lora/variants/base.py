@@ -88,6 +88,10 @@ class Variant:
         """Return the whole output of `base` for `x` with the adapter's effect, computed at once, where `can_fuse` allows it; None elsewhere."""
         return None
 
+    def merged_rows(self, weight: Tensor) -> Tensor | None:
+        """Return the weight (out, in) of a Linear that does what one with `weight` and the adapter do; None: as `delta` and `factor` say."""
+        return None
+
     def delta(self) -> Tensor:
         """Return s·ΔW (out, in); by default s·B·A.
 

@@ -173,10 +173,19 @@ class Dora(Variant):
             found: Tensor | None = layer.cached_merged_linear(adapter, x)
             if found is not None:
                 return found
+        if formulas.forms_rows(weight) and weight.dtype is a.dtype is b.dtype is m.dtype is torch.float32:
+            return kernels.dora_by_rows(x, weight, bias, a, b, m, s)
         y = kernels.add_low_rank(F.linear(x, weight).to(a.dtype), x, a, b, s)
         f = self._factor_now().to(y.dtype)
         y = y.mul_(f) if bias is None else torch.addcmul(bias.to(y.dtype), y, f)
         return y.to(x.dtype)
+
+    def merged_rows(self, weight: Tensor) -> Tensor:
+        """Return f ⊙ (W + s·B·A) (out, in) for the weight of a small plain Linear."""
+        layer: Any = self.layer
+        a, b = (factor.to(weight.dtype) for factor in layer.factors(self.adapter))
+        rows, f = kernels.dora_rows(weight, a, b, self.magnitude, layer.scaling[self.adapter])
+        return rows.mul_(f[:, None])
 
     def _plain(self, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
         """Return y + s·B·A·x."""
