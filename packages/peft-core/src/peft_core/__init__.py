@@ -30,7 +30,7 @@ _HOME = {
     "layers.cache": "CacheScope",
     "layers.base_ops": "BaseOps is_conv1d ops_for with_weight",
     "layers.casting": "disable_input_dtype_casting",
-    "layers.fusing": "can_fuse",
+    "layers.fusing": "are_plain can_fuse is_observed",
     "layers.folded": "Product Subtraction",
     "layers.merging": "MERGES Fold Merge merges_of",
     "layers.slots": "AdapterModule LeavesBehind Mergeable Slot module_slots write_tensor",
@@ -122,7 +122,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors
     from .layers.creation import Creation as Creation
     from .layers.folded import Product as Product
     from .layers.folded import Subtraction as Subtraction
+    from .layers.fusing import are_plain as are_plain
     from .layers.fusing import can_fuse as can_fuse
+    from .layers.fusing import is_observed as is_observed
     from .layers.kinds import BaseTunerLayer as BaseTunerLayer
     from .layers.merging import MERGES as MERGES
     from .layers.merging import Fold as Fold

@@ -108,7 +108,7 @@ def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
 
 
 def dora_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, s: float) -> Tensor:
-    """Return what `dora_linear` does, without gradients, by forming W + s·B·A: for a small W in float32, which takes less time than the terms of its norms."""
+    """Return what `dora_linear` does, without gradients, by forming W + s·B·A: for a small W in float32 (`formulas.forms_rows`)."""
     rows, f = dora_rows(weight, a, b, m, s)
     y = F.linear(x, rows)
     return y.mul_(f) if bias is None else torch.addcmul(bias, y, f)

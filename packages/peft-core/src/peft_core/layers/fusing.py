@@ -28,7 +28,17 @@ def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
         x: input of the modules, of any shape.
         modules: what would be called.
     """
-    if type(x) not in _TENSORS or torch._C._is_any_autocast_enabled() or is_transformed() or _hooked_globally():
+    if type(x) not in _TENSORS or torch._C._is_any_autocast_enabled() or is_transformed():
+        return False
+    return are_plain(*modules)
+
+
+def are_plain(*modules: nn.Module) -> bool:
+    """Return whether calling `modules` is no more than computing with their parameters: `can_fuse` without what depends on the input and the call.
+
+    For formulas that combine several modules in operations which autocast, compilers and transforms may look into.
+    """
+    if _hooked_globally():
         return False
     for module in modules:
         state, kind = module.__dict__, type(module)

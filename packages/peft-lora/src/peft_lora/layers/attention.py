@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from peft_core import AdapterLayer, BaseOps, Route, RoutingError, Slot, UnsupportedModuleError
 
-from .common import LoraLayer, LoraSettings, plain_linear
+from ..modules import plain_linear, require_unhooked
+from .common import LoraLayer, LoraSettings
 from .linear import Linear
 from .substitution import shell
 
@@ -98,7 +99,7 @@ class Attention(LoraLayer):
     an `OutProjection` in the attention, `base_layer.out_proj.lora_A.<adapter>.weight` (r, embed) and `….lora_B.…` (embed, r).
 
     Both weights are computed with the adapters' effect, differentiably, and the base runs with them: nothing on it is exchanged. Dropout can't
-    act on a weight. Rows under different adapters are computed apart.
+    act on a weight. Rows under different adapters are computed apart. A and B are read, not called: hooks on them are an error (`ModelError`).
 
     Raises:
         UnsupportedModuleError: the attention is inside another tuner's layer.
@@ -284,6 +285,8 @@ def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, 
     found = {}
     with torch.autocast(weight.device.type, enabled=False):
         for layer, name in acting:
+            if isinstance(layer, (Attention, OutProjection)):
+                require_unhooked((layer.lora_A[name], layer.lora_B[name]), f"the {weight_name!r} of an attention")
             delta = layer.ops.stored(layer.delta_weight(name))
             wide = torch.promote_types(weight.dtype, delta.dtype)
             weight = weight.to(wide) + delta.to(wide)

@@ -328,25 +328,3 @@ class LoraLayer(AdapterLayer):
 
     def _usual_scaling(self, adapter: str) -> float:
         return formulas.scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])
-
-
-def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype of a module's parameters; that of `x` where it has none."""
-    return next((parameter.dtype for parameter in module.parameters()), x.dtype)
-
-
-def bare(kind: type[nn.Module], **attributes: Any) -> Any:
-    """Return a module without the initialisation that its constructor would run and throw away."""
-    module: Any = kind.__new__(kind)
-    nn.Module.__init__(module)
-    for name, value in attributes.items():
-        (module._parameters if isinstance(value, nn.Parameter) else module.__dict__)[name] = value
-    return module
-
-
-def plain_linear(weight: nn.Parameter) -> nn.Linear:
-    """Return a bias-free Linear with this weight."""
-    out, inp = weight.shape
-    layer: nn.Linear = bare(nn.Linear, out_features=out, in_features=inp, weight=weight)
-    layer._parameters["bias"] = None
-    return layer

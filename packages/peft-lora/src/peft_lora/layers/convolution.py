@@ -12,7 +12,8 @@ from peft_core import ConfigError, MergeError
 
 from .. import formulas
 from ..kernels import add_scaled
-from .common import LoraLayer, LoraSettings, bare, dtype_of
+from ..modules import bare, dtype_of
+from .common import LoraLayer, LoraSettings
 
 
 class Convolution(LoraLayer):

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from peft_core import Route, can_fuse, is_conv1d
 
 from .. import kernels
+from ..modules import dtype_of, plain_linear
 from . import rows
-from .common import LoraLayer, dtype_of, plain_linear
+from .common import LoraLayer
 
 
 class Linear(LoraLayer):

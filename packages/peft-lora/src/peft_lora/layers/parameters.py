@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from peft_core import AdapterLayer, BaseOps, ConfigError, Creation, MergeError, RoutingError, Slot, UnsupportedModuleError
 
 from .. import formulas
-from .common import LoraLayer, plain_linear
+from ..modules import plain_linear, require_unhooked
+from .common import LoraLayer
 from .substitution import call_with
 
 if TYPE_CHECKING:
@@ -238,7 +239,12 @@ class Parameter(LoraLayer):
         return call_with(base, {layer.weight_name: layer.changed(acting) for layer in self.around()}, args, kwargs)
 
     def changed(self, names: Sequence[str]) -> Tensor:
-        """Return W + ΔW of the adapters `names` in the layout and dtype of W, differentiably."""
+        """Return W + ΔW of the adapters `names` in the layout and dtype of W, differentiably.
+
+        Raises:
+            ModelError: an A or a B has hooks: they are read here, not called.
+        """
+        require_unhooked((module for name in names for module in (self.lora_A[name], self.lora_B[name])), f"the parameter {self.weight_name!r}")
         weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
         with torch.autocast(weight.device.type, enabled=False):
             if len(names) == 1 and weight.dtype in (torch.float32, torch.float64):

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from peft_core import BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
 
 from ..kernels import add_scaled
+from ..modules import dtype_of
 from .products import LowRank
 
 if TYPE_CHECKING:
@@ -98,16 +98,14 @@ class Alora(LowRank):
         mask = self._mask(x)
         if mask is None:
             return super().contribute(x, y)
-        a, b = layer.factors(self.adapter)
-        p = self.dropout()
-        x = layer.cast_input(x, a.dtype)
-        hidden = F.linear(F.dropout(x, p) if p else x, a).masked_fill(~mask, 0)
-        y = add_scaled(y, F.linear(hidden, b), layer.scaling[self.adapter])
-        beta = layer.beta(self.adapter)
-        return y if beta is None else add_scaled(y, mask * beta, layer.scaling[self.adapter])
+        down, up = layer.ends(self.adapter)
+        dropout = layer.dropout_of(self.adapter)
+        x = layer.cast_input(x, dtype_of(down, x))
+        change = up(down(x if dropout is None else dropout(x)))
+        return add_scaled(y, change.masked_fill(~mask, 0), layer.scaling[self.adapter])
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        """Return where the adapter acts, to be multiplied with (…, r); None: everywhere."""
+        """Return where the adapter acts, to be broadcast against (…, out); None: everywhere."""
         reach: Reach | None = self.layer.activation.current().facts.get(FACT, {}).get(self.adapter)
         if reach is None:
             raise RoutingError(

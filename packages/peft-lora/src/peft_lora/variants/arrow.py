@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import ConfigError, MergeError, RoutingError
+from peft_core import ConfigError, MergeError, RoutingError, are_plain
 
 from ..kernels import add_scaled
 from .base import Variant
@@ -79,18 +79,35 @@ class Arrow(Variant):
         Raises:
             RoutingError: there are fewer experts than `top_k`.
         """
-        layer, config = self.layer, self.settings_of_router
+        layer: Any = self.layer
+        config = self.settings_of_router
         experts = self._experts()
         count = experts.prototypes.shape[0]
         t = x.reshape(-1, x.shape[-1])
         score, chosen = coefficients(t, experts.prototypes, config.top_k, config.router_temperature)
+        if not are_plain(*(module for name in (*self.experts(), *self.general()) if name not in layer.tied for module in layer.ends(name))):
+            return self._by_modules(x, y, score, chosen)
         dense = torch.compiler.is_compiling() or count <= SPARSE * config.top_k
         change = mixed_densely(t, experts, score, chosen) if dense else mixed_sparsely(t, experts, score, chosen)
         if experts.general is not None:  # the coefficients of a token sum to 1
             a, b = experts.general
             change = change - F.linear(F.linear(t, a.to(t.dtype)), b.to(t.dtype))
-        p = layer.drop_rate(self.adapter)
-        return add_scaled(y, F.dropout(change, p).view(y.shape) if p else change.view(y.shape), 1.0)
+        dropout = layer.dropout_of(self.adapter)
+        change = change.view(y.shape)
+        return add_scaled(y, change if dropout is None else dropout(change), 1.0)
+
+    def _by_modules(self, x: Tensor, y: Tensor, score: Tensor, chosen: Tensor) -> Tensor:
+        """Return y + drop(Δ·x) by calling the modules of all experts on all tokens."""
+        layer: Any = self.layer
+        names, general = self.experts(), self.general()
+        weights = torch.zeros(score.shape[0], len(names), dtype=score.dtype, device=x.device).scatter(1, chosen, score)
+        change = torch.zeros_like(y)
+        for weight, name in zip(weights.unbind(1), names, strict=True):
+            change = change + weight.view(*y.shape[:-1], 1) * layer.contribute(name, x, torch.zeros_like(y))
+        for name in general:
+            change = change - layer.contribute(name, x, torch.zeros_like(y)) / len(general)
+        dropout = layer.dropout_of(self.adapter)
+        return add_scaled(y, change if dropout is None else dropout(change), 1.0)
 
     def _experts(self) -> Experts:
         """Return the experts; in an open cache scope those that were computed first."""

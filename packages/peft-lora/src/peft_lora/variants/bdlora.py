@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_core import ConfigError
 
@@ -19,13 +19,34 @@ if TYPE_CHECKING:
     from ..subconfigs import BdLoraConfig
 
 
+class BlockDiagonalLinear(nn.Linear):
+    """A Linear without bias of which only the blocks on the diagonal are stored.
+
+    Args:
+        weight: (out, in / n): n blocks, one under the other.
+        blocks: n.
+    """
+
+    def __init__(self, weight: nn.Parameter, blocks: int) -> None:
+        nn.Module.__init__(self)
+        self.blocks = blocks
+        self.in_features, self.out_features = weight.shape[1] * blocks, weight.shape[0]
+        self.weight = weight
+        self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output (…, out) for `x` (…, in)."""
+        parts = x.reshape(*x.shape[:-1], self.blocks, -1)
+        y = torch.einsum("...ni,noi->...no", parts, self.weight.view(self.blocks, -1, self.weight.shape[1])).flatten(-2)
+        return y if self.bias is None else y + self.bias
+
+
 class BdLora(LowRank):
     """ΔW = s·B·A, where the A of some modules and the B of others is block-diagonal; see `BdLoraConfig`.
 
     Shapes, of n blocks: such an A is stored as (r, in / n), such a B as (out, r / n): the blocks one under the other.
     """
 
-    worth_caching = True
     name = "BD-LoRA"
 
     @classmethod
@@ -71,6 +92,15 @@ class BdLora(LowRank):
             tensor.uniform_(-bound, bound)
 
         return Start(fill, start.b)
+
+    def add(self) -> None:
+        """Put the factor that has blocks into a module that computes with them."""
+        layer: Any = self.layer
+        for side, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
+            if side == self.side:
+                plain = holder[self.adapter]
+                holder[self.adapter] = blocks = BlockDiagonalLinear(plain.weight, self.blocks)
+                blocks.bias = plain.bias
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) with zeros around the blocks."""

@@ -94,6 +94,10 @@ class Kasa(LowRank):
         a, b = self.layer.factors(self.adapter)
         return self.diagonal[:, None] * a, b
 
+    def between(self, hidden: Tensor) -> Tensor:
+        """Return δ ⊙ A·x."""
+        return hidden * self.diagonal.to(hidden.dtype)
+
     @property
     def diagonal(self) -> Tensor:
         """δ (r,)."""

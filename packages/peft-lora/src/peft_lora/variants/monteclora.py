@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import add_product
+from ..kernels import add_scaled
+from ..modules import dtype_of
 from .buffers import holder_of
 from .losses import layers_with, names_of
 from .products import LowRank
@@ -94,17 +96,21 @@ class Monteclora(LowRank):
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A'·drop(x)) with a new sample A' in training, y + s·B(A·x) otherwise."""
         layer: Any = self.layer
-        a, b = layer.factors(self.adapter)
-        if layer.training:
-            a = a + self.noise(a)
-        found: Tensor = layer.with_beta(self.adapter, add_product(y, x, a, b, layer.scaling[self.adapter], self.dropout()))
-        return found
+        if not layer.training:
+            return super().contribute(x, y)
+        down, up = layer.ends(self.adapter)
+        dropout = layer.dropout_of(self.adapter)
+        x = layer.cast_input(x, dtype_of(down, x))
+        x = x if dropout is None else dropout(x)
+        hidden = down(x)
+        return add_scaled(y, up(hidden + F.linear(x, self.noise().to(x.dtype)).to(hidden.dtype)), layer.scaling[self.adapter])
 
-    def noise(self, a: Tensor) -> Tensor:
+    def noise(self) -> Tensor:
         """Return a new sample of (Σₙ wₙεₙ)ᵀ (r, in)."""
         variances, weights = self.sampler.sample()
         spread = variances.sqrt() * torch.linalg.vector_norm(weights) * float(self.config.sample_scaler)
-        noise: Tensor = spread[:, None] * torch.randn(a.shape, dtype=a.dtype, device=a.device)
+        shape = self.settings.r, self.layer.matrix_shape[1]
+        noise: Tensor = spread[:, None] * torch.randn(shape, dtype=spread.dtype, device=spread.device)
         return noise
 
     def loss(self) -> Tensor:

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from peft_core import ConfigError
+from peft_core import ConfigError, are_plain
 
 from .. import formulas
-from ..kernels import add_product
+from ..kernels import add_product, add_scaled
+from ..modules import dtype_of
 from .base import Variant
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def refuse_computed_starts(config: LoraConfig, name: str, why: str) -> None:
 
 
 class LowRank(Variant):
-    """ΔW = B'·A'. A subclass says `pair`, and `worth_caching` if more than a look-up is behind it."""
+    """ΔW = B'·A'. Where that is not the stored B·A, a subclass says `pair` and `between`, and `worth_caching` if `pair` is more than a look-up."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     worth_caching: ClassVar[bool] = False
@@ -39,13 +40,22 @@ class LowRank(Variant):
         found: tuple[Tensor, Tensor] = self.layer.factors(self.adapter)
         return found
 
+    def between(self, hidden: Tensor) -> Tensor:
+        """Return what B sees of A's output (…, r), where A and B are called as modules; by default all of it."""
+        return hidden
+
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B'A'·drop(x), and s·β where `lora_bias` gave B a bias."""
+        """Return y + s·B'A'·drop(x), with the bias of B where `lora_bias` gave it one."""
         layer: Any = self.layer
-        a, b = self.pair_now()
-        y = add_product(y, x, a, b, layer.scaling[self.adapter], self.dropout())
-        found: Tensor = layer.with_beta(self.adapter, y)
-        return found
+        down, up = layer.ends(self.adapter)
+        s = layer.scaling[self.adapter]
+        dropout = layer.dropout_of(self.adapter)
+        if are_plain(down, up, *(() if dropout is None else (dropout,))):
+            y = add_product(y, x, *self.pair_now(), s, self.dropout())
+            found: Tensor = layer.with_beta(self.adapter, y)
+            return found
+        x = layer.cast_input(x, dtype_of(down, x))
+        return add_scaled(y, up(self.between(down(x if dropout is None else dropout(x)))), s)
 
     def delta(self) -> Tensor:
         """Return s·B'A' (out, in)."""

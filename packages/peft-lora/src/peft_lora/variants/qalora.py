@@ -11,7 +11,6 @@ from torch import Tensor
 from peft_core import ConfigError
 
 from ..initializers.base import Start
-from ..kernels import add_product
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
@@ -69,9 +68,7 @@ class QaLora(LowRank):
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(p))."""
         layer: Any = self.layer
-        a, b = layer.factors(self.adapter)
-        sums = x.reshape(*x.shape[:-1], -1, self.group).sum(-1)
-        found: Tensor = layer.with_beta(self.adapter, add_product(y, sums, a, b, layer.scaling[self.adapter], self.dropout()))
+        found: Tensor = layer.low_rank(self.adapter, x.reshape(*x.shape[:-1], -1, self.group).sum(-1), y)
         return found
 
 

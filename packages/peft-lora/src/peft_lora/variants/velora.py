@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peft_core import ModelError, is_observed
+
 from ..kernels import add_scaled
 from .buffers import BufferDict, holder_of
 from .products import LowRank
@@ -53,20 +55,32 @@ class Velora(LowRank):
         return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x)); in training what is kept for A's gradient is one number for each token and group."""
+        """Return y + s·B(A·drop(x)); in training what is kept for A's gradient is one number for each token and group.
+
+        Raises:
+            ModelError: in training, `lora_A` has hooks or is no Linear.
+        """
         layer: Any = self.layer
-        a, b = layer.factors(self.adapter)
-        if not layer.training or not torch.is_grad_enabled() or not a.requires_grad:
+        down, up = layer.ends(self.adapter)
+        if not layer.training or not torch.is_grad_enabled():
             return super().contribute(x, y)
-        p, s = self.dropout(), layer.scaling[self.adapter]
+        if is_observed(down) or not isinstance(down, nn.Linear):
+            raise ModelError(
+                f"VeLoRA replaces the gradient of lora_A at {self.settings.path!r} and does not call the module in training, but it has hooks, or "
+                "is no Linear",
+                hint="remove the hooks while training, or use plain LoRA",
+            )
+        a = down.weight
+        if not a.requires_grad:
+            return super().contribute(x, y)
+        dropout, s = layer.dropout_of(self.adapter), layer.scaling[self.adapter]
         x = layer.cast_input(x, a.dtype)
-        dropped = F.dropout(x, p) if p else x
+        dropped = x if dropout is None else dropout(x)
         if self.init_type != "random":
             self._follow(dropped)
         # a copy of v, which the next step writes to before this one's backward pass may have run
         hidden: Tensor = CompressedProduct.apply(dropped, a, self.vector.clone(), self.scale)  # type: ignore[no-untyped-call]
-        found: Tensor = layer.with_beta(self.adapter, add_scaled(y, F.linear(hidden, b.to(hidden.dtype)), s))
-        return found
+        return add_scaled(y, up(hidden), s)
 
     def _follow(self, x: Tensor) -> None:
         """Set v to the direction of the mean over tokens and groups; with ``"batch_average_once"`` only if it is not set yet."""
