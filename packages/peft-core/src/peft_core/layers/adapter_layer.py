@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import MergeError, ModelError, listed
+from ..errors import MergeError, listed
 from .activation import ALL, Activation, Route
 from .adapter_merging import AdapterMerging
 from .base_ops import BaseOps, require_ops
+from .base_weight import in_memory, is_offloaded, read_weight, write_weight
 from .creation import Creation
 from .fusing import returns_new_tensor
-from .offloading import in_memory, is_offloaded
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
 CACHED_WEIGHT_UP_TO = 1 << 18
@@ -124,7 +124,7 @@ class AdapterLayer(AdapterMerging):
         if chosen is not None:
             return self.contribute_chosen(chosen, x, y)
         if is_offloaded(base):
-            with in_memory(self):
+            with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
         return self._contribute_all(route, x, y)
 
@@ -275,24 +275,19 @@ class AdapterLayer(AdapterMerging):
         return getattr(self.get_base_layer(), self.bias_name, None)
 
     def get_base_weight(self) -> Tensor:
-        """Return the base weight as it is now, in its own layout, what is merged included."""
-        found: Tensor = getattr(self.get_base_layer(), self.weight_name)
-        return found
+        """Return the base weight as it is now, in its own layout, what is merged included; a computed or offloaded one as its module would use it."""
+        return read_weight(self.get_base_layer(), self.weight_name)
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """Write `weight_data`, in the layout of the base weight, into it, in place.
 
         Raises:
-            MergeError: something is merged into it, and could not be taken out again.
+            MergeError: something is merged into it, and could not be taken out again; or it is computed, sharded or offloaded.
             ModelError: the shape is another.
         """
-        weight = self.get_base_weight()
         if self.merges:
             raise MergeError(f"{listed(self.merged_adapters)} are merged into the base weight", hint="unmerge() first")
-        if weight_data.shape != weight.shape:
-            raise ModelError(f"the base weight has the shape {tuple(weight.shape)}, and the given one {tuple(weight_data.shape)}")
-        with torch.no_grad():
-            weight.copy_(weight_data)
+        write_weight(self.get_base_layer(), self.weight_name, weight_data)
         self.activation.drop_cached()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

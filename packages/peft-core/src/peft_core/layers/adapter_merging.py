@@ -12,9 +12,9 @@ from ..errors import AdapterNotFoundError, MergeError
 from .activation import Activation
 from .adapter_weights import AdapterWeights
 from .base_ops import BaseOps
+from .base_weight import read_weight, require_writable
 from .folded import AffineChange, BiasChange, Product, Subtraction, WeightChange, refuse_wrong_order
 from .merging import MERGES, Fold, Merge, merges_of, pristine
-from .offloading import is_offloaded
 
 if TYPE_CHECKING:
     from .adapter_layer import AdapterLayer
@@ -91,7 +91,7 @@ class AdapterMerging(AdapterWeights):
         if not own:
             return None
         base = self.get_base_layer()
-        self._require_writable(base)
+        require_writable(base, self.weight_name, "choose an initialisation that leaves the base weight as it is")
         layer = cast("AdapterLayer", self)
         folds = [Fold(base, self.weight_name, self.change_of(own), shared=self.shared_weight)]
         bias = base._parameters.get(self.bias_name)
@@ -99,22 +99,6 @@ class AdapterMerging(AdapterWeights):
             if any(self.merged_bias(adapter, bias) is not bias for adapter in own):
                 folds.append(Fold(base, self.bias_name, BiasChange(layer, own)))
         return Merge(base, own, folds)
-
-    def _require_writable(self, base: nn.Module) -> None:
-        weight = base._parameters.get(self.weight_name)
-        if weight is None:
-            raise MergeError(
-                f"{self.weight_name!r} of this {type(base).__name__} is computed (weight_norm, a parametrisation, pruning) or sharded: there is no "
-                "weight to merge into",
-                hint="make it a parameter first (remove_parametrizations, remove_weight_norm, prune.remove), or use the adapter unmerged",
-                code="weight-is-computed",
-            )
-        if weight.is_meta and is_offloaded(base):
-            raise MergeError(
-                f"{self.weight_name!r} of this {type(base).__name__} is offloaded by accelerate and is not in memory",
-                hint="load the base without offloading, or use the adapter unmerged",
-                code="weight-is-offloaded",
-            )
 
     def change_of(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
         """Return what merging these adapters does to the base weight."""
@@ -200,9 +184,12 @@ class AdapterMerging(AdapterWeights):
             return change.apply(weight) - weight
 
     def base_weight(self) -> Tensor:
-        """Return the base weight as it is when nothing is merged, in its own layout; not to be written to."""
+        """Return the base weight as it is when nothing is merged, in its own layout, not to be written to.
+
+        A weight that its module computes is computed anew, one that accelerate offloads is brought into memory.
+        """
         base = self.get_base_layer()
-        return pristine(base, self.weight_name) if MERGES in base.__dict__ else cast(Tensor, getattr(base, self.weight_name))
+        return pristine(base, self.weight_name) if MERGES in base.__dict__ else read_weight(base, self.weight_name)
 
     # ---- initialisations that change the base ----------------------------------------------------------------------
     def shift_base(self, adapter: str, delta: Tensor | Product) -> None:
@@ -211,9 +198,10 @@ class AdapterMerging(AdapterWeights):
         A weight that belongs to other modules too (tied embeddings) becomes one of this module's own meanwhile.
 
         Raises:
-            MergeError: something is merged into the weight.
+            MergeError: something is merged into the weight, or it can't be written to.
         """
         base = self.get_base_layer()
+        require_writable(base, self.weight_name, "choose an initialisation that leaves the base weight as it is")
         if any(not merge.permanent for merge in base.__dict__.get(MERGES, ())):
             raise MergeError(
                 f"the initialisation of {adapter!r} changes the base weight, and adapters are merged into it", hint="unmerge_adapter() first"
@@ -229,7 +217,7 @@ class AdapterMerging(AdapterWeights):
         """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
         merge = self.shifts.get(adapter)
         change = merge.folds[0].change if merge is not None else None
-        return change.matrix(self.get_base_weight().device) if isinstance(change, Subtraction) else None
+        return change.matrix(self._base_dtype_and_device()[1]) if isinstance(change, Subtraction) else None
 
     def restore_base(self, adapter: str | None = None) -> None:
         """Undo what `shift_base` did for an adapter, or for all; the base weight returns bit for bit."""

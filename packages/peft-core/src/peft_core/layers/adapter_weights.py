@@ -27,6 +27,7 @@ class AdapterWeights(Switches):
     targeted_parameters: tuple[str, ...] = ()
     activation: Activation
     scaling: dict[str, float]
+    weight_name: str
     _creation: Creation
 
     if TYPE_CHECKING:
@@ -35,7 +36,6 @@ class AdapterWeights(Switches):
         def weight(self) -> Tensor: ...
 
         def get_base_layer(self) -> nn.Module: ...
-        def get_base_weight(self) -> Tensor: ...
 
     def add(self, adapter: str, config: Any) -> None:
         """Create the weights of a new adapter with `new`, and set its `scaling` (1.0 otherwise). `config`: what the tuner's `settings` say."""
@@ -50,7 +50,7 @@ class AdapterWeights(Switches):
         self._creation = creation
         try:
             self.scaling[adapter] = 1.0
-            self.activation.place(adapter, self.get_base_weight().device)
+            self.activation.place(adapter, self._base_dtype_and_device()[1])
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)
@@ -122,8 +122,9 @@ class AdapterWeights(Switches):
         return nn.Parameter(tensor, requires_grad=False)
 
     def _base_dtype_and_device(self) -> tuple[torch.dtype, torch.device]:
-        weight = self.get_base_weight()
-        hook = getattr(self.get_base_layer(), "_hf_hook", None)  # accelerate: an offloaded weight is on meta, its hook knows better
+        base = self.get_base_layer()
+        weight: Tensor = getattr(base, self.weight_name)
+        hook = getattr(base, "_hf_hook", None)  # accelerate: an offloaded weight is on meta, its hook knows better
         device = getattr(hook, "execution_device", None) if weight.is_meta and hook is not None else weight.device
         return (weight.dtype if weight.is_floating_point() else torch.float32), torch.device(device if device is not None else weight.device)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector, parametrize, prune, vector_to_parameters
 
 #: changes the tensor called `name` of a module, which holds it as a parameter
 Change = Callable[[nn.Module, str], None]
@@ -155,6 +156,55 @@ CHANGES: dict[str, Change] = {
     "pruned through .data": _pruned,
     "clamped through .data": _clamped,
     "from another thread": _in_a_thread,
+}
+
+
+# ---- modules -----------------------------------------------------------------------------------------------------------
+class _Bent(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 0.5 * weight + 0.1
+
+
+def _hooked(parent: nn.Module, name: str) -> None:
+    parent.get_submodule(name).register_forward_hook(lambda module, args, output: output * 0.5)
+
+
+def _hooked_before(parent: nn.Module, name: str) -> None:
+    parent.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].flip(0), *args[1:]))
+
+
+def _own_forward(parent: nn.Module, name: str) -> None:
+    """As accelerate wraps the forward of a module."""
+    module = parent.get_submodule(name)
+    inner = module.forward
+    module.forward = lambda *args, **kwargs: inner(*args, **kwargs) * 0.5
+
+
+def _parametrised(parent: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(parent.get_submodule(name), "weight", _Bent())
+
+
+def _pruned_by_torch(parent: nn.Module, name: str) -> None:
+    prune.l1_unstructured(parent.get_submodule(name), "weight", 0.5)  # type: ignore[no-untyped-call]
+
+
+def _replaced(parent: nn.Module, name: str) -> None:
+    other = copy.deepcopy(parent.get_submodule(name))
+    with torch.no_grad():
+        other.get_parameter("weight").mul_(0.5)
+    parent.register_module(name, other)
+
+
+#: name → what is done to the submodule of this name, which has a `weight` and is called
+MODULE_CHANGES: dict[str, Change] = {
+    "a forward hook": _hooked,
+    "a forward pre-hook": _hooked_before,
+    "a forward of its own": _own_forward,
+    "a parametrised weight": _parametrised,
+    "pruned by torch.nn.utils.prune": _pruned_by_torch,
+    "another module in its place": _replaced,
 }
 
 

@@ -69,6 +69,13 @@ def merges(suite: SuiteBase, name: str) -> str | None:
     return None if suite.spec.can(Capability.MERGE) else f"{suite.peft_type} does not declare MERGE"
 
 
+def routes(suite: SuiteBase, name: str) -> str | None:
+    """Apply to tuners that declare PER_SAMPLE."""
+    from ..plugins import Capability
+
+    return None if suite.spec.can(Capability.PER_SAMPLE) else f"{suite.peft_type} does not declare PER_SAMPLE"
+
+
 def generates(suite: SuiteBase, name: str) -> str | None:
     """Apply to configs whose task generates."""
     from ..tuners.tasks import task_of

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import PeftModel, RoutingError, cached
+from .. import PeftError, PeftModel, RoutingError, cached
 from ..plugins import Capability
 from .base import SuiteBase
-from .changes import CHANGES, hidden_tensors
-from .conditions import merges, only
+from .changes import CHANGES, MODULE_CHANGES, hidden_tensors
+from .conditions import NotApplicable, generates, merges, only, routes
 from .helpers import parameters_of, quiet, randomise, tensor_of
 
 #: how a model is called: name → (in training mode, with gradients)
@@ -47,6 +48,80 @@ class SoundnessChecks(SuiteBase):
                     if what == "in place" and place.startswith("adapter"):
                         assert not torch.equal(found, before), f"{mode}, {place}: {what} had no effect"
         model.eval()
+
+    def test_outputs_follow_the_modules(self, name: str) -> None:
+        """After a call, every way to change a module (`MODULE_CHANGES`) and a move to another dtype give the outputs of a fresh model.
+
+        Protects from modules that are read instead of called: hooks that don't fire, replaced modules that don't count.
+        """
+        model = self.model(name)
+        done: list[tuple[str, str]] = []
+        for number, what in enumerate(MODULE_CHANGES):
+            for choices in called_modules(model):
+                before = self._follow(model, name)
+                changed = [path for path in choices if path not in {path for _, path in done}]
+                if not changed:
+                    continue
+                done.append((what, changed[number % len(changed)]))
+                _change_module(model, *done[-1])
+                fresh = self.model(name)
+                for each in done:
+                    _change_module(fresh, *each)
+                found = self._follow(model, name)
+                self.close(found, self._follow(fresh, name), f"{done[-1][1]} changed: {what}", factor=3)
+                if done[-1][1].endswith(".base_layer"):
+                    assert not torch.allclose(found, before, rtol=1e-4, atol=1e-4), f"{done[-1][1]}: {what} had no effect"
+        model, fresh = self.model(name), self.model(name)
+        self.output(model, name)
+        for dtype in (torch.float64, torch.float32):
+            self.close(self.output(model.to(dtype), name), self.output(fresh.to(dtype), name), f"moved to {dtype}", factor=3)
+
+    def _follow(self, model: PeftModel, name: str) -> Tensor:
+        """Return what the model computes; nothing (0,) where a layer says that it can't with such a module."""
+        try:
+            return self.output(model, name)
+        except PeftError:
+            return torch.zeros(0)
+
+    @only(generates)
+    def test_generation_follows_the_weights(self, name: str) -> None:
+        """After `generate`, changed weights give the logits of a model that was never called.
+
+        Protects from values of the scope that `generate` opens for itself outliving it.
+        """
+        model = self.model(name)
+        self._generated(model, name)
+        for what in [*CHANGES][::4]:
+            for module, key, place in sampled(model, what):
+                CHANGES[what](module, key)
+                found = self._generated(model, name)
+                self.close(found, self._generated(self._fresh(model, name, False), name), f"generate, {place} changed: {what}", factor=10)
+
+    @only(routes)
+    def test_rows_follow_the_weights(self, name: str) -> None:
+        """After a batch in which rows use different adapters, changed weights give the outputs of a model that was never called.
+
+        Protects from stacks of adapters that outlive a call.
+        """
+        rows = ["default", "__base__", "other", "default"]
+
+        def called(model: PeftModel) -> Tensor:
+            try:
+                return self.output(model, name, rows=len(rows), adapter_names=rows)
+            except RoutingError as error:
+                raise NotApplicable(f"rows under different adapters are refused: {error}") from None
+
+        def made() -> PeftModel:
+            return self.model(name, "default", "other")
+
+        model = made()
+        called(model)
+        for what in [*CHANGES][1::4]:
+            for module, key, place in sampled(model, what):
+                CHANGES[what](module, key)
+                fresh = made()
+                fresh.load_state_dict(model.state_dict())
+                self.close(called(model), called(fresh), f"rows, {place} changed: {what}", factor=3)
 
     def test_copies_compute_their_own(self, name: str) -> None:
         """A deep copy of a model that has been called follows its own weights, and the original does not follow those of the copy.
@@ -134,6 +209,14 @@ class SoundnessChecks(SuiteBase):
         with torch.set_grad_enabled(grad):
             return tensor_of(model(**self.inputs_for(model, name))).detach().clone()
 
+    def _generated(self, model: PeftModel, name: str) -> Tensor:
+        with torch.no_grad(), quiet():
+            settings = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+            arguments: dict[str, Any] = {**self.inputs_for(model, name), **settings}
+            found = model.generate(**arguments)
+        logits: Tensor = torch.stack(found.logits)
+        return logits
+
     def _fresh(self, model: nn.Module, name: str, training: bool) -> PeftModel:
         """Return a model that was never called, with the weights of `model`."""
         twin = self.model(name, random=False)
@@ -149,6 +232,28 @@ def _trained(model: PeftModel) -> None:
     model.eval()
 
 
+#: changes after which a shared tensor is no longer shared
+UNTYING = ("another parameter in its place", "load_state_dict, assign=True")
+#: classes whose objects compute when they are called, and not otherwise
+_CALLED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def called_modules(model: PeftModel) -> tuple[list[str], list[str]]:
+    """Return the paths of plain modules that have a weight: those of the base, wrapped ones first, and those of the adapter ``default``."""
+    own = {id(parameter) for parameter in parameters_of(model, "default").values()}
+    base: list[str] = []
+    adapter: list[str] = []
+    for path, module in model.named_modules():
+        if type(module) in _CALLED and isinstance(module._parameters.get("weight"), nn.Parameter):
+            (adapter if id(module._parameters["weight"]) in own else base).append(path)
+    return sorted(base, key=lambda path: not path.endswith(".base_layer")), adapter
+
+
+def _change_module(model: nn.Module, what: str, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    MODULE_CHANGES[what](model.get_submodule(parent), name)
+
+
 def sampled(model: PeftModel, what: str) -> Iterator[tuple[nn.Module, str, str]]:
     """Yield (module, name, description) of tensors to change: for each change another one of the adapter, and another one of the base.
 
@@ -157,6 +262,9 @@ def sampled(model: PeftModel, what: str) -> Iterator[tuple[nn.Module, str, str]]
     number = list(CHANGES).index(what)
     own = {id(parameter): key for key, parameter in parameters_of(model, "default").items()}
     places = [(module, key, p) for module in model.modules() for key, p in module._parameters.items() if p is not None]
+    if what in UNTYING:  # a tensor that two modules share would be two afterwards, which no state dict can say
+        times = Counter(id(p) for _, _, p in places)
+        places = [place for place in places if times[id(place[2])] == 1]
     adapter = [(module, key, f"adapter: {own[id(p)]}") for module, key, p in places if id(p) in own and p.dim()]
     base = [(module, key, f"base: {type(module).__name__}.{key}") for module, key, p in places if id(p) not in own and p.dim() > 1]
     for choices, step in ((adapter, number), (base, 5 * number)):

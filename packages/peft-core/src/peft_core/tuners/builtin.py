@@ -20,6 +20,7 @@ from ..config import Extras
 from ..errors import AdapterNameError, ConfigError, PeftWarning, RoutingError, UnsupportedModuleError, did_you_mean, listed
 from ..layers.activation import ALL, Activation
 from ..layers.adapter_layer import AdapterLayer
+from ..layers.base_weight import without_offloading
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule, Slot, module_slots, write_tensor
 from ..layers.switching import AuxiliaryTrainingWrapper
@@ -229,7 +230,9 @@ def _plain_copy(module: nn.Module) -> nn.Module:
     try:
         for parent, name, child in wrapped:
             parent._modules[name] = bare(child)
-        return copy.deepcopy(bare(module))
+        plain = bare(module)
+        with without_offloading(plain):  # the copy trains: it stays in memory
+            return copy.deepcopy(plain)
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child

@@ -133,7 +133,7 @@ class LoraLayer(AdapterLayer):
         self.frozen[adapter] = config.initializer.frozen
         if start is not None:
             self.frozen[adapter] |= start.frozen
-            if start.shift is not False and not self.weight.is_meta:
+            if start.shift is not False and not self.base_weight().is_meta:
                 config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
                 self.shift_base(adapter, self._product(adapter, start) if start.shift is True else start.shift)
         if config.config.lora_bias:

@@ -59,7 +59,7 @@ class Dora(Variant):
             holder = layer.lora_magnitude_vector = nn.ModuleDict()
         shape = self._shape()
         creation = layer.creation
-        if creation.meta or not creation.initialise or layer.weight.is_meta:
+        if creation.meta or not creation.initialise or layer.base_weight().is_meta:
             weight = layer.make_parameter(shape, torch.Tensor.zero_)
         else:
             weight = layer.keep_parameter(self.norms().reshape(shape))

@@ -58,7 +58,7 @@ class Kasa(LowRank):
         """Take the r smallest singular components out of W, unless another KaSA adapter has taken as many."""
         layer: Any = self.layer
         shifted = max((other.settings.r for other in self._others() if other.adapter in layer.shifts), default=0)
-        if layer.weight.is_meta or shifted >= self.settings.r:
+        if layer.base_weight().is_meta or shifted >= self.settings.r:
             return
         layer.shift_base(self.adapter, smallest_components(layer.ops.matrix(layer.base_weight()), self.settings.r))
 
