@@ -216,8 +216,8 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def interop(session: nox.Session) -> None:
-    """Files and outputs against the peer (peft), both ways."""
-    session.install(*PINS, *editable(*PACKAGES), *PYTEST, IMPORT_LINTER)
+    """Files and outputs against the peer (peft), both ways; opacus and accelerate on adapted models."""
+    session.install(*PINS, *editable(*PACKAGES), *PYTEST, IMPORT_LINTER, "opacus==1.6.0")
     install_peer(session)
     # The peer asks transformers for a deprecated property. Ignored here only: our own code must not.
     peer_warning = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

@@ -23,6 +23,7 @@ from peft_core import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peft_core.testing.helpers import randomise
 from support import DenseConfig, dense
 
 X = support.features()
@@ -124,6 +125,25 @@ def test_switching_off_and_on_leaves_what_trains() -> None:
         layer.enable_adapters(enabled=True)
     assert not any(layer.disable_adapters for layer in (*layers(model), *wrappers(model)))
     assert torch.equal(model(X), expected)
+
+
+def test_disabling_the_model_disables_layers_that_were_switched() -> None:
+    model: Any = get_peft_model(support.net(), dense(), "a")
+    model.add_adapter("b", dense())
+    for name in "ab":
+        randomise(model, name, ord(name))
+    first, *_ = layers(model)
+    first.set_adapter("b")
+    mixed = model(X)
+    with model.disable_adapter():
+        assert torch.equal(model(X), support.net()(X))
+        first.set_adapter("a")
+        assert torch.equal(model(X), support.net()(X))
+        with model.disable_adapter():
+            assert torch.equal(model(X), support.net()(X))
+        assert torch.equal(model(X), support.net()(X))
+        first.set_adapter("b")
+    assert torch.equal(model(X), mixed)
 
 
 def test_switching_off_takes_out_what_is_merged() -> None:

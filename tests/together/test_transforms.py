@@ -13,11 +13,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peft_core import get_peft_model
+from peft_core import RoutingError, get_peft_model
 from peft_core.testing import tiny
 from peft_core.testing.changes import hidden_tensors
-from peft_core.testing.helpers import randomise
+from peft_core.testing.helpers import in_one_precision, randomise
 from peft_loha import LoHaConfig
 from peft_lora import LoraConfig
 from peft_prompt import PrefixTuningConfig, PromptTuningConfig
@@ -121,12 +122,12 @@ V = torch.randn(5, 4, dtype=torch.float64, generator=torch.Generator().manual_se
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_export(layered: Any, grad: bool) -> None:
+def test_export(model: Any, grad: bool) -> None:
     with torch.set_grad_enabled(grad), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.export.export(Only(layered), (IDS,))
+        program = torch.export.export(Only(model), (IDS,))
         found = program.module()(IDS)
-    torch.testing.assert_close(found, logits(layered), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found, logits(model), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -251,39 +252,39 @@ def test_the_output_is_linear_in_the_magnitude_of_dora() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(layered: Any, reentrant: bool) -> None:
-    expected = gradients(layered)
-    layered.train()
-    layered.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    layered.enable_input_require_grads()
-    found = gradients(layered)
-    layered.gradient_checkpointing_disable()
-    layered.eval()
+def test_checkpointing(model: Any, reentrant: bool) -> None:
+    expected = gradients(model)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients(model)
+    model.gradient_checkpointing_disable()
+    model.eval()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_autocast_around_one_half(layered: Any, where: str) -> None:
-    expected = gradients(layered)
-    layered.zero_grad()
+def test_autocast_around_one_half(model: Any, where: str) -> None:
+    expected = gradients(model)
+    model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "forward"):
-        loss = layered(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=IDS, labels=IDS).loss
     with torch.autocast("cpu", torch.bfloat16, enabled=where == "backward"):
         loss.backward()
-    found = [p.grad.clone() for p in layered.parameters() if p.requires_grad and p.grad is not None]
-    layered.zero_grad()
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    model.zero_grad()
     for one, other in zip(found, expected, strict=True):
         assert float((one - other).norm() / other.norm()) < 0.1
 
 
-def test_saved_tensors_hooks(layered: Any) -> None:
-    expected = gradients(layered)
-    layered.zero_grad()
+def test_saved_tensors_hooks(model: Any) -> None:
+    expected = gradients(model)
+    model.zero_grad()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor):
-        loss = layered(input_ids=IDS, labels=IDS).loss
+        loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
-    found = [p.grad.clone() for p in layered.parameters() if p.requires_grad and p.grad is not None]
+    found = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -315,3 +316,139 @@ def test_replicas(name: str) -> None:
         for parameter in twin.parameters():
             parameter.mul_(0.5)
     torch.testing.assert_close(found, net(V))
+
+
+# ---- the same for virtual tokens: functions of an adapter's own parameters ------------------------------------------------------
+TOKENS = ("prompt", "prefix")
+tokens = pytest.mark.parametrize("name", TOKENS)
+
+
+def of_parameters(name: str) -> tuple[Any, dict[str, Tensor], Callable[[dict[str, Tensor]], Tensor]]:
+    """Return a model in float64, its trained parameters by name, and the logits as a function of them."""
+    torch.manual_seed(0)
+    made: Any = get_peft_model(in_one_precision(tiny("llama")), CONFIGS[name]()).double().eval()
+    randomise(made, "default", 1)
+    net = Only(made)
+    values = {key: p.detach().clone() for key, p in net.named_parameters() if p.requires_grad}
+
+    def function(given: dict[str, Tensor]) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # torch's fused attention has no forward mode, and no second derivative
+            found: Tensor = torch.func.functional_call(net, given, (IDS,))
+        return found
+
+    return made, values, function
+
+
+def differences(function: Callable[[dict[str, Tensor]], Tensor], values: dict[str, Tensor], tangents: dict[str, Tensor]) -> Tensor:
+    """Return the derivative along `tangents` by central differences."""
+    step = 1e-6
+    ends = [function({key: value + sign * step * tangents[key] for key, value in values.items()}) for sign in (1, -1)]
+    return (ends[0] - ends[1]).detach() / (2 * step)
+
+
+@tokens
+def test_transforms_of_virtual_tokens(name: str) -> None:
+    made, values, function = of_parameters(name)
+    tangents = {key: torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(2)) for key, value in values.items()}
+    expected = differences(function, values, tangents)
+    _, along = torch.func.jvp(function, (values,), (tangents,))
+    torch.testing.assert_close(along, expected, atol=1e-6, rtol=1e-5)
+    slopes = torch.func.grad(lambda given: function(given).sum())(values)
+    torch.testing.assert_close(sum((slopes[key] * tangents[key]).sum() for key in values), expected.sum(), atol=1e-5, rtol=1e-5)
+    jacobian = torch.func.jacrev(lambda given: function(given)[0, -1, :5])(values)
+    row = sum((jacobian[key].flatten(1) * tangents[key].flatten()).sum(1) for key in values)
+    torch.testing.assert_close(row, expected[0, -1, :5], atol=1e-6, rtol=1e-5)
+    stacked = {key: torch.stack([value, value * 0.5]) for key, value in values.items()}
+    mapped = torch.vmap(function)(stacked)
+    torch.testing.assert_close(mapped[1], function({key: value * 0.5 for key, value in values.items()}))
+    torch.testing.assert_close(mapped[0], Only(made)(IDS))
+
+
+@tokens
+def test_second_derivatives_of_virtual_tokens(name: str) -> None:
+    _, values, function = of_parameters(name)
+    tangents = {key: torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(3)) for key, value in values.items()}
+
+    def slope(given: dict[str, Tensor]) -> Tensor:
+        leaves = {key: value.clone().requires_grad_() for key, value in given.items()} if not next(iter(given.values())).requires_grad else given
+        found = torch.autograd.grad(function(leaves).square().sum(), list(leaves.values()), create_graph=True)
+        return sum((g * tangents[key]).sum() for g, key in zip(found, leaves, strict=True))  # type: ignore[return-value]
+
+    leaves = {key: value.clone().requires_grad_() for key, value in values.items()}
+    second = torch.autograd.grad(slope(leaves), list(leaves.values()))
+    found = sum((g * tangents[key]).sum() for g, key in zip(second, leaves, strict=True))
+    torch.testing.assert_close(found, differences(slope, values, tangents), atol=1e-4, rtol=1e-5)
+
+
+@tokens
+def test_graphs_of_virtual_tokens(name: str) -> None:
+    made, _, _ = of_parameters(name)
+    made.requires_grad_(False)
+
+    def net(ids: Tensor) -> Tensor:  # transformers looks into masks and position_ids, unless they are fake
+        found: Tensor = made(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return found
+
+    expected = net(IDS)
+    torch.testing.assert_close(make_fx(net, tracing_mode="fake", _allow_non_fake_inputs=True)(IDS)(IDS), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(net, IDS, check_trace=False)
+    torch.testing.assert_close(traced(IDS), expected)
+    torch.testing.assert_close(net(IDS), expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_while_adapters_are_disabled(model: Any, reentrant: bool) -> None:
+    """Layers run again in the backward pass, when the block that disabled the adapters has ended."""
+    base = copy.deepcopy(tiny("llama"))
+    embeddings = base.get_input_embeddings()(IDS).detach()  # type: ignore[operator]
+    expected = embeddings.clone().requires_grad_()
+    base(inputs_embeds=expected).logits.square().sum().backward()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = embeddings.clone().requires_grad_()
+    with model.disable_adapter():
+        total = model(inputs_embeds=found, use_cache=False).logits.square().sum()
+    total.backward()
+    model.gradient_checkpointing_disable()
+    model.eval()
+    torch.testing.assert_close(found.grad, expected.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_while_adapters_are_switched_before_the_backward_pass(model: Any, reentrant: bool) -> None:
+    expected = gradients(model)
+    model.add_adapter("other", model.peft_config["default"])
+    randomise(model, "other", 7)
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.set_adapter("other")
+    model.set_requires_grad("default", True)
+    loss.backward()
+    found = [p.grad.clone() for name, p in model.named_parameters() if p.grad is not None]
+    model.gradient_checkpointing_disable()
+    model.zero_grad()
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    model.eval()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+def test_checkpointing_with_layers_of_their_own_choice() -> None:
+    """What single layers followed is not known any more after a switch: an error, and right without one."""
+    torch.manual_seed(0)
+    model: Any = get_peft_model(tiny("llama"), CONFIGS["lora"]())
+    model.add_adapter("other", CONFIGS["lora"]())
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0.self_attn.q_proj"))
+    layer.set_adapter("other")
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    with model.disable_adapter(), pytest.raises(RoutingError, match="switched"):
+        loss.backward()

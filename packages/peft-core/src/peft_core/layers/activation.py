@@ -132,6 +132,8 @@ class Activation:
         #: what layers follow unless their thread says otherwise
         self.default = self.selected
         self.local = threading.local()
+        #: inside `disabled`, where no layer follows anything, also those that were switched by themselves
+        self.suspended = False
         #: adapter → its number
         self.places: dict[str, int] = {}
         #: which adapters act, by number: a compiled graph reads this tensor, and is not compiled again when another adapter is chosen
@@ -164,8 +166,23 @@ class Activation:
         self.enabled = enabled
         self._refresh()
 
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """No adapter acts inside the block, in layers that were switched by themselves neither."""
+        was = self.enabled, self.suspended
+        self.suspended = True
+        self.enable(False)
+        try:
+            yield
+        finally:
+            self.enabled, self.suspended = was
+            self._refresh()
+
     def _refresh(self) -> None:
-        self.default = self.selected if self.enabled else NO_ROUTE
+        self.default = self.selected if self.enabled and not self.root.suspended else NO_ROUTE
+        if self.root is self:
+            for variant in list(self.variants.values()):
+                variant._refresh()
         with torch.inference_mode(False):
             self.chosen = self._numbers(self.default.names).to(self.chosen.device)
 
@@ -176,9 +193,9 @@ class Activation:
             root.places[name] = len(root.places)
             if device.type != "meta":
                 root.chosen = root.chosen.to(device)
-            for each in (root, *root.variants.values()):
-                each.chosen = root.chosen
-                each._refresh()
+            for variant in root.variants.values():
+                variant.chosen = root.chosen
+            root._refresh()
 
     def _numbers(self, names: Iterable[str]) -> Tensor:
         numbers = torch.zeros(len(self.places), dtype=torch.bool)

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..checkpoint import load as loading
@@ -18,7 +19,7 @@ from ..errors import ConfigError, MissingMethodError, PeftWarning
 from ..inspection import parameters as counting
 from ..layers.creation import Creation
 from ..plugins import hooks, registry
-from ..tuners import generation, runner
+from ..tuners import checkpointing, generation, runner
 from ..tuners.adopting import adopt
 from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE
@@ -174,6 +175,8 @@ class AdaptedModel(nn.Module, Saving):
             with index.activation.use(chosen):
                 return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
         if adapter_names is None and not index.speakers:
+            if self.training and not torch.compiler.is_compiling():
+                checkpointing.prepare(index)  # adapters may be switched before the backward pass
             if index.call_arguments:
                 kwargs = {name: value for name, value in kwargs.items() if name not in index.call_arguments}
             return self.base_model(*args, **kwargs)

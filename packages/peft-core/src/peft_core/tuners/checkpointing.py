@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, RoutingError
 from ..layers.activation import Activation, Route
 from . import caches
 
@@ -47,13 +47,32 @@ class CheckpointDoor:
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         route = getattr(self.activation.local, "route", None)
         if route is None:
-            return self.original(layer, *args, **kwargs)
+            if torch.compiler.is_compiling():
+                return self.original(layer, *args, **kwargs)
+            return self.original(functools.partial(_as_before, self.activation, self.activation.default, layer), *args, **kwargs)
         cache = route.facts.get(PREFIX)
         if cache is None or self.number is None:
             return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
         # as arguments: what checkpointing does not see as such gets its gradient in another backward pass for each layer
         pair = caches.pair_of(cache, self.number)
         return self.original(functools.partial(_with_prefix, self.activation, route, layer, cache, self.number), *pair, *args, **kwargs)
+
+
+def _as_before(activation: Activation, default: Route, layer: Callable[..., Any], *args: Any) -> Any:
+    """Run a layer under the adapters of the forward pass, `default`, whatever was switched since.
+
+    Raises:
+        RoutingError: adapters were switched, and some layers follow a choice of their own, which is not known any more.
+    """
+    if activation.default.names == default.names:
+        return layer(*args)
+    if default.used and activation.variants:
+        raise RoutingError(
+            "adapters were switched between a forward pass and its backward pass under gradient checkpointing, and some layers were switched by "
+            "themselves",
+            hint="call backward() before switching adapters",
+        )
+    return _under(activation, default, layer, *args)
 
 
 def _under(activation: Activation, route: Route, layer: Callable[..., Any], *args: Any) -> Any:

@@ -261,14 +261,10 @@ class AdapterIndex:
         """The plain base inside: merged adapters are taken out first; which parameters train does not change."""
         if self.merged_adapters():
             folding.unmerge(self)
-        was = self.activation.enabled
-        self.activation.enable(False)
+        checkpointing.prepare(self)
         overridden = getattr(self.activation.local, "route", None) is not None
-        try:
-            with self.activation.use(Route()) if overridden else contextlib.nullcontext():
-                yield
-        finally:
-            self.activation.enable(was)
+        with self.activation.disabled(), self.activation.use(Route()) if overridden else contextlib.nullcontext():
+            yield
 
     def check_route(self, route: Route) -> None:
         """Check that a route can be followed.
