@@ -31,10 +31,10 @@ from peft_core import (
     set_peft_model_state_dict,
     unregister_tuner,
 )
+from peft_core.base.view import checkpointed
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
 from peft_core.testing.models import inputs_of
-from peft_core.tuners.base_view import checkpointed
 from support import DENSE, CueConfig, DenseConfig, DenseTuner
 
 CONFIG: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

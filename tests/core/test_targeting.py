@@ -84,7 +84,7 @@ def test_all_linear_takes_every_linear_but_the_output_embedding(word: str) -> No
 
 
 def test_all_linear_takes_the_transposed_linears_of_gpt2() -> None:
-    from peft_core.layers.base_ops import is_conv1d
+    from peft_core.base.ops import is_conv1d
 
     class Conv1DLayer(support.DenseLayer):
         @classmethod

@@ -8,7 +8,6 @@ import importlib
 import inspect
 import re
 import textwrap
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,7 +246,8 @@ def common_to_methods(cls: type) -> list[str]:
 def comment_of(name: str) -> str:
     """Return the documentation of a constant: the comment that begins with ``#:`` on its line or above it; empty without one."""
     package, constant = name.split(".")
-    home = typing.cast(Any, importlib.import_module(package))._MODULE_OF[constant]
+    stub = Path(importlib.import_module(package).__file__ or "").with_suffix(".pyi").read_text(encoding="utf-8")
+    home = re.search(rf"^from \.(\S+) import {constant} as ", stub, re.M)[1]  # type: ignore[index]
     lines = inspect.getsource(importlib.import_module(f"{package}.{home}")).splitlines()
     for number, line in enumerate(lines):
         if re.match(rf"{constant}\b.*=", line):

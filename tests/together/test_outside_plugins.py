@@ -101,7 +101,7 @@ def test_the_contract_sees_what_it_should() -> None:
     for code in (
         "import peft_core.tuners.index",
         "import peft_core.layers as l",
-        "from peft_core.layers.merging import Merge",
+        "from peft_core.merging.exact import Merge",
         "from peft_core import tuners",
         "from peft_core.config import base",
         "from peft_core import _MODULE_OF",

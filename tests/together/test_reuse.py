@@ -14,7 +14,7 @@ from torch import Tensor
 from peft_core import PeftModel, cached, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
-from peft_core.tuners import reuse
+from peft_core.virtual_tokens import reuse
 from peft_lora import LoraConfig
 from peft_prompt import PromptTuningConfig
 from prompt.families import FAMILIES, METHODS, made, reference

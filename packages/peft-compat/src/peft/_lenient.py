@@ -18,6 +18,9 @@ from peft_core.checkpoint.state_dict import keyed_slots
 from peft_core.config import HUB_KEYS
 from peft_core.models import factory
 from peft_core.models.uploading import OF_UPLOAD, OF_WHOLE_MODELS
+from peft_core.operations.activate import activate
+from peft_core.operations.add import add_adapter
+from peft_core.operations.delete import delete
 from peft_core.tuners.index import index_of
 
 
@@ -56,13 +59,13 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
     tensors = {key: slot.read().clone() for key, slot in keyed_slots(index, adapter_name).items() if not slot.unread}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # which adapter takes over meanwhile
-        index.delete(adapter_name)
+        delete(index, adapter_name)
     try:
         yield
-        index.activate([*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
+        activate(index, [*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
-        index.add(adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
-        index.activate(active, trainable=not config.inference_mode)
+        add_adapter(index, adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
+        activate(index, active, trainable=not config.inference_mode)
         raise
 
 

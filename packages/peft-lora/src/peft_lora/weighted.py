@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, require_index
+from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, add_adapter, require_index
 
 from . import rooms
 from .factorisation import Decomposition, decompose, decompose_matrix, groups_of
@@ -104,7 +104,8 @@ def add_weighted_adapter(
     config, ranks = combined_config(index, request, layers)
     errors: dict[str, float] = {}
     # with random pruning, initial values are drawn first and thrown away: a seed then gives what it gives in the reference implementation
-    index.add(
+    add_adapter(
+        index,
         adapter_name,
         config,
         creation=Creation(initialise=request.method.startswith("dare")),

@@ -13,8 +13,8 @@ from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
 from ..layers.token_rows import RowsLayer
-from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
+from ..tuners.saved_modules import SAVED
 from ..tuners.targeting import target_matcher
 from ..tuners.tokens import TOKENS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from .. import __version__
+from ..base.view import BaseView
 from ..plugins import registry
-from ..tuners.base_view import BaseView
 
 
 def passport(peft_type: str, view: BaseView) -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..layers.slots import Slot
 from ..plugins.registry import registry
-from ..tuners.builtin import SAVED
 from ..tuners.index import AdapterIndex
+from ..tuners.saved_modules import SAVED
 
 #: what wrapped models put before the path of a base module; removed where there is no wrapper
 WRAPPER_PREFIX = "base_model.model."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
 import string
 import tempfile
 from importlib import resources
 from pathlib import Path
+
+import importlib_metadata
 
 from ..errors import ConfigError, DuplicateTunerError, did_you_mean
 from ..plugins import discovery, list_tuners
@@ -148,7 +149,7 @@ def _refuse_taken(name: str) -> None:
     if peft_type in owners:
         raise DuplicateTunerError(f"peft_type {peft_type!r} is already offered by {owners[peft_type]}", hint="choose another name")
     try:
-        version = importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+        version = importlib_metadata.version(distribution)
+    except importlib_metadata.PackageNotFoundError:
         return
     raise DuplicateTunerError(f"a distribution {distribution} {version} is already installed", hint="choose another name")

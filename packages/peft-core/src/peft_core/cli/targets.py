@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
+from ..base.ops import ops_for
+from ..base.view import BaseView
 from ..config import LayerConfig, PromptLearningConfig
 from ..errors import PeftError
-from ..layers.activation import Activation
-from ..layers.base_ops import ops_for
 from ..plugins import list_tuners, registry
+from ..selection.selection import Activation
 from ..tuners import targeting
-from ..tuners.base_view import BaseView
 from .bases import build_empty
 from .output import Report
 

@@ -150,9 +150,9 @@ def _outside_targets(raw: Mapping[str, Any], spec: TunerSpec, paths: list[str]) 
 
 
 def _base(adapter: Adapter, raw: Mapping[str, Any], file: WeightFile, base: Path) -> Result:
+    from ..base.view import BaseView
     from ..checkpoint.passport import fingerprint
     from ..models.peft_model import PeftModel
-    from ..tuners.base_view import BaseView
     from .bases import build_empty
 
     model = build_empty(base, raw, dict(sorted(file.shapes.items())))

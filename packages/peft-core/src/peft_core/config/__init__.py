@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Extras, LayerConfig, PeftConfig, PromptLearningConfig
+from .base import Extras, LayerConfig, PeftConfig, PromptLearningConfig, get_peft_config
 from .names import PeftType, TaskType
-from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config, get_peft_config
+from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
 from .values import require_number, require_positive_integer, require_probability
 
 __all__ = [

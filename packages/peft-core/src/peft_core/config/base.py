@@ -166,7 +166,8 @@ class PeftConfig:
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
         loaded = cls.from_json_file(path)
         fields = {**kwargs, **loaded}
-        return config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
+        found: PeftConfig = config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
+        return found
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -190,7 +191,8 @@ class PeftConfig:
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> PeftConfig:
         """Build a config from `config_dict` as tolerantly as from a file: unknown keys give one warning."""
-        return config_from_dict(config_dict, fallback=cls)
+        found: PeftConfig = config_from_dict(config_dict, fallback=cls)
+        return found
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
@@ -291,3 +293,21 @@ class PromptLearningConfig(PeftConfig):
     def extras(self) -> Extras:
         """Return the saved modules."""
         return Extras(modules_to_save=tuple(self.modules_to_save or ()))
+
+
+def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
+    """Build the config that `config_dict["peft_type"]` names.
+
+    Args:
+        config_dict: fields of the config; keys that the class does not know give one warning and are ignored.
+
+    Raises:
+        UnknownTunerError: `peft_type` is not installed.
+        ConfigError: it is missing, or a value is bad.
+
+    Example:
+        >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
+        4
+    """
+    found: PeftConfig = config_from_dict(config_dict)
+    return found

@@ -9,13 +9,10 @@ import typing
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ConfigError, ConfigFileError, PeftWarning, listed
 from ..plugins import registry
-
-if TYPE_CHECKING:
-    from .base import PeftConfig
 
 CONFIG_NAME = "adapter_config.json"
 #: The file format we write is the one of this release of the reference implementation; its readers look at `peft_version`.
@@ -25,34 +22,28 @@ LEGACY_KEYS = frozenset({"postprocess_past_key_value_function", "enable_lora"})
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "repo_type", "use_auth_token", "tqdm_class")
 
 
-def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
-    """Build the config that `config_dict["peft_type"]` names.
+def config_from_dict(
+    config_dict: Mapping[str, Any],
+    fallback: type[Any] | None = None,
+    origin: str | None = None,
+    optional: frozenset[str] = frozenset(),
+) -> Any:
+    """Build a config from untrusted fields: the class by `peft_type`, unknown keys warned about once (those in `optional` never).
 
     Args:
-        config_dict: fields of the config; keys that the class does not know give one warning and are ignored.
+        config_dict: the fields.
+        fallback: the class where there is no `peft_type`.
+        origin: where they come from, for messages.
+        optional: fields of which nobody is warned.
 
     Raises:
         UnknownTunerError: `peft_type` is not installed.
-        ConfigError: it is missing, or a value is bad.
-
-    Example:
-        >>> get_peft_config({"peft_type": "LORA", "r": 4}).r
-        4
+        ConfigError: it is missing and there is no `fallback`, or a value is bad.
     """
-    if not config_dict.get("peft_type"):
-        raise ConfigError("the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}")
-    return config_from_dict(config_dict)
-
-
-def config_from_dict(
-    config_dict: Mapping[str, Any],
-    fallback: type[PeftConfig] | None = None,
-    origin: str | None = None,
-    optional: frozenset[str] = frozenset(),
-) -> PeftConfig:
-    """Build a config from untrusted fields: the class by `peft_type`, unknown keys warned about once (those in `optional` never)."""
     peft_type = config_dict.get("peft_type")
-    cls = typing.cast("type[PeftConfig]", registry.config_class(peft_type)) if peft_type else (fallback or _plain_config())
+    cls: Any = registry.config_class(peft_type) if peft_type else fallback
+    if cls is None:
+        raise ConfigError("the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}")
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     known = {key: value for key, value in config_dict.items() if key in fields and key not in cls.transient}
     dropped = sorted(key for key in config_dict if key not in known and key not in optional)
@@ -70,12 +61,6 @@ def config_from_dict(
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin or cls.__name__}: {error}") from error
-
-
-def _plain_config() -> type[PeftConfig]:
-    from .base import PeftConfig  # configs are read here and written there
-
-    return PeftConfig
 
 
 def find_config(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..errors import AdapterNotFoundError
 from ..layers.adapter_layer import AdapterLayer
+from ..layers.saved_modules import ModulesToSaveWrapper
 from ..layers.slots import AdapterModule
-from ..tuners.builtin import ModulesToSaveWrapper
 from ..tuners.index import AdapterIndex, index_of, uncompiled
 from . import parameters
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.ops import BaseOps, require_ops
+from ..base.plain import returns_new_tensor
+from ..base.weight import in_memory, is_offloaded, read_weight, write_weight
 from ..errors import MergeError, listed
-from .activation import ALL, Activation, Route
+from ..selection.selection import ALL, Activation, Route
 from .adapter_merging import AdapterMerging
-from .base_ops import BaseOps, require_ops
-from .base_weight import in_memory, is_offloaded, read_weight, write_weight
 from .creation import Creation
-from .fusing import returns_new_tensor
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
 CACHED_WEIGHT_UP_TO = 1 << 18

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterNotFoundError, MergeError
-from .activation import Activation
+from ..base.ops import BaseOps
+from ..base.weight import MERGES, read_weight, require_writable
+from ..errors import AdapterNotFoundError, MergeError, listed
+from ..merging.changes import AffineChange, BiasChange, Product, Subtraction, WeightChange
+from ..merging.exact import Fold, Merge, merges_of, pristine
+from ..selection.selection import Activation
 from .adapter_weights import AdapterWeights
-from .base_ops import BaseOps
-from .base_weight import read_weight, require_writable
-from .folded import AffineChange, BiasChange, Product, Subtraction, WeightChange, refuse_wrong_order
-from .merging import MERGES, Fold, Merge, merges_of, pristine
-
-if TYPE_CHECKING:
-    from .adapter_layer import AdapterLayer
 
 
 class AdapterMerging(AdapterWeights):
@@ -92,20 +89,18 @@ class AdapterMerging(AdapterWeights):
             return None
         base = self.get_base_layer()
         require_writable(base, self.weight_name, "choose an initialisation that leaves the base weight as it is")
-        layer = cast("AdapterLayer", self)
         folds = [Fold(base, self.weight_name, self.change_of(own), shared=self.shared_weight)]
         bias = base._parameters.get(self.bias_name)
         with torch.no_grad():
             if any(self.merged_bias(adapter, bias) is not bias for adapter in own):
-                folds.append(Fold(base, self.bias_name, BiasChange(layer, own)))
+                folds.append(Fold(base, self.bias_name, BiasChange(self, own)))
         return Merge(base, own, folds)
 
     def change_of(self, adapters: Sequence[str]) -> AffineChange | WeightChange:
         """Return what merging these adapters does to the base weight."""
-        layer = cast("AdapterLayer", self)
         whole = type(self).merged_weight is not AdapterMerging.merged_weight
         with torch.no_grad():
-            return WeightChange(layer, adapters) if whole else AffineChange(layer, adapters)
+            return WeightChange(self, adapters) if whole else AffineChange(self, adapters)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Fold adapters into the base weight.
@@ -118,7 +113,7 @@ class AdapterMerging(AdapterWeights):
             MergeError: the order of nested layers is wrong, or (`safe_merge`) the result is not finite; nothing is changed then.
         """
         chosen = self.activation.names if adapter_names is None else tuple(adapter_names)
-        refuse_wrong_order(cast("AdapterLayer", self), chosen)
+        refuse_wrong_order(self, chosen)
         merge = self.plan_merge(chosen)
         if merge is not None:
             merge.apply(merge.prepare(check_finite=safe_merge))
@@ -260,3 +255,59 @@ def _take_out(base: nn.Module, merges: Sequence[Merge]) -> None:
 def _tidy(base: nn.Module) -> None:
     if not base.__dict__.get(MERGES, True):
         del base.__dict__[MERGES]
+
+
+def refuse_wrong_order(layer: AdapterMerging, adapters: Sequence[str]) -> None:
+    """Check that folding adapters into a weight gives what the layers around it compute.
+
+    A factor acts on what is inside it. Folded in while something inside is still applied beside the weight, it misses that; what is
+    folded in under a factor that is in the weight already is not multiplied by it; and what is folded in from outside a factor that is not
+    in the weight is multiplied by it.
+
+    Args:
+        layer: where adapters are about to be merged.
+        adapters: all that the caller merges, here and in the layers inside.
+
+    Raises:
+        MergeError: the order is wrong; nothing has changed.
+    """
+
+    own = [name for name in adapters if name in layer.scaling and name not in layer.merged_adapters]
+    if not own:
+        return
+    pending: list[str] = []
+    factors: list[str] = []
+    known = set(map(id, layer.merges))
+    if any(not layer.is_additive(name) for name in own):
+        # adapters of this very layer that act before the factor and are not in the weight
+        first = next(name for name in own if not layer.is_additive(name))
+        for name in layer.activation.names:
+            if name == first:
+                break
+            if name in layer.scaling and name not in own and name not in layer.merged_adapters:
+                pending.append(name)
+    inner = layer._modules["base_layer"]
+    while isinstance(inner, AdapterMerging):
+        settled = {*adapters, *inner.merged_adapters}
+        beside = [name for name in inner.activation.names if name in inner.scaling and name not in settled]
+        pending += beside
+        factors += [name for name in beside if not inner.is_additive(name)]
+        known.update(map(id, inner.merges))
+        inner = inner._modules["base_layer"]
+    if pending and any(not layer.is_additive(name) for name in own):
+        raise MergeError(
+            f"{type(layer).__name__} multiplies what is inside it, and there {listed(dict.fromkeys(pending))} would stay unmerged",
+            hint="merge them in the same call",
+        )
+    if factors:
+        raise MergeError(
+            f"{listed(dict.fromkeys(factors))} multiply what is inside them and would stay unmerged, so that {listed(own)} from outside would be "
+            f"multiplied, too",
+            hint="merge them in the same call",
+        )
+    above = [name for merge in merges_of(layer.get_base_layer()) if id(merge) not in known and not merge.additive for name in merge.adapters]
+    if above:
+        raise MergeError(
+            f"{listed(above)} multiply this weight and are merged already, so that {listed(adapters)} inside would not be multiplied",
+            hint="unmerge first, then merge all in one call",
+        )

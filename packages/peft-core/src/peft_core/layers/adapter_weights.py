@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .activation import Activation
+from ..selection.selection import Activation
+from ..selection.switching import Switches
 from .creation import Creation, filler
 from .slots import Slot
-from .switching import Switches
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC
 from typing import Any
 
+from ..selection.switching import AuxiliaryTrainingWrapper
 from .adapter_layer import AdapterLayer
-from .switching import AuxiliaryTrainingWrapper
 from .token_adapter import TokenAdapter
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-from .activation import Activation
-from .switching import Switches
-
-if TYPE_CHECKING:
-    from .token_rows import TokenRows
+from ..selection.selection import Activation
+from ..selection.switching import Switches
 
 
 class Originals(nn.Module):
@@ -18,7 +15,7 @@ class Originals(nn.Module):
 
 
 class TokenAdapter(Switches):
-    """What a `TokenRows` holds, under the names that the reference implementation has in memory; switched with it.
+    """What `TokenRows` hold, under the names that the reference implementation has in memory; switched with it.
 
     Args:
         base_layer: what the rows are written over.
@@ -28,7 +25,7 @@ class TokenAdapter(Switches):
     adapter_layer_names = ("trainable_tokens_delta",)
     other_param_names = ("indices",)
 
-    def __init__(self, base_layer: nn.Module, rows: TokenRows) -> None:
+    def __init__(self, base_layer: nn.Module, rows: Switches) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base.ops import with_weight
 from ..errors import ConfigError
-from .activation import Activation
+from ..merging.exact import Merge
+from ..merging.rows import RowsChange, RowsFold
+from ..selection.selection import Activation
+from ..selection.switching import AuxiliaryTrainingWrapper
 from .adapter_layer import AdapterLayer
-from .base_ops import with_weight
-from .merging import Merge
-from .rows_change import RowsChange, RowsFold
 from .slots import Slot
-from .switching import AuxiliaryTrainingWrapper
 from .token_adapter import Originals, TokenAdapter
 
 #: output layers of at most so many numbers are multiplied as a whole: that takes no longer, and scores have the bits that they have when merged

@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..base.view import checkpointed
+from ..calls import checkpointing, generation
+from ..calls import run as runner
+from ..calls.routing import route_for
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, Tensors
@@ -18,10 +22,9 @@ from ..config import PeftConfig
 from ..errors import ConfigError, MissingMethodError, PeftWarning
 from ..inspection import parameters as counting
 from ..layers.creation import Creation
+from ..operations.activate import activate, disabled, set_trainable
+from ..operations.add import add_adapter, check_name, get_or_create_index
 from ..plugins import hooks, registry
-from ..tuners import checkpointing, generation, runner
-from ..tuners.adopting import adopt
-from ..tuners.base_view import checkpointed
 from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from .configs import check_same_effect, default_key_mapping, note_offload, read_config, take_hub_arguments
@@ -56,19 +59,19 @@ class AdaptedModel(nn.Module, Saving):
         super().__init__()
         self._check_config(peft_config)
         self._check_task(model)
-        index, new = adopt(model)
+        index, new = get_or_create_index(model)
         if not new:
             warnings.warn(
                 "the model already has adapters; the new one is added beside them (unload() first to start anew)", PeftWarning, stacklevel=4
             )
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
-        index.check_name(adapter_name, spec)
+        check_name(index, adapter_name, spec)
         self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
         model.__dict__[ATTRIBUTE] = index
-        index.activate([*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
+        activate(index, [*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
         # one that can't say counts as checkpointed; the class is asked, since transformers warns whoever asks the model
@@ -107,7 +110,8 @@ class AdaptedModel(nn.Module, Saving):
         whole = strict is True and not ignore
         creation = Creation(meta=meta and (source is None or whole), autocast=autocast, initialise=source is None or not whole)
         result: list[LoadResult] = []
-        index.add(
+        add_adapter(
+            index,
             name,
             config,
             creation=creation,
@@ -141,7 +145,7 @@ class AdaptedModel(nn.Module, Saving):
                 PeftWarning,
                 stacklevel=3,
             )
-        with index.disabled():
+        with disabled(index):
             yield
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
@@ -248,7 +252,7 @@ class AdaptedModel(nn.Module, Saving):
                 else next((v for v in (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
             )
             if isinstance(some, Tensor):
-                runner.route_for(index, adapter_names, some.shape[0])  # checks the length
+                route_for(index, adapter_names, some.shape[0])  # checks the length
         with index.activation.cached(thread=True), runner.generating(index, self.task, adapter_names, arguments):
             generation.check_assisted(index, self.task, arguments, kwargs)
             if index.forward.encoder_decoder:
@@ -317,7 +321,7 @@ class AdaptedModel(nn.Module, Saving):
             added = self._add(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
             assert added is not None
             result = added
-            index.set_trainable(adapter_name, is_trainable)
+            set_trainable(index, adapter_name, is_trainable)
             if not is_trainable:
                 self.eval()  # but not where only the weights of an adapter in training are replaced
         hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_id))

@@ -14,15 +14,16 @@ from ..checkpoint import embeddings
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, Tensors
-from ..checkpoint.state_dict import WRAPPER_PREFIX, adapter_tensors, key_renamer
+from ..checkpoint.state_dict import adapter_tensors, key_renamer
 from ..config import PeftConfig
-from ..errors import CapabilityError, ConfigError, PeftWarning, did_you_mean, listed
+from ..errors import CapabilityError, ConfigError, PeftWarning
 from ..layers.creation import Creation
+from ..operations.activate import follow_model, set_trainable
+from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
-from ..tuners.adopting import adopt
-from ..tuners.base_view import BaseView
-from ..tuners.index import ATTRIBUTE, AdapterIndex, index_of, uncompiled
+from ..tuners.index import ATTRIBUTE, index_of, uncompiled
 from .adapted import AdaptedModel
+from .chosen_modules import chosen_by
 from .configs import require_adapter, take_hub_arguments
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
@@ -154,76 +155,21 @@ def inject_adapter_in_model(
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     spec = registry.resolve(str(peft_config.peft_type))
-    index, _ = adopt(model)
+    index, _ = get_or_create_index(model)
     if registry.tuner_class(spec.peft_type)(spec, index.activation).takes_part_in_calls:
         raise CapabilityError(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
-    index.add(adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True)
+    add_adapter(index, adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True)
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
-    index.follow_model()
+    follow_model(index)
     index.activation.select([adapter_name])
-    index.set_trainable(adapter_name, not peft_config.inference_mode)
+    set_trainable(index, adapter_name, not peft_config.inference_mode)
     hooks.adapter_activated(index.base, index.active)
     return model
-
-
-def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
-    """Return a view of the base in which the names of a state dict say what is adapted; a warning where the config would say otherwise.
-
-    Raises:
-        ConfigError: a name belongs to no module, or none is an adapter's.
-    """
-    spec = registry.resolve(str(config.peft_type))
-    if getattr(config, "target_parameters", None):
-        raise ConfigError("the names in state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
-    view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
-    _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
-    return view
-
-
-#: how keys begin of what stands beside the base and is no module of it (`base_model.vera_A`)
-_BESIDE = ["base_model"]
-
-
-def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
-    paths = set()
-    for key in state_dict:
-        parts = key.removeprefix(WRAPPER_PREFIX).split(".")
-        cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
-        if cut and parts[:cut] != _BESIDE:
-            paths.add(".".join(part for part in parts[:cut] if part != "base_layer"))  # wrappers inside others
-    if not paths:
-        raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
-    unknown = sorted(paths - index.view.modules.keys())
-    if unknown:
-        message = f"state_dict names modules that {index.view.name} does not have: {listed(unknown)}"
-        hint = did_you_mean(unknown[0], index.view.modules)
-        if len(unknown) == len(paths):
-            raise ConfigError(message, hint=hint or None)
-        warnings.warn(f"{message}{f'; {hint}' if hint else ''}", PeftWarning, stacklevel=4)
-    return frozenset(paths - set(unknown))
-
-
-def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: str, chosen: frozenset[str]) -> None:
-    spec = registry.resolve(str(config.peft_type))
-    tuner = registry.tuner_class(spec.peft_type)(spec, index.activation)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            alone = {wrap.path for wrap in tuner.plan(index.view, adapter, copy.copy(config)).wraps}
-    except ValueError:
-        alone = set()
-    if alone != chosen:
-        warnings.warn(
-            f"While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided state_dict: "
-            f"the config alone would have chosen other modules ({len(alone)} instead of {len(chosen)}); the state_dict decides",
-            RuntimeWarning,
-            stacklevel=3,
-        )
 
 
 def get_peft_model_state_dict(

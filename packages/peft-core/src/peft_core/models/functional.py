@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..operations.activate import activate, set_trainable
+from ..operations.delete import delete
 from ..tuners.index import AdapterIndex, index_of, require_index
 from .configs import require_adapter
 
@@ -43,7 +45,7 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
         MergeError: it is merged.
     """
     index = _index(model, adapter_name)
-    index.delete(adapter_name)
+    delete(index, adapter_name)
     return list(index.active)
 
 
@@ -59,7 +61,7 @@ def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_m
         AdapterNotFoundError: the model lacks one; nothing changes then.
     """
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
-    _index(model, *names).activate(names, trainable=not inference_mode)
+    activate(_index(model, *names), names, trainable=not inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -76,7 +78,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     index = _index(model, *names)
     for name in names:
-        index.set_trainable(name, requires_grad)
+        set_trainable(index, name, requires_grad)
 
 
 def _index(model: nn.Module, *names: str) -> AdapterIndex:

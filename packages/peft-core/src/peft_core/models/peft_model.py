@@ -100,7 +100,7 @@ class PeftModel(LoadableModel):
         """
         import torch
 
-        from ..tuners.assemble import prompt_of
+        from ..virtual_tokens.assembly import prompt_of
 
         index = self._peft_index
         device = next(self.parameters()).device
@@ -194,7 +194,7 @@ class PeftModelForCausalLM(_TaskModel):
 
 
 def _own_preparation(model: PeftModel) -> Any:
-    from ..tuners.generation import METHOD, GenerationDoor
+    from ..calls.generation import METHOD, GenerationDoor
 
     door = getattr(model.get_base_model(), METHOD)
     return door.original if isinstance(door, GenerationDoor) else door

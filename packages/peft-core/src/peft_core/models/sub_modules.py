@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ..base.view import BaseView
 from ..config import LayerConfig, PeftConfig
 from ..errors import ModelError, NoSuchModuleError, PeftWarning, did_you_mean
-from ..tuners.base_view import BaseView
 from ..tuners.targeting import all_linear, layer_filter, target_matcher
 
 

@@ -10,12 +10,17 @@ from typing import Any
 
 from torch import nn
 
+from ..calls.routing import check_route
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, ModelError, PeftWarning
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
-from ..tuners import folding
+from ..operations import merge as folding
+from ..operations.activate import activate, follow_model, set_trainable
+from ..operations.add import add_adapter
+from ..operations.delete import delete
 from ..tuners.index import ATTRIBUTE, AdapterIndex
+from .chosen_modules import chosen_by
 
 
 class AdapterOperations:
@@ -33,7 +38,7 @@ class AdapterOperations:
         Raises:
             AdapterNotFoundError: the model lacks one; nothing changes then.
         """
-        self._peft_index.activate(_names(adapter_name), trainable=not inference_mode)
+        activate(self._peft_index, _names(adapter_name), trainable=not inference_mode)
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters into the base weights, all or nothing; `unmerge_adapter` takes them out again bit for bit.
@@ -84,16 +89,16 @@ class AdapterOperations:
         """
         if not isinstance(adapter_name, str):
             raise AdapterNotFoundError(f"Adapter {adapter_name!r} not found", hint="give one name")
-        self._peft_index.delete(adapter_name)
+        delete(self._peft_index, adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Switch the chosen adapters on again."""
-        self._peft_index.follow_model()
+        follow_model(self._peft_index)
         self._peft_index.activation.enable(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
-        self._peft_index.follow_model()
+        follow_model(self._peft_index)
         if self._peft_index.merged_adapters():
             folding.unmerge(self._peft_index)
         self._peft_index.activation.enable(False)
@@ -111,7 +116,7 @@ class AdapterOperations:
         names = _names(adapter_names)
         self._peft_index.require(*names)
         for name in names:
-            self._peft_index.set_trainable(name, requires_grad)
+            set_trainable(self._peft_index, name, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether a low-rank product can stand for what an adapter does in each of its layers.
@@ -138,12 +143,12 @@ class AdapterOperations:
         Raises:
             AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
         """
-        from ..layers.activation import Route
+        from ..selection.selection import Route
 
         index = self._peft_index
         index.require(*adapter_names)
         route = Route(tuple(name for name in index.configs if name in adapter_names))
-        index.check_route(route)
+        check_route(index, route)
         with index.activation.use_here(route):
             yield
 
@@ -233,7 +238,6 @@ class TunerModel(nn.Module, AdapterOperations):
             ModelError: `model` is another.
             others: as `inject_adapter_in_model`; the model and `peft_config` are as before.
         """
-        from .factory import chosen_by
 
         index = self._peft_index
         index.require(adapter_name)
@@ -244,7 +248,9 @@ class TunerModel(nn.Module, AdapterOperations):
         config = index.configs.pop(adapter_name)
         try:
             view = None if state_dict is None else chosen_by(index, config, adapter_name, state_dict)
-            index.add(adapter_name, config, creation=Creation(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype), view=view, mount_on=self)
+            add_adapter(
+                index, adapter_name, config, creation=Creation(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype), view=view, mount_on=self
+            )
         except BaseException:
             index.configs[adapter_name] = config
             raise

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..base.view import BaseView
 from ..config import PeftConfig
 from ..plugins.registry import registry
-from ..tuners.base_view import BaseView
 
 
 def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None) -> list[Any]:
@@ -57,7 +57,7 @@ def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Modu
     if not conversions:
         return
     spec = registry.resolve(str(peft_config.peft_type))
-    from ..layers.activation import Activation
+    from ..selection.selection import Activation
 
     tuner = registry.tuner_class(spec.peft_type)(spec, Activation())
     for name, value in tuner.fitted(BaseView(model), copy.copy(peft_config)).items():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from typing import Any
+
+import importlib_metadata as metadata
 
 TUNERS = "peft_core.tuners"
 PLUGINS = "peft_core.plugins"
@@ -32,15 +34,22 @@ def claims(group: str, *, switched_off: bool = False) -> Iterator[Claim]:
     seen: set[tuple[str, str]] = set()
     for point in metadata.entry_points(group=group):
         dist = point.dist
-        # a half-removed distribution has entry points but no metadata
-        distribution = (dist.metadata["Name"] if dist is not None else None) or "unknown"
+        about = _metadata(dist)
+        distribution = about.get("Name") or "unknown"
         # an editable install and its stale twin on the path declare the same thing twice
         if (point.name, _normal(distribution)) in seen or allowed(distribution) is switched_off:
             continue
         seen.add((point.name, _normal(distribution)))
-        requires = tuple(r for r in (dist.requires or ()) if _normal(r).startswith("peft-core")) if dist is not None else ()
-        version = dist.metadata["Version"] if dist is not None else None
-        yield Claim(point.name, point.value, distribution, version or "?", requires)
+        requires = tuple(r for r in (dist.requires or ()) if _normal(r).startswith("peft-core")) if about else ()
+        yield Claim(point.name, point.value, distribution, about.get("Version") or "?", requires)
+
+
+def _metadata(dist: Any) -> Mapping[str, str]:
+    """Return name, version, … of a distribution; nothing of a half-removed one, which has entry points but no metadata."""
+    try:
+        return {} if dist is None or dist.metadata is None else dict(dist.metadata.items())
+    except FileNotFoundError:
+        return {}
 
 
 def allowed(distribution: str) -> bool:

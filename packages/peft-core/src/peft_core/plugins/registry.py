@@ -10,15 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import (
-    DuplicateTunerError,
-    IncompatiblePluginError,
-    PeftWarning,
-    PluginError,
-    UnknownTunerError,
-    did_you_mean,
-    listed,
-)
+from ..errors import DuplicateTunerError, IncompatiblePluginError, PeftWarning, PluginError, UnknownTunerError, did_you_mean, listed
 from . import discovery, implementing
 from .discovery import Claim
 from .spec import TunerSpec

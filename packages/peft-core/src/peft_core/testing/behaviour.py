@@ -16,12 +16,7 @@ from .. import (
     set_peft_model_state_dict,
 )
 from .base import SuiteBase
-from .helpers import (
-    parameters_of,
-    quiet,
-    raises,
-    trainability,
-)
+from .helpers import parameters_of, quiet, raises, trainability
 
 
 class BehaviourChecks(SuiteBase):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from typing import Any
 
+import importlib_metadata
 import pytest
 
 from .. import __version__
@@ -101,7 +101,7 @@ def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "peft-core": __version__}
     for name in ("torch", "transformers", "pytest", "hypothesis"):
         try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = importlib_metadata.version(name)
+        except importlib_metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found

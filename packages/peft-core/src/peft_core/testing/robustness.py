@@ -15,18 +15,11 @@ from .. import (
     Capability,
     get_peft_model,
 )
+from ..operations.add import add_adapter
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 from .base import SuiteBase
 from .conditions import generates, only
-from .helpers import (
-    anatomy,
-    in_one_precision,
-    method_parameters,
-    parameters_of,
-    quiet,
-    raises,
-    trainability,
-)
+from .helpers import anatomy, in_one_precision, method_parameters, parameters_of, quiet, raises, trainability
 
 
 class RobustnessChecks(SuiteBase):
@@ -158,7 +151,7 @@ class RobustnessChecks(SuiteBase):
 
         before = (anatomy(model), trainability(model), list(model.peft_config), self.output(model, name))
         with quiet():
-            raises(RuntimeError, lambda: index.add("two", self.config(name), mount_on=model, before_commit=fail), "the failure on purpose")
+            raises(RuntimeError, lambda: add_adapter(index, "two", self.config(name), mount_on=model, before_commit=fail), "the failure on purpose")
         assert anatomy(model) == before[0], "a failed add left modules or parameters behind"
         assert trainability(model) == before[1], "a failed add changed what trains"
         assert list(model.peft_config) == before[2], "a failed add left its config behind"
@@ -168,7 +161,9 @@ class RobustnessChecks(SuiteBase):
         bare = self.base(name)
         names, flags = anatomy(bare), trainability(bare)
         with quiet():
-            raises(RuntimeError, lambda: AdapterIndex(bare).add("x", self.config(name), mount_on=nn.Module(), before_commit=fail), "the failure")
+            raises(
+                RuntimeError, lambda: add_adapter(AdapterIndex(bare), "x", self.config(name), mount_on=nn.Module(), before_commit=fail), "the failure"
+            )
         assert anatomy(bare) == names, "a failed first add left the base wrapped"
         assert trainability(bare) == flags, "a failed first add left the base frozen"
 

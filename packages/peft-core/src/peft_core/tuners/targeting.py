@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from ..base.ops import is_conv1d
+from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
-from ..layers.base_ops import is_conv1d
-from .base_view import BaseView
 
 Targets = Collection[str] | str
 ALL_LINEAR = "all-linear"

@@ -101,3 +101,7 @@ TASKS: Mapping[str, TaskSpec] = {
 def task_of(task_type: Any) -> TaskSpec:
     """Return the task for a config's `task_type`; `NO_TASK` for None."""
     return TASKS.get(str(task_type), NO_TASK) if task_type is not None else NO_TASK
+
+
+#: names that heads usually have: a config may list those of other architectures too
+HEADS = tuple(dict.fromkeys(head for task in TASKS.values() for head in task.heads))

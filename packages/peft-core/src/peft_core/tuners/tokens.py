@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
+from ..base.view import BaseView
 from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
-from ..layers.activation import Activation
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule
 from ..layers.token_rows import RowSettings, RowsLayer, TokenRows
 from ..plugins import Capability, TunerSpec
-from .base_view import BaseView
+from ..selection.selection import Activation
 from .targeting import target_matcher
 from .tuner import Plan, TunerBase, Wrap
 

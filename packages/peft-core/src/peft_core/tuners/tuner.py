@@ -10,17 +10,17 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
-from ..layers.activation import Activation
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.creation import Creation
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
+from ..selection.selection import Activation
 from . import targeting
-from .base_view import BaseView
 from .call import Call, Output
-from .reshaping import Reshape
+from .reshape import Reshape
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+from ..base.view import BaseView
 from ..errors import ConfigError, PeftWarning, listed
-from .base_view import BaseView
 
 
 def check(base: BaseView, ensure: bool | None, targets: Sequence[str], saved: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from .common import LoraLayer
 from .substitution import call_with
 
 if TYPE_CHECKING:
-    from peft_core.layers.merging import Merge
+    from peft_core.merging.exact import Merge
 
 _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -1,0 +1,26 @@
+"""The part of a base that takes a cache, where its own forward takes none."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+
+def own_decoder(base: nn.Module) -> nn.Module | None:
+    """Return the decoder of a model that runs its encoder and its decoder itself, and hands the latter a cache of its own choice (or none)."""
+    children = dict(base.named_children())
+    decoder = children.get("decoder")
+    takes = decoder is not None and "past_key_values" in inspect.signature(type(decoder).forward).parameters
+    return decoder if takes and "encoder" in children else None
+
+
+def find(base: nn.Module) -> nn.Module | None:
+    """Return the part that takes a cache: the model's own decoder, or its first child that is a transformers model; None if there is none."""
+    decoder = own_decoder(base)
+    if decoder is not None:
+        return decoder
+    for child in base.children():
+        if any(cls.__name__ == "PreTrainedModel" for cls in type(child).__mro__):
+            return child if "past_key_values" in inspect.signature(type(child).forward).parameters else None
+    return None

@@ -1,0 +1,78 @@
+"""What the forward of a base takes, and how its tokens see one another; asked once per model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import backbone
+from .view import BaseView
+
+
+class BaseForward:
+    """What assembling a call must know of a base's forward; asked once per model."""
+
+    def __init__(self, view: BaseView) -> None:
+        self.view = view
+        found = inspect.signature(type(view.base).forward).parameters
+        #: the names of the forward's parameters, in order
+        self.parameters = tuple(found)[1:]  # without the model itself, whatever it is called
+        #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
+        keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
+        self.takes_cache = "past_key_values" in found or keywords
+        #: where keys and values go if the forward takes none: a model inside, before its head
+        self.backbone = None if self.takes_cache else backbone.find(view.base)
+        #: a layer was seen to read what a prefix put into a cache
+        self.reads_cache = False
+        #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
+        self.first_position = 0
+        for name, module in view.modules.items():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                self.first_position = int(module.padding_idx) + 1
+                break
+        #: there is an encoder, whose tokens a decoder of its own looks at
+        self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
+        #: its decoder numbers tokens by the length of the cache, for all rows alike, and nobody can say otherwise
+        self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
+        #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
+        says = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), None)
+        if says is None:  # modules of older versions do not say
+            says = (
+                not view.is_transformers_model
+                or hasattr(view.base, "prepare_inputs_for_generation")
+                or bool(getattr(view.config, "is_decoder", False))
+            )
+        self.causal = says and not self.encoder_decoder
+        #: it has a head that predicts the next token
+        self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
+        #: how far back layers look that do not look at everything; 0: all look at everything
+        self.window = _window(view)
+
+    def accepts(self, name: str) -> bool:
+        """Return whether the forward has a parameter of this name."""
+        return name in self.parameters
+
+    def embed(self, ids: Any, *, decoder: bool = False) -> Tensor:
+        """Return the embeddings of token ids, adapters on the embedding included.
+
+        Args:
+            ids: (batch, tokens).
+            decoder: with those of the decoder, where a model has two kinds.
+        """
+        module: Any = self.view.base
+        if decoder and hasattr(module, "get_decoder") and hasattr(module.get_decoder(), "embed_tokens"):
+            embedded: Tensor = module.get_decoder().embed_tokens(ids)
+        else:
+            embedded = module.get_input_embeddings()(ids)
+        return embedded
+
+
+def _window(view: BaseView) -> int:
+    config = view.text_config
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and not any("sliding" in str(kind) for kind in kinds):
+        return 0
+    return int(getattr(config, "sliding_window", None) or 0)

@@ -1,0 +1,163 @@
+"""The base model under its original names: read once per model, before the first module is wrapped."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..errors import ModelError
+from .weight import MERGES
+
+
+class BaseView:
+    """A base model as it was before anything was wrapped.
+
+    Args:
+        base: the model. It must not contain adapter layers yet.
+
+    Attributes:
+        modules: every module by its original name (a module with several names under the first).
+        sites: for each name the places (parent, attribute) where the module hangs: several where modules are shared.
+        chosen: if set, these modules are adapted, whatever the targets of a config say.
+        heads: names of modules that the task saves whole; never targets.
+        shared_weights: ids of parameters that belong to more than one module (tied embeddings).
+        checkpointable: modules that say whether they are checkpointed.
+        tied: name of a module → the modules with the same weight, itself included, where one of them is an embedding.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.chosen: frozenset[str] | None = None
+        self.heads: tuple[str, ...] = ()
+        self.read()
+
+    def read(self) -> None:
+        """Read the base anew, after its structure has changed; nothing in it may be wrapped."""
+        for name in ("leaf_names", "embeddings"):  # what was computed once
+            self.__dict__.pop(name, None)
+        self.checkpointable = tuple(m for m in self.base.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool))
+        self.modules: dict[str, nn.Module] = {}
+        self.sites: dict[str, list[tuple[nn.Module, str]]] = {}
+        first_name: dict[int, str] = {}
+        owners: dict[int, int] = defaultdict(int)
+        for name, module in self.base.named_modules():
+            self.modules[name] = module
+            first_name[id(module)] = name
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners[id(parameter)] += 1
+        for module in self.modules.values():
+            for attribute, child in module._modules.items():
+                if child is not None:
+                    self.sites.setdefault(first_name[id(child)], []).append((module, attribute))
+        self.shared_weights = frozenset(key for key, count in owners.items() if count > 1)
+        tied: dict[int, list[str]] = defaultdict(list)
+        for name, module in self.modules.items():
+            weight = module._parameters.get("weight")
+            if weight is not None and id(weight) in self.shared_weights:
+                tied[id(weight)].append(name)
+        # copies of layers that share all their weights are no such pair: one of the modules has to be an embedding
+        groups = [tuple(names) for names in tied.values() if any(isinstance(self.modules[name], nn.Embedding) for name in names)]
+        self.tied = {name: group for group in groups for name in group}
+
+    def sharing(self, path: str) -> tuple[str, ...]:
+        """Return the modules whose weight is the weight of the module `path` (an embedding and its output layer), it included; () if there are none.
+
+        A module whose weight an adapter's initialisation changed for good has one of its own.
+        """
+        group = [name for name in self.tied.get(path, ()) if not any(merge.permanent for merge in self.modules[name].__dict__.get(MERGES, ()))]
+        return tuple(group) if path in group and len(group) > 1 else ()
+
+    def occupant(self, path: str) -> nn.Module:
+        """Return what stands now at `path`, an original name: the module itself, or what was wrapped around it."""
+        parent, leaf = self.sites[path][0]
+        found: nn.Module = getattr(parent, leaf)
+        return found
+
+    def choosing(self, names: Iterable[str]) -> BaseView:
+        """Return the same view, in which exactly the modules `names` are targets."""
+        twin = copy.copy(self)
+        twin.chosen = frozenset(names)
+        return twin
+
+    def with_heads(self, heads: Iterable[str]) -> BaseView:
+        """Return the same view of a model whose task saves the modules `heads` whole."""
+        twin = copy.copy(self)
+        twin.heads = tuple(heads)
+        return twin
+
+    @property
+    def name(self) -> str:
+        """The class of the base, for messages."""
+        return type(self.base).__name__
+
+    @property
+    def config(self) -> Any:
+        """The base's transformers config, or None."""
+        return getattr(self.base, "config", None)
+
+    @property
+    def model_type(self) -> str | None:
+        """The architecture's name in its config (``"llama"``), or None."""
+        config = self.config
+        found = config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None)
+        return str(found) if found else None
+
+    @property
+    def text_config(self) -> Any:
+        """The part of the config that describes the language model."""
+        config = self.config
+        return getattr(config, "text_config", None) or config
+
+    @cached_property
+    def leaf_names(self) -> list[str]:
+        """The last parts of all module names, each once."""
+        return list(dict.fromkeys(name.rpartition(".")[2] for name in self.modules if name))
+
+    @cached_property
+    def embeddings(self) -> nn.Module:
+        """The input embeddings as they were before anything was wrapped.
+
+        Raises:
+            ModelError: the base does not say which module they are.
+        """
+        getter = getattr(self.base, "get_input_embeddings", None)
+        try:
+            found = getter() if getter is not None else None
+        except NotImplementedError:
+            found = None
+        if found is None:
+            raise ModelError(f"{self.name} does not say which module embeds its tokens", hint="give it a method get_input_embeddings()")
+        return innermost(found)
+
+    @property
+    def output_embeddings(self) -> nn.Module | None:
+        """The module that turns hidden states into vocabulary scores, if there is one."""
+        getter = getattr(self.base, "get_output_embeddings", None)
+        found = getter() if getter is not None else None
+        return innermost(found) if found is not None else None
+
+    @property
+    def is_transformers_model(self) -> bool:
+        """Whether the base is a transformers `PreTrainedModel` (by name: no import for a question)."""
+        return any(cls.__name__ == "PreTrainedModel" for cls in type(self.base).__mro__)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """Return the module inside all adapter layers around it."""
+    while (inside := module._modules.get("base_layer")) is not None:
+        module = inside
+    return module
+
+
+def checkpointed(base: nn.Module) -> bool:
+    """Return whether a transformers model recomputes activations in the backward pass (the attribute has two names)."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
+        if hasattr(type(base), name):
+            return bool(getattr(base, name))
+    return False

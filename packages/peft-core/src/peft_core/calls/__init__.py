@@ -1,0 +1,1 @@
+"""What happens in a call: route, prepare, assemble, base, finish; checkpointing and `generate`."""

@@ -1,0 +1,48 @@
+"""Models with a head whose forward takes no cache, around a backbone whose forward does: the cache goes straight to the backbone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..base.undo import Undo
+from ..selection.selection import Activation
+from ..tuners.index import AdapterIndex
+from ..virtual_tokens.caches import PREFIX
+
+
+class BackboneDoor:
+    """Called before a backbone runs: hands it the keys and values of the call's prefixes.
+
+    Args:
+        activation: of the model.
+    """
+
+    def __init__(self, activation: Activation) -> None:
+        self.activation = activation
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        route = getattr(self.activation.local, "route", None)
+        cache = None if route is None else route.facts.get(PREFIX)
+        return None if cache is None or kwargs.get("past_key_values") is not None else (args, {**kwargs, "past_key_values": cache})
+
+
+def install(index: AdapterIndex, undo: Undo) -> None:
+    """Put the door in place if some tuner takes part in calls and the model's own forward takes no cache; once."""
+    backbone = index.forward.backbone
+    if backbone is None or not index.speakers or any(isinstance(hook, BackboneDoor) for hook in backbone._forward_pre_hooks.values()):
+        return
+    handle = backbone.register_forward_pre_hook(BackboneDoor(index.activation), with_kwargs=True)
+    undo.call(handle.remove)
+
+
+def uninstall(index: AdapterIndex) -> None:
+    """Take it away."""
+    backbone = index.forward.backbone
+    if backbone is None:
+        return
+    for number, hook in list(backbone._forward_pre_hooks.items()):
+        if isinstance(hook, BackboneDoor):
+            del backbone._forward_pre_hooks[number]
+            backbone._forward_pre_hooks_with_kwargs.pop(number, None)

@@ -1,0 +1,150 @@
+"""Gradient checkpointing: layers run again in the backward pass, and have to meet then what they met in the forward pass.
+
+transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointDoor` stands in the place of that function: it
+remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs again, in whichever
+thread that happens. Nothing is swapped per call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError, RoutingError
+from ..selection.selection import Activation, Route
+from ..tuners.index import AdapterIndex
+from ..virtual_tokens import caches
+from ..virtual_tokens.caches import PREFIX
+
+FUNCTION = "_gradient_checkpointing_func"
+#: what a layer calls its cache
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class CheckpointDoor:
+    """Stands in for the function that runs a layer under checkpointing.
+
+    Args:
+        activation: of the model.
+        original: the function that it replaces.
+        number: of the layer, in caches; None: it has no cache.
+    """
+
+    def __init__(self, activation: Activation, original: Callable[..., Any], number: int | None) -> None:
+        self.activation = activation
+        self.original = original
+        self.number = number
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        route = getattr(self.activation.local, "route", None)
+        if route is None:
+            if torch.compiler.is_compiling():
+                return self.original(layer, *args, **kwargs)
+            return self.original(functools.partial(_as_before, self.activation, self.activation.default, layer), *args, **kwargs)
+        cache = route.facts.get(PREFIX)
+        if cache is None or self.number is None:
+            return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
+        # as arguments: what checkpointing does not see as such gets its gradient in another backward pass for each layer
+        pair = caches.pair_of(cache, self.number)
+        return self.original(functools.partial(_with_prefix, self.activation, route, layer, cache, self.number), *pair, *args, **kwargs)
+
+
+def _as_before(activation: Activation, default: Route, layer: Callable[..., Any], *args: Any) -> Any:
+    """Run a layer under the adapters of the forward pass, `default`, whatever was switched since.
+
+    Raises:
+        RoutingError: adapters were switched, and some layers follow a choice of their own, which is not known any more.
+    """
+    if activation.default.names == default.names:
+        return layer(*args)
+    if default.used and activation.variants:
+        raise RoutingError(
+            "adapters were switched between a forward pass and its backward pass under gradient checkpointing, and some layers were switched by "
+            "themselves",
+            hint="call backward() before switching adapters",
+        )
+    return _under(activation, default, layer, *args)
+
+
+def _under(activation: Activation, route: Route, layer: Callable[..., Any], *args: Any) -> Any:
+    with activation.use(route):
+        return layer(*args)
+
+
+def _with_prefix(
+    activation: Activation, route: Route, layer: Callable[..., Any], cache: Any, number: int, keys: Tensor, values: Tensor, *args: Any
+) -> Any:
+    """Run a layer with a cache that begins with keys and values (batch, heads, n, head_dim).
+
+    transformers takes caches away under checkpointing, as one that grows would grow again in the backward pass; this one does not.
+    """
+    cache = caches.with_pair(cache, number, keys, values)
+    if isinstance(layer, functools.partial):
+        for name in _CACHES:
+            if name in layer.keywords:
+                return _under(activation, route, functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), *args)
+        place = _place(layer.func) - len(layer.args)
+        if 0 <= place < len(args):
+            return _under(activation, route, layer, *args[:place], cache, *args[place + 1 :])
+    raise ModelError(
+        "keys and values can't be prepended while gradient checkpointing is on: this model's layers can't be given a cache then",
+        hint="call gradient_checkpointing_disable() on the base",
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+def _place(function: Callable[..., Any]) -> int:
+    """Return the place of the cache among the arguments of a function; -1 if it takes none."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, nn.Module):  # `super().__call__` of a layer: what it takes is what its forward takes
+        names = _names(type(owner).forward)[1:]
+    else:
+        names = _names(function)
+    return next((names.index(name) for name in _CACHES if name in names), -1)
+
+
+def prepare(index: AdapterIndex) -> bool:
+    """Return whether layers will run again in the backward pass, and see to it that they meet the same adapters then."""
+    if not (index.base.training and torch.is_grad_enabled()):
+        return False
+    waiting = []
+    for module in index.view.checkpointable:
+        function = module.__dict__.get(FUNCTION) if module.gradient_checkpointing else None
+        if isinstance(function, CheckpointDoor) and function.activation is index.activation:
+            return True  # switched on before, and for all
+        if function is not None:
+            waiting.append((module, function))
+    encoder = _encoder(index) if waiting else frozenset()
+    for module, function in waiting:
+        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function, None if module in encoder else _number(module))
+    return bool(waiting)
+
+
+def _encoder(index: AdapterIndex) -> frozenset[nn.Module]:
+    """Return the modules of encoders whose layers have no cache: one that stands before a decoder, and one that says so, as T5's alone does."""
+    found: Any = getattr(index.base, "get_encoder", dict)() if index.forward.encoder_decoder else None
+    encoders = [found] if isinstance(found, nn.Module) and found is not index.base else []
+    encoders += [part for part in index.base.modules() if getattr(part, "is_decoder", None) is False and hasattr(part, "embed_tokens")]
+    return frozenset(module for encoder in encoders for module in encoder.modules())
+
+
+def _number(layer: nn.Module) -> int | None:
+    numbers = (getattr(module, "layer_idx", None) for module in layer.modules())
+    return next((number for number in numbers if isinstance(number, int)), None)
+
+
+def uninstall(base: nn.Module) -> None:
+    """Put back what doors replaced."""
+    for module in base.modules():
+        door = module.__dict__.get(FUNCTION)
+        if isinstance(door, CheckpointDoor):
+            module.__dict__[FUNCTION] = door.original

@@ -1,0 +1,184 @@
+"""The one door into `generate`: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
+
+Outside a `generate` of ours it defers to what it replaced; nothing is swapped per call, so that threads don't meet.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.undo import Undo
+from ..errors import CapabilityError, PeftWarning, RoutingError
+from ..tuners.call import Call, Site, batch_of
+from ..tuners.index import AdapterIndex
+from ..tuners.tasks import TaskSpec, task_of
+from ..virtual_tokens import reuse
+from ..virtual_tokens.assembly import assemble
+from ..virtual_tokens.caches import decoder_config, newer
+from ..virtual_tokens.encoder_decoder import encoder_inputs
+
+METHOD = "prepare_inputs_for_generation"
+#: what the base's own preparation says that assembling says anew
+_OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
+_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
+
+
+class GenerationDoor:
+    """Stands in for the base's method: same signature, holds no closure, so that copies and pickles of the model keep working."""
+
+    def __init__(self, index: AdapterIndex, replaced: Callable[..., Any] | None) -> None:
+        self.index = index
+        self.replaced = replaced
+
+    @property
+    def original(self) -> Callable[..., dict[str, Any]]:
+        """The base's own method."""
+        if self.replaced is not None:
+            return self.replaced
+        method: Callable[..., dict[str, Any]] = getattr(type(self.index.base), METHOD).__get__(self.index.base)
+        return method
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)  # generate() checks its keywords against it
+
+    def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        arguments = getattr(self.index.activation.local, "generating", None)
+        prepared = self.original(input_ids, *args, **kwargs)
+        if arguments is None:
+            return prepared
+        local = self.index.activation.local
+        task = getattr(local, "task", None)
+        route = self.index.activation.current()
+        call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
+        for tuner in self.index.speakers:
+            call = tuner.prepare(call)
+        if call.route is not route:  # facts: for the layers in this step, and for the tuner in the next
+            route = local.route = call.route
+        if not call.virtual:
+            return prepared
+        index, two = self.index, self.index.forward.encoder_decoder
+        if two and all(tokens.site is Site.INPUT for tokens in call.virtual):
+            return prepared  # the encoder has run
+        ours = _OURS_OF_TWO if two else _OURS
+        names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
+        text = {name: prepared[name] for name in names if prepared.get(name) is not None}
+        if prepared.get("use_cache") is False:
+            text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
+        # the base may have made a 4-D mask of it already; what we extend is the caller's
+        mask = "decoder_attention_mask" if two else "attention_mask"
+        call = Call(task, {**text, mask: kwargs.get(mask)}, route, call.batch, call.device, call.virtual, arguments, True)
+        at = prepared.get("cache_position")
+        if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
+            call = replace(call, cached=int(_places(at, call, two)[0]))
+        _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
+        call, _ = reuse.shortened(index, call, index.base)
+        inputs = assemble(call, index.forward, task_of(task)).inputs
+        if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
+            inputs["cache_position"] = _places(at, call, two)
+        return {**{name: value for name, value in prepared.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
+
+
+def _places(at: Tensor, call: Call, two: bool) -> Tensor:
+    """Return where in the cache the tokens of a step are written (tokens,), given where they would be without virtual ones."""
+    parts = [tokens for tokens in call.virtual if not two or tokens.site is Site.DECODER]
+    before = sum(tokens.length for tokens in parts if tokens.keys_values is not None)
+    embeds = sum(tokens.length for tokens in parts if tokens.embeds is not None)
+    if int(at[0]):  # a later step: all are there
+        return at + before + embeds
+    return torch.arange(at.shape[0] + embeds, device=at.device) + before
+
+
+def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
+    """Make a cache of fixed size that holds nothing yet larger by `count` tokens: transformers does not know of them."""
+    own = getattr(cache, "self_attention_cache", cache)
+    window = getattr(decoder_config(index.view), "sliding_window", None)
+    for layer in getattr(own, "layers", ()):
+        size = getattr(layer, "max_cache_len", None)
+        if size and not layer.is_initialized:
+            layer.max_cache_len = min(size + count, window) if layer.is_sliding and window else size + count
+
+
+def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that tokens that are guessed and taken back again leave virtual ones where they are.
+
+    Raises:
+        CapabilityError: this version of transformers cuts caches to a length that does not count them.
+    """
+    if not index.speakers or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+        return
+    call = Call(task.name or None, {}, index.activation.current(), 1, torch.device("cpu"), arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    if call.virtual:
+        raise CapabilityError("assisted generation with virtual tokens needs transformers 5", hint="generate without an assistant or prompt lookup")
+
+
+def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the arguments of `generate` for an encoder-decoder model, whose encoder runs once, before the first step: with virtual tokens.
+
+    Args:
+        index: the adapters.
+        task: the model's.
+        arguments: of tuners.
+        args, kwargs: of `generate`.
+
+    Raises:
+        RoutingError: there is no text.
+    """
+    if not index.speakers:
+        return args, kwargs
+    names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
+    given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+    if args:
+        given["input_ids"] = args[0]
+    if "inputs" in given:
+        given["input_ids"] = given.pop("inputs")
+    text = given.get("input_ids", given.get("inputs_embeds"))
+    batch, device = batch_of({**kwargs, **given}) or (1, torch.device("cpu"))
+    call = Call(task.name or None, given, index.activation.current(), batch, device, arguments=arguments)
+    for tuner in index.speakers:
+        call = tuner.prepare(call)
+    tokens = [part for part in call.virtual if part.site is Site.INPUT]
+    if not tokens:
+        return args, kwargs
+    if text is None:  # sounds, images
+        raise RoutingError("generate() needs input_ids or inputs_embeds before which virtual tokens can stand", hint="pass one of them")
+    if kwargs.get("encoder_outputs") is not None:
+        warnings.warn("encoder_outputs are computed anew, with virtual tokens before the text", PeftWarning, stacklevel=4)
+    for name in ("position_ids", "token_type_ids"):
+        if kwargs.get(name) is not None:
+            warnings.warn(f"{name} are ignored: virtual tokens stand before the text", PeftWarning, stacklevel=4)
+    pad = getattr(index.view.config, "pad_token_id", None)
+    ids = given.get("input_ids")
+    if "attention_mask" not in given and ids is not None and pad is not None and bool((ids == pad).any()):
+        given["attention_mask"] = (ids != pad).long()  # as generate() would have found out by itself
+    ready = encoder_inputs(call, tokens, index.forward, given)
+    rest = {name: value for name, value in kwargs.items() if name not in (*names, "encoder_outputs", "position_ids", "token_type_ids")}
+    return args[1:], {**rest, **ready}
+
+
+def install(index: AdapterIndex, undo: Undo) -> None:
+    """Put the door in place if some tuner takes part in calls and the base can generate."""
+    base = index.base
+    if not index.speakers or not hasattr(type(base), METHOD) or isinstance(base.__dict__.get(METHOD), GenerationDoor):
+        return
+    before = base.__dict__.get(METHOD)
+    base.__dict__[METHOD] = GenerationDoor(index, before)
+    undo.call(uninstall, base)
+
+
+def uninstall(base: nn.Module) -> None:
+    """Put back what the door replaced."""
+    door = base.__dict__.get(METHOD)
+    if isinstance(door, GenerationDoor):
+        del base.__dict__[METHOD]
+        if door.replaced is not None:
+            base.__dict__[METHOD] = door.replaced

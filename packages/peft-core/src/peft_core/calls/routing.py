@@ -1,0 +1,82 @@
+"""Which adapters act on which rows of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import AdapterNotFoundError, RoutingError, did_you_mean, listed
+from ..plugins.spec import Capability
+from ..selection.selection import BASE, Route, read_names
+from ..tuners.index import AdapterIndex
+from . import checkpointing
+
+
+def check_route(index: AdapterIndex, route: Route) -> None:
+    """Check that a route can be followed.
+
+    Raises:
+        AdapterNotFoundError: it names an adapter that the model lacks.
+        CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
+        RoutingError: adapters are merged.
+    """
+    check_moment(index)
+    unknown = [name for name in route.used if name not in index.configs]
+    if unknown:
+        raise AdapterNotFoundError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}",
+            hint=did_you_mean(unknown[0], [*index.configs, BASE]) or f"the model has {listed(index.configs) or 'none'}",
+        )
+    if route.per_row is not None and len(set(route.per_row)) > 1:
+        for name in route.used:
+            index.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")
+
+
+def check_moment(index: AdapterIndex) -> None:
+    """Check that adapters may be chosen for one call or block now; layers that run again in the backward pass will meet them then.
+
+    Raises:
+        RoutingError: adapters are merged.
+    """
+    checkpointing.prepare(index)
+    if index.merged_adapters():
+        raise RoutingError(f"{listed(index.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
+
+
+def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | None = None) -> Route:
+    """Return the route of a call: per-sample `names`, or what is active in this thread.
+
+    Raises:
+        RoutingError: as many names as samples are needed.
+        AdapterNotFoundError, CapabilityError: from checking it.
+    """
+    if names is None:
+        return index.activation.current()
+    per_row = read_names(names)
+    if batch is not None and len(per_row) != batch:
+        raise RoutingError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {len(per_row)} and {batch} respectively",
+            hint="give one entry per sample; '__base__' for none",
+        )
+    if not index.activation.enabled:
+        return Route()
+    check_moment(index)
+    scope = index.activation.cache()
+    if scope is not None:  # layers keep what they stack for a route under that route
+        return scope.get(("route", tuple(index.configs), per_row), lambda: _checked(index, per_row))
+    return _checked(index, per_row)
+
+
+def _checked(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
+    check_route(index, Route(per_row=per_row))
+    return _ordered(index, per_row)
+
+
+def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
+    """Return the route on which adapters act in load order, whatever the order in which a caller names them."""
+    place = {name: number for number, name in enumerate(index.configs)}
+    ordered = {row: tuple(sorted(set(row), key=place.__getitem__)) for row in set(per_row)}
+    if len(ordered) == 1:
+        return Route(names=ordered[per_row[0]])
+    used = sorted({name for row in ordered for name in row}, key=place.__getitem__)
+    return Route(tuple(used), tuple(ordered[row] for row in per_row))

@@ -1,0 +1,57 @@
+"""Which adapters act and train from now on."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+from ..calls import checkpointing
+from ..errors import PeftWarning
+from ..plugins import hooks
+from ..selection.selection import Route
+from ..selection.switching import Switches, let_train
+from ..tuners.index import AdapterIndex
+from . import merge
+
+
+def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = True) -> None:
+    """Use these adapters from now on; they train if `trainable`, all others are frozen. Order is load order.
+
+    Raises:
+        AdapterNotFoundError: the model lacks one.
+    """
+    index.require(*adapters)
+    if index.merged_adapters():
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=4)
+        merge.unmerge(index)
+    chosen = tuple(name for name in index.configs if name in adapters)
+    follow_model(index)
+    index.activation.select(chosen)
+    for adapter in index.configs:
+        set_trainable(index, adapter, trainable and adapter in chosen)
+    hooks.adapter_activated(index.base, chosen)
+
+
+def follow_model(index: AdapterIndex) -> None:
+    """Let every layer that was switched by itself follow the model's activation again."""
+    index.activation.switched_off.clear()
+    for module in index.entries.values():
+        if isinstance(module, Switches) and module.activation is not index.activation:
+            module.activation = index.activation
+
+
+def set_trainable(index: AdapterIndex, adapter: str, trainable: bool) -> None:
+    """Set `requires_grad` of an adapter's parameters to `trainable`."""
+    let_train(index.parameters_of(adapter), trainable)
+
+
+@contextlib.contextmanager
+def disabled(index: AdapterIndex) -> Iterator[None]:
+    """The plain base inside: merged adapters are taken out first; which parameters train does not change."""
+    if index.merged_adapters():
+        merge.unmerge(index)
+    checkpointing.prepare(index)
+    overridden = getattr(index.activation.local, "route", None) is not None
+    with index.activation.disabled(), index.activation.use(Route()) if overridden else contextlib.nullcontext():
+        yield

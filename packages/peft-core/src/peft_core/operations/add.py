@@ -1,0 +1,253 @@
+"""Adding an adapter: plan all parts, then change the model, each step with its undo."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..base.undo import Undo, collector_paused
+from ..base.view import BaseView
+from ..calls import backbone, generation
+from ..config import PeftConfig
+from ..errors import CapabilityError, UnsupportedModuleError, listed
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import INITIAL, Creation
+from ..layers.mounted import MountedModules
+from ..layers.slots import LeavesBehind
+from ..layers.token_rows import RowsLayer
+from ..plugins import TunerSpec, hooks, registry
+from ..tuners import builtin, names
+from ..tuners.index import AdapterIndex, Key, index_of
+from ..tuners.tuner import Plan, TunerBase, Wrap
+from . import reshape
+from .delete import retire
+
+
+def add_adapter(
+    index: AdapterIndex,
+    adapter: str,
+    config: PeftConfig,
+    *,
+    creation: Creation = INITIAL,
+    heads: Sequence[str] = (),
+    mount_on: nn.Module | None = None,
+    view: BaseView | None = None,
+    before_commit: Callable[[], None] | None = None,
+    fit: bool = False,
+) -> None:
+    """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
+
+    Args:
+        adapter: its name.
+        config: its config; kept, not copied.
+        creation: how its weights are made.
+        heads: modules that the task wants saved whole where they exist.
+        mount_on: where modules beside the base go; None refuses plans that mount something.
+        view: the view to plan with; default the model's own.
+        fit: rewrite a config that was made for another layout of the base; who reads a file knows more and has done it.
+        before_commit: called when everything is built (to fill in a file's tensors); if it raises, all is undone.
+
+    Raises:
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
+    """
+    spec = registry.resolve(str(config.peft_type))
+    check_name(index, adapter, spec)
+    config.check()
+    tuner = index.tuner_for(spec)
+    with collector_paused(), Undo() as undo:
+        reshape.reshape(index, tuner, adapter, config, undo)
+        for name, value in (tuner.fitted(index.view, config) if fit else {}).items():
+            undo.call(setattr, config, name, getattr(config, name))
+            setattr(config, name, value)
+        plans = _plans(index, tuner, adapter, config, (view or index.view).with_heads(heads))
+        if mount_on is None and any(plan.mounts for _, _, plan in plans):
+            raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
+        keys: list[Key] = []
+        for kind, part, plan in plans:
+            keys += _wrap_modules(index, kind, plan, adapter, creation, undo)
+            if mount_on is not None:
+                keys += _mount_modules(index, part, plan, adapter, creation, mount_on, undo)
+            keys += _adopt_parameters(index, kind, plan, adapter, undo)
+        index.own[adapter] = list(dict.fromkeys(keys))
+        undo.call(index.own.pop, adapter, None)
+        if before_commit is not None:
+            undo.call(setattr, index, "_adding", None)
+            index._adding = tuner
+            before_commit()
+            index._adding = None
+        _commit(index, adapter, config, plans, heads, undo)
+    hooks.adapter_added(index.base, adapter, config)
+
+
+def _plans(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
+    main = tuner.plan(view, adapter, config)
+    plans: list[tuple[str, TunerBase, Plan]] = [(tuner.spec.peft_type, tuner, main)]
+    for kind, part, request in builtin.requests(index.tuners, index.activation, config.extras(), view, main):
+        plans.append((kind, part, part.plan(view, adapter, request)))
+    return plans
+
+
+def _commit(
+    index: AdapterIndex, adapter: str, config: PeftConfig, plans: Sequence[tuple[str, TunerBase, Plan]], heads: Sequence[str], undo: Undo
+) -> None:
+    _freeze_base(index, undo)
+    index.configs[adapter] = config
+    undo.call(index.configs.pop, adapter, None)
+    for kind, part, plan in plans:
+        if kind not in index.tuners:
+            index.tuners[kind] = part
+            undo.call(index.tuners.pop, kind, None)
+        for name, value in plan.resolved.items():
+            undo.call(setattr, config, name, getattr(config, name))
+            setattr(config, name, value)
+    if heads and hasattr(config, "modules_to_save"):
+        # a list of our own: the caller's stays as it was
+        undo.call(setattr, config, "modules_to_save", config.modules_to_save)
+        config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
+    undo.call(index.refresh)
+    index.refresh()
+    generation.install(index, undo)
+    backbone.install(index, undo)
+
+
+def _freeze_base(index: AdapterIndex, undo: Undo) -> None:
+    if index.frozen_base:
+        return
+    for parameter in index.base.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+            undo.call(parameter.requires_grad_, True)
+    index.frozen_base = True
+    undo.call(setattr, index, "frozen_base", False)
+
+
+def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
+    """Check that a new adapter of the method `spec` may be called `adapter`.
+
+    Raises:
+        AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
+    """
+    prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in index.tuners.values())}
+    names.check_name(adapter, index.configs, prefixes)
+
+
+def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, creation: Creation, undo: Undo) -> list[Key]:
+    """Wrap what a plan names, where it is not wrapped yet, and add the adapter's weights; return the entries of the index."""
+    keys = []
+    for wrap in plan.wraps:
+        key = (kind, wrap.path)
+        module: Any = index.entries.get(key)
+        if module is None:
+            occupant = index.view.occupant(wrap.path)
+            if occupant is not index.view.modules[wrap.path] and isinstance(occupant, LeavesBehind):
+                raise UnsupportedModuleError(
+                    f"{wrap.path!r} is saved whole by {listed(occupant.adapters())}, so that {adapter!r} can't wrap it",
+                    hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",
+                )
+            _put(index, key, occupant, wrap, undo)
+            module = index.entries[key]
+        undo.call(module.drop, adapter)
+        wrap.fill(module, creation)
+        keys.append(key)
+    return keys
+
+
+def _mount_modules(index: AdapterIndex, tuner: TunerBase, plan: Plan, adapter: str, creation: Creation, mount_on: nn.Module, undo: Undo) -> list[Key]:
+    """Put the adapter's own modules beside the base, on `mount_on`; return the entries of the index."""
+    keys: list[Key] = []
+    for path, mount in plan.mounts.items():
+        key = ("", path)
+        holder = index.entries.get(key)
+        if holder is None:
+            holder = MountedModules()
+            mount_on.add_module(path, holder)
+            undo.call(mount_on._modules.pop, path, None)
+            index.entries[key] = holder
+            undo.call(index.entries.pop, key, None)
+        assert isinstance(holder, MountedModules)
+        module = mount(creation).requires_grad_(False)
+        module.train(mount_on.training)
+        holder.add(adapter, module, tuner.mounted.setdefault(path, {}))
+        undo.call(holder.drop, adapter)
+        keys.append(key)
+    return keys
+
+
+def _adopt_parameters(index: AdapterIndex, kind: str, plan: Plan, adapter: str, undo: Undo) -> list[Key]:
+    """Let parameters of the base itself belong to the adapter; return the entries of the index."""
+    keys = []
+    for path, adopt in plan.adopts.items():
+        key = (kind, path)
+        module = adopt()
+        for parameter in module.parameters_of(adapter).values():
+            undo.call(parameter.requires_grad_, parameter.requires_grad)
+        undo.call(module.drop, adapter)
+        index.entries[key] = module
+        keys.append(key)
+    return keys
+
+
+def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
+    """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
+    if not isinstance(occupant, RowsLayer):
+        module: Any = wrap.build(occupant)
+        _place(index, wrap.path, module, undo)
+    else:
+        inside = occupant.wrapped
+        module = wrap.build(inside)
+        if isinstance(module, LeavesBehind):
+            raise UnsupportedModuleError(
+                f"rows of {wrap.path!r} train in {listed(occupant.adapters())}, so that it can't be saved whole",
+                hint="leave it out of modules_to_save, or delete_adapter the other one",
+            )
+        occupant.put_inside(module)
+        undo.call(occupant.put_inside, inside)
+        _prepare(index, wrap.path, module)
+    index.entries[key] = module
+    undo.call(index.entries.pop, key, None)
+    if isinstance(occupant, RowsLayer):
+        for other in [other for other, entry in index.entries.items() if entry is occupant]:
+            index.entries[other] = index.entries.pop(other)
+
+
+def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
+    for parent, leaf in index.view.sites[path]:
+        before = parent._modules[leaf]
+        parent._modules[leaf] = module
+        undo.call(parent._modules.__setitem__, leaf, before)
+    _prepare(index, path, module)
+
+
+def _prepare(index: AdapterIndex, path: str, module: Any) -> None:
+    occupied = index.view.modules[path]
+    module.train(occupied.training)
+    if isinstance(module, AdapterLayer):
+        weight = occupied._parameters.get(module.weight_name)
+        module.shared_weight = weight is not None and id(weight) in index.view.shared_weights
+
+
+def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
+    """Return the index of a base model and whether it is new. A model that already has one keeps it.
+
+    Where somebody else took the last config out and the wrappers off, as libraries that know layers do, there is nothing to keep.
+    """
+    found = index_of(model)
+    wrapped = [key for key in found.entries if key[0]] if found is not None and not found.configs else []
+    if found is not None and wrapped and not any(_in_place(found, key) for key in wrapped):
+        retire(found)
+        found = None
+    return (found, False) if found is not None else (AdapterIndex(model), True)
+
+
+def _in_place(index: AdapterIndex, key: Key) -> bool:
+    module = index.entries[key]
+    for parent, leaf in index.view.sites.get(key[1], ()):
+        found: Any = getattr(parent, leaf, None)
+        while found is not None and found is not module:
+            inside = found._modules
+            found = inside.get("base_layer") or inside.get("original_module")
+        if found is module:
+            return True
+    return False

@@ -1,0 +1,102 @@
+"""Modules that an adapter saves whole: `modules_to_save`, and heads of a task."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..base.view import BaseView
+from ..errors import ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
+from ..layers.adapter_layer import AdapterLayer
+from ..layers.creation import Creation
+from ..layers.saved_modules import ModulesToSaveWrapper
+from ..layers.slots import AdapterModule
+from ..plugins import Capability, TunerSpec
+from ..selection.selection import Activation
+from .targeting import target_matcher
+from .tasks import HEADS
+from .tuner import Plan, TunerBase, Wrap
+
+
+@dataclass(frozen=True)
+class SavedRequest:
+    """Modules to save whole: `required` ones must exist, `optional` ones (heads of a task) are taken where they do.
+
+    With `tied`, modules that share a weight in the base share it in their copies: one brings the others along.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    tied: bool = False
+
+
+class SavedModules(TunerBase):
+    """Plans a `ModulesToSaveWrapper` around each module that is to be saved whole."""
+
+    def __init__(self, activation: Activation) -> None:
+        spec = TunerSpec(
+            "SAVED_MODULES", "peft_core.config:PeftConfig", SavedModules, "modules_to_save", capabilities=Capability.MERGE | Capability.PER_SAMPLE
+        )
+        super().__init__(spec, activation)
+
+    def plan(self, base: BaseView, adapter: str, config: SavedRequest) -> Plan:
+        """Wrap the modules whose names are given or end in a given name after a dot.
+
+        Raises:
+            ConfigError: a required name matches nothing.
+            UnsupportedModuleError: a container of modules, which has no forward to replace.
+        """
+        paths = self.paths(base, config)
+        unknown = [name for name in config.required if name not in HEADS and not any(map(target_matcher((name,), "modules_to_save"), base.modules))]
+        if unknown:
+            message = f"modules_to_save: {listed(unknown)} match no module of {base.name}"
+            hint = did_you_mean(unknown[0].rpartition(".")[2], base.leaf_names)
+            if not paths:
+                raise ConfigError(message, hint=hint or None)
+            warnings.warn(f"{message}{'; ' + hint if hint else ''}", PeftWarning, stacklevel=6)
+        for path in paths:
+            module = base.modules[path]
+            if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, AdapterLayer)):
+                raise UnsupportedModuleError(
+                    f"modules_to_save: {path!r} is a {type(module).__name__}, which can't be replaced by a copy", hint="name the modules inside it"
+                )
+        fillers: dict[str, _SavedFiller] = {}
+        for path in paths:
+            owner = next((fillers[other] for other in base.sharing(path) if other in fillers), None) if config.tied else None
+            fillers[path] = _SavedFiller(adapter, owner)
+        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), filler) for path, filler in fillers.items()))
+
+    @staticmethod
+    def paths(base: BaseView, request: SavedRequest) -> list[str]:
+        """Return the modules that are saved whole; one inside another needs no copy of its own."""
+        named = target_matcher((*request.required, *request.optional), "modules_to_save")
+        brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
+        found: list[str] = []
+        for path in base.modules:
+            if path and (path in brought or named(path)) and not any(path.startswith(f"{outer}.") for outer in found):
+                found.append(path)
+        return found
+
+
+@dataclass(frozen=True)
+class _SavedBuilder:
+    activation: Activation
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        return ModulesToSaveWrapper(module, self.activation)
+
+
+@dataclass(frozen=True)
+class _SavedFiller:
+    adapter: str
+    owner: _SavedFiller | None = None
+    filled: list[ModulesToSaveWrapper] = field(default_factory=list)
+
+    def __call__(self, module: ModulesToSaveWrapper, creation: Creation) -> None:
+        module.attach(self.adapter, creation, None if self.owner is None else self.owner.filled[0])
+        self.filled.append(module)
+
+
+SAVED = "@saved"

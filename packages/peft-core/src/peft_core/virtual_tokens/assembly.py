@@ -1,0 +1,177 @@
+"""From a call with virtual tokens to the keywords that the base gets. Done once, for all methods, rows and lengths.
+
+The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
+positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
+An encoder-decoder model has two sequences: see `two_sequences`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.forward import BaseForward
+from ..errors import CapabilityError, PeftWarning, RoutingError
+from ..selection.selection import ALL
+from ..tuners.call import Call, Site, VirtualTokens
+from ..tuners.tasks import IGNORED, Lead, TaskSpec
+from . import caches
+from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
+
+
+def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = False) -> Assembled:
+    """Return what the base gets for a call.
+
+    Args:
+        call: the call, with the virtual tokens that tuners offered.
+        forward: what the base's forward takes.
+        task: decides what happens to labels.
+        again: layers run again in the backward pass.
+
+    Raises:
+        RoutingError: an attention mask that is not (batch, tokens).
+        CapabilityError: virtual tokens that this base can't take.
+    """
+    inputs = dict(call.inputs)
+    if not call.virtual:
+        return Assembled(inputs)
+    if forward.encoder_decoder:
+        from .encoder_decoder import assemble_both
+
+        return assemble_both(call, forward, task, again=again)
+    if any(tokens.site is not Site.INPUT for tokens in call.virtual):
+        raise CapabilityError(f"{forward.view.name} has no decoder of its own, before whose tokens virtual ones could stand", hint="use Site.INPUT")
+    kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
+    embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
+    n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
+
+    cache = inputs.get("past_key_values")
+    cached = cached_in(call, cache)
+    ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    text = ids if embedded is None else embedded
+    if text is None:
+        raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")
+    length = text.shape[1]
+
+    own_positions = inputs.get("position_ids")
+    mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
+    positions = None if mask is None else _positions(_placed(mask, kv), n_kv, n_embeds, length, cached, forward, own_positions)
+    if 0 < forward.window < n_kv + n_embeds + length and not cached and any(tokens.rows is not ALL for tokens in call.virtual):
+        warnings.warn(
+            f"layers of {forward.view.name} look back {forward.window} tokens, virtual tokens of other rows among them, so that rows with different "
+            "prompts see less of their own than alone",
+            PeftWarning,
+            stacklevel=2,
+        )
+    if cached:  # a later step: the virtual tokens are in the cache already
+        seen = final_mask(call, kv, forward, mask, length, cache, cached)
+        return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
+
+    lead: Lead = n_embeds
+    if embeds:
+        inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
+        inputs.pop("input_ids", None)
+        labelled = task.labels_each_token(inputs.get("labels"), tuple(text.shape[:2]))
+        for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
+            if isinstance(inputs.get(name), Tensor):
+                inputs[name] = led(inputs[name], n_embeds, filler)
+        if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
+            inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
+        elif mask is not None and forward.causal and task.pools:
+            inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
+        elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
+            inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
+        inputs = task.shift(inputs, lead)
+    if kv:
+        cache = filled_cache(call, kv, forward, cache, again=again)
+        if forward.takes_cache:
+            inputs["past_key_values"] = cache
+    seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)
+    return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), lead, length)
+
+
+def _packed(
+    inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
+) -> tuple[dict[str, Any], Tensor, Tensor | None, Tensor]:
+    """Move the virtual embeddings that a row does not use behind its text, so that each row begins with what it uses."""
+    used = mask[:, n_kv : n_kv + n_embeds]
+    text = mask[:, n_kv + n_embeds :]
+    order = torch.cat([used, torch.ones_like(text)], dim=1).argsort(dim=1, descending=True, stable=True)
+    moved = dict(inputs)
+    for name in ("inputs_embeds", "token_type_ids", "labels"):
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and value.shape[:2] == order.shape:
+            moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
+    packed = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, packed, None if positions is None else positions.gather(1, order), used.sum(dim=1)
+
+
+def _predicting(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int) -> tuple[dict[str, Any], Tensor, Any]:
+    """Move what a row does not look at before the virtual embeddings that it uses, so that the last of these predicts its first token.
+
+    That is: the embeddings of other rows, and padding on the left. A first token that nothing of its own row stands before is no label.
+    """
+    seen = mask[:, n_kv:] != 0
+    leading = torch.cat([torch.ones_like(seen[:, :n_embeds]), seen[:, n_embeds:].cumsum(dim=1) == 0], dim=1)
+    order = torch.where(leading, seen.long(), 2).argsort(dim=1, stable=True)
+    moved = dict(inputs)
+    for name in ("inputs_embeds", "labels"):
+        value = inputs[name]
+        moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
+    seen = seen.gather(1, order)
+    alone = torch.nn.functional.pad(~seen[:, :-1], (1, 0), value=True)
+    moved["labels"] = moved["labels"].masked_fill(alone, IGNORED)
+    mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, mask, None if positions is None else positions.gather(1, order)
+
+
+def _ending(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
+    """Move all that a row does not look at before what it uses: among embeddings, a model can't tell which token is the last."""
+    order = (mask[:, n_kv:] != 0).to(torch.int8).argsort(dim=1, stable=True)
+    value = inputs["inputs_embeds"]
+    moved = {**inputs, "inputs_embeds": value.gather(1, order.unsqueeze(2).expand_as(value))}
+    mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
+    return moved, mask, None if positions is None else positions.gather(1, order)
+
+
+def _placed(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
+    """Return the mask without the keys that take no positions."""
+    if all(tokens.weights is None for tokens in kv):
+        return mask
+    placed, start = mask.clone(), 0
+    for tokens in kv:
+        if tokens.weights is not None:
+            placed[:, start : start + tokens.length] = 0
+        start += tokens.length
+    return placed
+
+
+def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int, forward: BaseForward, own: Any) -> Tensor | None:
+    """Return the positions of the tokens that the base sees in this call: what the mask counts, or the caller's own, moved."""
+    if not forward.accepts("position_ids"):
+        return None
+    counted = (mask.cumsum(dim=1) - 1).clamp(min=0) + forward.first_position
+    if isinstance(own, Tensor):
+        own = own + mask[:, : n_kv + n_embeds].sum(dim=1, keepdim=True)
+        return own if cached else torch.cat([counted[:, n_kv : n_kv + n_embeds], own], dim=1)
+    return counted[:, -length:] if cached else counted[:, n_kv:]
+
+
+def prompt_of(call: Call, forward: BaseForward, room: int | None = None) -> Any:
+    """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values.
+
+    Args:
+        call: after all tuners have offered their virtual tokens.
+        forward: what the base's forward takes.
+        room: the size of the cache; None: it grows.
+    """
+    kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
+    if kv:
+        return filled_cache(call, kv, forward, None if room is None else caches.empty(forward.view, room))
+    embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
+    first = embeds[0].embeds
+    assert first is not None
+    return before(embeds, first.new_zeros(call.batch, 0, first.shape[-1]))

@@ -1,0 +1,184 @@
+"""Caches with the keys and values of prefixes in them, as transformers takes them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.view import BaseView
+from ..errors import CapabilityError
+from ..selection.selection import ALL
+from ..tuners.call import Call, VirtualTokens
+
+#: the fact of a route under which the keys and values of prefixes wait for layers that run again
+PREFIX = "peft_core.prefix"
+
+
+def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, again: bool = False) -> Any:
+    """Return a cache that begins with keys and values; rows that do not use them have zeros there, which the mask hides.
+
+    Args:
+        call: the call.
+        tokens: keys and values, in the order in which they stand.
+        view: the base.
+        cache: an empty cache to fill; None: a new one.
+        again: layers run again in the backward pass: what is added to the cache is not kept, so that they find it as it was.
+
+    Raises:
+        CapabilityError: the cache is too short.
+    """
+    two = bool(getattr(view.config, "is_encoder_decoder", False))
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    if own is None or again:
+        config = decoder_config(view)
+        layers = len(tokens[0].keys_values or ())
+        if two and getattr(config, "num_hidden_layers", layers) != layers:
+            config = None  # T5's config counts the layers of its encoder
+        own = _again_class()(config=config) if again else DynamicCache(config=config)
+        if two:
+            other = _again_class()(config=config) if again else DynamicCache(config=config)
+            cache = EncoderDecoderCache(own, other)
+            if again:
+                cache.is_updated = _Never()
+        else:
+            cache = own
+    length = sum(part.length for part in tokens)
+    for layer in own.layers:
+        room = getattr(layer, "max_cache_len", None)
+        if room is not None and room < length:
+            raise CapabilityError(
+                f"the cache has room for {room} tokens, but {length} virtual ones come first", hint="make it longer by their number"
+            )
+    like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
+    for layer in range(len(tokens[0].keys_values or ())):
+        pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
+        keys = [spread(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
+        values = [spread(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
+        k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
+        if again:
+            own.begin(k, v, layer)
+        else:
+            own.update(k, v, layer)
+    return cache
+
+
+def newer() -> bool:
+    """Return whether transformers is of version 5 or later."""
+    import transformers
+
+    return int(transformers.__version__.partition(".")[0]) >= 5
+
+
+def empty(view: BaseView, room: int) -> Any:
+    """Return an empty cache of fixed size, for `room` tokens."""
+    from transformers import EncoderDecoderCache, StaticCache
+
+    config = decoder_config(view)
+    own = StaticCache(config=config, max_cache_len=room)
+    two = bool(getattr(view.config, "is_encoder_decoder", False))
+    return EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=room)) if two else own
+
+
+def decoder_config(view: BaseView) -> Any:
+    """Return the config of the part that has a cache."""
+    config = view.text_config
+    getter = getattr(config, "get_text_config", None)
+    return getter(decoder=True) if getter is not None and getattr(config, "is_encoder_decoder", False) else config
+
+
+def spread(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
+    """Return (…) or (rows, …) as (batch, …) in the dtype of `like`; zero in rows that do not use it."""
+    per_row = tokens.embeds is not None and tokens.embeds.ndim == 3
+    value = value.to(dtype=like.dtype, device=like.device)
+    if tokens.rows is ALL:
+        return value if per_row else value.unsqueeze(0).expand(like.shape[0], *value.shape)
+    ids = ids_of(tokens)
+    value = value if per_row else value.unsqueeze(0).expand(ids.shape[0], *value.shape)
+    return like.new_zeros(like.shape[0], *value.shape[1:]).index_copy(0, ids.to(like.device), value)
+
+
+def ids_of(tokens: VirtualTokens) -> Tensor:
+    """Return the numbers of the rows that use some tokens, where not all do."""
+    assert isinstance(tokens.rows, Tensor)
+    return tokens.rows
+
+
+def dtype_of(base: nn.Module) -> torch.dtype:
+    """Return the dtype in which a base computes."""
+    return next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
+
+
+def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
+    """Return the keys and values (batch, heads, n, head_dim) with which a layer's cache begins."""
+    own = getattr(cache, "self_attention_cache", cache).layers[layer]
+    return own.keys, own.values
+
+
+def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
+    """Return a cache for one layer that is to run again, with these keys and values."""
+    own = getattr(cache, "self_attention_cache", cache)
+    one, other = copy.copy(own), copy.copy(own.layers[layer])
+    other.keys, other.values = keys, values
+    one.layers = [*own.layers[:layer], other, *own.layers[layer + 1 :]]
+    if not hasattr(cache, "self_attention_cache"):
+        return one
+    two = copy.copy(cache)
+    two.self_attention_cache = one
+    return two
+
+
+class _Never(dict[int, bool]):
+    """Says of no layer that its keys and values of the encoder are there: they are computed again, with a graph."""
+
+    def __setitem__(self, key: int, value: bool) -> None:
+        pass
+
+
+_classes: list[type[Any]] = []
+
+
+def _again_class() -> type[Any]:
+    """Return the class of caches that layers may use twice; made when transformers is there."""
+    if not _classes:
+        from transformers import DynamicCache
+
+        class Again(DynamicCache):
+            """A cache that keeps nothing but what it began with, and whether a layer read that; copies of it say it here."""
+
+            def __init__(self, config: Any = None) -> None:
+                super().__init__(config=config)
+                self.readers: set[int] = set()
+
+            def begin(self, keys: Tensor, values: Tensor, layer: int) -> None:
+                super().update(keys, values, layer)
+
+            def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+                layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+                if layer is None or not layer.is_initialized:
+                    return key_states, value_states
+                self.readers.add(layer_idx)
+                return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+        _classes.append(Again)
+    return _classes[0]
+
+
+class _NoFalseAlarm(logging.Filter):
+    """transformers says that it takes the cache away under checkpointing; here it comes back through the door."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))
+
+
+@functools.cache
+def hush() -> None:
+    """Keep transformers from saying so, from now on."""
+    logging.getLogger("transformers.modeling_layers").addFilter(_NoFalseAlarm())

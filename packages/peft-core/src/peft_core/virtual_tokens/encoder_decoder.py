@@ -1,0 +1,108 @@
+"""Virtual tokens of encoder-decoder models: embeddings before the encoder's or the decoder's text, keys and values before the decoder's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.forward import BaseForward
+from ..errors import CapabilityError, RoutingError
+from ..selection.selection import ALL
+from ..tuners.call import Call, Site, VirtualTokens
+from ..tuners.tasks import IGNORED, TaskSpec
+from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
+
+
+def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = False) -> Assembled:
+    """Return what an encoder-decoder model gets for a call; arguments and errors as `assemble`."""
+    inputs = dict(call.inputs)
+    encoder = [tokens for tokens in call.virtual if tokens.site is Site.INPUT]
+    kv = [tokens for tokens in call.virtual if tokens.site is Site.DECODER and tokens.keys_values is not None]
+    embeds = [tokens for tokens in call.virtual if tokens.site is Site.DECODER and tokens.embeds is not None]
+    if any(tokens.keys_values is not None for tokens in encoder):
+        raise CapabilityError("an encoder takes no keys and values", hint="offer them with site=Site.DECODER, or embeddings")
+    if encoder and not call.generating:  # `generate` ran the encoder already
+        inputs = encoder_inputs(call, encoder, forward, inputs)
+    if not (kv or embeds):
+        return Assembled(inputs)
+
+    cache = inputs.get("past_key_values")
+    cached = cached_in(call, cache)
+    if not cached and embeds and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
+        inputs["decoder_input_ids"] = _shifted(forward, inputs.get("labels"))
+    ids, embedded = inputs.get("decoder_input_ids"), inputs.get("decoder_inputs_embeds")
+    text = ids if embedded is None else embedded
+    if text is None:
+        text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
+    length = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
+    virtual = (*kv, *embeds)
+    if forward.numbers_by_cache:
+        if any(tokens.weights is not None for tokens in kv):
+            raise CapabilityError(
+                f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
+                hint="use another init_weights",
+            )
+        if any(tokens.rows is not ALL for tokens in virtual):
+            raise CapabilityError(
+                f"the decoder of {forward.view.name} numbers the tokens of all rows alike, so that virtual tokens of some rows move the others'",
+                hint="use the same prompts for all rows, or methods that wrap layers",
+            )
+    count = sum(tokens.length for tokens in virtual)
+    mask = extended_mask(call, virtual, inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
+    if cached:
+        return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
+    lead = 0
+    if embeds:
+        if not forward.accepts("decoder_inputs_embeds"):
+            raise CapabilityError(f"the forward of {forward.view.name} takes no decoder_inputs_embeds", hint="use num_transformer_submodules=1")
+        lead = sum(tokens.length for tokens in embeds)
+        inputs["decoder_inputs_embeds"] = before(embeds, forward.embed(ids, decoder=True) if embedded is None else embedded)
+        inputs.pop("decoder_input_ids", None)
+        if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
+            inputs["labels"] = led(inputs["labels"], lead, IGNORED)
+    if kv:
+        cache = filled_cache(call, kv, forward, cache, again=again)
+        if forward.takes_cache:
+            inputs["past_key_values"] = cache
+    return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
+
+
+def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return `inputs` with virtual embeddings before the encoder's text.
+
+    Each row begins with what it uses, and ends with its padding: an encoder numbers its tokens from the left.
+
+    Raises:
+        RoutingError: there is no text, or the mask is not (batch, tokens).
+    """
+    if inputs.get("encoder_outputs") is not None:
+        raise RoutingError("encoder_outputs are given, so virtual tokens can't stand before the encoder's text", hint="pass input_ids instead")
+    ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    if ids is None and embedded is None:
+        raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")
+    embedded = forward.embed(ids) if embedded is None else embedded
+    sequence = before(tokens, embedded)
+    mask = extended_mask(call, tuple(tokens), inputs.get("attention_mask"), embedded.shape[1])
+    if mask is not None:
+        order = (mask != 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        sequence = sequence.gather(1, order.unsqueeze(2).expand_as(sequence))
+        mask = mask.gather(1, order)
+    return changed({**{k: v for k, v in inputs.items() if k not in ("input_ids", "token_type_ids")}, "inputs_embeds": sequence}, attention_mask=mask)
+
+
+def _shifted(forward: BaseForward, labels: Any) -> Tensor:
+    base: Any = forward.view.base
+    if not isinstance(labels, Tensor) or not hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        raise RoutingError("virtual tokens of the decoder need decoder_input_ids, decoder_inputs_embeds or labels", hint="pass one of them")
+    found: Tensor = base.prepare_decoder_input_ids_from_labels(labels=labels)
+    return found
+
+
+def _text_length(inputs: dict[str, Any]) -> int:
+    for name in ("input_ids", "inputs_embeds"):
+        value = inputs.get(name)
+        if isinstance(value, Tensor):
+            return value.shape[1]
+    raise RoutingError("virtual tokens need decoder_input_ids, decoder_inputs_embeds or labels", hint="pass one of them")

@@ -1,0 +1,93 @@
+"""Masks with a number for each key: what keys and values of a prefix that count more or less than others need."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.view import BaseView
+from ..errors import CapabilityError
+from ..selection.selection import ALL
+from ..tuners.call import Call, VirtualTokens
+from .caches import decoder_config, dtype_of, ids_of, newer
+
+#: attention that takes a number for each key
+_WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
+
+
+def _by_length(cache: Any) -> bool:
+    """Return whether a cache asks for the number of queries; those of older versions want their positions."""
+    return "query_length" in inspect.signature(cache.get_mask_sizes).parameters
+
+
+def weighed(
+    call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past: int, *, causal: bool
+) -> Any:
+    """Return the mask of a call in which some keys have a weight: (batch, 1, queries, keys), or one for each kind of layer, by its name.
+
+    Args:
+        call: the call.
+        tokens: the keys and values at the beginning of the cache, in their order.
+        view: the base.
+        mask: (batch, keys), 1 where there is something to look at; None: everywhere.
+        queries: number of tokens that look.
+        cache: with the prefix in it.
+        past: number of tokens in the cache.
+        causal: tokens see only what stands before them.
+
+    Raises:
+        CapabilityError: the base's kind of attention takes no weights.
+    """
+    config = decoder_config(view)
+    kind = str(getattr(config, "_attn_implementation", None) or "eager")
+    if kind not in _WEIGHING:
+        raise CapabilityError(f"the attention {kind!r} of {view.name} can't weigh keys", hint="load the base with attn_implementation='sdpa'")
+    if not causal and not newer():
+        raise CapabilityError(f"the encoder {view.name} can't weigh keys under transformers 4", hint="use transformers 5, or another init_weights")
+    own = getattr(cache, "self_attention_cache", cache)
+    keys = past + queries
+    seen = torch.ones(call.batch, keys, dtype=torch.bool, device=call.device) if mask is None else mask != 0
+    allowed = seen[:, None, None, :]
+    at = torch.arange(past, keys, device=call.device)[:, None] - torch.arange(keys, device=call.device)  # how far a key lies behind a query
+    if causal:
+        allowed = allowed & (at >= 0)
+    weights = _weights(call, tokens, keys)[:, None, None, :].to(dtype_of(view.base))
+    layers = tuple(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    near = allowed & (at < window) if window and causal else allowed
+    if not layers:
+        return _numbers(own, past, 0, weights, near, queries)
+    found = {
+        name: _numbers(own, past, layers.index(name), weights, near if "sliding" in name else allowed, queries) for name in dict.fromkeys(layers)
+    }
+    return found if len(found) > 1 else next(iter(found.values()))
+
+
+def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
+    """Return what is added to the scores of each key (batch, keys)."""
+    parts = []
+    for part in tokens:
+        if part.weights is None:
+            parts.append(torch.zeros(call.batch, part.length, device=call.device))
+        elif part.rows is ALL:
+            parts.append(part.weights.to(call.device).expand(call.batch, -1))
+        else:
+            none = part.weights.new_zeros(call.batch, part.length).to(call.device)
+            parts.append(none.index_copy(0, ids_of(part), part.weights.to(call.device).expand(ids_of(part).shape[0], -1)))
+    rest = keys - sum(part.length for part in tokens)
+    return torch.cat([*parts, torch.zeros(call.batch, rest, device=call.device)], dim=1)
+
+
+def _numbers(cache: Any, past: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
+    """Return (batch, 1, queries, keys of the layer): a layer with a window or of fixed size has fewer keys, or more, than there are tokens."""
+    lowest = torch.finfo(weights.dtype).min
+    numbers = torch.where(allowed, weights, weights.new_tensor(lowest)).expand(allowed.shape[0], 1, queries, -1)
+    length, offset = cache.get_mask_sizes(queries if _by_length(cache) else torch.arange(past, past + queries), layer)
+    numbers = numbers[..., offset : offset + length]
+    if numbers.shape[-1] < length:
+        numbers = torch.nn.functional.pad(numbers, (0, length - numbers.shape[-1]), value=lowest)
+    return numbers

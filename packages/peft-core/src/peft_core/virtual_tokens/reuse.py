@@ -1,0 +1,110 @@
+"""Virtual embeddings of a causal model, computed once: nothing that follows them changes their keys, values and logits.
+
+Inside a cache scope that the caller opened, the base runs once on the virtual tokens alone; after that, calls get their keys and values, as with a
+prefix, and the outputs that callers expect for the virtual tokens are put before those of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection.selection import ALL, EMPTY
+from ..tuners.call import Call, Output, Site, VirtualTokens
+from ..tuners.index import AdapterIndex
+from ..tuners.tasks import TaskSpec
+from .sequence import cached_in
+
+#: what a call may have besides its text; with anything else it goes the usual way
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
+#: outputs with one entry per token
+_PER_TOKEN = ("logits", "last_hidden_state")
+
+
+class VirtualKeysValues:
+    """Keys, values and outputs of virtual tokens, computed by running the base on them alone.
+
+    Args:
+        index: the adapters.
+        call: a call that `may_reuse`.
+        base: what runs the base.
+
+    Attributes:
+        embeds: the virtual tokens that were offered, each (n, hidden).
+        keys_values: as in `VirtualTokens`; None where the base has another kind of cache.
+        outputs: name → (1, n, …).
+    """
+
+    def __init__(self, index: AdapterIndex, call: Call, base: Callable[..., Output]) -> None:
+        self.embeds = tuple(tokens.embeds for tokens in call.virtual if tokens.embeds is not None)
+        words: Any = index.base.get_input_embeddings()  # type: ignore[operator]
+        sequence = torch.cat(self.embeds).to(device=call.device, dtype=words.weight.dtype).unsqueeze(0)
+        with index.activation.use(call.route):
+            found = base(inputs_embeds=sequence, use_cache=True, return_dict=True)
+        self.keys_values = _plain_layers(found.get("past_key_values"), sequence.shape[1])
+        values = {name: found.get(name) for name in _PER_TOKEN}
+        self.outputs: Mapping[str, Tensor] = {
+            name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 3 and v.shape[:2] == sequence.shape[:2]
+        }
+
+
+def _plain_layers(cache: Any, length: int) -> tuple[tuple[Tensor, Tensor], ...] | None:
+    """Return the keys and values (heads, n, head_dim) of each layer, where all have them for all tokens; None elsewhere."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized or layer.keys.shape[-2] != length:
+            return None
+        found.append((layer.keys[0], layer.values[0]))
+    return tuple(found) or None
+
+
+def may_reuse(index: AdapterIndex, call: Call) -> bool:
+    """Return whether virtual tokens of a call may be computed apart from its text: a plain call in evaluation, the same for all rows."""
+    if torch.is_grad_enabled() or index.base.training or torch.compiler.is_compiling() or not call.virtual:
+        return False
+    forward, config = index.forward, index.view.config
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return False
+    if not (forward.causal and forward.takes_cache and forward.view.is_transformers_model) or call.route.per_row is not None or call.route.facts:
+        return False
+    for tokens in call.virtual:
+        if tokens.rows is not ALL or tokens.site is not Site.INPUT or tokens.embeds is None or tokens.embeds.ndim != 2:
+            return False
+    if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
+        return False
+    cache = call.inputs.get("past_key_values")
+    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_in(call, cache)))
+
+
+def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
+    """Return the call with keys and values in the place of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
+
+    Args:
+        index: the adapters.
+        call: after all tuners have offered their virtual tokens.
+        base: what runs the base.
+    """
+    # a scope of one `generate` alone has one use for them: running the base on them apart would cost more
+    scope = index.activation.cache() if index.activation.scope is not None else None
+    if scope is None or not may_reuse(index, call):
+        return call, EMPTY
+    found = scope.get(("virtual keys and values", index, call.route.names, call.device), lambda: VirtualKeysValues(index, call, base))
+    same = len(found.embeds) == len(call.virtual) and all(one is tokens.embeds for one, tokens in zip(found.embeds, call.virtual, strict=True))
+    if found.keys_values is None or not same:  # other tokens, or computed anew in each call
+        return call, EMPTY
+    return replace(call, virtual=(VirtualTokens(ALL, keys_values=found.keys_values),)), found.outputs
+
+
+def led_by(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
+    """Return `output` with the outputs of the virtual tokens before those of the text, except for what the task cuts off anyway."""
+    for name, first in outputs.items():
+        rest = output.get(name) if isinstance(output, Mapping) else None
+        if isinstance(rest, Tensor) and rest.ndim == 3 and name not in task.per_token:
+            output[name] = torch.cat([first.expand(rest.shape[0], *first.shape[1:]).to(rest.dtype), rest], dim=1)
+    return output

@@ -1,0 +1,106 @@
+"""What both kinds of models share: one sequence of virtual tokens and text, its mask and its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.forward import BaseForward
+from ..errors import CapabilityError, RoutingError
+from ..selection.selection import ALL
+from ..tuners.call import Call, VirtualTokens
+from ..tuners.tasks import Lead
+from . import caches
+from .caches import PREFIX, hush
+from .masks import weighed
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What the base gets, and where the caller's tokens are in it.
+
+    Args:
+        inputs: the base's keywords.
+        lead: how many virtual embeddings stand before the text: one number, or one per row (batch,).
+        length: number of the caller's tokens.
+    """
+
+    inputs: dict[str, Any]
+    lead: Lead = 0
+    length: int = 0
+
+
+def changed(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return `inputs` with those changes that are not None; what is None anyway is left to the base."""
+    merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
+    return {name: value for name, value in merged.items() if value is not None or name not in changes}
+
+
+def before(embeds: list[VirtualTokens], text: Tensor) -> Tensor:
+    """Return virtual embeddings and those of the text (batch, tokens, hidden) as one sequence."""
+    return torch.cat([*(caches.spread(tokens, tokens.embeds, text) for tokens in embeds if tokens.embeds is not None), text], dim=1)
+
+
+def led(values: Tensor, count: int, filler: int) -> Tensor:
+    """Return (batch, tokens) with `count` times `filler` before each row."""
+    return torch.cat([values.new_full((values.shape[0], count), filler), values], dim=1)
+
+
+def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any = None) -> Tensor | None:
+    """Return the mask (batch, virtual + text), or None where everything attends to everything anyway.
+
+    Raises:
+        RoutingError: the caller's mask is not (batch, tokens).
+    """
+    if mask is None:
+        if all(tokens.rows is ALL and tokens.weights is None for tokens in virtual) and own_positions is None:
+            return None
+        mask = torch.ones(call.batch, text_length, dtype=torch.long, device=call.device)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise RoutingError(
+            f"virtual tokens need an attention_mask of shape (batch, tokens), not {tuple(getattr(mask, 'shape', ()))}",
+            hint="pass the 2-D mask of the tokenizer",
+        )
+    blocks = []
+    for tokens in virtual:
+        if tokens.rows is ALL:
+            blocks.append(mask.new_ones(call.batch, tokens.length))
+        else:
+            blocks.append(mask.new_zeros(call.batch, tokens.length).index_fill(0, caches.ids_of(tokens), 1))
+    return torch.cat([*blocks, mask], dim=1)
+
+
+def cached_in(call: Call, cache: Any) -> int:
+    """Return how many tokens are in the cache of a call."""
+    if call.cached is not None:
+        return call.cached
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past: int) -> Any:
+    """Return the mask (batch, keys) as it is, or one with numbers where some keys have weights: see `masks.weighed`."""
+    if all(tokens.weights is None for tokens in kv):
+        return mask
+    return weighed(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
+
+
+def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, again: bool = False) -> Any:
+    """Return a cache that holds the keys and values of all prefixes.
+
+    Raises:
+        CapabilityError: the base takes none.
+    """
+    if not forward.takes_cache and forward.backbone is None:
+        raise CapabilityError(
+            "Model does not support past key values which are required for prefix tuning",
+            hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
+        )
+    found = caches.filled(call, kv, forward.view, cache, again=again)
+    if again:
+        hush()
+    if again or not forward.takes_cache:
+        call.route.facts[PREFIX] = found  # type: ignore[index]
+    return found
