@@ -15,9 +15,9 @@ from lora.data_net import BATCHES, Net, config, inputs_of, stretched
 from peft_core import ConfigError, PeftModel, PeftWarning, get_peft_model
 from peft_core.testing import tiny
 from peft_lora import EvaConfig, LoraConfig
-from peft_lora import eva as eva_module
-from peft_lora.eva_passes import Site, digest, distribute, gathered
-from peft_lora.pca import IncrementalPca
+from peft_lora.initializers.eva import preparation as eva_module
+from peft_lora.initializers.eva.passes import Site, digest, distribute, gathered
+from peft_lora.initializers.eva.pca import IncrementalPca
 from support import Unchanged
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization")  # `eva` below looks for it

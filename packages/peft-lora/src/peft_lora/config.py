@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from peft_core.config import Extras, LayerConfig, require_number, require_positive_integer, require_probability
 from peft_core.errors import CapabilityError, ConfigError, PeftWarning, did_you_mean
 
+from .offers import initializer_specs
 from .subconfigs import (
     ArrowConfig,
     BdLoraConfig,
@@ -179,8 +180,6 @@ class LoraConfig(LayerConfig):
                 )
                 setattr(self, name, settings())
         if isinstance(word, str):
-            from .extensions import initializer_specs
-
             specs = initializer_specs()
             if not any(spec.matches(word) for spec in specs):
                 known = [spec.shown or spec.name for spec in specs]

@@ -7,25 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from peft_core.errors import ConfigError, PluginError, did_you_mean
-from peft_core.plugins import registry
+
+from .offers import initializer_specs, variant_specs
 
 if TYPE_CHECKING:
     from .config import LoraConfig
-    from .hookspecs import InitializerSpec, VariantSpec
-    from .initializers.base import Initializer
-    from .variants.base import Variant
-
-
-def initializer_specs() -> list[InitializerSpec]:
-    """Return all initialisers, those of plugins first: a plugin may replace one of ours."""
-    registry.resolve("LORA")  # ours are known when the plugin is
-    return [spec for offer in registry.manager().hook.peft_lora_initializers() for spec in offer]
-
-
-def variant_specs() -> list[VariantSpec]:
-    """Return all variants, those of plugins first."""
-    registry.resolve("LORA")
-    return [spec for offer in registry.manager().hook.peft_lora_variants() for spec in offer]
+    from .contracts import Initializer, Variant
 
 
 def initializer_of(config: LoraConfig) -> Initializer:

@@ -8,13 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from peft_core.errors import ConfigError
 from peft_core.plugins import hookspec
-
-if TYPE_CHECKING:
-    from .config import LoraConfig
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class VariantSpec:
     def __post_init__(self) -> None:
         _check_place(self.place)
 
-    def chosen(self, config: LoraConfig) -> bool:
+    def chosen(self, config: Any) -> bool:
         """Return whether a config asks for it."""
         return config.variant == self.name or bool(self.field and getattr(config, self.field, None))
 

@@ -47,10 +47,10 @@ def peft_lora_initializers() -> Iterable[InitializerSpec]:
     yield InitializerSpec("orthogonal", "peft_lora.initializers.orthogonal:Orthogonal")
     yield InitializerSpec("olora", "peft_lora.initializers.olora:Olora")
     yield InitializerSpec("mica", "peft_lora.initializers.mica:Mica")
-    yield InitializerSpec("eva", "peft_lora.initializers.eva:Eva")
-    yield InitializerSpec("corda", "peft_lora.initializers.corda:Corda")
-    yield InitializerSpec("lora_ga", "peft_lora.initializers.lora_ga:LoraGA")
-    yield InitializerSpec("loftq", "peft_lora.initializers.loftq:LoftQ")
+    yield InitializerSpec("eva", "peft_lora.initializers.eva.initializer:Eva")
+    yield InitializerSpec("corda", "peft_lora.initializers.corda.initializer:Corda")
+    yield InitializerSpec("lora_ga", "peft_lora.initializers.lora_ga.initializer:LoraGA")
+    yield InitializerSpec("loftq", "peft_lora.initializers.loftq.initializer:LoftQ")
 
 
 @hookimpl(trylast=True)

@@ -28,25 +28,23 @@ from peft_core import (
     ops_for,
 )
 
-from . import experts, experts_loading
 from .config import LoraConfig
+from .contracts import Initializer, LoraSettings, Variant
+from .experts import fused, loading
 from .extensions import initializer_of, variant_of
-from .hotswap import SWAPPABLE, plan_swap
-from .initializers.base import Initializer
 from .layers.attention import Attention, AttentionOps
-from .layers.common import LoraSettings
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
-from .planning import ParametersFiller, parameter_wraps, with_out_projections
-from .relative import relative_to_base
-from .replication import Replication
-from .tying import with_ties
+from .planning.replication import Replication
+from .planning.tying import with_ties
+from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projections
+from .tools.hotswap import SWAPPABLE, plan_swap
+from .tools.relative import relative_to_base
+from .tools.weighted import add_weighted_adapter
 from .variants import alora
-from .variants.base import Variant
 from .variants.kasa import kasa_loss, refuse_mixture
 from .variants.monteclora import monteclora_loss
-from .weighted import add_weighted_adapter
 
 
 class LoraTuner(LayerTuner):
@@ -72,7 +70,7 @@ class LoraTuner(LayerTuner):
         Raises:
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
-        fields = experts_loading.fitted(base, config, shared=False)
+        fields = loading.fitted(base, config, shared=False)
         if fields:
             config = copy.copy(config)
             for name, value in fields.items():
@@ -102,16 +100,16 @@ class LoraTuner(LayerTuner):
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
-        return experts.translation(base, config, shapes)
+        return fused.translation(base, config, shapes)
 
     def fitted(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
         """Return the fields of a config that names projections of single experts, for a base that has all experts in one parameter."""
-        return experts_loading.fitted(base, config)
+        return loading.fitted(base, config)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
         """Return transformers' conversions with those of experts replaced by what joins factors."""
-        return experts_loading.conversions(conversions, adapter, config)
+        return loading.conversions(conversions, adapter, config)
 
     def reshape(self, base: BaseView, config: LoraConfig) -> Reshape | None:
         """Return the replication of layers that the config asks for."""

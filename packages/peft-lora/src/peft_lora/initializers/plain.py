@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Initializer, Start
-
-if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+from ..contracts import FactorLayer, Initializer, LoraSettings, Start
 
 EVERY_KIND = frozenset({"linear", "conv1d", "embedding", "convolution", "attention", "parameter"})
 
@@ -25,7 +22,7 @@ class Plain(Initializer):
 
     kinds: ClassVar[frozenset[str]] = EVERY_KIND
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
         """Return how A and B are filled."""
         zero_b = self.config.init_lora_weights is not False
         if layer.ops.kind == "embedding":
@@ -38,7 +35,7 @@ class Plain(Initializer):
 class Gaussian(Plain):
     """A normal with standard deviation 1/r, B zero. Embeddings start as with True."""
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
         """Return how A and B are filled."""
         if layer.ops.kind == "embedding":
             return super().start(layer, settings)

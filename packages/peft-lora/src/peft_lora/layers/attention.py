@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_core import AdapterLayer, BaseOps, Route, RoutingError, Slot, UnsupportedModuleError
 
-from ..modules import plain_linear, require_unhooked
-from .common import LoraLayer, LoraSettings
+from ..contracts import LoraSettings
+from .common import LoraLayer
 from .linear import Linear
+from .modules import plain_linear, require_unhooked
 from .substitution import shell
 
 OUT = "out_proj"

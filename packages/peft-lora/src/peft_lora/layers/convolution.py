@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 from peft_core import ConfigError, MergeError
 
 from .. import formulas
+from ..contracts import LoraSettings
 from ..kernels import add_scaled
-from ..modules import bare, dtype_of
-from .common import LoraLayer, LoraSettings
+from .common import LoraLayer
+from .modules import bare, dtype_of
 
 
 class Convolution(LoraLayer):

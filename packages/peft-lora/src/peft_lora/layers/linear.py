@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from peft_core import Route, can_fuse, is_conv1d
 
 from .. import kernels
-from ..modules import dtype_of, plain_linear
 from . import rows
 from .common import LoraLayer
+from .modules import dtype_of, plain_linear
 
 
 class Linear(LoraLayer):

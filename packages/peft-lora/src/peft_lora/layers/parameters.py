@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from peft_core import AdapterLayer, BaseOps, ConfigError, Creation, MergeError, RoutingError, Slot, UnsupportedModuleError
 
 from .. import formulas
-from ..modules import plain_linear, require_unhooked
 from .common import LoraLayer
+from .modules import plain_linear, require_unhooked
 from .substitution import call_with
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_core import Route, RoutingError, can_fuse
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from .common import LoraLayer
 
 #: with more rows than this for each adapter, stacking row by row would take more memory than it saves time
 ROWS_FOR_EACH = 8
@@ -28,7 +28,7 @@ class Stack:
         dtype: of the activations.
     """
 
-    def __init__(self, layer: Linear, route: Route, dtype: torch.dtype) -> None:
+    def __init__(self, layer: LoraLayer, route: Route, dtype: torch.dtype) -> None:
         assert route.per_row is not None
         here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
         self.rows = len(here)
@@ -52,7 +52,7 @@ class Stack:
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 
-def stacked(layer: Linear, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stacked(layer: LoraLayer, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A (rows, R, in) and s·Bᵀ (rows, R, out), in the adapters' dtype if it is wider than `dtype`.
 
     The adapters of each row stand one under the other, padded with zeros to the most that a row has.
@@ -109,7 +109,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def can_stack(layer: Linear, route: Route, x: Tensor) -> bool:
+def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
     """Return whether stacking the rows of a route is possible and pays: plain adapters, no dropout, not many more rows than adapters."""
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row

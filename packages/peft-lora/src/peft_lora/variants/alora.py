@@ -13,7 +13,7 @@ from torch import Tensor
 from peft_core import BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
 
 from ..kernels import add_scaled
-from ..modules import dtype_of
+from ..layers.modules import dtype_of
 from .products import LowRank
 
 if TYPE_CHECKING:

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError
 
-from ..initializers.base import Start
+from ..contracts import FactorLayer, LoraSettings, Start
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
     from ..subconfigs import BdLoraConfig
 
 
@@ -58,7 +57,7 @@ class BdLora(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes A and B without blocks")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.use_bdlora
         self.blocks = int(config.nblocks)

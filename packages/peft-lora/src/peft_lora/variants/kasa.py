@@ -15,7 +15,7 @@ from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
+    from ..contracts import FactorLayer, LoraSettings
 
 
 class Kasa(LowRank):
@@ -40,7 +40,7 @@ class Kasa(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes A and B from the base weight, which KaSA truncates")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         if settings.r >= min(layer.matrix_shape):
             out, inp = layer.matrix_shape

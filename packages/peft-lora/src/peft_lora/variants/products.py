@@ -9,9 +9,9 @@ from torch import Tensor
 from peft_core import ConfigError, are_plain
 
 from .. import formulas
+from ..contracts import Variant
 from ..kernels import add_product, add_scaled
-from ..modules import dtype_of
-from .base import Variant
+from ..layers.modules import dtype_of
 
 if TYPE_CHECKING:
     from ..config import LoraConfig

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from peft_core import ConfigError
 
-from ..initializers.base import Start
+from ..contracts import FactorLayer, LoraSettings, Start
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
 
 
 class QaLora(LowRank):
@@ -38,7 +37,7 @@ class QaLora(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes an A for single inputs, not for groups")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         self.group = settings.config.qalora_group_size
         inp = layer.matrix_shape[1]
