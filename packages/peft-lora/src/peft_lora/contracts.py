@@ -55,7 +55,7 @@ class FactorLayer(AdapterLayer):
     lora_alpha: dict[str, float]
     variants: dict[str, Variant]
     #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
-    columns: dict[str, int]
+    used_rank: dict[str, int]
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) as matrices, as they are stored."""

@@ -14,7 +14,7 @@ from peft_core import Merge, MergeError, Product, Slot
 
 from .. import formulas
 from ..contracts import FactorLayer, LoraSettings, SharedFactors, Start
-from . import rooms
+from . import rank_padding
 
 
 class LoraLayer(FactorLayer):
@@ -30,7 +30,7 @@ class LoraLayer(FactorLayer):
 
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
-        *("variants", "unusual", "frozen", "columns", "tied"),
+        *("variants", "unusual", "frozen", "used_rank", "tied"),
     )
     #: what each layer has by adapter, under the names that the reference implementation has for it
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -166,7 +166,7 @@ class LoraLayer(FactorLayer):
         if adapter in self.tied:
             return self.tied[adapter].slots()
         slots = super().slots(adapter)
-        return rooms.used_slots(self, adapter, slots) if adapter in self.columns else slots
+        return rank_padding.unpadded_slots(self, adapter, slots) if adapter in self.used_rank else slots
 
     def beta(self, adapter: str) -> Tensor | None:
         """Return the bias of B (out,) that `lora_bias` adds; None without."""

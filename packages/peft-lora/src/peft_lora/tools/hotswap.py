@@ -29,7 +29,7 @@ from peft_core.errors import did_you_mean, listed
 from .. import formulas
 from ..config import SETTINGS_OF_INITS, LoraConfig
 from ..extensions import initializer_of
-from ..layers import rooms
+from ..layers import rank_padding
 from ..layers.common import LoraLayer
 
 __all__ = [
@@ -117,9 +117,9 @@ def prepare_model_for_compiled_hotswap(
                     f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
                     hint=f"give target_rank={max(max(each.r.values(), default=0) for each in layers)} or more",
                 )
-            plans.append((layer, adapter, _room(layer, adapter, wanted)))
-    for layer, adapter, room in plans:
-        _widen(layer, adapter, room)
+            plans.append((layer, adapter, _padded_rank(layer, adapter, wanted)))
+    for layer, adapter, padded_rank in plans:
+        _widen(layer, adapter, padded_rank)
         if not isinstance(layer.scaling[adapter], Tensor):
             b = layer.factors(adapter)[1]
             layer.scaling[adapter] = torch.tensor(  # type: ignore[assignment]
@@ -137,24 +137,24 @@ def _is_compiled(model: nn.Module) -> bool:
     return hasattr(model, "_orig_mod") or any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
-def _room(layer: LoraLayer, adapter: str, rank: int) -> int:
+def _padded_rank(layer: LoraLayer, adapter: str, rank: int) -> int:
     """Return how many columns B is to have for a rank: r, or its share for each group of a convolution whose A has no groups."""
-    present = rooms.room_of(layer, adapter)
-    used = layer.columns.get(adapter, present)
+    present = rank_padding.stored_rank(layer, adapter)
+    used = layer.used_rank.get(adapter, present)
     share, rest = divmod(rank * used, layer.r[adapter]) if used < layer.r[adapter] else (rank, 0)
     return max(present, share + bool(rest))
 
 
-def _widen(layer: LoraLayer, adapter: str, room: int) -> None:
-    present = rooms.room_of(layer, adapter)
-    if room == present:
+def _widen(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
+    present = rank_padding.stored_rank(layer, adapter)
+    if padded_rank == present:
         return
     for end, module, name in layer.holders(adapter):
-        if end in (*rooms.A_KEYS, *rooms.B_KEYS):
+        if end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS):
             old: Any = getattr(module, name)
-            new = nn.Parameter(rooms.widened(end, old.detach(), present, room), requires_grad=old.requires_grad)
+            new = nn.Parameter(rank_padding.padded(end, old.detach(), present, padded_rank), requires_grad=old.requires_grad)
             setattr(module, name, new) if not isinstance(module, nn.ParameterDict) else module.__setitem__(name, new)
-    layer.columns.setdefault(adapter, present)
+    layer.used_rank.setdefault(adapter, present)
     layer.activation.drop_cached()
 
 
@@ -231,8 +231,8 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: Incoming) -> tuple[int
     """
     # the whole parameters, whatever part of them is in use
     slots = {end: Slot.of(module, name) for end, module, name in layer.holders(adapter)}
-    b_end = next(end for end in slots if end in rooms.B_KEYS)
-    room = rooms.room_of(layer, adapter)
+    b_end = next(end for end in slots if end in rank_padding.B_KEYS)
+    padded_rank = rank_padding.stored_rank(layer, adapter)
     if not part.tensors:
         if adapter in layer.variants:
             raise AdapterWeightsError(
@@ -246,22 +246,22 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: Incoming) -> tuple[int
         raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
     b = part.tensors[b_end]
     columns = int(b.shape[1]) if b.dim() > 1 else 0
-    if columns > room:
+    if columns > padded_rank:
         raise AdapterWeightsError(
-            f"size mismatch: {b_end!r} of {part.path!r} is {tuple(b.shape)}, and there is room for a rank of {room}",
+            f"size mismatch: {b_end!r} of {part.path!r} is {tuple(b.shape)}, and there is room for a rank of {padded_rank}",
             hint="call prepare_model_for_compiled_hotswap(model, target_rank=...) when the first adapter is loaded, before compiling",
         )
     pairs = []
     for end, slot in slots.items():
         tensor = part.tensors[end]
-        factor = end in (*rooms.A_KEYS, *rooms.B_KEYS)
-        expected = tuple(rooms.used(end, torch.empty(slot.shape, device="meta"), room, columns).shape) if factor else slot.shape
+        factor = end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS)
+        expected = tuple(rank_padding.unpadded(end, torch.empty(slot.shape, device="meta"), padded_rank, columns).shape) if factor else slot.shape
         if tuple(tensor.shape) != expected:
             raise AdapterWeightsError(
                 f"size mismatch: {end!r} of {part.path!r} is {tuple(tensor.shape)}, expected {expected}",
                 hint="was the adapter trained on another base?",
             )
-        pairs.append((slot, rooms.widened(end, tensor, columns, room) if factor and columns < room else tensor))
+        pairs.append((slot, rank_padding.padded(end, tensor, columns, padded_rank) if factor and columns < padded_rank else tensor))
     if layer.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
         raise AdapterWeightsError(
             f"{b_end!r} of {part.path!r} is {tuple(b.shape)}, and the config says that the rank is {r}",
@@ -272,16 +272,16 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: Incoming) -> tuple[int
 
 def _columns_of(layer: LoraLayer, adapter: str, r: int) -> int:
     """Return how many columns B has at rank r, given what it has at the present one."""
-    return layer.columns.get(adapter, rooms.room_of(layer, adapter)) * r // layer.r[adapter]
+    return layer.used_rank.get(adapter, rank_padding.stored_rank(layer, adapter)) * r // layer.r[adapter]
 
 
 def _write(layer: LoraLayer, adapter: str, r: int, alpha: float, columns: int, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
     for slot, tensor in pairs:
         slot.write(tensor)
-    if columns < rooms.room_of(layer, adapter):
-        layer.columns[adapter] = columns
+    if columns < rank_padding.stored_rank(layer, adapter):
+        layer.used_rank[adapter] = columns
     else:
-        layer.columns.pop(adapter, None)
+        layer.used_rank.pop(adapter, None)
     layer.r[adapter], layer.lora_alpha[adapter] = r, alpha
     layer.set_scaling(adapter, formulas.scaling(alpha, r, layer.use_rslora[adapter]))
     layer.activation.drop_cached()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, require_index
 
-from ..layers import rooms
+from ..layers import rank_padding
 from ..layers.common import LoraLayer
 from .factorisation import Decomposition, decompose, decompose_matrix, groups_of
 from .weighted_checks import PRUNING, Request, check, combined_config
@@ -200,8 +200,8 @@ def _stacked(layer: LoraLayer, weights: dict[str, float], rank: int) -> tuple[Te
         parts_a.append(a.reshape(-1, b.shape[1], a.shape[1]) * (weight * layer.scaling[name]))
         parts_b.append(b)
     a, b = torch.cat(parts_a, 1).flatten(0, 1), torch.cat(parts_b, 1)
-    room = b.shape[1] * rank // sum(layer.r[name] for name in weights)
-    return rooms.widened("lora_A.weight", a, b.shape[1], room), rooms.widened("lora_B.weight", b, b.shape[1], room)
+    padded_rank = b.shape[1] * rank // sum(layer.r[name] for name in weights)
+    return rank_padding.padded("lora_A.weight", a, b.shape[1], padded_rank), rank_padding.padded("lora_B.weight", b, b.shape[1], padded_rank)
 
 
 def _by_factors(layer: LoraLayer, weights: dict[str, float], request: Request) -> tuple[Tensor, Tensor]:
@@ -214,12 +214,12 @@ def _by_factors(layer: LoraLayer, weights: dict[str, float], request: Request) -
 
 
 def _used(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return A and B without the room that they may have for larger ranks."""
+    """Return A and B without the padded_rank that they may have for larger ranks."""
     a, b = layer.factors(adapter)
-    columns = layer.columns.get(adapter)
+    columns = layer.used_rank.get(adapter)
     if columns is None:
         return a, b
-    return rooms.used("lora_A.weight", a, b.shape[1], columns), rooms.used("lora_B.weight", b, b.shape[1], columns)
+    return rank_padding.unpadded("lora_A.weight", a, b.shape[1], columns), rank_padding.unpadded("lora_B.weight", b, b.shape[1], columns)
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
