@@ -30,7 +30,7 @@ class LoraLayer(FactorLayer):
 
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
-        *("variants", "unusual", "frozen", "used_rank", "tied"),
+        *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),
     )
     #: what each layer has by adapter, under the names that the reference implementation has for it
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
@@ -45,7 +45,7 @@ class LoraLayer(FactorLayer):
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
     #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
-    unusual: dict[str, bool]
+    has_variant_or_bias: dict[str, bool]
     frozen: dict[str, frozenset[str]]
     #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
     tied: dict[str, SharedFactors]
@@ -89,7 +89,7 @@ class LoraLayer(FactorLayer):
             self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
             variant.add()
         if variant is not None or config.config.lora_bias:
-            self.unusual[adapter] = True
+            self.has_variant_or_bias[adapter] = True
 
     def note(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
@@ -197,7 +197,7 @@ class LoraLayer(FactorLayer):
 
     def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
         """Return the bias of the base with s·β added."""
-        beta = self.beta(adapter) if adapter in self.unusual else None
+        beta = self.beta(adapter) if adapter in self.has_variant_or_bias else None
         if beta is None:
             return bias
         if bias is None:

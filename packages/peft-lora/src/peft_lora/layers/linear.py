@@ -56,7 +56,7 @@ class Linear(LoraLayer):
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return what trains, by the end of its file key."""
-        if adapter in self.unusual or self.frozen.get(adapter) or adapter in self.tied:
+        if adapter in self.has_variant_or_bias or self.frozen.get(adapter) or adapter in self.tied:
             return super().parameters_of(adapter)
         down, up = self.ends(adapter)  # switching asks every layer
         a, b = down._parameters.get("weight"), up._parameters.get("weight")
@@ -69,7 +69,7 @@ class Linear(LoraLayer):
         if adapter is None or adapter in self.tied:
             return None
         base: Any = self._modules["base_layer"]
-        if adapter in self.unusual:
+        if adapter in self.has_variant_or_bias:
             variant = self.variants.get(adapter)
             return None if variant is None else variant.fused_forward(x, base)
         down, up = self.ends(adapter)

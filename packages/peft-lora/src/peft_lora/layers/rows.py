@@ -117,7 +117,7 @@ def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
         return False
     modules: list[Any] = []
     for name in used:
-        if name in layer.unusual or name in layer.tied or layer.drop_rate(name):
+        if name in layer.has_variant_or_bias or name in layer.tied or layer.drop_rate(name):
             return False
         modules += layer.ends(name)
         dropout = layer.dropout_of(name)
