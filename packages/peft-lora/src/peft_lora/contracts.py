@@ -61,7 +61,7 @@ class FactorLayer(AdapterLayer):
         """Return A (r, in) and B (out, r) as matrices, as they are stored."""
         raise NotImplementedError
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B, shaped as `factor_shapes` says, where they belong."""
         raise NotImplementedError
 

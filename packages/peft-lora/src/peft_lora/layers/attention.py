@@ -141,7 +141,7 @@ class Attention(LoraLayer):
             if not isinstance(fill, Tensor):
                 fill(torch.empty(shape))
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A[adapter] = plain_linear(a)
         self.lora_B[adapter] = plain_linear(b)

@@ -74,7 +74,7 @@ class LoraLayer(FactorLayer):
         shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
-        self.place(adapter, *parameters)
+        self.store_factors(adapter, *parameters)
         self.frozen[adapter] = config.initializer.frozen
         if start is not None:
             self.frozen[adapter] |= start.frozen

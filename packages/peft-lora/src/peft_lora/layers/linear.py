@@ -37,7 +37,7 @@ class Linear(LoraLayer):
         """Return whether `module` is a Linear or a Conv1D."""
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A._modules[adapter] = plain_linear(a)
         self.lora_B._modules[adapter] = plain_linear(b)

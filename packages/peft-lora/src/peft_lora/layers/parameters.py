@@ -173,7 +173,7 @@ class Parameter(LoraLayer):
         out, inp = self.ops.expert_shape
         return (self.ops.experts * r, inp), (out, r * self.ops.experts)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A[adapter] = plain_linear(a)
         self.lora_B[adapter] = plain_linear(b)
