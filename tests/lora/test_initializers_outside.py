@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError, PeftModel, PluginError, get_peft_model, hookimpl
 from peft_core.plugins import registry
-from peft_lora import Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Start, Variant, VariantSpec
+from peft_lora import InitialFactors, Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Variant, VariantSpec
 from support import distribution, features, net, run_python
 
 
@@ -25,9 +25,9 @@ class Corner(Initializer):
     def subtracts_start(self) -> bool:
         return True
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> InitialFactors:
         out, inp = layer.matrix_shape
-        return Start(torch.eye(settings.r, inp), torch.eye(out, settings.r), shift=True)
+        return InitialFactors(torch.eye(settings.r, inp), torch.eye(out, settings.r), shift=True)
 
 
 class Gated(Variant):
@@ -147,11 +147,11 @@ SOURCES = {
     """,
     "outer_classes": """
         import torch
-        from peft_lora import Initializer, Start, Variant
+        from peft_lora import Initializer, InitialFactors, Variant
 
         class Ones(Initializer):
             def start(self, layer, settings):
-                return Start(torch.Tensor.zero_, lambda b: b.fill_(1.0))
+                return InitialFactors(torch.Tensor.zero_, lambda b: b.fill_(1.0))
 
         class Doubled(Variant):
             name = "doubled"

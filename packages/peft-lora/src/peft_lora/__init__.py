@@ -14,7 +14,7 @@ _HOME = {
     "hookspecs": "InitializerSpec VariantSpec",
     "tuner": "LoraTuner",
     "model": "LoraModel",
-    "contracts": "FactorLayer Initializer LoraSettings Start Variant",
+    "contracts": "FactorLayer Initializer LoraSettings InitialFactors Variant",
     "layers.common": "LoraLayer",
     "layers.linear": "Linear",
     "layers.embedding": "Embedding",
@@ -43,9 +43,9 @@ __all__ = ["__version__", *sorted(_MODULE_OF)]
 if TYPE_CHECKING:  # the same names for type checkers and editors
     from .config import LoraConfig as LoraConfig
     from .contracts import FactorLayer as FactorLayer
+    from .contracts import InitialFactors as InitialFactors
     from .contracts import Initializer as Initializer
     from .contracts import LoraSettings as LoraSettings
-    from .contracts import Start as Start
     from .contracts import Variant as Variant
     from .hookspecs import InitializerSpec as InitializerSpec
     from .hookspecs import VariantSpec as VariantSpec

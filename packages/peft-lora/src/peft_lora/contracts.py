@@ -117,7 +117,7 @@ class SharedFactors(Protocol):
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialFactors:
     """What A and B start with, as matrices: A (r, in), B (out, r); for convolutions `in` is in/groups · ∏ kernel.
 
     Args:
@@ -142,7 +142,7 @@ class Initializer:
     Attributes:
         kinds: the base layers that it can start: ``"linear"``, ``"conv1d"``, ``"embedding"``, ``"convolution"``, ``"attention"``, ``"parameter"``.
         needs_base: it is asked also when a file will supply A and B, because it shifts the base.
-        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; for what depends on the layer there is `Start.frozen`.
+        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; for what depends on the layer there is `InitialFactors.frozen`.
 
     Raises:
         ConfigError: the config does not suit it.
@@ -156,7 +156,7 @@ class Initializer:
         self.config = config
         self._told = False
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return what the adapter of one layer starts with. Changes nothing.
 
         Args:
@@ -169,7 +169,7 @@ class Initializer:
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
 
     def subtracts_start(self) -> bool:
-        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`Start.shift` is True).
+        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`InitialFactors.shift` is True).
 
         Then an adapter can be saved relative to the original base, given what it started with.
 
@@ -260,7 +260,7 @@ class Variant:
         """Return the shapes of A and B as they are stored; by default those of plain LoRA."""
         return self.layer.factor_shapes(self.settings.r)
 
-    def start(self, start: Start) -> Start:
+    def start(self, start: InitialFactors) -> InitialFactors:
         """Return what A and B start with, given what the initialiser says."""
         return start
 

@@ -8,7 +8,7 @@ import torch
 
 from peft_core import ConfigError
 
-from ..contracts import FactorLayer, Initializer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix
 
 
@@ -21,7 +21,7 @@ class Mica(Initializer):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
     frozen: ClassVar[frozenset[str]] = frozenset({"B"})
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the last left singular vectors, and zeros.
 
         Raises:
@@ -33,4 +33,4 @@ class Mica(Initializer):
                 hint="choose a smaller r, for this module alone with rank_pattern",
             )
         u = torch.linalg.svd(float_matrix(layer, settings), full_matrices=False).U
-        return Start(torch.Tensor.zero_, u[:, -settings.r :])
+        return InitialFactors(torch.Tensor.zero_, u[:, -settings.r :])

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import torch
 
-from ..contracts import FactorLayer, Initializer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix
 
 
@@ -22,8 +22,8 @@ class Olora(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the first columns of Q and rows of R."""
         q, r = torch.linalg.qr(float_matrix(layer, settings))
         rank = min(settings.r, q.shape[1])
-        return Start(r[:rank], q[:, :rank], shift=True)
+        return InitialFactors(r[:rank], q[:, :rank], shift=True)

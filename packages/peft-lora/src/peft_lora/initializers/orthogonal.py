@@ -6,7 +6,7 @@ import torch
 
 from peft_core import ConfigError
 
-from ..contracts import FactorLayer, Initializer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 
 
 class Orthogonal(Initializer):
@@ -15,7 +15,7 @@ class Orthogonal(Initializer):
     X (in, r/2) and Y (r/2, out) are normal. Both factors get a gradient from the first step on.
     """
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return two random factors with orthogonal rows and columns, in the order of draws of the reference implementation.
 
         Raises:
@@ -31,4 +31,4 @@ class Orthogonal(Initializer):
         q = torch.linalg.qr(torch.randn(r, r)).Q
         a = (torch.randn(inp, r // 2) @ q[0::2]).T / 10
         b = torch.randn(r // 2, out).T @ q[1::2] / 10
-        return Start(a, b)
+        return InitialFactors(a, b)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from ..contracts import FactorLayer, Initializer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix, split, svd
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class Pissa(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the principal part of W."""
         found = svd(float_matrix(layer, settings), settings.r, self.iterations)
-        return Start(*split(*found, layer.scaling_of(settings), settings.path), shift=True)
+        return InitialFactors(*split(*found, layer.scaling_of(settings), settings.path), shift=True)

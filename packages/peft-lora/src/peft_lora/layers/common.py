@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_core import Merge, MergeError, Product, Slot
 
 from .. import formulas
-from ..contracts import FactorLayer, LoraSettings, SharedFactors, Start
+from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
 from . import rank_padding
 
 
@@ -62,7 +62,7 @@ class LoraLayer(FactorLayer):
         creation = self.creation
         variant = config.variant(self, adapter, config) if config.variant is not None else None
         draws = creation.initialise and not creation.meta
-        start: Start | None = None
+        start: InitialFactors | None = None
         if draws or config.initializer.needs_base:
             if draws and config.config.init_lora_weights is not False:
                 self.draw_as_plain_layers(config.r)
@@ -114,7 +114,7 @@ class LoraLayer(FactorLayer):
         rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
         return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
-    def _product(self, adapter: str, start: Start) -> Product:
+    def _product(self, adapter: str, start: InitialFactors) -> Product:
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
         kept = self.parameter_dtype

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError
 
-from ..contracts import FactorLayer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class BdLora(LowRank):
         (r, inp), (out, _) = self.layer.factor_shapes(self.settings.r)
         return (r, inp // self.blocks if self.side == "A" else inp), (out, r // self.blocks if self.side == "B" else r)
 
-    def start(self, start: Start) -> Start:
+    def start(self, start: InitialFactors) -> InitialFactors:
         """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in)."""
         if self.side != "A":
             return start
@@ -90,7 +90,7 @@ class BdLora(LowRank):
                 torch.empty(whole).uniform_()  # the reference implementation fills a whole A before it makes blocks: a seed gives the same values
             tensor.uniform_(-bound, bound)
 
-        return Start(fill, start.b)
+        return InitialFactors(fill, start.b)
 
     def add(self) -> None:
         """Put the factor that has blocks into a module that computes with them."""

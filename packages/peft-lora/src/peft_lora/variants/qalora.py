@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_core import ConfigError
 
-from ..contracts import FactorLayer, LoraSettings, Start
+from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
@@ -52,12 +52,12 @@ class QaLora(LowRank):
         (r, inp), b = self.layer.factor_shapes(self.settings.r)
         return (r, inp // self.group), b
 
-    def start(self, start: Start) -> Start:
+    def start(self, start: InitialFactors) -> InitialFactors:
         """Return what A and B start with: A uniform on ±1/√(in / g)."""
         if self.settings.config.init_lora_weights == "gaussian":
             return start
         bound = (self.layer.matrix_shape[1] // self.group) ** -0.5
-        return Start(lambda tensor: tensor.uniform_(-bound, bound), start.b)
+        return InitialFactors(lambda tensor: tensor.uniform_(-bound, bound), start.b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in), each column g times, and B."""

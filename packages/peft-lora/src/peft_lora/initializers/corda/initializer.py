@@ -8,7 +8,7 @@ from torch import Tensor
 
 from peft_core import ConfigError
 
-from ...contracts import FactorLayer, Initializer, LoraSettings, Start
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ..matrices import float_matrix, split
 
 #: attribute of a base layer under which `preprocess_corda` leaves its decomposition
@@ -24,7 +24,7 @@ class Corda(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the part of W that was chosen.
 
         Raises:
@@ -41,7 +41,7 @@ class Corda(Initializer):
         weight = float_matrix(layer, settings)
         u, s, v = (wide_part.to(device=weight.device, dtype=weight.dtype) for wide_part in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
         self._check(u, s, v, layer, settings)
-        return Start(*split(u, s, v.T, layer.scaling_of(settings), settings.path), shift=True)
+        return InitialFactors(*split(u, s, v.T, layer.scaling_of(settings), settings.path), shift=True)
 
     def _check(self, u: Tensor, s: Tensor, v: Tensor, layer: FactorLayer, settings: LoraSettings) -> None:
         out, inp = layer.matrix_shape

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peft_core import PeftWarning
 
-from ...contracts import FactorLayer, Initializer, LoraSettings, Start
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ..plain import Plain
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Eva(Plain):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     _warned = False
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return how A and B are filled; these values will be thrown away, which is said once."""
         if not self._warned:
             self._warned = True
@@ -48,6 +48,6 @@ class Directions(Initializer):
         super().__init__(config)
         self.rows = rows
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return them."""
-        return Start(self.rows, torch.Tensor.zero_)
+        return InitialFactors(self.rows, torch.Tensor.zero_)

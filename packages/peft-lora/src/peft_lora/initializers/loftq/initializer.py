@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from peft_core import ConfigError
 
-from ...contracts import FactorLayer, Initializer, LoraSettings, Start
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ...subconfigs import LoftQConfig
 from ..matrices import float_matrix
 from .decomposition import loftq_decomposition
@@ -39,7 +39,7 @@ class LoftQ(Initializer):
             hint="save without path_initial_model_for_weight_conversion; loading rounds the base in the same way",
         )
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the correction, and W − Q as what leaves the base."""
         weight = float_matrix(layer, settings)
         q, a, b = loftq_decomposition(
@@ -51,4 +51,4 @@ class LoftQ(Initializer):
             dtype=layer.base_weight().dtype,
             name=settings.path,
         )
-        return Start(a, b, shift=weight - q)
+        return InitialFactors(a, b, shift=weight - q)

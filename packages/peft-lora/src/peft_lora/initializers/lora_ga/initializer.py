@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peft_core import ConfigError, PeftWarning
 
-from ...contracts import FactorLayer, Initializer, LoraSettings, Start
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ...subconfigs import LoraGAConfig
 from ..matrices import float_matrix, svd, wide
 from ..plain import uniform
@@ -47,7 +47,7 @@ class LoraGA(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: FactorLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return singular vectors of the gradient; without a gradient what init_lora_weights=True gives, with a warning.
 
         Raises:
@@ -59,7 +59,7 @@ class LoraGA(Initializer):
         if gradient is None:
             if GRADIENT not in base.__dict__:
                 self._complain(layer, settings)
-            return Start(uniform(1 / math.sqrt(layer.matrix_shape[1])), torch.Tensor.zero_)
+            return InitialFactors(uniform(1 / math.sqrt(layer.matrix_shape[1])), torch.Tensor.zero_)
         weight = float_matrix(layer, settings)
         g = wide(layer.ops.matrix(gradient.detach())).to(device=weight.device, dtype=weight.dtype)
         if g.shape != weight.shape:
@@ -77,9 +77,9 @@ class LoraGA(Initializer):
         for_a, for_b = self._indices(r, as_peer)
         a, b = vt[for_a], u[:, for_b]
         if as_peer:
-            return Start(*self._scaled_as_peer(a, b * s[for_b], s[for_b], layer, settings, weight), shift=True)
+            return InitialFactors(*self._scaled_as_peer(a, b * s[for_b], s[for_b], layer, settings, weight), shift=True)
         factor = self._factor(layer, settings, weight)
-        return Start(a * factor, b * factor, shift=True)
+        return InitialFactors(a * factor, b * factor, shift=True)
 
     def _indices(self, r: int, as_peer: bool) -> tuple[Tensor, Tensor]:
         """Return which of the first 2r singular vectors A and B take."""
