@@ -27,7 +27,7 @@ class Corner(Initializer):
 
     def start(self, layer: LoraLayer, settings: LoraSettings) -> InitialFactors:
         out, inp = layer.matrix_shape
-        return InitialFactors(torch.eye(settings.r, inp), torch.eye(out, settings.r), shift=True)
+        return InitialFactors(torch.eye(settings.r, inp), torch.eye(out, settings.r), base_offset=True)
 
 
 class Gated(Variant):

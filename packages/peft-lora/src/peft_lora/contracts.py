@@ -122,14 +122,14 @@ class InitialFactors:
 
     Args:
         a, b: values, or functions that fill a float32 tensor in place. Values decide the rank that is stored.
-        shift: what is subtracted from the base weight for as long as the adapter exists: True for s·B·A of these values as they are stored,
+        base_offset: what is subtracted from the base weight for as long as the adapter exists: True for s·B·A of these values as they are stored,
             a tensor (out, in), or False.
         frozen: which of ``"A"`` and ``"B"`` never train.
     """
 
     a: Tensor | Callable[[Tensor], Any]
     b: Tensor | Callable[[Tensor], Any]
-    shift: bool | Tensor = False
+    base_offset: bool | Tensor = False
     frozen: frozenset[str] = frozenset()
 
 
@@ -169,7 +169,7 @@ class Initializer:
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
 
     def subtracts_start(self) -> bool:
-        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`InitialFactors.shift` is True).
+        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`InitialFactors.base_offset` is True).
 
         Then an adapter can be saved relative to the original base, given what it started with.
 

@@ -26,4 +26,4 @@ class Olora(Initializer):
         """Return the first columns of Q and rows of R."""
         q, r = torch.linalg.qr(float_matrix(layer, settings))
         rank = min(settings.r, q.shape[1])
-        return InitialFactors(r[:rank], q[:, :rank], shift=True)
+        return InitialFactors(r[:rank], q[:, :rank], base_offset=True)

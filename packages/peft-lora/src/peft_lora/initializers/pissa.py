@@ -32,4 +32,4 @@ class Pissa(Initializer):
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the principal part of W."""
         found = svd(float_matrix(layer, settings), settings.r, self.iterations)
-        return InitialFactors(*split(*found, layer.scaling_of(settings), settings.path), shift=True)
+        return InitialFactors(*split(*found, layer.scaling_of(settings), settings.path), base_offset=True)

@@ -78,9 +78,9 @@ class LoraLayer(FactorLayer):
         self.frozen[adapter] = config.initializer.frozen
         if start is not None:
             self.frozen[adapter] |= start.frozen
-            if start.shift is not False and not self.base_weight().is_meta:
+            if start.base_offset is not False and not self.base_weight().is_meta:
                 config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
-                self.shift_base(adapter, self._product(adapter, start) if start.shift is True else start.shift)
+                self.shift_base(adapter, self._product(adapter, start) if start.base_offset is True else start.base_offset)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:

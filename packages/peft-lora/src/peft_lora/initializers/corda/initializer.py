@@ -41,7 +41,7 @@ class Corda(Initializer):
         weight = float_matrix(layer, settings)
         u, s, v = (wide_part.to(device=weight.device, dtype=weight.dtype) for wide_part in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
         self._check(u, s, v, layer, settings)
-        return InitialFactors(*split(u, s, v.T, layer.scaling_of(settings), settings.path), shift=True)
+        return InitialFactors(*split(u, s, v.T, layer.scaling_of(settings), settings.path), base_offset=True)
 
     def _check(self, u: Tensor, s: Tensor, v: Tensor, layer: FactorLayer, settings: LoraSettings) -> None:
         out, inp = layer.matrix_shape

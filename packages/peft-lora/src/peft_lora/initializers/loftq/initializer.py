@@ -51,4 +51,4 @@ class LoftQ(Initializer):
             dtype=layer.base_weight().dtype,
             name=settings.path,
         )
-        return InitialFactors(a, b, shift=weight - q)
+        return InitialFactors(a, b, base_offset=weight - q)

@@ -77,9 +77,9 @@ class LoraGA(Initializer):
         for_a, for_b = self._indices(r, as_peer)
         a, b = vt[for_a], u[:, for_b]
         if as_peer:
-            return InitialFactors(*self._scaled_as_peer(a, b * s[for_b], s[for_b], layer, settings, weight), shift=True)
+            return InitialFactors(*self._scaled_as_peer(a, b * s[for_b], s[for_b], layer, settings, weight), base_offset=True)
         factor = self._factor(layer, settings, weight)
-        return InitialFactors(a * factor, b * factor, shift=True)
+        return InitialFactors(a * factor, b * factor, base_offset=True)
 
     def _indices(self, r: int, as_peer: bool) -> tuple[Tensor, Tensor]:
         """Return which of the first 2r singular vectors A and B take."""
