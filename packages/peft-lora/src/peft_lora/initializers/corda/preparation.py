@@ -15,7 +15,7 @@ from peft_core.errors import did_you_mean, listed
 
 from ...config import LoraConfig
 from ...contracts import LoraSettings
-from ...planning.scouting import matrix_of, planned
+from ...planning.target_resolution import matrix_of, planned
 from ...subconfigs import CordaConfig
 from ..matrices import wide
 from ..tensor_files import tensors_in, write_tensors

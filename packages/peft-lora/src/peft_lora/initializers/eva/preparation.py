@@ -19,7 +19,7 @@ from ...config import LoraConfig
 from ...contracts import LoraSettings
 from ...layers.common import LoraLayer
 from ...layers.linear import Linear
-from ...planning.scouting import planned
+from ...planning.target_resolution import planned
 from ...subconfigs import EvaConfig
 from .initializer import Directions, Eva
 from .inputs import eva_config, forward_fn_dict, prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling

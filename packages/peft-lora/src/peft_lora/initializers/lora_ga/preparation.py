@@ -15,7 +15,7 @@ from peft_core import ConfigError, PeftWarning
 from peft_core.errors import did_you_mean, listed
 
 from ...config import LoraConfig
-from ...planning.scouting import planned
+from ...planning.target_resolution import planned
 from ..tensor_files import tensors_in, write_tensors
 from .initializer import GRADIENT, LIKE
 

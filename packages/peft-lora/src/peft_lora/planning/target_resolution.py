@@ -14,7 +14,7 @@ from ..contracts import LoraSettings
 from ..tuner import LoraTuner
 
 
-class Scout(LoraTuner):
+class DryRunTuner(LoraTuner):
     """Plans as LoRA does, and writes down what each layer would be told."""
 
     def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
@@ -38,11 +38,11 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.Module, 
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ConfigError(f"this {type(model).__name__} has adapters already", hint="pass the base as it is before get_peft_model")
     view = BaseView(model)
-    scout = Scout(get_tuner_spec("LORA"), Activation())
+    tuner = DryRunTuner(get_tuner_spec("LORA"), Activation())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again when the adapter is added
-        scout.plan(view, "scout", copy.copy(config))
-    found: dict[str, LoraSettings] = scout.__dict__.get("found", {})
+        tuner.plan(view, "dry-run", copy.copy(config))
+    found: dict[str, LoraSettings] = tuner.__dict__.get("found", {})
     return {path: (view.modules[path], settings) for path, settings in found.items()}
 
 
