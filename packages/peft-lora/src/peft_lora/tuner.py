@@ -126,7 +126,7 @@ class LoraTuner(LayerTuner):
         invocations = {
             name: config.alora_invocation_tokens for name, config in self.configs.items() if name in used and config.alora_invocation_tokens
         }
-        return alora.tell(call, invocations) if invocations else call
+        return alora.attach_offsets(call, invocations) if invocations else call
 
     def adapts_modules(self, config: LoraConfig) -> bool:
         """Return False where parameters are named and modules are not."""
