@@ -17,7 +17,7 @@ Prepare = Callable[[Any, Any, str], Tensor]
 Inputs = Prepare | Mapping[str, Prepare | None] | None
 
 
-class Site:
+class LayerStatistics:
     """One layer whose inputs are looked at.
 
     Args:
@@ -38,12 +38,12 @@ class Site:
         self.leader = self
         self.pca = IncrementalPca(components)
         #: ranks of all that share this one's directions
-        self.group: list[Site] = [self]
+        self.group: list[LayerStatistics] = [self]
         self._waiting: list[Tensor] = []
 
     # ---- sharing --------------------------------------------------------------------------------------------------------
-    def follow(self, leader: Site) -> None:
-        """Share the directions of a site with the same inputs."""
+    def follow(self, leader: LayerStatistics) -> None:
+        """Share the directions of a layer_statistics with the same inputs."""
         self.grouped, self.leader = True, leader
         if leader is not self:
             leader.group.append(self)
@@ -87,7 +87,7 @@ class Site:
     @property
     def wanted(self) -> int:
         """How many directions those that share them need."""
-        return max(site.rank for site in self.group)
+        return max(layer_statistics.rank for layer_statistics in self.group)
 
     @property
     def settled(self) -> bool:
@@ -108,16 +108,16 @@ class Site:
         return rows.float()
 
 
-def distribute(sites: Sequence[Site], budget: int) -> None:
-    """Give each site as many of the budget's ranks as it has directions among the `budget` that explain most of their layer's variance."""
-    known = [site for site in sites if site.leader.pca.rows]
-    if len(known) < len(sites):  # some wait for their first rows
+def distribute(statistics: Sequence[LayerStatistics], budget: int) -> None:
+    """Give each layer_statistics as many of the budget's ranks as it has directions among the `budget` that explain most of their layer's variance."""
+    known = [layer_statistics for layer_statistics in statistics if layer_statistics.leader.pca.rows]
+    if len(known) < len(statistics):  # some wait for their first rows
         return
-    ratios = torch.cat([site.leader.pca.ratios.cpu() for site in sites])
-    owners = torch.cat([torch.full((site.leader.pca.components,), i) for i, site in enumerate(sites)])
+    ratios = torch.cat([layer_statistics.leader.pca.ratios.cpu() for layer_statistics in statistics])
+    owners = torch.cat([torch.full((layer_statistics.leader.pca.components,), i) for i, layer_statistics in enumerate(statistics)])
     chosen = owners[ratios.sort(descending=True, stable=True).indices[:budget]]
-    for site, count in zip(sites, torch.bincount(chosen, minlength=len(sites)).tolist(), strict=True):
-        site.rank = count
+    for layer_statistics, count in zip(statistics, torch.bincount(chosen, minlength=len(statistics)).tolist(), strict=True):
+        layer_statistics.rank = count
 
 
 def digest(x: Tensor) -> tuple[Any, ...]:

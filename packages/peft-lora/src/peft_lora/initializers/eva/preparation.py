@@ -23,7 +23,7 @@ from ...planning.target_resolution import planned
 from ...subconfigs import EvaConfig
 from .initializer import Directions, Eva
 from .inputs import eva_config, forward_fn_dict, prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
-from .passes import Inputs, Site, digest, distribute
+from .passes import Inputs, LayerStatistics, digest, distribute
 
 __all__ = [
     "forward_fn_dict",
@@ -73,33 +73,37 @@ def get_eva_state_dict(
     """
     config = _config(model, peft_config, adapter_name)
     settings = eva_config(config)
-    sites = _sites(model, config, adapter_name, settings, prepare_layer_inputs_fn, gather_distributed_inputs)
-    budget = sum(site.rank for site in sites)
+    statistics = _statistics(model, config, adapter_name, settings, prepare_layer_inputs_fn, gather_distributed_inputs)
+    budget = sum(layer_statistics.rank for layer_statistics in statistics)
     bar = _bar(budget, show_progress_bar)
     with _inspecting(model), bar:
         passes = 0
         for batch in _batches(dataloader, max_passes):
             passes += batch is None
             if batch is None:
-                _require_enough(sites, passes)
+                _require_enough(statistics, passes)
                 continue
             prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-            if not all(site.grouped for site in sites):
-                _group(sites, prepared, functools.partial(forward_fn, model, batch))
-            with _watching([site for site in sites if site.leads and not site.settled], prepared, settings.tau):
+            if not all(layer_statistics.grouped for layer_statistics in statistics):
+                _group(statistics, prepared, functools.partial(forward_fn, model, batch))
+            with _watching(
+                [layer_statistics for layer_statistics in statistics if layer_statistics.leads and not layer_statistics.settled],
+                prepared,
+                settings.tau,
+            ):
                 forward_fn(model, batch)
-            distribute(sites, budget)
-            bar.update(sum(site.converged for site in sites) - bar.n)
-            if all(site.settled for site in sites if site.leads):
+            distribute(statistics, budget)
+            bar.update(sum(layer_statistics.converged for layer_statistics in statistics) - bar.n)
+            if all(layer_statistics.settled for layer_statistics in statistics if layer_statistics.leads):
                 break
         else:
-            moving = [site.name for site in sites if site.leads and not site.settled]
+            moving = [layer_statistics.name for layer_statistics in statistics if layer_statistics.leads and not layer_statistics.settled]
             warnings.warn(
                 f"EVA: after {max_passes} passes over the data the directions of {listed(moving, 4)} still move by more than tau={settings.tau} says",
                 PeftWarning,
                 stacklevel=2,
             )
-    return {site.name: site.result(settings.whiten) for site in sites}
+    return {layer_statistics.name: layer_statistics.result(settings.whiten) for layer_statistics in statistics}
 
 
 def initialize_lora_eva_weights(
@@ -179,7 +183,7 @@ def _layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and adapter in module.scaling}
 
 
-def _sites(model: nn.Module, config: LoraConfig, adapter: str, settings: EvaConfig, inputs: Inputs, gather: bool) -> list[Site]:
+def _statistics(model: nn.Module, config: LoraConfig, adapter: str, settings: EvaConfig, inputs: Inputs, gather: bool) -> list[LayerStatistics]:
     found: dict[str, tuple[nn.Module, int, int]]
     if isinstance(model, PeftModel):
         found = {name: (layer, layer.r[adapter], layer.matrix_shape[1]) for name, layer in _layers(model, adapter).items()}
@@ -191,7 +195,10 @@ def _sites(model: nn.Module, config: LoraConfig, adapter: str, settings: EvaConf
     rho = settings.rho
     if rho > 1000:
         rho = max(features for _, _, features in found.values()) // config.r
-    return [Site(name, module, rank, min(round(rank * rho), features), features, inputs, gather) for name, (module, rank, features) in found.items()]
+    return [
+        LayerStatistics(name, module, rank, min(round(rank * rho), features), features, inputs, gather)
+        for name, (module, rank, features) in found.items()
+    ]
 
 
 def _every_linear(model: nn.Module) -> list[str]:
@@ -234,35 +241,35 @@ def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
         yield None
 
 
-def _group(sites: list[Site], prepared: Any, forward: Callable[[], Any]) -> None:
-    """Let sites with equal inputs share what is computed; each gets as many components as the greediest among them."""
+def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:
+    """Let statistics with equal inputs share what is computed; each gets as many components as the greediest among them."""
     seen: dict[str, Any] = {}
     handles = []
-    for site in sites:
+    for layer_statistics in statistics:
 
-        def look(module: nn.Module, args: Any, site: Site = site) -> None:
-            seen[site.name] = digest(site.rows(args, prepared))
+        def look(module: nn.Module, args: Any, layer_statistics: LayerStatistics = layer_statistics) -> None:
+            seen[layer_statistics.name] = digest(layer_statistics.rows(args, prepared))
 
-        handles.append(site.module.register_forward_pre_hook(look))
+        handles.append(layer_statistics.module.register_forward_pre_hook(look))
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
-    leaders: dict[Any, Site] = {}
-    for site in sites:
-        if site.name not in seen:
-            raise ConfigError(f"{site.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
-        site.follow(leaders.setdefault(seen[site.name], site))
+    leaders: dict[Any, LayerStatistics] = {}
+    for layer_statistics in statistics:
+        if layer_statistics.name not in seen:
+            raise ConfigError(f"{layer_statistics.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
+        layer_statistics.follow(leaders.setdefault(seen[layer_statistics.name], layer_statistics))
 
 
 @contextmanager
-def _watching(sites: list[Site], prepared: Any, tau: float) -> Iterator[None]:
+def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> Iterator[None]:
     def take(module: nn.Module, args: Any) -> None:
         by_module[module].take(args, prepared, tau)
 
-    by_module = {site.module: site for site in sites}
-    handles = [site.module.register_forward_pre_hook(take) for site in sites]
+    by_module = {layer_statistics.module: layer_statistics for layer_statistics in statistics}
+    handles = [layer_statistics.module.register_forward_pre_hook(take) for layer_statistics in statistics]
     try:
         yield
     finally:
@@ -270,11 +277,11 @@ def _watching(sites: list[Site], prepared: Any, tau: float) -> Iterator[None]:
             handle.remove()
 
 
-def _require_enough(sites: list[Site], passes: int) -> None:
-    for site in sites:
-        if site.leads and not site.pca.rows:
+def _require_enough(statistics: list[LayerStatistics], passes: int) -> None:
+    for layer_statistics in statistics:
+        if layer_statistics.leads and not layer_statistics.pca.rows:
             raise ConfigError(
-                f"EVA looks for {site.pca.components} directions in the inputs of {site.name!r}, and the data has only {site.waiting} tokens",
+                f"EVA looks for {layer_statistics.pca.components} directions in the inputs of {layer_statistics.name!r}, and the data has only {layer_statistics.waiting} tokens",
                 hint="give more data, or a smaller rho or r",
             )
 
