@@ -62,13 +62,13 @@ def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConf
                     PeftWarning,
                     stacklevel=6,
                 )
-            settings = out_settings(fill.settings, carried=True, twice=config.out_projection_twice)
+            settings = out_settings(fill.settings, part_of_attention=True, twice=config.out_projection_twice)
             yield wrap
             yield Wrap(f"{wrap.path}.{OUT}", _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
         elif leaf == OUT and isinstance(base.modules.get(parent), nn.MultiheadAttention):
             if parent in targeted:
                 continue
-            settings = out_settings(fill.settings, carried=False, twice=False)
+            settings = out_settings(fill.settings, part_of_attention=False, twice=False)
             yield Wrap(parent, _Builder(Attention, activation), _add_nothing)
             yield Wrap(wrap.path, _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
         else:
