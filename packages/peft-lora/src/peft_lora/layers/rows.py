@@ -35,19 +35,19 @@ class Stack:
         a, b = stacked(layer, here, dtype)
         self.b = b.contiguous()
         self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
-        self.bags: tuple[Tensor, Tensor, Tensor] | None = None
+        self.row_offsets: tuple[Tensor, Tensor, Tensor] | None = None
         if self.rows >= BAGS_FROM and b.device.type == "cpu" and b.dtype is torch.float32:
             numbers = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
-            self.bags = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
+            self.row_offsets = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
         if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.b.dtype:
             hidden = torch.bmm(x, self.across)
-            if self.bags is None:
+            if self.row_offsets is None:
                 return y.add_(torch.bmm(hidden, self.b))
             # a weighted sum of a row's R rows of B: the kernel for bags streams them, where the batched product is half as fast
-            table, numbers, starts = self.bags
+            table, numbers, starts = self.row_offsets
             return y.add_(torch.embedding_bag(table, numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
