@@ -74,9 +74,9 @@ class OutProjection(Linear):
         self.part_of_attention: dict[str, bool] = {}
         self.delta_multiplier: dict[str, int] = {}
 
-    def note(self, adapter: str, settings: LoraSettings) -> None:
+    def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
-        super().note(adapter, settings)
+        super().record_settings(adapter, settings)
         self.part_of_attention[adapter] = isinstance(settings, OutProjectionSettings) and settings.part_of_attention
         self.delta_multiplier[adapter] = settings.delta_multiplier if isinstance(settings, OutProjectionSettings) else 1
         self.scaling[adapter] *= self.delta_multiplier[adapter]

@@ -58,7 +58,7 @@ class LoraLayer(FactorLayer):
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
-        self.note(adapter, config)
+        self.record_settings(adapter, config)
         creation = self.creation
         variant = config.variant(self, adapter, config) if config.variant is not None else None
         draws = creation.initialise and not creation.meta
@@ -91,7 +91,7 @@ class LoraLayer(FactorLayer):
         if variant is not None or config.config.lora_bias:
             self.has_variant_or_bias[adapter] = True
 
-    def note(self, adapter: str, settings: LoraSettings) -> None:
+    def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
         self.r[adapter] = settings.r
         self.lora_alpha[adapter] = settings.alpha

@@ -95,7 +95,7 @@ class _TiedFiller:
         source = self.owner.filled[0]
         tie = Tie(source, self.adapter, transposed=not isinstance(layer, Embedding))
         layer.activation.place(self.adapter, layer.weight.device)
-        layer.note(self.adapter, self.settings)
+        layer.record_settings(self.adapter, self.settings)
         layer.tied[self.adapter] = tie
         frozen = source.frozen.get(self.adapter, frozenset())
         layer.frozen[self.adapter] = frozenset({"A": "B", "B": "A"}[end] for end in frozen) if tie.transposed else frozen
