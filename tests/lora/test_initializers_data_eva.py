@@ -65,13 +65,13 @@ def test_pca_of_fewer_rows_than_directions_stays_orthonormal() -> None:
 def test_ranks_go_where_the_variance_is() -> None:
     # methods.md 3.1: spectra [.5, .3, .12, .05], [.99, …], flat; r = 2
     statistics = [LayerStatistics(name, nn.Identity(), 2, 4, 4, None, False) for name in "xyz"]
-    for layer_statistics, ratios in zip(statistics, ([0.5, 0.3, 0.12, 0.05], [0.99, 0.005, 0.003, 0.002], [0.25, 0.25, 0.25, 0.25]), strict=True):
-        layer_statistics.pca.rows, layer_statistics.pca.ratios = 1, torch.tensor(ratios)
+    for stats, ratios in zip(statistics, ([0.5, 0.3, 0.12, 0.05], [0.99, 0.005, 0.003, 0.002], [0.25, 0.25, 0.25, 0.25]), strict=True):
+        stats.pca.rows, stats.pca.ratios = 1, torch.tensor(ratios)
     distribute(statistics, 6)
-    assert [layer_statistics.rank for layer_statistics in statistics] == [2, 1, 3]
+    assert [stats.rank for stats in statistics] == [2, 1, 3]
     statistics[2].pca.ratios = torch.tensor([0.11, 0.11, 0.1, 0.1])
     distribute(statistics, 6)
-    assert [layer_statistics.rank for layer_statistics in statistics] == [3, 1, 2]
+    assert [stats.rank for stats in statistics] == [3, 1, 2]
 
 
 def test_digests_tell_tensors_apart() -> None:

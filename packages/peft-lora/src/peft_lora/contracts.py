@@ -44,6 +44,8 @@ class LoraSettings:
 class FactorLayer(AdapterLayer):
     """What initialisers and variants know of a LoRA layer, besides what `peft_core.AdapterLayer` has.
 
+    Methods take what a layer is told as `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
+
     Attributes:
         r, lora_alpha, scaling: by adapter.
         variants: by adapter, where it is not plain LoRA.
@@ -142,7 +144,7 @@ class Initializer:
     Attributes:
         kinds: the base layers that it can start: ``"linear"``, ``"conv1d"``, ``"embedding"``, ``"convolution"``, ``"attention"``, ``"parameter"``.
         needs_base: it is asked also when a file will supply A and B, because it shifts the base.
-        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; for what depends on the layer there is `InitialFactors.frozen`.
+        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; what depends on the layer: `InitialFactors.frozen`.
 
     Raises:
         ConfigError: the config does not suit it.

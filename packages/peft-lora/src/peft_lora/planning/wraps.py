@@ -85,7 +85,7 @@ class _Builder:
 
 
 def _add_nothing(layer: Any, creation: Creation) -> None:
-    """The attention is there for its out-projection's sake."""
+    """Add no parameters: the attention is wrapped only to reach `out_proj`."""
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------------

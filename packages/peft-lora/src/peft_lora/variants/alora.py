@@ -19,7 +19,7 @@ from .products import LowRank
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
-#: under this name the route of a call has a `ActiveSpan` for each aLoRA adapter in it
+#: under this name the route of a call has an `ActiveSpan` for each aLoRA adapter in it
 FACT = "alora"
 ARGUMENT = "alora_offsets"
 

@@ -43,7 +43,7 @@ class LayerStatistics:
 
     # ---- sharing --------------------------------------------------------------------------------------------------------
     def follow(self, leader: LayerStatistics) -> None:
-        """Share the directions of a layer_statistics with the same inputs."""
+        """Share the directions of a layer with the same inputs."""
         self.grouped, self.leader = True, leader
         if leader is not self:
             leader.group.append(self)
@@ -87,7 +87,7 @@ class LayerStatistics:
     @property
     def wanted(self) -> int:
         """How many directions those that share them need."""
-        return max(layer_statistics.rank for layer_statistics in self.group)
+        return max(stats.rank for stats in self.group)
 
     @property
     def settled(self) -> bool:
@@ -109,15 +109,15 @@ class LayerStatistics:
 
 
 def distribute(statistics: Sequence[LayerStatistics], budget: int) -> None:
-    """Give each layer_statistics as many of the budget's ranks as it has directions among the `budget` that explain most of their layer's variance."""
-    known = [layer_statistics for layer_statistics in statistics if layer_statistics.leader.pca.rows]
+    """Give each layer as many of the budget's ranks as it has directions among the `budget` that explain most of their variance."""
+    known = [stats for stats in statistics if stats.leader.pca.rows]
     if len(known) < len(statistics):  # some wait for their first rows
         return
-    ratios = torch.cat([layer_statistics.leader.pca.ratios.cpu() for layer_statistics in statistics])
-    owners = torch.cat([torch.full((layer_statistics.leader.pca.components,), i) for i, layer_statistics in enumerate(statistics)])
+    ratios = torch.cat([stats.leader.pca.ratios.cpu() for stats in statistics])
+    owners = torch.cat([torch.full((stats.leader.pca.components,), i) for i, stats in enumerate(statistics)])
     chosen = owners[ratios.sort(descending=True, stable=True).indices[:budget]]
-    for layer_statistics, count in zip(statistics, torch.bincount(chosen, minlength=len(statistics)).tolist(), strict=True):
-        layer_statistics.rank = count
+    for stats, count in zip(statistics, torch.bincount(chosen, minlength=len(statistics)).tolist(), strict=True):
+        stats.rank = count
 
 
 def digest(x: Tensor) -> tuple[Any, ...]:

@@ -74,7 +74,7 @@ def get_eva_state_dict(
     config = _config(model, peft_config, adapter_name)
     settings = eva_config(config)
     statistics = _statistics(model, config, adapter_name, settings, prepare_layer_inputs_fn, gather_distributed_inputs)
-    budget = sum(layer_statistics.rank for layer_statistics in statistics)
+    budget = sum(stats.rank for stats in statistics)
     bar = _bar(budget, show_progress_bar)
     with _inspecting(model), bar:
         passes = 0
@@ -84,26 +84,26 @@ def get_eva_state_dict(
                 _require_enough(statistics, passes)
                 continue
             prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-            if not all(layer_statistics.grouped for layer_statistics in statistics):
+            if not all(stats.grouped for stats in statistics):
                 _group(statistics, prepared, functools.partial(forward_fn, model, batch))
             with _watching(
-                [layer_statistics for layer_statistics in statistics if layer_statistics.leads and not layer_statistics.settled],
+                [stats for stats in statistics if stats.leads and not stats.settled],
                 prepared,
                 settings.tau,
             ):
                 forward_fn(model, batch)
             distribute(statistics, budget)
-            bar.update(sum(layer_statistics.converged for layer_statistics in statistics) - bar.n)
-            if all(layer_statistics.settled for layer_statistics in statistics if layer_statistics.leads):
+            bar.update(sum(stats.converged for stats in statistics) - bar.n)
+            if all(stats.settled for stats in statistics if stats.leads):
                 break
         else:
-            moving = [layer_statistics.name for layer_statistics in statistics if layer_statistics.leads and not layer_statistics.settled]
+            moving = [stats.name for stats in statistics if stats.leads and not stats.settled]
             warnings.warn(
                 f"EVA: after {max_passes} passes over the data the directions of {listed(moving, 4)} still move by more than tau={settings.tau} says",
                 PeftWarning,
                 stacklevel=2,
             )
-    return {layer_statistics.name: layer_statistics.result(settings.whiten) for layer_statistics in statistics}
+    return {stats.name: stats.result(settings.whiten) for stats in statistics}
 
 
 def initialize_lora_eva_weights(
@@ -242,25 +242,25 @@ def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
 
 
 def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:
-    """Let statistics with equal inputs share what is computed; each gets as many components as the greediest among them."""
+    """Let layers with equal inputs share what is computed; each gets as many components as the greediest among them."""
     seen: dict[str, Any] = {}
     handles = []
-    for layer_statistics in statistics:
+    for stats in statistics:
 
-        def look(module: nn.Module, args: Any, layer_statistics: LayerStatistics = layer_statistics) -> None:
-            seen[layer_statistics.name] = digest(layer_statistics.rows(args, prepared))
+        def look(module: nn.Module, args: Any, stats: LayerStatistics = stats) -> None:
+            seen[stats.name] = digest(stats.rows(args, prepared))
 
-        handles.append(layer_statistics.module.register_forward_pre_hook(look))
+        handles.append(stats.module.register_forward_pre_hook(look))
     try:
         forward()
     finally:
         for handle in handles:
             handle.remove()
     leaders: dict[Any, LayerStatistics] = {}
-    for layer_statistics in statistics:
-        if layer_statistics.name not in seen:
-            raise ConfigError(f"{layer_statistics.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
-        layer_statistics.follow(leaders.setdefault(seen[layer_statistics.name], layer_statistics))
+    for stats in statistics:
+        if stats.name not in seen:
+            raise ConfigError(f"{stats.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
+        stats.follow(leaders.setdefault(seen[stats.name], stats))
 
 
 @contextmanager
@@ -268,8 +268,8 @@ def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> I
     def take(module: nn.Module, args: Any) -> None:
         by_module[module].take(args, prepared, tau)
 
-    by_module = {layer_statistics.module: layer_statistics for layer_statistics in statistics}
-    handles = [layer_statistics.module.register_forward_pre_hook(take) for layer_statistics in statistics]
+    by_module = {stats.module: stats for stats in statistics}
+    handles = [stats.module.register_forward_pre_hook(take) for stats in statistics]
     try:
         yield
     finally:
@@ -278,10 +278,10 @@ def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> I
 
 
 def _require_enough(statistics: list[LayerStatistics], passes: int) -> None:
-    for layer_statistics in statistics:
-        if layer_statistics.leads and not layer_statistics.pca.rows:
+    for stats in statistics:
+        if stats.leads and not stats.pca.rows:
             raise ConfigError(
-                f"EVA looks for {layer_statistics.pca.components} directions in the inputs of {layer_statistics.name!r}, and the data has only {layer_statistics.waiting} tokens",
+                f"EVA looks for {stats.pca.components} directions in the inputs of {stats.name!r}, and the data has only {stats.waiting} tokens",
                 hint="give more data, or a smaller rho or r",
             )
 
