@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, BaseView, ConfigError, Merge, PeftWarning, Slot
+from peft_core import AdapterLayer, BaseView, Call, ConfigError, Merge, PeftWarning, Slot
 from peft_core.errors import listed
 
 from . import formulas
@@ -135,7 +135,51 @@ class InitialFactors:
     frozen: frozenset[str] = frozenset()
 
 
-class Initializer:
+class Extension:
+    """What initialisers and variants can do besides their work in a layer. Class methods: they answer for all adapters of a model.
+
+    What else they have, settings, operations and keywords of calls, their specs say (`ExtensionSpec`).
+
+    Attributes:
+        joins_calls: whether `prepare` is overridden; set by itself.
+    """
+
+    joins_calls: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.joins_calls = cls.joins_calls or "prepare" in vars(cls)
+
+    @classmethod
+    def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
+        """Return a call of the model with what the layers need to know: ``call.telling(name=...)``, found in ``layer.activation.current().facts``.
+
+        In `generate` it is asked for each step (`Call.generating`), with all `input_ids` so far.
+
+        Args:
+            call: its inputs, its route, and the keywords that the spec's `call_arguments` name.
+            configs: of the adapters with this extension that the call uses, by name.
+        """
+        return call
+
+    @classmethod
+    def refuse_mixture(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+        """Check that a new adapter may come to those that a model has; asked of the extensions of all of them.
+
+        Args:
+            config: the new one's.
+            others: configs of those that are there, by name.
+
+        Raises:
+            ConfigError: it may not.
+        """
+
+    @classmethod
+    def adapter_added(cls, base: nn.Module) -> None:
+        """Take away what was left on the modules of `base` for a new adapter, which has been added with success."""
+
+
+class Initializer(Extension):
     """Base class of initialisers. One object for each adapter; asked once for each layer.
 
     Args:
@@ -204,7 +248,7 @@ class Initializer:
             )
 
 
-class Variant:
+class Variant(Extension):
     """Base class of variants. One object for each layer and adapter.
 
     Methods take the input of the base as `x` (rows, …, in) and its output as `y` (rows, …, out).

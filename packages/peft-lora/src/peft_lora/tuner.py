@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft_core import (
+    Activation,
     BaseView,
     Call,
     ConfigError,
@@ -28,8 +29,9 @@ from peft_core import (
     ops_for,
 )
 
+from . import offers
 from .config import LoraConfig
-from .contracts import Initializer, LoraSettings, Variant
+from .contracts import Extension, Initializer, LoraSettings, Variant
 from .experts import fused, loading
 from .extensions import initializer_of, variant_of
 from .layers.attention import Attention, AttentionOps
@@ -42,22 +44,22 @@ from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projecti
 from .tools.hotswap import SWAPPABLE, plan_swap
 from .tools.relative import relative_to_base
 from .tools.weighted import add_weighted_adapter
-from .variants import alora
-from .variants.kasa import kasa_loss, refuse_mixture
-from .variants.monteclora import monteclora_loss
 
 
 class LoraTuner(LayerTuner):
     """Wraps the targeted layers, each with its own rank and alpha."""
 
     layers = (Linear, Embedding, Convolution, Attention)
-    operations: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "add_weighted_adapter": add_weighted_adapter,
-        # the names of the reference implementation
-        "_get_kasa_loss": kasa_loss,
-        "_get_monteclora_loss": monteclora_loss,
-    }
+    operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
+
+    def __init__(self, spec: TunerSpec, activation: Activation) -> None:
+        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments())))
+        super().__init__(dataclasses.replace(spec, call_arguments=arguments), activation)
+        # of this model: what is offered depends on the plugins that there are
+        self.__dict__["operations"] = {**type(self).operations, **offers.operations()}
+        #: initialiser and variant of each adapter that was planned, by name
+        self._extensions: dict[str, tuple[type[Extension], ...]] = {}
 
     @classmethod
     def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
@@ -77,7 +79,10 @@ class LoraTuner(LayerTuner):
                 setattr(config, name, value)
         self._chosen = initializer_of(config), variant_of(config)
         initializer, variant = self._chosen
-        refuse_mixture(config, {name: other for name, other in self.configs.items() if name != adapter})
+        self._extensions[adapter] = (type(initializer),) if variant is None else (type(initializer), variant)
+        others = {name: other for name, other in self.configs.items() if name != adapter}
+        for extension in dict.fromkeys(each for name in (adapter, *others) for each in self._extensions[name]):
+            extension.refuse_mixture(config, others)
         if variant is not None:
             variant.require_base(base)
         plan = super().plan(base, adapter, config)
@@ -117,16 +122,19 @@ class LoraTuner(LayerTuner):
 
     @property
     def takes_part_in_calls(self) -> bool:
-        """Whether there is an aLoRA adapter, whose layers must know where its invocation is; otherwise a forward goes straight to the base."""
-        return any(config.alora_invocation_tokens for config in self.configs.values())
+        """Whether the initialiser or the variant of an adapter joins calls; otherwise a forward goes straight to the base."""
+        return any(extension.joins_calls for name in self.configs for extension in self._extensions[name])
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with the tokens on which aLoRA adapters act."""
-        used = call.route.used
-        invocations = {
-            name: config.alora_invocation_tokens for name, config in self.configs.items() if name in used and config.alora_invocation_tokens
-        }
-        return alora.attach_offsets(call, invocations) if invocations else call
+        """Return the call with what the initialisers and variants of its adapters add to it."""
+        joining: dict[type[Extension], dict[str, LoraConfig]] = {}
+        for name, config in self.configs.items():
+            for extension in self._extensions[name] if name in call.route.used else ():
+                if extension.joins_calls:
+                    joining.setdefault(extension, {})[name] = config
+        for extension, configs in joining.items():
+            call = extension.prepare(call, configs)
+        return call
 
     def adapts_modules(self, config: LoraConfig) -> bool:
         """Return False where parameters are named and modules are not."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -85,9 +84,7 @@ def _require_same(adapter: str, config: LoraConfig, initial: Any) -> None:
 def _grown(config: LoraConfig) -> LoraConfig:
     """Return the config of the adapter with twice the rank and the same scalings, which starts from nothing but its file."""
     alpha = math.sqrt(2) if config.use_rslora else 2
-    grown = copy.copy(config)
-    grown.init_lora_weights = True
-    grown.corda_config = grown.lora_ga_config = None
+    grown = config.without_initializer()
     grown.r = 2 * config.r
     grown.lora_alpha = alpha * config.lora_alpha  # type: ignore[assignment] # any number will do
     grown.rank_pattern = {key: 2 * value for key, value in config.rank_pattern.items()}

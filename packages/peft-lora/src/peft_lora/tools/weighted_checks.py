@@ -195,18 +195,16 @@ def combined_config(index: AdapterIndex, request: Request, layers: Layers) -> tu
         ranks = {path: found[0] for path, found in present.items()}
         rank = max(set(ranks.values()), key=[*ranks.values()].count, default=plain[0])
     others = {f"^{path}": found for path, found in ranks.items() if found != rank}
-    result: LoraConfig = copy.deepcopy(configs[0])
+    result = copy.deepcopy(configs[0]).without_initializer()
     result.r = result.lora_alpha = rank
     result.rank_pattern, result.alpha_pattern = dict(others), dict(others)
     # what the others may have that is in the numbers now
     result.use_rslora = False
-    result.variant = None
+    result.variant = result.plugin_settings = None
     defaults = {each.name: each.default for each in dataclasses.fields(LoraConfig)}
     for spec in variant_specs():
         if spec.field is not None and spec.field in defaults:
             setattr(result, spec.field, defaults[spec.field])
-    result.init_lora_weights = True
-    result.loftq_config, result.eva_config, result.corda_config, result.lora_ga_config = {}, None, None, None
     result.lora_bias = any(config.lora_bias for config in configs)
     result.inference_mode = True
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())

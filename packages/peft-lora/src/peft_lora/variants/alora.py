@@ -88,6 +88,15 @@ class Alora(LowRank):
                 hint="use plain LoRA",
             )
 
+    @classmethod
+    def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
+        """Return the call with the tokens on which the adapters act.
+
+        Raises:
+            RoutingError: `alora_offsets` can't be used.
+        """
+        return attach_offsets(call, {name: config.alora_invocation_tokens or () for name, config in configs.items()})
+
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(x)) where the adapter acts, y elsewhere.
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_core import ConfigError
 
 from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ..matrices import float_matrix, split
 
-#: attribute of a base layer under which `preprocess_corda` leaves its decomposition
-EIGENS = "eigens"
+#: attributes of a base layer under which `preprocess_corda` leaves its decomposition, and, if it is told to, the covariance of its inputs
+EIGENS, COVARIANCE = "eigens", "covariance_matrix"
 
 
 class Corda(Initializer):
@@ -23,6 +23,13 @@ class Corda(Initializer):
     def subtracts_start(self) -> bool:
         """Return True."""
         return True
+
+    @classmethod
+    def adapter_added(cls, base: nn.Module) -> None:
+        """Take away what `preprocess_corda` left."""
+        for module in base.modules():
+            for name in (EIGENS, COVARIANCE):
+                module.__dict__.pop(name, None)
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the part of W that was chosen.

@@ -7,7 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peft_core import ConfigError, PeftWarning
 
@@ -46,6 +46,13 @@ class LoraGA(Initializer):
     def subtracts_start(self) -> bool:
         """Return True."""
         return True
+
+    @classmethod
+    def adapter_added(cls, base: nn.Module) -> None:
+        """Take away what `preprocess_loraga` left."""
+        for module in base.modules():
+            for name in (GRADIENT, LIKE):
+                module.__dict__.pop(name, None)
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return singular vectors of the gradient; without a gradient what init_lora_weights=True gives, with a warning.
