@@ -175,8 +175,8 @@ class Extension:
         """
 
     @classmethod
-    def adapter_added(cls, base: nn.Module) -> None:
-        """Take away what was left on the modules of `base` for a new adapter, which has been added with success."""
+    def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
+        """Take away what was left on the modules of `base` for a new adapter with `config`: it has been added with success."""
 
 
 class Initializer(Extension):

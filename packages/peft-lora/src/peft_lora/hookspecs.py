@@ -85,7 +85,7 @@ class VariantSpec(ExtensionSpec):
 
 def _check_place(place: Any) -> None:
     if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
-        raise ConfigError(f"{place!r} is no place of a class", hint="write 'package.module:Class'")
+        raise ConfigError(f"{place!r} must be written as 'package.module:Name'")
 
 
 @hookspec

@@ -82,4 +82,4 @@ def peft_adapter_added(model: Any, config: Any) -> None:
     """Let the extensions of a new adapter clean up; not earlier, since adding may fail."""
     if isinstance(config, LoraConfig):
         for extension in extensions_of(config):
-            extension.adapter_added(model)
+            extension.adapter_added(model, config)

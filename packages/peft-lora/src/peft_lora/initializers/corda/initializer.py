@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
@@ -10,6 +10,9 @@ from peft_core import ConfigError
 
 from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ..matrices import float_matrix, split
+
+if TYPE_CHECKING:
+    from ...config import LoraConfig
 
 #: attributes of a base layer under which `preprocess_corda` leaves its decomposition, and, if it is told to, the covariance of its inputs
 EIGENS, COVARIANCE = "eigens", "covariance_matrix"
@@ -25,7 +28,7 @@ class Corda(Initializer):
         return True
 
     @classmethod
-    def adapter_added(cls, base: nn.Module) -> None:
+    def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
         """Take away what `preprocess_corda` left."""
         for module in base.modules():
             for name in (EIGENS, COVARIANCE):

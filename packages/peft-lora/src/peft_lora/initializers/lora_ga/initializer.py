@@ -48,7 +48,7 @@ class LoraGA(Initializer):
         return True
 
     @classmethod
-    def adapter_added(cls, base: nn.Module) -> None:
+    def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
         """Take away what `preprocess_loraga` left."""
         for module in base.modules():
             for name in (GRADIENT, LIKE):
