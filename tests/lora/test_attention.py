@@ -458,7 +458,7 @@ def test_what_does_not_work_on_attentions_is_refused(options: dict[str, Any]) ->
 
 
 def test_swapping_weights_in_place_is_refused(tmp_path: Path) -> None:
-    from peft_lora.hotswap import hotswap_adapter
+    from peft_lora.tools.hotswap import hotswap_adapter
 
     model = adapted()
     model.save_pretrained(tmp_path)

@@ -65,7 +65,9 @@ def picture(model: Any) -> dict[str, Any]:
     layers = [module for module in model.modules() if hasattr(module, "lora_alpha")]
     return {
         "state": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "scales": [(dict(layer.r), dict(layer.lora_alpha), {k: float(v) for k, v in layer.scaling.items()}, dict(layer.columns)) for layer in layers],
+        "scales": [
+            (dict(layer.r), dict(layer.lora_alpha), {k: float(v) for k, v in layer.scaling.items()}, dict(layer.used_rank)) for layer in layers
+        ],
         "config": model.peft_config["default"].to_dict(),
     }
 

@@ -12,8 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_core import ConfigError, MergeError, PeftModel, PeftWarning, get_peft_model
 from peft_lora import LoftQConfig, LoraConfig
+from peft_lora.initializers.loftq.decomposition import NF4, loftq_decomposition, rounded_to_int8, rounded_to_nf4
 from peft_lora.initializers.matrices import svd
-from peft_lora.loftq import NF4, loftq_decomposition, rounded_to_int8, rounded_to_nf4
 from support import Unchanged, bits
 
 

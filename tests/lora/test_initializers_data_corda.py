@@ -14,7 +14,7 @@ import peft_lora
 from lora.data_net import BATCHES, Net, config, corda, inputs_of, run
 from peft_core import AdapterFileError, ConfigError, PeftModel, get_peft_model
 from peft_lora import CordaConfig, LoraConfig
-from peft_lora.corda import decompose
+from peft_lora.initializers.corda.preparation import decompose
 from support import Unchanged
 
 

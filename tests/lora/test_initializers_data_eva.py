@@ -15,9 +15,9 @@ from lora.data_net import BATCHES, Net, config, inputs_of, stretched
 from peft_core import ConfigError, PeftModel, PeftWarning, get_peft_model
 from peft_core.testing import tiny
 from peft_lora import EvaConfig, LoraConfig
-from peft_lora import eva as eva_module
-from peft_lora.eva_passes import Site, digest, distribute, gathered
-from peft_lora.pca import IncrementalPca
+from peft_lora.initializers.eva import preparation as eva_module
+from peft_lora.initializers.eva.passes import LayerStatistics, digest, distribute, gathered
+from peft_lora.initializers.eva.pca import IncrementalPca
 from support import Unchanged
 
 pytestmark = pytest.mark.filterwarnings("ignore:lora with eva initialization")  # `eva` below looks for it
@@ -64,14 +64,14 @@ def test_pca_of_fewer_rows_than_directions_stays_orthonormal() -> None:
 
 def test_ranks_go_where_the_variance_is() -> None:
     # methods.md 3.1: spectra [.5, .3, .12, .05], [.99, …], flat; r = 2
-    sites = [Site(name, nn.Identity(), 2, 4, 4, None, False) for name in "xyz"]
-    for site, ratios in zip(sites, ([0.5, 0.3, 0.12, 0.05], [0.99, 0.005, 0.003, 0.002], [0.25, 0.25, 0.25, 0.25]), strict=True):
-        site.pca.rows, site.pca.ratios = 1, torch.tensor(ratios)
-    distribute(sites, 6)
-    assert [site.rank for site in sites] == [2, 1, 3]
-    sites[2].pca.ratios = torch.tensor([0.11, 0.11, 0.1, 0.1])
-    distribute(sites, 6)
-    assert [site.rank for site in sites] == [3, 1, 2]
+    statistics = [LayerStatistics(name, nn.Identity(), 2, 4, 4, None, False) for name in "xyz"]
+    for stats, ratios in zip(statistics, ([0.5, 0.3, 0.12, 0.05], [0.99, 0.005, 0.003, 0.002], [0.25, 0.25, 0.25, 0.25]), strict=True):
+        stats.pca.rows, stats.pca.ratios = 1, torch.tensor(ratios)
+    distribute(statistics, 6)
+    assert [stats.rank for stats in statistics] == [2, 1, 3]
+    statistics[2].pca.ratios = torch.tensor([0.11, 0.11, 0.1, 0.1])
+    distribute(statistics, 6)
+    assert [stats.rank for stats in statistics] == [3, 1, 2]
 
 
 def test_digests_tell_tensors_apart() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peft_lora
 from peft_core import AdapterNotFoundError, ConfigError, PeftModel, get_peft_model
 from peft_lora import LoraConfig
-from peft_lora.loftq import rounded_to_nf4
+from peft_lora.initializers.loftq.decomposition import rounded_to_nf4
 from support import Unchanged
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peft_core import ConfigError, PeftModel, PluginError, get_peft_model, hookimpl
+from peft_core import ConfigError, NoMatchingPeftModuleError, PeftConfig, PeftModel, PeftWarning, PluginError, get_peft_model, hookimpl
 from peft_core.plugins import registry
-from peft_lora import Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Start, Variant, VariantSpec
+from peft_lora import InitialFactors, Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Variant, VariantSpec
 from support import distribution, features, net, run_python
 
 
@@ -25,9 +26,31 @@ class Corner(Initializer):
     def subtracts_start(self) -> bool:
         return True
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> InitialFactors:
         out, inp = layer.matrix_shape
-        return Start(torch.eye(settings.r, inp), torch.eye(out, settings.r), shift=True)
+        return InitialFactors(torch.eye(settings.r, inp), torch.eye(out, settings.r), base_offset=True)
+
+
+@dataclass
+class Diagonal:
+    """Settings of `Diagonally`: what stands on the diagonals."""
+
+    value: float
+    note: str = ""
+
+
+class Diagonally(Corner):
+    """As `Corner`, with another number, and with marks on the base that go when the adapter is there."""
+
+    @classmethod
+    def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
+        for module in base.modules():
+            module.__dict__.pop("mark", None)
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> InitialFactors:
+        found = super().start(layer, settings)
+        assert layer.get_base_layer().__dict__["mark"]
+        return InitialFactors(found.a * settings.config.plugin_settings["diagonal_9"].value, found.b, base_offset=True)
 
 
 class Gated(Variant):
@@ -51,10 +74,13 @@ class Gated(Variant):
         return super().delta() * self.layer.lora_gate[self.adapter]
 
 
+DIAGONAL = InitializerSpec("diagonal_[0-9]", Diagonally, shown="diagonal_9", settings=Diagonal)
+
+
 class Plugin:
     @hookimpl
     def peft_lora_initializers(self) -> list[InitializerSpec]:
-        return [InitializerSpec("corner", f"{__name__}:Corner"), InitializerSpec("missing", "nobody.knows:It")]
+        return [InitializerSpec("corner", f"{__name__}:Corner"), InitializerSpec("missing", "nobody.knows:It"), DIAGONAL]
 
     @hookimpl
     def peft_lora_variants(self) -> list[VariantSpec]:
@@ -87,6 +113,42 @@ def test_an_initialiser_from_outside(plugin: None, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "plain")(x), model(x))
     torch.testing.assert_close(model.unload()(x), expected)
+
+
+def marked() -> nn.Module:
+    base = net()
+    for module in base.modules():
+        module.__dict__["mark"] = True
+    return base
+
+
+def test_an_initialiser_with_settings_cleans_up(plugin: None, tmp_path: Path) -> None:
+    given = {"diagonal_9": {"value": 3.0}}
+    config = LoraConfig(r=2, target_modules=["up"], init_lora_weights="diagonal_4", plugin_settings=given)
+    assert config.plugin_settings == {"diagonal_9": Diagonal(3.0)}
+    base = marked()
+    with pytest.raises(NoMatchingPeftModuleError):
+        get_peft_model(base, LoraConfig(target_modules=["nowhere"], init_lora_weights="diagonal_4", plugin_settings=given))
+    assert base.layers[0].mark, "adding failed"
+    model = get_peft_model(base, config)
+    assert not any(hasattr(module, "mark") for module in base.modules())
+    assert torch.equal(model.base_model.model.layers[0].up.lora_A["default"].weight, 3 * torch.eye(2, 4))
+    model.save_pretrained(tmp_path / "initial")
+    assert PeftConfig.from_pretrained(tmp_path / "initial").plugin_settings == {"diagonal_9": Diagonal(3.0)}
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    assert PeftConfig.from_pretrained(tmp_path / "plain").plugin_settings is None
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "plain")(features()), model(features()))
+
+
+def test_settings_that_do_not_fit_are_refused(plugin: None) -> None:
+    with pytest.raises(ConfigError, match=r"plugin_settings\['diagonal_9'\] lacks 'value'"):
+        LoraConfig(init_lora_weights="diagonal_4")
+    with pytest.raises(ConfigError, match="gated has no settings"):
+        LoraConfig(variant="gated", plugin_settings={"gated": {}})
+    with pytest.raises(ConfigError, match="give a dict"):
+        LoraConfig(variant="gated", plugin_settings=["gated"])
+    with pytest.warns(PeftWarning, match=r"plugin_settings\['diagonal_9'\] is ignored: the config asks for no variant or initialiser of this name"):
+        assert LoraConfig(plugin_settings={"diagonal_9": {"value": 1.0}}).plugin_settings is None
 
 
 def test_a_variant_from_outside(plugin: None, tmp_path: Path) -> None:
@@ -147,11 +209,11 @@ SOURCES = {
     """,
     "outer_classes": """
         import torch
-        from peft_lora import Initializer, Start, Variant
+        from peft_lora import Initializer, InitialFactors, Variant
 
         class Ones(Initializer):
             def start(self, layer, settings):
-                return Start(torch.Tensor.zero_, lambda b: b.fill_(1.0))
+                return InitialFactors(torch.Tensor.zero_, lambda b: b.fill_(1.0))
 
         class Doubled(Variant):
             name = "doubled"

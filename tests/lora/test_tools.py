@@ -12,7 +12,7 @@ from torch import nn
 from peft_core import CapabilityError, ConfigError, ModelError, get_peft_model
 from peft_core.testing import tiny
 from peft_lora import LoraConfig, LoraModel, create_loraplus_optimizer, find_kappa_target_modules
-from peft_lora.kinds import Linear4bit, Linear8bitLt, TorchaoLoraLinear
+from peft_lora.tools.kinds import Linear4bit, Linear8bitLt, TorchaoLoraLinear
 
 
 def stretched(*ratios: float) -> nn.Module:

@@ -25,7 +25,7 @@ from peft_core import (
 from peft_core.testing import tiny
 from peft_core.testing.models import OneLayer
 from peft_lora import LoraConfig, VeloraConfig, add_weighted_adapter, prepare_model_for_compiled_hotswap
-from peft_lora.combining import disjoint_mean, elected_sign, keep_largest, keep_random
+from peft_lora.tools.combining import disjoint_mean, elected_sign, keep_largest, keep_random
 
 LAYERS: dict[str, tuple[Any, Tensor]] = {
     "linear": (lambda: nn.Linear(12, 9), torch.randn(3, 12)),

@@ -32,7 +32,7 @@ from peft_core.testing import tiny
 from peft_core.testing.models import OneLayer
 from peft_loha import LoHaConfig
 from peft_lora import LoraConfig, convert_to_lora, save_as_lora, supports_lora_conversion
-from peft_lora.factorisation import svd_of_product
+from peft_lora.tools.factorisation import svd_of_product
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft_core.config import Extras, LayerConfig, require_number, require_positive_integer, require_probability
 from peft_core.errors import CapabilityError, ConfigError, PeftWarning, did_you_mean
 
+from .hookspecs import ExtensionSpec
+from .offers import initializer_specs, load, variant_specs
 from .subconfigs import (
     ArrowConfig,
     BdLoraConfig,
@@ -71,6 +74,7 @@ class LoraConfig(LayerConfig):
         alora_invocation_tokens, use_qalora, qalora_group_size, use_bdlora, kasa_config, velora_config, monteclora_config, arrow_config:
             variants; an adapter has one.
         variant: name of a plugin's variant.
+        plugin_settings: settings of a plugin's variant or initialiser, by its name: objects of the class that it names, or dicts of their fields.
         grouped_convolutions: on convolutions with groups, A has them too, with rank r in each; such adapters can be merged.
         out_projection_twice: on MultiheadAttention, the change of the out-projection counts twice, as the package `peft` has it (up to 0.21.2 at
             least): for adapters that were trained with it.
@@ -112,12 +116,13 @@ class LoraConfig(LayerConfig):
     kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
     variant: str | None = None
+    plugin_settings: dict[str, Any] | None = None
     grouped_convolutions: bool = False
     out_projection_twice: bool = False
 
     default_peft_type: ClassVar[str | None] = "LORA"
     transient: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
-    additional: ClassVar[frozenset[str]] = frozenset({"variant", "grouped_convolutions", "out_projection_twice"})
+    additional: ClassVar[frozenset[str]] = frozenset({"variant", "plugin_settings", "grouped_convolutions", "out_projection_twice"})
 
     def _register_custom_module(self, mapping: Mapping[Any, Any]) -> None:
         """Refuse layers that were written against the reference implementation's classes.
@@ -145,6 +150,7 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"bias={self.bias!r} is unknown", hint=did_you_mean(str(self.bias), BIAS) or f"write one of {BIAS}")
         self._check_init()
         self._check_variants()
+        self._check_plugin_settings()
         if self.lora_bias and (not isinstance(self.init_lora_weights, bool) or self.use_dora):
             raise ConfigError("lora_bias works with init_lora_weights=True or False only, and not with DoRA", hint="leave one of them out")
         if isinstance(self.target_parameters, str):
@@ -179,11 +185,9 @@ class LoraConfig(LayerConfig):
                 )
                 setattr(self, name, settings())
         if isinstance(word, str):
-            from .extensions import initializer_specs
-
             specs = initializer_specs()
             if not any(spec.matches(word) for spec in specs):
-                known = [spec.shown or spec.name for spec in specs]
+                known = [spec.key for spec in specs]
                 raise ConfigError(
                     f"init_lora_weights={word!r} is unknown",
                     hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}",
@@ -201,6 +205,47 @@ class LoraConfig(LayerConfig):
                 "alora_invocation_tokens is empty: an adapter without an invocation would never act", hint="give token ids, or None for plain LoRA"
             )
 
+    def _check_plugin_settings(self) -> None:
+        given: Any = self.plugin_settings
+        if given is None and self.variant is None and not isinstance(self.init_lora_weights, str):
+            return
+        if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
+            raise ConfigError(f"plugin_settings={given!r} is a {type(given).__name__}", hint="give a dict: name of a plugin's variant → its settings")
+        asked = self._asked()
+        found: dict[str, Any] = {}
+        for name, value in (given or {}).items():
+            if name == self.variant and name not in asked:
+                found[name] = value  # nobody offers it here: said when an adapter is made
+            elif name not in asked:
+                near = did_you_mean(name, asked)
+                why = f"the config asks for no variant or initialiser of this name{'; ' + near if near else ''}"
+                warnings.warn(f"plugin_settings[{name!r}] is ignored: {why}", PeftWarning, stacklevel=5)
+        for name, spec in asked.items():
+            value = (given or {}).get(name)
+            if spec.settings is not None:
+                found[name] = _plugin_settings(name, value, load(spec.settings))
+            elif value is not None:
+                raise ConfigError(f"plugin_settings[{name!r}]: {name} has no settings", hint="leave it out")
+        self.plugin_settings = found or None
+
+    def _asked(self) -> dict[str, ExtensionSpec]:
+        """Return the specs of the initialiser and of the variants that the config asks for, by the names of their settings."""
+        word = self.init_lora_weights
+        initializer = next((spec for spec in initializer_specs() if spec.matches(word)), None) if isinstance(word, str) else None
+        found: dict[str, ExtensionSpec] = {spec.key: spec for spec in reversed(variant_specs()) if spec.chosen(self)}
+        return found if initializer is None else {initializer.key: initializer, **found}
+
+    def without_initializer(self) -> LoraConfig:
+        """Return a copy that starts as with True, without settings of another initialiser."""
+        found = copy.copy(self)
+        word = self.init_lora_weights
+        keys = {spec.key for spec in initializer_specs() if spec.matches(word)} if isinstance(word, str) else set()
+        found.init_lora_weights = True
+        for name in SETTINGS_OF_INITS:
+            setattr(found, name, {} if name == "loftq_config" else None)
+        found.plugin_settings = {name: value for name, value in (self.plugin_settings or {}).items() if name not in keys} or None
+        return found
+
     def _check_replication(self) -> None:
         pairs = self.layer_replication
         ok = isinstance(pairs, (list, tuple)) and all(_is_range(pair) for pair in pairs)
@@ -215,10 +260,32 @@ class LoraConfig(LayerConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file; settings as dicts."""
-        return {
-            name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-            for name, value in super().to_dict().items()
-        }
+        found = {name: _as_dict(value) for name, value in super().to_dict().items()}
+        if "plugin_settings" in found:
+            found["plugin_settings"] = {name: _as_dict(value) for name, value in found["plugin_settings"].items()}
+        return found
+
+
+def _as_dict(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _plugin_settings(name: str, given: Any, settings: Callable[..., Any]) -> Any:
+    """Return the settings of a plugin, made of an object, of a dict of its fields, or of nothing.
+
+    Raises:
+        ConfigError: they are of another class; a field is unknown or missing.
+    """
+    shown = f"plugin_settings[{name!r}]"
+    if given is not None and not isinstance(given, (dict, settings)):  # type: ignore[arg-type]
+        raise ConfigError(f"{shown}={given!r} is a {type(given).__name__}", hint=f"give {settings.__name__}(...), or a dict of its fields")
+    if isinstance(given, settings):  # type: ignore[arg-type]
+        return given
+    needed = [f.name for f in fields(settings) if f.init and f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    missing = [each for each in needed if each not in (given or {})]
+    if missing:
+        raise ConfigError(f"{shown} lacks {missing[0]!r}", hint=f"give {settings.__name__}({missing[0]}=...)")
+    return _settings(shown, given or {}, settings)
 
 
 def _settings(name: str, given: dict[str, Any], settings: Callable[..., Any]) -> Any:

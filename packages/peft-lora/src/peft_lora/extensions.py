@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from peft_core.errors import ConfigError, PluginError, did_you_mean
-from peft_core.plugins import registry
+from peft_core.errors import ConfigError, did_you_mean
+
+from .offers import initializer_specs, load, variant_specs
 
 if TYPE_CHECKING:
     from .config import LoraConfig
-    from .hookspecs import InitializerSpec, VariantSpec
-    from .initializers.base import Initializer
-    from .variants.base import Variant
+    from .contracts import Extension, Initializer, Variant
 
-
-def initializer_specs() -> list[InitializerSpec]:
-    """Return all initialisers, those of plugins first: a plugin may replace one of ours."""
-    registry.resolve("LORA")  # ours are known when the plugin is
-    return [spec for offer in registry.manager().hook.peft_lora_initializers() for spec in offer]
-
-
-def variant_specs() -> list[VariantSpec]:
-    """Return all variants, those of plugins first."""
-    registry.resolve("LORA")
-    return [spec for offer in registry.manager().hook.peft_lora_variants() for spec in offer]
+#: what `init_lora_weights=True` and `False` mean
+PLAIN = "peft_lora.initializers.plain:Plain"
 
 
 def initializer_of(config: LoraConfig) -> Initializer:
@@ -35,29 +23,39 @@ def initializer_of(config: LoraConfig) -> Initializer:
         ConfigError: nothing installed has the name that `init_lora_weights` gives, or the config does not suit it.
         PluginError: its class can't be imported.
     """
-    word = config.init_lora_weights
-    if isinstance(word, bool):
-        from .initializers.plain import Plain
+    return initializer_class(config)(config)
 
-        return Plain(config)
-    specs = initializer_specs()
-    for spec in specs:
-        if spec.matches(word):
-            found: Initializer = _load(spec.place)(config)
-            return found
-    known = [spec.shown or spec.name for spec in specs]
-    raise ConfigError(
-        f"init_lora_weights={word!r} is unknown", hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}"
-    )
+
+def initializer_class(config: LoraConfig) -> type[Initializer]:
+    """Return the class of the initialiser that a config asks for. Errors as `initializer_of`."""
+    word = config.init_lora_weights
+    specs = initializer_specs() if isinstance(word, str) else []
+    place = next((spec.place for spec in specs if spec.matches(str(word))), PLAIN if isinstance(word, bool) else None)
+    if place is None:
+        known = [spec.key for spec in specs]
+        raise ConfigError(
+            f"init_lora_weights={word!r} is unknown",
+            hint=did_you_mean(str(word), known) or f"write True, False or one of {', '.join(map(repr, known))}",
+        )
+    found: type[Initializer] = load(place)
+    return found
 
 
 def variant_of(config: LoraConfig) -> type[Variant] | None:
-    """Return the class of the variant that a config asks for; None for plain LoRA.
+    """Return the class of the variant that a config asks for, which the config suits; None for plain LoRA.
 
     Raises:
         ConfigError: it asks for several, for one that nobody offers, or does not suit it.
         PluginError: its class can't be imported.
     """
+    found = variant_class(config)
+    if found is not None:
+        found.check(config)
+    return found
+
+
+def variant_class(config: LoraConfig) -> type[Variant] | None:
+    """Return the class of the variant that a config asks for, unchecked. Errors as `variant_of`."""
     specs = variant_specs()
     if config.variant is not None and config.variant not in {spec.name for spec in specs}:
         known = [spec.name for spec in specs]
@@ -70,17 +68,11 @@ def variant_of(config: LoraConfig) -> type[Variant] | None:
         return None
     if len(chosen) > 1:
         raise ConfigError(f"the config asks for several variants of LoRA: {', '.join(spec.name for spec in chosen)}", hint="an adapter has one")
-    found: type[Variant] = _load(chosen[0].place)
-    found.check(config)
+    found: type[Variant] = load(chosen[0].place)
     return found
 
 
-@functools.cache
-def _load(place: str | type) -> Any:
-    if not isinstance(place, str):
-        return place
-    module, _, name = place.partition(":")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:
-        raise PluginError(f"{place!r} can't be imported: {type(error).__name__}: {error}", hint="reinstall the package that offers it") from error
+def extensions_of(config: LoraConfig) -> tuple[type[Extension], ...]:
+    """Return the classes of both, unchecked. Errors as `initializer_of` and `variant_of`."""
+    initializer, variant = initializer_class(config), variant_class(config)
+    return (initializer,) if variant is None else (initializer, variant)

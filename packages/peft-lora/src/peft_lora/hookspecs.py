@@ -6,36 +6,61 @@ Implement them in a module with an entry point in the group `peft_core.plugins`,
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from peft_core.errors import ConfigError
 from peft_core.plugins import hookspec
 
-if TYPE_CHECKING:
-    from .config import LoraConfig
-
 
 @dataclass(frozen=True)
-class InitializerSpec:
-    """One way to start: what `init_lora_weights` says to choose it, and where its class is.
+class ExtensionSpec:
+    """What an initialiser and a variant say about themselves before any of their code runs.
 
     Args:
-        name: a word, or a regular expression for the whole word (``"pissa_niter_[0-9]+"``).
-        place: `Initializer` subclass, or its place as ``"package.module:Class"``; then it is imported when it is used.
-        shown: how messages name it; default `name`.
+        name: a word.
+        place: the class, or its place as ``"package.module:Class"``; then it is imported when it is used.
+        settings: dataclass of its settings, or its place; the module should import no torch, since configs are made without it. An object or a dict
+            of its fields goes into ``LoraConfig(plugin_settings={name: ...})``, is checked by the class, and comes back from files.
+        operations: functions for models with LoRA adapters, or their places: ``model.name(...)`` calls ``operations["name"](model, ...)``.
+        call_arguments: keywords of a model call that are for it (`Call.arguments`), and that the base never sees.
 
     Raises:
-        ConfigError: `place` is no place of a class.
+        ConfigError: a place is not written as ``"package.module:Class"``.
     """
 
     name: str
     place: str | type
-    shown: str = ""
+    settings: str | type | None = field(default=None, kw_only=True)
+    operations: Mapping[str, str | Callable[..., Any]] = field(default_factory=dict, kw_only=True, hash=False)
+    call_arguments: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_place(self.place)
+        for place in (self.place, self.settings, *self.operations.values()):
+            _check_place(place)
+
+    @property
+    def key(self) -> str:
+        """What its settings are called in `LoraConfig.plugin_settings`."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class InitializerSpec(ExtensionSpec):
+    """One way to start: what `init_lora_weights` says to choose it, and where its `Initializer` subclass is.
+
+    Args:
+        name: a word, or a regular expression for the whole word (``"pissa_niter_[0-9]+"``).
+        shown: how messages name it; default `name`.
+    """
+
+    shown: str = ""
+
+    @property
+    def key(self) -> str:
+        """What its settings are called: `shown`, where the name is an expression."""
+        return self.shown or self.name
 
     def matches(self, word: str) -> bool:
         """Return whether `init_lora_weights=word` means this one."""
@@ -43,33 +68,24 @@ class InitializerSpec:
 
 
 @dataclass(frozen=True)
-class VariantSpec:
-    """One variant of LoRA: which configs ask for it, and where its class is.
+class VariantSpec(ExtensionSpec):
+    """One variant of LoRA: which configs ask for it, and where its `Variant` subclass is.
 
     Args:
         name: a word; `LoraConfig(variant=name)` asks for it.
-        place: `Variant` subclass, or its place as ``"package.module:Class"``; then it is imported when it is used.
         field: the config field that asks for it when it is set (``"use_dora"``); None: only `variant` does.
-
-    Raises:
-        ConfigError: `place` is no place of a class.
     """
 
-    name: str
-    place: str | type
     field: str | None = None
 
-    def __post_init__(self) -> None:
-        _check_place(self.place)
-
-    def chosen(self, config: LoraConfig) -> bool:
+    def chosen(self, config: Any) -> bool:
         """Return whether a config asks for it."""
         return config.variant == self.name or bool(self.field and getattr(config, self.field, None))
 
 
-def _check_place(place: str | type) -> None:
+def _check_place(place: Any) -> None:
     if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
-        raise ConfigError(f"{place!r} is no place of a class", hint="write 'package.module:Class'")
+        raise ConfigError(f"{place!r} must be written as 'package.module:Name'")
 
 
 @hookspec

@@ -7,6 +7,8 @@ from typing import Any
 
 from peft_core.plugins import Capability, TunerSpec, hookimpl
 
+from .config import LoraConfig
+from .extensions import extensions_of
 from .hookspecs import InitializerSpec, VariantSpec
 
 
@@ -18,7 +20,6 @@ def peft_tuners() -> Iterable[TunerSpec]:
         config="peft_lora.config:LoraConfig",
         tuner="peft_lora.tuner:LoraTuner",
         parameter_prefix="lora_",
-        call_arguments=("alora_offsets",),
         tags=("lora",),
         capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING | Capability.CONV | Capability.HOTSWAP | Capability.QUANTISED,
         examples={
@@ -47,34 +48,38 @@ def peft_lora_initializers() -> Iterable[InitializerSpec]:
     yield InitializerSpec("orthogonal", "peft_lora.initializers.orthogonal:Orthogonal")
     yield InitializerSpec("olora", "peft_lora.initializers.olora:Olora")
     yield InitializerSpec("mica", "peft_lora.initializers.mica:Mica")
-    yield InitializerSpec("eva", "peft_lora.initializers.eva:Eva")
-    yield InitializerSpec("corda", "peft_lora.initializers.corda:Corda")
-    yield InitializerSpec("lora_ga", "peft_lora.initializers.lora_ga:LoraGA")
-    yield InitializerSpec("loftq", "peft_lora.initializers.loftq:LoftQ")
+    yield InitializerSpec("eva", "peft_lora.initializers.eva.initializer:Eva")
+    yield InitializerSpec("corda", "peft_lora.initializers.corda.initializer:Corda")
+    yield InitializerSpec("lora_ga", "peft_lora.initializers.lora_ga.initializer:LoraGA")
+    yield InitializerSpec("loftq", "peft_lora.initializers.loftq.initializer:LoftQ")
 
 
 @hookimpl(trylast=True)
 def peft_lora_variants() -> Iterable[VariantSpec]:
     """Offer the variants that come with peft-lora."""
     yield VariantSpec("dora", "peft_lora.variants.dora:Dora", field="use_dora")
-    yield VariantSpec("alora", "peft_lora.variants.alora:Alora", field="alora_invocation_tokens")
+    yield VariantSpec("alora", "peft_lora.variants.alora:Alora", field="alora_invocation_tokens", call_arguments=("alora_offsets",))
     yield VariantSpec("qalora", "peft_lora.variants.qalora:QaLora", field="use_qalora")
     yield VariantSpec("bdlora", "peft_lora.variants.bdlora:BdLora", field="use_bdlora")
-    yield VariantSpec("kasa", "peft_lora.variants.kasa:Kasa", field="kasa_config")
+    yield VariantSpec(
+        "kasa",
+        "peft_lora.variants.kasa:Kasa",
+        field="kasa_config",
+        operations={"_get_kasa_loss": "peft_lora.variants.kasa:kasa_loss"},  # the name of the reference implementation
+    )
     yield VariantSpec("velora", "peft_lora.variants.velora:Velora", field="velora_config")
-    yield VariantSpec("monteclora", "peft_lora.variants.monteclora:Monteclora", field="monteclora_config")
+    yield VariantSpec(
+        "monteclora",
+        "peft_lora.variants.monteclora:Monteclora",
+        field="monteclora_config",
+        operations={"_get_monteclora_loss": "peft_lora.variants.monteclora:monteclora_loss"},
+    )
     yield VariantSpec("arrow", "peft_lora.variants.arrow:Arrow", field="arrow_config")
-
-
-#: what `preprocess_corda` and `preprocess_loraga` leave on modules of the base, by the word that `init_lora_weights` says
-_LEFT_BY = {"corda": ("eigens", "covariance_matrix"), "lora_ga": ("_peft_loraga_grad", "_peft_loraga_like")}
 
 
 @hookimpl
 def peft_adapter_added(model: Any, config: Any) -> None:
-    """Take away what an initialiser computed beforehand and the new adapter has used; not earlier, since adding may fail."""
-    names = _LEFT_BY.get(str(getattr(config, "init_lora_weights", "")))
-    if names is not None and str(config.peft_type) == "LORA":
-        for module in model.modules():
-            for name in names:
-                module.__dict__.pop(name, None)
+    """Let the extensions of a new adapter clean up; not earlier, since adding may fail."""
+    if isinstance(config, LoraConfig):
+        for extension in extensions_of(config):
+            extension.adapter_added(model, config)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft_core import (
+    Activation,
     BaseView,
     Call,
     ConfigError,
@@ -28,38 +29,37 @@ from peft_core import (
     ops_for,
 )
 
-from . import experts, experts_loading
+from . import offers
 from .config import LoraConfig
+from .contracts import Extension, Initializer, LoraSettings, Variant
+from .experts import fused, loading
 from .extensions import initializer_of, variant_of
-from .hotswap import SWAPPABLE, plan_swap
-from .initializers.base import Initializer
 from .layers.attention import Attention, AttentionOps
-from .layers.common import LoraSettings
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
-from .planning import ParametersFiller, parameter_wraps, with_out_projections
-from .relative import relative_to_base
-from .replication import Replication
-from .tying import with_ties
-from .variants import alora
-from .variants.base import Variant
-from .variants.kasa import kasa_loss, refuse_mixture
-from .variants.monteclora import monteclora_loss
-from .weighted import add_weighted_adapter
+from .planning.replication import Replication
+from .planning.tying import with_ties
+from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projections
+from .tools.hotswap import SWAPPABLE, plan_swap
+from .tools.relative import relative_to_base
+from .tools.weighted import add_weighted_adapter
 
 
 class LoraTuner(LayerTuner):
     """Wraps the targeted layers, each with its own rank and alpha."""
 
     layers = (Linear, Embedding, Convolution, Attention)
-    operations: ClassVar[Mapping[str, Callable[..., Any]]] = {
-        "add_weighted_adapter": add_weighted_adapter,
-        # the names of the reference implementation
-        "_get_kasa_loss": kasa_loss,
-        "_get_monteclora_loss": monteclora_loss,
-    }
+    operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
+
+    def __init__(self, spec: TunerSpec, activation: Activation) -> None:
+        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments())))
+        super().__init__(dataclasses.replace(spec, call_arguments=arguments), activation)
+        # of this model: what is offered depends on the plugins that there are
+        self.__dict__["operations"] = {**type(self).operations, **offers.operations()}
+        #: initialiser and variant of each adapter that was planned, by name
+        self._extensions: dict[str, tuple[type[Extension], ...]] = {}
 
     @classmethod
     def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
@@ -72,14 +72,17 @@ class LoraTuner(LayerTuner):
         Raises:
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
-        fields = experts_loading.fitted(base, config, shared=False)
+        fields = loading.fitted(base, config, shared=False)
         if fields:
             config = copy.copy(config)
             for name, value in fields.items():
                 setattr(config, name, value)
         self._chosen = initializer_of(config), variant_of(config)
         initializer, variant = self._chosen
-        refuse_mixture(config, {name: other for name, other in self.configs.items() if name != adapter})
+        self._extensions[adapter] = (type(initializer),) if variant is None else (type(initializer), variant)
+        others = {name: other for name, other in self.configs.items() if name != adapter}
+        for extension in dict.fromkeys(each for name in (adapter, *others) for each in self._extensions[name]):
+            extension.refuse_mixture(config, others)
         if variant is not None:
             variant.require_base(base)
         plan = super().plan(base, adapter, config)
@@ -102,16 +105,16 @@ class LoraTuner(LayerTuner):
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
         """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
-        return experts.translation(base, config, shapes)
+        return fused.translation(base, config, shapes)
 
     def fitted(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
         """Return the fields of a config that names projections of single experts, for a base that has all experts in one parameter."""
-        return experts_loading.fitted(base, config)
+        return loading.fitted(base, config)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
         """Return transformers' conversions with those of experts replaced by what joins factors."""
-        return experts_loading.conversions(conversions, adapter, config)
+        return loading.conversions(conversions, adapter, config)
 
     def reshape(self, base: BaseView, config: LoraConfig) -> Reshape | None:
         """Return the replication of layers that the config asks for."""
@@ -119,16 +122,19 @@ class LoraTuner(LayerTuner):
 
     @property
     def takes_part_in_calls(self) -> bool:
-        """Whether there is an aLoRA adapter, whose layers must know where its invocation is; otherwise a forward goes straight to the base."""
-        return any(config.alora_invocation_tokens for config in self.configs.values())
+        """Whether the initialiser or the variant of an adapter joins calls; otherwise a forward goes straight to the base."""
+        return any(extension.joins_calls for name in self.configs for extension in self._extensions[name])
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with the tokens on which aLoRA adapters act."""
-        used = call.route.used
-        invocations = {
-            name: config.alora_invocation_tokens for name, config in self.configs.items() if name in used and config.alora_invocation_tokens
-        }
-        return alora.tell(call, invocations) if invocations else call
+        """Return the call with what the initialisers and variants of its adapters add to it."""
+        joining: dict[type[Extension], dict[str, LoraConfig]] = {}
+        for name, config in self.configs.items():
+            for extension in self._extensions[name] if name in call.route.used else ():
+                if extension.joins_calls:
+                    joining.setdefault(extension, {})[name] = config
+        for extension, configs in joining.items():
+            call = extension.prepare(call, configs)
+        return call
 
     def adapts_modules(self, config: LoraConfig) -> bool:
         """Return False where parameters are named and modules are not."""

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = names(
     """
     peft_core.models.libraries: gather_params_ctx init_empty_weights
     peft_core.models.sub_modules: get_bnb_param_type
-    peft_lora.kinds: dequantize_module_weight
+    peft_lora.tools.kinds: dequantize_module_weight
     """,
 )

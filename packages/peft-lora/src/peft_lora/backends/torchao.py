@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_core import MergeError, PeftWarning
 
-from ..layers.common import LoraSettings
+from ..contracts import LoraSettings
 from .base import Packed, QuantisedLinear
 
 #: the library, which need not be installed where types are checked

@@ -10,14 +10,14 @@ from torch import Tensor
 from peft_core import ConfigError
 
 if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+    from ..contracts import FactorLayer, LoraSettings
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 #: columns that a randomised decomposition has besides those that are wanted
 OVERSAMPLING = 10
 
 
-def float_matrix(layer: LoraLayer, settings: LoraSettings) -> Tensor:
+def float_matrix(layer: FactorLayer, settings: LoraSettings) -> Tensor:
     """Return the base weight as a matrix (out, in) in float32, or in float64 if that is its dtype; detached.
 
     Raises:

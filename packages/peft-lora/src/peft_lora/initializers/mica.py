@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from peft_core import ConfigError
 
-from .base import Initializer, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix
-
-if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
 
 
 class Mica(Initializer):
@@ -24,7 +21,7 @@ class Mica(Initializer):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
     frozen: ClassVar[frozenset[str]] = frozenset({"B"})
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the last left singular vectors, and zeros.
 
         Raises:
@@ -36,4 +33,4 @@ class Mica(Initializer):
                 hint="choose a smaller r, for this module alone with rank_pattern",
             )
         u = torch.linalg.svd(float_matrix(layer, settings), full_matrices=False).U
-        return Start(torch.Tensor.zero_, u[:, -settings.r :])
+        return InitialFactors(torch.Tensor.zero_, u[:, -settings.r :])

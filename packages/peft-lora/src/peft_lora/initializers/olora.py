@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
-from .base import Initializer, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix
-
-if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
 
 
 class Olora(Initializer):
@@ -25,8 +22,8 @@ class Olora(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the first columns of Q and rows of R."""
         q, r = torch.linalg.qr(float_matrix(layer, settings))
         rank = min(settings.r, q.shape[1])
-        return Start(r[:rank], q[:, :rank], shift=True)
+        return InitialFactors(r[:rank], q[:, :rank], base_offset=True)

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from peft_core import ConfigError
 
-from .base import Initializer, Start
-
-if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 
 
 class Orthogonal(Initializer):
@@ -20,7 +15,7 @@ class Orthogonal(Initializer):
     X (in, r/2) and Y (r/2, out) are normal. Both factors get a gradient from the first step on.
     """
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return two random factors with orthogonal rows and columns, in the order of draws of the reference implementation.
 
         Raises:
@@ -36,4 +31,4 @@ class Orthogonal(Initializer):
         q = torch.linalg.qr(torch.randn(r, r)).Q
         a = (torch.randn(inp, r // 2) @ q[0::2]).T / 10
         b = torch.randn(r // 2, out).T @ q[1::2] / 10
-        return Start(a, b)
+        return InitialFactors(a, b)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from .base import Initializer, Start
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from .matrices import float_matrix, split, svd
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
 
 
 class Pissa(Initializer):
@@ -30,7 +29,7 @@ class Pissa(Initializer):
         """Return True."""
         return True
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return the principal part of W."""
         found = svd(float_matrix(layer, settings), settings.r, self.iterations)
-        return Start(*split(*found, layer.scaling_of(settings), settings.path), shift=True)
+        return InitialFactors(*split(*found, layer.scaling_of(settings), settings.path), base_offset=True)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .base import Initializer, Start
-
-if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 
 EVERY_KIND = frozenset({"linear", "conv1d", "embedding", "convolution", "attention", "parameter"})
 
@@ -25,24 +22,24 @@ class Plain(Initializer):
 
     kinds: ClassVar[frozenset[str]] = EVERY_KIND
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return how A and B are filled."""
         zero_b = self.config.init_lora_weights is not False
         if layer.ops.kind == "embedding":
-            return Start(torch.Tensor.zero_ if zero_b else torch.Tensor.normal_, torch.Tensor.normal_)
+            return InitialFactors(torch.Tensor.zero_ if zero_b else torch.Tensor.normal_, torch.Tensor.normal_)
         inp = layer.matrix_shape[1]
         columns = layer.factor_shapes(settings.r)[1][1]  # r, in groups r / groups, for experts r · experts
-        return Start(uniform(1 / math.sqrt(inp)), torch.Tensor.zero_ if zero_b else uniform(1 / math.sqrt(columns)))
+        return InitialFactors(uniform(1 / math.sqrt(inp)), torch.Tensor.zero_ if zero_b else uniform(1 / math.sqrt(columns)))
 
 
 class Gaussian(Plain):
     """A normal with standard deviation 1/r, B zero. Embeddings start as with True."""
 
-    def start(self, layer: LoraLayer, settings: LoraSettings) -> Start:
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return how A and B are filled."""
         if layer.ops.kind == "embedding":
             return super().start(layer, settings)
-        return Start(lambda tensor: tensor.normal_(std=1 / settings.r), torch.Tensor.zero_)
+        return InitialFactors(lambda tensor: tensor.normal_(std=1 / settings.r), torch.Tensor.zero_)
 
 
 def uniform(bound: float) -> Callable[[Tensor], Any]:

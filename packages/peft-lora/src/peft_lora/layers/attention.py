@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from peft_core import AdapterLayer, BaseOps, Route, RoutingError, Slot, UnsupportedModuleError
 
-from ..modules import plain_linear, require_unhooked
-from .common import LoraLayer, LoraSettings
+from ..contracts import LoraSettings
+from .common import LoraLayer
 from .linear import Linear
+from .modules import plain_linear, require_unhooked
 from .substitution import shell
 
 OUT = "out_proj"
@@ -54,38 +55,38 @@ class OutProjectionSettings(LoraSettings):
     """What the out-projection is told.
 
     Args:
-        carried: the adapter is on the whole attention, whose file keys it shares.
-        times: how often the change of the weight counts.
+        part_of_attention: the adapter is on the whole attention, whose file keys it shares.
+        delta_multiplier: how often the change of the weight counts.
     """
 
-    carried: bool = False
-    times: int = 1
+    part_of_attention: bool = False
+    delta_multiplier: int = 1
 
 
 class OutProjection(Linear):
     """LoRA on the out-projection of an attention, which is used by its weight only: `Attention` around it computes with both."""
 
-    per_adapter: ClassVar[tuple[str, ...]] = (*Linear.per_adapter, "carried", "times")
+    per_adapter: ClassVar[tuple[str, ...]] = (*Linear.per_adapter, "part_of_attention", "delta_multiplier")
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         #: adapters that are on the whole attention
-        self.carried: dict[str, bool] = {}
-        self.times: dict[str, int] = {}
+        self.part_of_attention: dict[str, bool] = {}
+        self.delta_multiplier: dict[str, int] = {}
 
-    def note(self, adapter: str, settings: LoraSettings) -> None:
+    def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
-        super().note(adapter, settings)
-        self.carried[adapter] = isinstance(settings, OutProjectionSettings) and settings.carried
-        self.times[adapter] = settings.times if isinstance(settings, OutProjectionSettings) else 1
-        self.scaling[adapter] *= self.times[adapter]
+        super().record_settings(adapter, settings)
+        self.part_of_attention[adapter] = isinstance(settings, OutProjectionSettings) and settings.part_of_attention
+        self.delta_multiplier[adapter] = settings.delta_multiplier if isinstance(settings, OutProjectionSettings) else 1
+        self.scaling[adapter] *= self.delta_multiplier[adapter]
 
     def _usual_scaling(self, adapter: str) -> float:
-        return super()._usual_scaling(adapter) * self.times[adapter]
+        return super()._usual_scaling(adapter) * self.delta_multiplier[adapter]
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return what a file holds under this module's own path: nothing where the attention names it."""
-        return {} if self.carried.get(adapter) else self.own_slots(adapter)
+        return {} if self.part_of_attention.get(adapter) else self.own_slots(adapter)
 
     def own_slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return the adapter's tensors by the end of their name."""
@@ -140,7 +141,7 @@ class Attention(LoraLayer):
             if not isinstance(fill, Tensor):
                 fill(torch.empty(shape))
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A[adapter] = plain_linear(a)
         self.lora_B[adapter] = plain_linear(b)
@@ -151,14 +152,20 @@ class Attention(LoraLayer):
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that act here, those on the out-projection alone included."""
-        alone = [name for layer in _around(self._out()) if isinstance(layer, OutProjection) for name in layer.adapters() if not layer.carried[name]]
+        alone = [
+            name
+            for layer in _around(self._out())
+            if isinstance(layer, OutProjection)
+            for name in layer.adapters()
+            if not layer.part_of_attention[name]
+        ]
         return tuple(dict.fromkeys((*self.scaling, *alone)))
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return what a file holds, the out-projection's tensors included."""
         found = dict(super().slots(adapter))
         for layer in _around(self._out()):
-            if isinstance(layer, OutProjection) and layer.carried.get(adapter):
+            if isinstance(layer, OutProjection) and layer.part_of_attention.get(adapter):
                 found.update((f"base_layer.{OUT}.{end}", slot) for end, slot in layer.own_slots(adapter).items())
         return found
 
@@ -340,13 +347,13 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]], dim: int, batch: int) -> Ten
     return torch.cat([part for _, part in parts], dim).index_select(dim, back)
 
 
-def out_settings(settings: LoraSettings, *, carried: bool, twice: bool) -> OutProjectionSettings:
+def out_settings(settings: LoraSettings, *, part_of_attention: bool, twice: bool) -> OutProjectionSettings:
     """Return what an out-projection is told.
 
     Args:
         settings: of the attention, or of the out-projection where that alone is targeted.
-        carried: the adapter is on the whole attention.
+        part_of_attention: the adapter is on the whole attention.
         twice: its change counts twice (`LoraConfig.out_projection_twice`).
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    return OutProjectionSettings(**values, carried=carried, times=2 if twice else 1)
+    return OutProjectionSettings(**values, part_of_attention=part_of_attention, delta_multiplier=2 if twice else 1)

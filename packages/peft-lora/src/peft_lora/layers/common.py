@@ -5,44 +5,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, Merge, MergeError, Product, Slot
+from peft_core import Merge, MergeError, Product, Slot
 
-from .. import formulas, rooms
-
-if TYPE_CHECKING:
-    from ..config import LoraConfig
-    from ..initializers.base import Initializer, Start
-    from ..tying import Tie
-    from ..variants.base import Variant
+from .. import formulas
+from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
+from . import rank_padding
 
 
-@dataclass(frozen=True)
-class LoraSettings:
-    """What a layer is told: rank and alpha of this module, and what holds for all.
-
-    Args:
-        path: the module's original name in the base.
-        r, alpha: of this module.
-        config: the adapter's whole config.
-        initializer: says what A and B start with.
-        variant: class of the variant; None for plain LoRA.
-    """
-
-    path: str
-    r: int
-    alpha: float
-    config: LoraConfig
-    initializer: Initializer
-    variant: type[Variant] | None = None
-
-
-class LoraLayer(AdapterLayer):
+class LoraLayer(FactorLayer):
     """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
 
     Methods take what a layer is told as `config` or `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
@@ -51,73 +26,43 @@ class LoraLayer(AdapterLayer):
         r, lora_alpha, scaling: by adapter.
         lora_dropout: by adapter an `nn.Dropout`, or an `nn.Identity` where nothing is dropped.
         variants: by adapter, where it is not plain LoRA.
-        groups: into how many independent parts the base splits its input.
     """
 
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
-        *("variants", "unusual", "frozen", "columns", "tied"),
+        *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),
     )
     #: what each layer has by adapter, under the names that the reference implementation has for it
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-    groups: int = 1
 
     def __init__(self, base_layer: nn.Module, activation: Any) -> None:
         super().__init__(base_layer, activation)
         self.__dict__.update({name: {} for name in self.per_adapter if name not in self.__dict__})
 
-    r: dict[str, int]
-    lora_alpha: dict[str, float]
     lora_dropout: nn.ModuleDict
     use_rslora: dict[str, bool]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
-    variants: dict[str, Variant]
     #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
-    unusual: dict[str, bool]
+    has_variant_or_bias: dict[str, bool]
     frozen: dict[str, frozenset[str]]
-    #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
-    columns: dict[str, int]
     #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
-    tied: dict[str, Tie]
+    tied: dict[str, SharedFactors]
 
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the base stores its weight (in, out)."""
         return self.ops.kind == "conv1d"
 
-    # ---- what each kind of layer says -----------------------------------------------------------------------------
-    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) as matrices, as they are stored."""
-        raise NotImplementedError
-
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        """Put A and B, shaped as `factor_shapes` says, where they belong."""
-        raise NotImplementedError
-
-    def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes in which A and B are stored."""
-        out, inp = self.matrix_shape
-        return (r, inp), (out, r)
-
-    def bias_holder(self, adapter: str) -> nn.Module:
-        """Return the module that holds B, to which `lora_bias` adds a bias.
-
-        Raises:
-            AttributeError: there is none.
-        """
-        holder: nn.Module = self.lora_B[adapter]
-        return holder
-
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
-        self.note(adapter, config)
+        self.record_settings(adapter, config)
         creation = self.creation
         variant = config.variant(self, adapter, config) if config.variant is not None else None
         draws = creation.initialise and not creation.meta
-        start: Start | None = None
+        start: InitialFactors | None = None
         if draws or config.initializer.needs_base:
             if draws and config.config.init_lora_weights is not False:
                 self.draw_as_plain_layers(config.r)
@@ -129,13 +74,13 @@ class LoraLayer(AdapterLayer):
         shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
-        self.place(adapter, *parameters)
+        self.store_factors(adapter, *parameters)
         self.frozen[adapter] = config.initializer.frozen
         if start is not None:
             self.frozen[adapter] |= start.frozen
-            if start.shift is not False and not self.base_weight().is_meta:
+            if start.base_offset is not False and not self.base_weight().is_meta:
                 config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
-                self.shift_base(adapter, self._product(adapter, start) if start.shift is True else start.shift)
+                self.shift_base(adapter, self._product(adapter, start) if start.base_offset is True else start.base_offset)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
@@ -144,9 +89,9 @@ class LoraLayer(AdapterLayer):
             self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
             variant.add()
         if variant is not None or config.config.lora_bias:
-            self.unusual[adapter] = True
+            self.has_variant_or_bias[adapter] = True
 
-    def note(self, adapter: str, settings: LoraSettings) -> None:
+    def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
         self.r[adapter] = settings.r
         self.lora_alpha[adapter] = settings.alpha
@@ -169,7 +114,7 @@ class LoraLayer(AdapterLayer):
         rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
         return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
-    def _product(self, adapter: str, start: Start) -> Product:
+    def _product(self, adapter: str, start: InitialFactors) -> Product:
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
         kept = self.parameter_dtype
@@ -181,16 +126,6 @@ class LoraLayer(AdapterLayer):
         out = self.matrix_shape[0]
         bound = 1 / settings.r**0.5 if settings.config.init_lora_weights is False else 0.0
         self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
-
-    def drop_rate(self, adapter: str) -> float:
-        """Return the probability with which inputs are dropped now: of the module, which may be in another mode than the layer."""
-        dropout = self.dropout_of(adapter)
-        return float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
-
-    def dropout_of(self, adapter: str) -> nn.Module | None:
-        """Return the module through which the adapter's inputs go first; None: there is none."""
-        held = self._modules.get("lora_dropout")
-        return None if held is None else held._modules.get(adapter)
 
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
@@ -231,7 +166,7 @@ class LoraLayer(AdapterLayer):
         if adapter in self.tied:
             return self.tied[adapter].slots()
         slots = super().slots(adapter)
-        return rooms.used_slots(self, adapter, slots) if adapter in self.columns else slots
+        return rank_padding.unpadded_slots(self, adapter, slots) if adapter in self.used_rank else slots
 
     def beta(self, adapter: str) -> Tensor | None:
         """Return the bias of B (out,) that `lora_bias` adds; None without."""
@@ -246,11 +181,6 @@ class LoraLayer(AdapterLayer):
         """Return s·ΔW (out, in); with a factor, what is added before it."""
         variant = self.variants.get(adapter)
         return variant.delta() if variant is not None else self.plain_delta(adapter)
-
-    def plain_delta(self, adapter: str) -> Tensor:
-        """Return s·B·A (out, in)."""
-        a, b = self.factors(adapter)
-        return formulas.delta(a, b, self.scaling[adapter])
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where a variant's is no such product."""
@@ -267,7 +197,7 @@ class LoraLayer(AdapterLayer):
 
     def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
         """Return the bias of the base with s·β added."""
-        beta = self.beta(adapter) if adapter in self.unusual else None
+        beta = self.beta(adapter) if adapter in self.has_variant_or_bias else None
         if beta is None:
             return bias
         if bias is None:
@@ -320,11 +250,6 @@ class LoraLayer(AdapterLayer):
         for adapter in self.activation.names:
             if adapter in self.scaling:
                 self.set_scaling(adapter, self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale)
-
-    @staticmethod
-    def scaling_of(settings: LoraSettings) -> float:
-        """Return s for an adapter that is being added."""
-        return formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
 
     def _usual_scaling(self, adapter: str) -> float:
         return formulas.scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])

@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 from peft_core import ConfigError, MergeError
 
 from .. import formulas
+from ..contracts import LoraSettings
 from ..kernels import add_scaled
-from ..modules import bare, dtype_of
-from .common import LoraLayer, LoraSettings
+from .common import LoraLayer
+from .modules import bare, dtype_of
 
 
 class Convolution(LoraLayer):
@@ -65,7 +66,7 @@ class Convolution(LoraLayer):
             return (r * self.base_groups, base.in_channels // self.base_groups, *self.kernel), (base.out_channels, r, *ones)
         return (r, base.in_channels, *self.kernel), (base.out_channels, r // self.base_groups, *ones)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Make A a copy of the base with another weight (no constructor is called: subclasses may have any), B a plain convolution."""
         base: Any = self.get_base_layer()
         self.lora_A[adapter] = _twin(base, a, self.base_groups if self.grouped[adapter] else 1)

@@ -42,7 +42,7 @@ class Embedding(LoraLayer):
         dim, vocabulary = self.matrix_shape
         torch.randn(r, vocabulary), torch.randn(dim, r)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into the dicts."""
         self.lora_embedding_A[adapter] = a
         self.lora_embedding_B[adapter] = b

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from peft_core import Route, can_fuse, is_conv1d
 
 from .. import kernels
-from ..modules import dtype_of, plain_linear
 from . import rows
 from .common import LoraLayer
+from .modules import dtype_of, plain_linear
 
 
 class Linear(LoraLayer):
@@ -37,7 +37,7 @@ class Linear(LoraLayer):
         """Return whether `module` is a Linear or a Conv1D."""
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A._modules[adapter] = plain_linear(a)
         self.lora_B._modules[adapter] = plain_linear(b)
@@ -56,7 +56,7 @@ class Linear(LoraLayer):
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return what trains, by the end of its file key."""
-        if adapter in self.unusual or self.frozen.get(adapter) or adapter in self.tied:
+        if adapter in self.has_variant_or_bias or self.frozen.get(adapter) or adapter in self.tied:
             return super().parameters_of(adapter)
         down, up = self.ends(adapter)  # switching asks every layer
         a, b = down._parameters.get("weight"), up._parameters.get("weight")
@@ -69,7 +69,7 @@ class Linear(LoraLayer):
         if adapter is None or adapter in self.tied:
             return None
         base: Any = self._modules["base_layer"]
-        if adapter in self.unusual:
+        if adapter in self.has_variant_or_bias:
             variant = self.variants.get(adapter)
             return None if variant is None else variant.fused_forward(x, base)
         down, up = self.ends(adapter)

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize
 from peft_core import AdapterLayer, BaseOps, ConfigError, Creation, MergeError, RoutingError, Slot, UnsupportedModuleError
 
 from .. import formulas
-from ..modules import plain_linear, require_unhooked
 from .common import LoraLayer
+from .modules import plain_linear, require_unhooked
 from .substitution import call_with
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Parameter(LoraLayer):
         out, inp = self.ops.expert_shape
         return (self.ops.experts * r, inp), (out, r * self.ops.experts)
 
-    def place(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
+    def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
         self.lora_A[adapter] = plain_linear(a)
         self.lora_B[adapter] = plain_linear(b)

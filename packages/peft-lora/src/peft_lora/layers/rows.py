@@ -11,7 +11,7 @@ from torch import Tensor
 from peft_core import Route, RoutingError, can_fuse
 
 if TYPE_CHECKING:
-    from .linear import Linear
+    from .common import LoraLayer
 
 #: with more rows than this for each adapter, stacking row by row would take more memory than it saves time
 ROWS_FOR_EACH = 8
@@ -28,31 +28,31 @@ class Stack:
         dtype: of the activations.
     """
 
-    def __init__(self, layer: Linear, route: Route, dtype: torch.dtype) -> None:
+    def __init__(self, layer: LoraLayer, route: Route, dtype: torch.dtype) -> None:
         assert route.per_row is not None
         here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
         self.rows = len(here)
         a, b = stacked(layer, here, dtype)
         self.b = b.contiguous()
         self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
-        self.bags: tuple[Tensor, Tensor, Tensor] | None = None
+        self.row_offsets: tuple[Tensor, Tensor, Tensor] | None = None
         if self.rows >= BAGS_FROM and b.device.type == "cpu" and b.dtype is torch.float32:
             numbers = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
-            self.bags = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
+            self.row_offsets = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
         if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.b.dtype:
             hidden = torch.bmm(x, self.across)
-            if self.bags is None:
+            if self.row_offsets is None:
                 return y.add_(torch.bmm(hidden, self.b))
             # a weighted sum of a row's R rows of B: the kernel for bags streams them, where the batched product is half as fast
-            table, numbers, starts = self.bags
+            table, numbers, starts = self.row_offsets
             return y.add_(torch.embedding_bag(table, numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 
-def stacked(layer: Linear, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def stacked(layer: LoraLayer, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A (rows, R, in) and s·Bᵀ (rows, R, out), in the adapters' dtype if it is wider than `dtype`.
 
     The adapters of each row stand one under the other, padded with zeros to the most that a row has.
@@ -109,7 +109,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-def can_stack(layer: Linear, route: Route, x: Tensor) -> bool:
+def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
     """Return whether stacking the rows of a route is possible and pays: plain adapters, no dropout, not many more rows than adapters."""
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
@@ -117,7 +117,7 @@ def can_stack(layer: Linear, route: Route, x: Tensor) -> bool:
         return False
     modules: list[Any] = []
     for name in used:
-        if name in layer.unusual or name in layer.tied or layer.drop_rate(name):
+        if name in layer.has_variant_or_bias or name in layer.tied or layer.drop_rate(name):
             return False
         modules += layer.ends(name)
         dropout = layer.dropout_of(name)

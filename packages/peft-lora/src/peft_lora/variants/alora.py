@@ -13,19 +13,19 @@ from torch import Tensor
 from peft_core import BaseView, Call, ConfigError, MergeError, PeftWarning, RoutingError
 
 from ..kernels import add_scaled
-from ..modules import dtype_of
+from ..layers.modules import dtype_of
 from .products import LowRank
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
-#: under this name the route of a call has a `Reach` for each aLoRA adapter in it
+#: under this name the route of a call has an `ActiveSpan` for each aLoRA adapter in it
 FACT = "alora"
 ARGUMENT = "alora_offsets"
 
 
 @dataclass(frozen=True, eq=False)
-class Reach:
+class ActiveSpan:
     """On which tokens of a call an adapter acts: the last o of a row's text, plus what was generated since.
 
     Args:
@@ -41,8 +41,8 @@ class Reach:
     everywhere: bool = False
     _masks: dict[int, Tensor | None] = field(default_factory=dict, repr=False)
 
-    def grown(self, length: int) -> Reach:
-        """Return the reach in a later step of `generate`, when there are `length` tokens."""
+    def grown(self, length: int) -> ActiveSpan:
+        """Return the span in a later step of `generate`, when there are `length` tokens."""
         return replace(self, length=length, _masks={})
 
     def mask(self, tokens: int) -> Tensor | None:
@@ -88,6 +88,15 @@ class Alora(LowRank):
                 hint="use plain LoRA",
             )
 
+    @classmethod
+    def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
+        """Return the call with the tokens on which the adapters act.
+
+        Raises:
+            RoutingError: `alora_offsets` can't be used.
+        """
+        return attach_offsets(call, {name: config.alora_invocation_tokens or () for name, config in configs.items()})
+
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B(A·drop(x)) where the adapter acts, y elsewhere.
 
@@ -106,20 +115,20 @@ class Alora(LowRank):
 
     def _mask(self, x: Tensor) -> Tensor | None:
         """Return where the adapter acts, to be broadcast against (…, out); None: everywhere."""
-        reach: Reach | None = self.layer.activation.current().facts.get(FACT, {}).get(self.adapter)
-        if reach is None:
+        span: ActiveSpan | None = self.layer.activation.current().facts.get(FACT, {}).get(self.adapter)
+        if span is None:
             raise RoutingError(
                 f"nobody has looked for the invocation tokens of the aLoRA adapter {self.adapter!r}",
                 hint="call the PeftModel, not the model inside it",
             )
-        rows = reach.offsets.shape[0]
+        rows = span.offsets.shape[0]
         if x.dim() == 3 and x.shape[0] == rows:
-            mask = reach.mask(x.shape[1])
+            mask = span.mask(x.shape[1])
             return None if mask is None else mask[..., None]
         # tokens of all rows, one after the other: of the whole texts, or, in a later step of `generate`, the last ones
-        tokens = reach.length if x.shape[0] == rows * reach.length else 1
-        if x.dim() == 2 and x.shape[0] == rows * tokens and (tokens == reach.length or reach.length > reach.prompt):
-            mask = reach.mask(tokens)
+        tokens = span.length if x.shape[0] == rows * span.length else 1
+        if x.dim() == 2 and x.shape[0] == rows * tokens and (tokens == span.length or span.length > span.prompt):
+            mask = span.mask(tokens)
             return None if mask is None else mask.reshape(-1, 1)
         raise RoutingError(
             f"{self.settings.path!r} sees an input {tuple(x.shape)}, which does not tell which tokens of the {rows} rows it has",
@@ -140,8 +149,8 @@ class Alora(LowRank):
         """There are none: the effect depends on the token."""
 
 
-def tell(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
-    """Return the call with the `Reach` of each adapter of `invocations` that some row uses.
+def attach_offsets(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
+    """Return the call with the `ActiveSpan` of each adapter of `invocations` that some row uses.
 
     Args:
         call: with `input_ids` (rows, tokens), or with the argument `alora_offsets`: for each row the offset from the end, None for none.
@@ -151,10 +160,10 @@ def tell(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
         RoutingError: `alora_offsets` can't be used.
     """
     ids, given = call.inputs.get("input_ids"), call.arguments.get(ARGUMENT)
-    known: Mapping[str, Reach] | None = call.route.facts.get(FACT)
+    known: Mapping[str, ActiveSpan] | None = call.route.facts.get(FACT)
     if call.generating and known is not None:  # what was found in the prompt holds for all that is generated after it
         assert isinstance(ids, Tensor)
-        return call.telling(**{FACT: {name: reach.grown(ids.shape[1]) for name, reach in known.items()}})
+        return call.telling(**{FACT: {name: span.grown(ids.shape[1]) for name, span in known.items()}})
     length = _length(call)
     offsets = None if given is None else _read(given, call.batch, call.device)
     if offsets is None and (not isinstance(ids, Tensor) or not ids.shape[1]):
@@ -165,14 +174,14 @@ def tell(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
             stacklevel=5,
         )
         offsets = torch.zeros(call.batch, dtype=torch.long, device=call.device)
-    found: dict[str, Reach] = {}
+    found: dict[str, ActiveSpan] = {}
     for adapter, tokens in invocations.items():
         rows = call.route.rows(adapter, call.batch, call.device)
         if rows is None:
             continue
         own = last_invocation(ids, tokens) if offsets is None else offsets  # type: ignore[arg-type]
         own = own[rows] if isinstance(rows, Tensor) else own
-        found[adapter] = Reach(own, length, length, everywhere=call.generating and bool((own > 0).all()))
+        found[adapter] = ActiveSpan(own, length, length, everywhere=call.generating and bool((own > 0).all()))
     return call.telling(**{FACT: found})
 
 

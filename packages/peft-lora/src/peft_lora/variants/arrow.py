@@ -11,8 +11,8 @@ from torch import Tensor
 
 from peft_core import ConfigError, MergeError, RoutingError, are_plain
 
+from ..contracts import Variant
 from ..kernels import add_scaled
-from .base import Variant
 
 if TYPE_CHECKING:
     from ..config import LoraConfig

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError
 
-from ..initializers.base import Start
+from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
     from ..subconfigs import BdLoraConfig
 
 
@@ -58,7 +57,7 @@ class BdLora(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes A and B without blocks")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.use_bdlora
         self.blocks = int(config.nblocks)
@@ -78,7 +77,7 @@ class BdLora(LowRank):
         (r, inp), (out, _) = self.layer.factor_shapes(self.settings.r)
         return (r, inp // self.blocks if self.side == "A" else inp), (out, r // self.blocks if self.side == "B" else r)
 
-    def start(self, start: Start) -> Start:
+    def start(self, start: InitialFactors) -> InitialFactors:
         """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in)."""
         if self.side != "A":
             return start
@@ -91,7 +90,7 @@ class BdLora(LowRank):
                 torch.empty(whole).uniform_()  # the reference implementation fills a whole A before it makes blocks: a seed gives the same values
             tensor.uniform_(-bound, bound)
 
-        return Start(fill, start.b)
+        return InitialFactors(fill, start.b)
 
     def add(self) -> None:
         """Put the factor that has blocks into a module that computes with them."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from peft_core import ConfigError, can_fuse
 
 from .. import formulas, kernels
-from ..helpers import caches_dora
+from ..contracts import Variant
 from ..kernels import add_scaled
-from .base import Variant
+from .dora_caching import caches_dora
 
 if TYPE_CHECKING:
     from ..config import LoraConfig

@@ -15,7 +15,7 @@ from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
+    from ..contracts import FactorLayer, LoraSettings
 
 
 class Kasa(LowRank):
@@ -40,7 +40,22 @@ class Kasa(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes A and B from the base weight, which KaSA truncates")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    @classmethod
+    def refuse_mixture(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+        """Check that either all adapters of a model are KaSA or none is: KaSA changes the base under all of them.
+
+        Raises:
+            ConfigError: a new one would mix them.
+        """
+        for name, other in others.items():
+            if (other.kasa_config is None) != (config.kasa_config is None):
+                new, present = ("does not use KaSA", "does") if config.kasa_config is None else ("uses KaSA", "does not")
+                raise ConfigError(
+                    f"KaSA truncates the base weights for all adapters: the new adapter {new} and {name!r} {present}",
+                    hint="delete_adapter the other, or use two models",
+                )
+
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         if settings.r >= min(layer.matrix_shape):
             out, inp = layer.matrix_shape
@@ -124,21 +139,6 @@ class Kasa(LowRank):
         one = torch.eye(a.shape[0], device=a.device)
         orthogonality = torch.linalg.matrix_norm(b.T @ b - one) + torch.linalg.matrix_norm(a @ a.T - one)
         return config.beta * self.diagonal.float().square().sum() + config.gamma * orthogonality  # type: ignore[no-any-return]
-
-
-def refuse_mixture(config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
-    """Check that either all adapters of a model are KaSA or none is: KaSA changes the base under all of them.
-
-    Raises:
-        ConfigError: a new one would mix them.
-    """
-    for name, other in others.items():
-        if (other.kasa_config is None) != (config.kasa_config is None):
-            new, present = ("does not use KaSA", "does") if config.kasa_config is None else ("uses KaSA", "does not")
-            raise ConfigError(
-                f"KaSA truncates the base weights for all adapters: the new adapter {new} and {name!r} {present}",
-                hint="delete_adapter the other, or use two models",
-            )
 
 
 def smallest_components(weight: Tensor, r: int) -> Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 from peft_core import AdapterNotFoundError
 
+from ..contracts import Variant
 from ..layers.common import LoraLayer
-from .base import Variant
 
 V = TypeVar("V", bound=Variant)
 

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import add_scaled
-from ..modules import dtype_of
+from ..layers.modules import dtype_of
 from .buffers import holder_of
 from .losses import layers_with, names_of
 from .products import LowRank
 
 if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+    from ..contracts import FactorLayer, LoraSettings
 
 #: the smallest variance of a component of A
 LEAST_VARIANCE = 1e-3
@@ -71,7 +71,7 @@ class Monteclora(LowRank):
     name = "MonteCLoRA"
     containers = ("lora_monteclora_sampler",)
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         self.config: Any = settings.config.monteclora_config
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from peft_core import ConfigError, are_plain
 
 from .. import formulas
+from ..contracts import Variant
 from ..kernels import add_product, add_scaled
-from ..modules import dtype_of
-from .base import Variant
+from ..layers.modules import dtype_of
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -51,7 +51,7 @@ class LowRank(Variant):
         s = layer.scaling[self.adapter]
         dropout = layer.dropout_of(self.adapter)
         if are_plain(down, up, *(() if dropout is None else (dropout,))):
-            y = add_product(y, x, *self.pair_now(), s, self.dropout())
+            y = add_product(y, x, *self.cached_factors(), s, self.dropout())
             found: Tensor = layer.with_beta(self.adapter, y)
             return found
         x = layer.cast_input(x, dtype_of(down, x))
@@ -72,7 +72,7 @@ class LowRank(Variant):
         found: float = self.layer.drop_rate(self.adapter)
         return found
 
-    def pair_now(self) -> tuple[Tensor, Tensor]:
+    def cached_factors(self) -> tuple[Tensor, Tensor]:
         """Return `pair`, in an open cache scope computed once."""
         layer: Any = self.layer
         scope = layer.activation.cache() if self.worth_caching and not layer.training else None

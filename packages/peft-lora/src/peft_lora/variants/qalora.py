@@ -10,12 +10,11 @@ from torch import Tensor
 
 from peft_core import ConfigError
 
-from ..initializers.base import Start
+from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
-    from ..layers.common import LoraLayer, LoraSettings
 
 
 class QaLora(LowRank):
@@ -38,7 +37,7 @@ class QaLora(LowRank):
         """
         refuse_computed_starts(config, cls.name, "it computes an A for single inputs, not for groups")
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         self.group = settings.config.qalora_group_size
         inp = layer.matrix_shape[1]
@@ -53,12 +52,12 @@ class QaLora(LowRank):
         (r, inp), b = self.layer.factor_shapes(self.settings.r)
         return (r, inp // self.group), b
 
-    def start(self, start: Start) -> Start:
+    def start(self, start: InitialFactors) -> InitialFactors:
         """Return what A and B start with: A uniform on ±1/√(in / g)."""
         if self.settings.config.init_lora_weights == "gaussian":
             return start
         bound = (self.layer.matrix_shape[1] // self.group) ** -0.5
-        return Start(lambda tensor: tensor.uniform_(-bound, bound), start.b)
+        return InitialFactors(lambda tensor: tensor.uniform_(-bound, bound), start.b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in), each column g times, and B."""

@@ -17,7 +17,7 @@ from .buffers import BufferDict, holder_of
 from .products import LowRank
 
 if TYPE_CHECKING:
-    from ..layers.common import LoraLayer, LoraSettings
+    from ..contracts import FactorLayer, LoraSettings
 
 
 class Velora(LowRank):
@@ -30,7 +30,7 @@ class Velora(LowRank):
     name = "VeLoRA"
     containers = ("lora_velora_embed",)
 
-    def __init__(self, layer: LoraLayer, adapter: str, settings: LoraSettings) -> None:
+    def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.velora_config
         self.scale, self.init_type = float(config.scale), str(config.init_type)

@@ -9,6 +9,6 @@ __getattr__, __dir__, __all__ = names(
     """
     peft_lora: Conv1d=Convolution Conv2d=Convolution Conv3d=Convolution Embedding Linear LoraLayer MultiheadAttention=Attention ParamWrapper=Parameter
     peft_core: BaseTunerLayer
-    peft_lora.kinds: _LoraParameterProxy=ParameterProxy
+    peft_lora.tools.kinds: _LoraParameterProxy=ParameterProxy
     """,
 )

@@ -1,0 +1,80 @@
+"""Gated LoRA: y = base(x) + t·g·s·B(A·drop(x)), where g trains and t can be said in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft_core import Call, ConfigError
+from peft_lora import LoraConfig, LoraLayer, Variant
+from torch import Tensor, nn
+
+from .settings import GateSettings
+
+#: the keyword of a call, and the name under which layers find its value
+STRENGTH = "gate_strength"
+
+
+class Gated(Variant):
+    """Shapes: `lora_gate` g (1,)."""
+
+    name = "gated LoRA"
+    kinds = frozenset({"linear", "conv1d"})
+    containers = ("lora_gate",)
+
+    @classmethod
+    def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
+        """Tell the layers the strength that the caller gave."""
+        return call.telling(**{STRENGTH: float(call.arguments.get(STRENGTH, 1.0))})
+
+    @classmethod
+    def refuse_mixture(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
+        """Check that all adapters of a model are gated, so that one strength means the same to all.
+
+        Raises:
+            ConfigError: some are not.
+        """
+        for name, other in others.items():
+            if (other.variant == "gated") != (config.variant == "gated"):
+                raise ConfigError(f"either all adapters of a model are gated or none is: {name!r} differs", hint="use two models")
+
+    @property
+    def gate(self) -> Tensor:
+        """The gate g (1,)."""
+        found: Tensor = self.layer.lora_gate[self.adapter]
+        return found
+
+    def add(self) -> None:
+        """Create g as the settings say."""
+        self.layer.new("lora_gate", self.adapter, (1,), init=lambda tensor: tensor.fill_(settings_of(self).start))
+
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + t·g·s·B(A·drop(x))."""
+        a, b = self.layer.factors(self.adapter)
+        dropout = self.layer.dropout_of(self.adapter)
+        dropped = x if dropout is None else dropout(x)
+        scale = self.layer.scaling[self.adapter] * self.layer.activation.current().facts.get(STRENGTH, 1.0)
+        change = nn.functional.linear(nn.functional.linear(dropped.to(a.dtype), a), b)
+        found: Tensor = (y + scale * self.gate * change).to(y.dtype)
+        return found
+
+    def delta(self) -> Tensor:
+        """Return g·s·B·A (out, in)."""
+        found: Tensor = super().delta() * self.gate
+        return found
+
+
+def settings_of(variant: Variant) -> GateSettings:
+    """Return the settings of the adapter of a variant."""
+    settings: Any = variant.settings.config.plugin_settings
+    found: GateSettings = settings["gated"]
+    return found
+
+
+def gate_penalty(model: nn.Module) -> Tensor:
+    """Return Σ penalty · g² over all layers and gated adapters: a scalar to add to the loss."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    variants = [variant for layer in layers for variant in layer.variants.values() if isinstance(variant, Gated)]
+    found = [settings_of(variant).penalty * variant.gate.float().square().sum() for variant in variants]
+    return torch.stack(found).sum() if found else torch.zeros(())

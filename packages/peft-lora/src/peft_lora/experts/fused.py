@@ -1,0 +1,179 @@
+"""Adapters of mixture-of-experts models that were written when each expert was a module: read on a base that has all experts in one parameter.
+
+transformers 5 fused them: `experts.0.w1`, `experts.0.w3`, … became `experts.gate_up_proj`, `experts.0.w2`, … `experts.down_proj`, and the router
+a module with a bare weight. Mixtral's names are w1, w3, w2 and `block_sparse_moe`; those of Qwen2-MoE and its many relatives say what they are.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseView, ConfigError, Translation
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+#: old name → (fused parameter, place in it)
+_PLACES = {"w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0), "gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, 0)}
+_EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.lora_(?P<factor>[AB])\.weight")
+_ROUTER = re.compile(r"(?P<stem>.*\.gate)\.lora_[AB]\.weight")
+_RENAMED = (".block_sparse_moe.", ".mlp.")
+ELSEWHERE = "such an adapter can be used with transformers 4 only"
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """The keys of one fused parameter: (place, expert, factor) → key of the file."""
+
+    parameter: str
+    keys: Mapping[tuple[int, int, str], str]
+
+    @property
+    def parts(self) -> int:
+        return 2 if self.parameter == GATE_UP else 1
+
+    @property
+    def experts(self) -> int:
+        return 1 + max(expert for _, expert, _ in self.keys)
+
+
+def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+    """Return how such a file is read on this base; None where it needs no translation.
+
+    Args:
+        base: the model.
+        config: the file's.
+        shapes: the file's tensors: name → shape.
+
+    Raises:
+        ConfigError: only one of two fused projections was trained, an expert is missing, or ranks differ.
+    """
+    fused, routers = _find(base, config.target_parameters or (), shapes)
+    if not fused and not routers:
+        return None
+    for stem, parameters in fused.items():
+        for one in parameters.values():
+            _check(stem, one, shapes, config)
+    taken = {key for parameters in fused.values() for one in parameters.values() for key in one.keys.values()}
+    taken |= {key for key in shapes if (match := _ROUTER.fullmatch(key)) and _renamed(match["stem"], base.modules) in routers}
+
+    def convert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        done = {_renamed_key(key, base.modules): tensor for key, tensor in tensors.items() if key not in taken or _ROUTER.fullmatch(key)}
+        for stem, parameters in fused.items():
+            for parameter, one in parameters.items():
+                inner = "base_layer." if parameter == GATE_UP and DOWN in parameters else ""
+                a, b = _fuse(one, tensors)
+                done |= {f"{stem}.{inner}lora_A.weight": a, f"{stem}.{inner}lora_B.weight": b}
+        return done
+
+    return Translation(_fields(base, config, fused, routers, [key for key in shapes if key not in taken]), convert)
+
+
+def _find(base: BaseView, known: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, _Fused]], set[str]]:
+    """Return path of the experts → fused parameter → its keys, and the paths of routers that are no Linear any more.
+
+    A router whose weight is among the `known` parameters was written as such.
+    """
+    keys: dict[tuple[str, str], dict[tuple[int, int, str], str]] = {}
+    routers = set()
+    for key in shapes:
+        if (match := _EXPERT.fullmatch(key)) and match["name"] in _PLACES:
+            stem = _renamed(match["stem"], base.modules)
+            parameter, place = _PLACES[match["name"]]
+            experts = base.modules.get(stem)
+            if experts is not None and parameter in experts._parameters:  # else each expert is a module here, too
+                keys.setdefault((stem, parameter), {})[place, int(match["number"]), match["factor"]] = key
+        elif match := _ROUTER.fullmatch(key):
+            stem = _renamed(match["stem"], base.modules)
+            router = base.modules.get(stem)
+            bare = router is not None and not isinstance(router, nn.Linear) and "weight" in router._parameters
+            if bare and not any(f".{stem}.weight".endswith(f".{target}") for target in known):
+                routers.add(stem)
+    fused: dict[str, dict[str, _Fused]] = {}
+    for (stem, parameter), found in keys.items():
+        fused.setdefault(stem, {})[parameter] = _Fused(parameter, found)
+    return fused, routers
+
+
+def _check(stem: str, one: _Fused, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> None:
+    missing = [place for place in range(one.parts) if not any(key[0] == place for key in one.keys)]
+    if missing:
+        raise ConfigError(
+            f"the adapter has one of the two projections that are fused into {stem}.{one.parameter} only ({next(iter(one.keys.values()))!r})",
+            hint=ELSEWHERE,
+        )
+    wanted = {(place, expert, factor) for place in range(one.parts) for expert in range(one.experts) for factor in "AB"}
+    if wanted - one.keys.keys():
+        raise ConfigError(f"the adapter lacks some of the {one.experts} experts of {stem!r}", hint=ELSEWHERE)
+    ranks = {shapes[key][0] for (_, _, factor), key in one.keys.items() if factor == "A"}
+    if ranks != {config.r}:
+        raise ConfigError(
+            f"the ranks of the experts of {stem!r} are {sorted(ranks)}, and r={config.r}: experts in one parameter have one rank and one scale",
+            hint=ELSEWHERE,
+        )
+
+
+def _fuse(one: _Fused, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return A (E·parts·r, in), expert by expert, and B (parts·out, parts·r·E), block-diagonal for each expert, the expert counting fastest."""
+    a_s, b_s = [], []
+    for expert in range(one.experts):
+        a_s.append(torch.cat([tensors[one.keys[place, expert, "A"]] for place in range(one.parts)]))
+        b_s.append(torch.block_diag(*(tensors[one.keys[place, expert, "B"]] for place in range(one.parts))))  # type: ignore[no-untyped-call]
+    return torch.cat(a_s), torch.stack(b_s, dim=-1).flatten(1).contiguous()
+
+
+def _fields(
+    base: BaseView, config: LoraConfig, fused: Mapping[str, Mapping[str, _Fused]], routers: set[str], others: Sequence[str]
+) -> dict[str, Any]:
+    """Return the config's fields for the fused base."""
+    modules = {path for key in others if (path := _renamed_key(key, base.modules).rpartition(".lora_")[0])}
+    targets = config.target_modules
+    if isinstance(targets, str) or targets is None:
+        # an expression was about names that are gone: the modules that the file has are what it meant
+        new_targets: set[str] = modules
+    else:
+        new_targets = {target for target in targets if any(path == target or path.endswith(f".{target}") for path in modules)}
+    paths = [f"{stem}.{parameter}" for stem, found in fused.items() for parameter in found]
+    paths += [f"{path}.weight" for path in routers]
+    fields: dict[str, Any] = {
+        "target_modules": new_targets,
+        "target_parameters": sorted({*(config.target_parameters or ()), *shortest(base, paths)}),
+    }
+    if any(GATE_UP in found for found in fused.values()):
+        fields |= widened(config)
+    return fields
+
+
+def widened(config: LoraConfig) -> dict[str, Any]:
+    """Return the patterns for two projections of rank r side by side: they have rank 2r; the scale stays what it was."""
+    alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
+    return {
+        "rank_pattern": {**config.rank_pattern, rf".*\.{GATE_UP}": 2 * config.r},
+        "alpha_pattern": {**config.alpha_pattern, rf".*\.{GATE_UP}": alpha},
+    }
+
+
+def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
+    """Return the last parts of the names where these match nothing else in the base, otherwise the names as they are."""
+    short = sorted({path.rpartition(".")[2] if path.endswith((GATE_UP, DOWN)) else ".".join(path.split(".")[-2:]) for path in paths})
+    every = [f"{name}.{parameter}" for name, module in base.modules.items() for parameter in module._parameters]
+    matched = {path for path in every if any(path.endswith(f".{end}") for end in short)}
+    return short if matched == set(paths) else sorted(paths)
+
+
+def _renamed(path: str, known: Mapping[str, nn.Module]) -> str:
+    """Return a path as the base has it."""
+    return path if path in known else path.replace(*_RENAMED)
+
+
+def _renamed_key(key: str, known: Mapping[str, nn.Module]) -> str:
+    path, mark, rest = key.rpartition(".lora_")
+    return f"{_renamed(path, known)}{mark}{rest}" if mark else key

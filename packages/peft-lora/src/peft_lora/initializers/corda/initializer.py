@@ -1,0 +1,64 @@
+"""CorDA (arXiv 2406.05223): A and B start as a part of W that is chosen by the covariance of the inputs; it leaves the base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+
+from peft_core import ConfigError
+
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..matrices import float_matrix, split
+
+if TYPE_CHECKING:
+    from ...config import LoraConfig
+
+#: attributes of a base layer under which `preprocess_corda` leaves its decomposition, and, if it is told to, the covariance of its inputs
+EIGENS, COVARIANCE = "eigens", "covariance_matrix"
+
+
+class Corda(Initializer):
+    """A = diag(√(S/s))·V'ᵀ and B = U·diag(√(S/s)) of what `preprocess_corda` found; the base becomes W − s·B·A."""
+
+    needs_base: ClassVar[bool] = True
+
+    def subtracts_start(self) -> bool:
+        """Return True."""
+        return True
+
+    @classmethod
+    def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
+        """Take away what `preprocess_corda` left."""
+        for module in base.modules():
+            for name in (EIGENS, COVARIANCE):
+                module.__dict__.pop(name, None)
+
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
+        """Return the part of W that was chosen.
+
+        Raises:
+            ConfigError: `preprocess_corda` has not seen this layer, or with another rank.
+        """
+        eigens = getattr(layer.get_base_layer(), EIGENS, None)
+        if eigens is None:
+            missing = "a file does not hold what it took out of the base" if not layer.creation.initialise else "it needs data"
+            raise ConfigError(
+                f"init_lora_weights='corda': {settings.path!r} has not been decomposed, and {missing}",
+                hint="call preprocess_corda(model, config, run_model) first (from its cache_file when loading); "
+                "an adapter saved with path_initial_model_for_weight_conversion needs none",
+            )
+        weight = float_matrix(layer, settings)
+        u, s, v = (wide_part.to(device=weight.device, dtype=weight.dtype) for wide_part in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
+        self._check(u, s, v, layer, settings)
+        return InitialFactors(*split(u, s, v.T, layer.scaling_of(settings), settings.path), base_offset=True)
+
+    def _check(self, u: Tensor, s: Tensor, v: Tensor, layer: FactorLayer, settings: LoraSettings) -> None:
+        out, inp = layer.matrix_shape
+        rank = min(settings.r, out, inp)
+        found, expected = [tuple(part.shape) for part in (u, s, v)], [(out, rank), (rank,), (inp, rank)]
+        if found != expected:
+            raise ConfigError(
+                f"the decomposition of {settings.path!r} has the shapes {found}, and r={settings.r} needs {expected}",
+                hint="call preprocess_corda with this config; is its cache_file of another rank or model?",
+            )

@@ -1,0 +1,1 @@
+"""EVA: A starts as the principal directions of a layer's inputs."""

@@ -1,0 +1,53 @@
+"""EVA (arXiv 2410.07170) before it has seen data; `peft_lora.initializers.eva.preparation` shows it some."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from peft_core import PeftWarning
+
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..plain import Plain
+
+if TYPE_CHECKING:
+    from ...config import LoraConfig
+
+
+class Eva(Plain):
+    """A as with True and B zero, until `initialize_lora_eva_weights` gives A the principal directions of the layer's inputs."""
+
+    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    _warned = False
+
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
+        """Return how A and B are filled; these values will be thrown away, which is said once."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "lora with eva initialization used with low_cpu_mem_usage=False: the starting values are computed and thrown away; "
+                "low_cpu_mem_usage=True leaves that memory for larger batches",
+                PeftWarning,
+                stacklevel=2,
+            )
+        return super().start(layer, settings)
+
+
+class Directions(Initializer):
+    """A as given, B zero.
+
+    Args:
+        config: the adapter's config.
+        rows: A (r, in).
+    """
+
+    def __init__(self, config: LoraConfig, rows: Tensor) -> None:
+        super().__init__(config)
+        self.rows = rows
+
+    def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
+        """Return them."""
+        return InitialFactors(self.rows, torch.Tensor.zero_)

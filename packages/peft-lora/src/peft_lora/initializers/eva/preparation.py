@@ -1,0 +1,353 @@
+"""EVA (arXiv 2410.07170): A starts as the principal directions of a layer's inputs, and ranks go where the variance is."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseView, ConfigError, Creation, PeftModel, PeftWarning, is_conv1d, leave_modules, require_index
+from peft_core.errors import did_you_mean, listed
+
+from ...config import LoraConfig
+from ...contracts import LoraSettings
+from ...layers.common import LoraLayer
+from ...layers.linear import Linear
+from ...planning.target_resolution import planned
+from ...subconfigs import EvaConfig
+from .initializer import Directions, Eva
+from .inputs import eva_config, forward_fn_dict, prepare_layer_inputs_fn_language_modeling, prepare_model_inputs_fn_language_modeling
+from .passes import Inputs, LayerStatistics, digest, distribute
+
+__all__ = [
+    "forward_fn_dict",
+    "get_eva_state_dict",
+    "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
+]
+#: passes over the data after which directions that still move are taken as they are
+MAX_PASSES = 10
+
+
+def get_eva_state_dict(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    peft_config: LoraConfig | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Inputs = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+    *,
+    max_passes: int = MAX_PASSES,
+) -> dict[str, Tensor]:
+    """Return for each layer the directions that A is to start with, their number chosen by how much variance they explain.
+
+    Args:
+        model: a `PeftModel`, or, with `peft_config`, a model without adapters.
+        dataloader: gives batches, and gives them again when it is iterated again.
+        peft_config: the config; None: the model's.
+        forward_fn: calls the model with a batch.
+        prepare_model_inputs_fn: from a batch and the config to what `prepare_layer_inputs_fn` gets; None: the batch itself.
+        prepare_layer_inputs_fn: from a layer's arguments, the above and the layer's name to rows (tokens, features); one for all, or by
+            name; None: all of the input, flattened.
+        adapter_name: the adapter of a `PeftModel`.
+        gather_distributed_inputs: with torch.distributed: use the rows of all processes.
+        show_progress_bar: show one.
+        max_passes: at most so many passes over the data; then what still moves is taken as it is, with a warning.
+
+    Returns:
+        name → (rank, features) in float32, orthonormal rows (with `whiten`: each divided by the root of its singular value). Names of a
+        `PeftModel` begin with `base_model.model.`. A rank may be 0.
+
+    Raises:
+        ConfigError: there is no EVA config, no layer, no data, or not enough of it.
+    """
+    config = _config(model, peft_config, adapter_name)
+    settings = eva_config(config)
+    statistics = _statistics(model, config, adapter_name, settings, prepare_layer_inputs_fn, gather_distributed_inputs)
+    budget = sum(stats.rank for stats in statistics)
+    bar = _bar(budget, show_progress_bar)
+    with _inspecting(model), bar:
+        passes = 0
+        for batch in _batches(dataloader, max_passes):
+            passes += batch is None
+            if batch is None:
+                _require_enough(statistics, passes)
+                continue
+            prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
+            if not all(stats.grouped for stats in statistics):
+                _group(statistics, prepared, functools.partial(forward_fn, model, batch))
+            with _watching(
+                [stats for stats in statistics if stats.leads and not stats.settled],
+                prepared,
+                settings.tau,
+            ):
+                forward_fn(model, batch)
+            distribute(statistics, budget)
+            bar.update(sum(stats.converged for stats in statistics) - bar.n)
+            if all(stats.settled for stats in statistics if stats.leads):
+                break
+        else:
+            moving = [stats.name for stats in statistics if stats.leads and not stats.settled]
+            warnings.warn(
+                f"EVA: after {max_passes} passes over the data the directions of {listed(moving, 4)} still move by more than tau={settings.tau} says",
+                PeftWarning,
+                stacklevel=2,
+            )
+    return {stats.name: stats.result(settings.whiten) for stats in statistics}
+
+
+def initialize_lora_eva_weights(
+    model: nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    eva_state_dict: Mapping[str, Tensor] | None = None,
+    forward_fn: Callable[[nn.Module, Any], Any] = forward_fn_dict,
+    prepare_model_inputs_fn: Callable[[Any, LoraConfig], Any] | None = prepare_model_inputs_fn_language_modeling,
+    prepare_layer_inputs_fn: Inputs = prepare_layer_inputs_fn_language_modeling,
+    adapter_name: str = "default",
+    gather_distributed_inputs: bool = True,
+    show_progress_bar: bool = True,
+    *,
+    max_passes: int = MAX_PASSES,
+) -> None:
+    """Give A of each layer the directions that EVA finds, and each layer the rank that it deserves; make an optimiser after that.
+
+    A layer whose rank changes gets new parameters, and with `adjust_scaling_factors` the alpha that keeps its scaling; one with rank 0 is
+    left by the adapter. The config then names the modules and their ranks, so that a saved adapter loads as any other.
+
+    Args:
+        model: a `PeftModel` with an adapter whose `init_lora_weights` is "eva".
+        dataloader: as `get_eva_state_dict`; not needed with `eva_state_dict`.
+        eva_state_dict: what that returned; layers that it lacks start as with `init_lora_weights=True`, with a warning.
+        forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs, show_progress_bar, max_passes: as
+            `get_eva_state_dict`.
+
+    Raises:
+        ConfigError: the model or the tensors do not fit; nothing has changed.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError(f"model is a {type(model).__name__}, not a PeftModel", hint="wrap it with get_peft_model(model, LoraConfig(…)) first")
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"EVA needs one active adapter, and there are {model.active_adapters}", hint=f"set_adapter({adapter_name!r})")
+    config = _config(model, None, adapter_name)
+    if config.init_lora_weights != "eva":
+        raise ConfigError(f"init_lora_weights of {adapter_name!r} is {config.init_lora_weights!r}", hint="EVA needs init_lora_weights='eva'")
+    if eva_state_dict is None:
+        if dataloader is None:
+            raise ConfigError("neither dataloader nor eva_state_dict is given", hint="EVA needs data")
+        eva_state_dict = get_eva_state_dict(
+            model,
+            dataloader,
+            None,
+            forward_fn,
+            prepare_model_inputs_fn,
+            prepare_layer_inputs_fn,
+            adapter_name,
+            gather_distributed_inputs,
+            show_progress_bar,
+            max_passes=max_passes,
+        )
+    layers = _layers(model, adapter_name)
+    _check(eva_state_dict, layers)
+    absent = [name for name in layers if name not in eva_state_dict]
+    if absent:
+        warnings.warn(f"EVA: there are no directions for {listed(absent, 4)}, which start as with init_lora_weights=True", PeftWarning, stacklevel=2)
+    for name, layer in layers.items():
+        rows = eva_state_dict.get(name)
+        if rows is None or rows.shape[0]:
+            _begin(layer, adapter_name, config, _original(name), rows)
+    leave_modules(require_index(model), adapter_name, [_original(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
+    _note(config, {_original(name): layer for name, layer in layers.items() if adapter_name in layer.scaling}, adapter_name)
+
+
+# ---- what takes part ----------------------------------------------------------------------------------------------------
+def _config(model: nn.Module, given: LoraConfig | None, adapter: str) -> LoraConfig:
+    config: Any = given if given is not None else (getattr(model, "peft_config", None) or {}).get(adapter)
+    if config is None:
+        raise ConfigError(f"there is no config for the adapter {adapter!r}", hint="pass peft_config, or a PeftModel that has this adapter")
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"EVA is for LoRA, and the config is a {type(config).__name__}")
+    return config
+
+
+def _layers(model: nn.Module, adapter: str) -> dict[str, Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear) and adapter in module.scaling}
+
+
+def _statistics(model: nn.Module, config: LoraConfig, adapter: str, settings: EvaConfig, inputs: Inputs, gather: bool) -> list[LayerStatistics]:
+    found: dict[str, tuple[nn.Module, int, int]]
+    if isinstance(model, PeftModel):
+        found = {name: (layer, layer.r[adapter], layer.matrix_shape[1]) for name, layer in _layers(model, adapter).items()}
+    else:
+        whole = dataclasses.replace(config, target_modules=_every_linear(model)) if config.target_modules is None else config
+        found = {name: (module, told.r, _features(module)) for name, (module, told) in planned(model, whole).items()}
+    if not found:
+        raise ConfigError("no layer of the model can be started by EVA", hint="it knows Linear and Conv1D")
+    rho = settings.rho
+    if rho > 1000:
+        rho = max(features for _, _, features in found.values()) // config.r
+    return [
+        LayerStatistics(name, module, rank, min(round(rank * rho), features), features, inputs, gather)
+        for name, (module, rank, features) in found.items()
+    ]
+
+
+def _every_linear(model: nn.Module) -> list[str]:
+    return [name for name, module in BaseView(model).modules.items() if name and (isinstance(module, nn.Linear) or is_conv1d(module))]
+
+
+def _features(module: Any) -> int:
+    return int(module.in_features if isinstance(module, nn.Linear) else module.weight.shape[0])
+
+
+# ---- passes -------------------------------------------------------------------------------------------------------------
+@contextmanager
+def _inspecting(model: nn.Module) -> Iterator[None]:
+    """In the block the model is in evaluation mode, without gradients and adapters; then each module is in the mode in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    off: AbstractContextManager[Any] = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    try:
+        with torch.no_grad(), off:
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
+    """Yield the batches of each pass, and None behind each.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    for number in range(passes):
+        empty = True
+        for batch in dataloader:
+            empty = False
+            yield batch
+        if empty:
+            what = "is empty" if number == 0 else "gives its batches only once"
+            raise ConfigError(f"the dataloader {what}", hint="pass a list of batches, or a DataLoader")
+        yield None
+
+
+def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:
+    """Let layers with equal inputs share what is computed; each gets as many components as the greediest among them."""
+    seen: dict[str, Any] = {}
+    handles = []
+    for stats in statistics:
+
+        def look(module: nn.Module, args: Any, stats: LayerStatistics = stats) -> None:
+            seen[stats.name] = digest(stats.rows(args, prepared))
+
+        handles.append(stats.module.register_forward_pre_hook(look))
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    leaders: dict[Any, LayerStatistics] = {}
+    for stats in statistics:
+        if stats.name not in seen:
+            raise ConfigError(f"{stats.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
+        stats.follow(leaders.setdefault(seen[stats.name], stats))
+
+
+@contextmanager
+def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> Iterator[None]:
+    def take(module: nn.Module, args: Any) -> None:
+        by_module[module].take(args, prepared, tau)
+
+    by_module = {stats.module: stats for stats in statistics}
+    handles = [stats.module.register_forward_pre_hook(take) for stats in statistics]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _require_enough(statistics: list[LayerStatistics], passes: int) -> None:
+    for stats in statistics:
+        if stats.leads and not stats.pca.rows:
+            raise ConfigError(
+                f"EVA looks for {stats.pca.components} directions in the inputs of {stats.name!r}, and the data has only {stats.waiting} tokens",
+                hint="give more data, or a smaller rho or r",
+            )
+
+
+class _NoBar(AbstractContextManager["_NoBar"]):
+    n = 0
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+    def update(self, by: int) -> None:
+        """Do nothing."""
+
+
+def _bar(total: int, show: bool) -> Any:
+    if not show:
+        return _NoBar()
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:  # no dependency of ours
+        return _NoBar()
+    return tqdm(total=total, desc="EVA: converged directions")
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------------
+def _original(name: str) -> str:
+    """Return a module's name in the base, given the one in the wrapped model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _check(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer]) -> None:
+    for name, rows in state.items():
+        if name not in layers:
+            raise ConfigError(
+                f"eva_state_dict names {name!r}, which is no layer of the adapter",
+                hint=did_you_mean(name, layers) or f"layers are {listed(layers, 4)}",
+            )
+        if rows.dim() != 2 or rows.shape[1] != layers[name].matrix_shape[1]:
+            raise ConfigError(f"the directions of {name!r} are {tuple(rows.shape)}, and the layer takes (rank, {layers[name].matrix_shape[1]})")
+
+
+def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor | None) -> None:
+    """Let the adapter of one layer start with these directions (rank, in); None: as with True, if it has no values yet."""
+    a, _ = layer.factors(adapter)
+    r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
+    rank = r if rows is None else rows.shape[0]
+    if rank == r and not a.is_meta:
+        if rows is not None:
+            layer.slots(adapter)["lora_A.weight"].write(rows.to(a.device))
+        return
+    if rank != r and eva_config(config).adjust_scaling_factors:
+        # s = alpha/r, or alpha/√r, stays
+        alpha *= (rank / r) ** 0.5 if config.use_rslora else rank / r
+    trains = a.requires_grad
+    variant = layer.variants.get(adapter)
+    start = Eva(config) if rows is None else Directions(config, rows)
+    settings = LoraSettings(path, rank, alpha, config, start, type(variant) if variant is not None else None)
+    layer.drop(adapter)
+    layer.attach(adapter, settings, Creation(autocast=a.dtype == torch.float32))
+    for parameter in layer.parameters_of(adapter).values():
+        parameter.requires_grad_(trains)
+
+
+def _note(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Let the config say which modules there are, and their ranks and alphas."""
+    config.target_modules = list(layers)
+    config.rank_pattern = {path: layer.r[adapter] for path, layer in layers.items() if layer.r[adapter] != config.r}
+    alphas: dict[str, Any] = {path: layer.lora_alpha[adapter] for path, layer in layers.items() if layer.lora_alpha[adapter] != config.lora_alpha}
+    config.alpha_pattern = alphas

@@ -1,0 +1,1 @@
+"""LoftQ: A and B start as what rounding the base loses."""

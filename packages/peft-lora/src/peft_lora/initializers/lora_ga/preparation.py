@@ -1,0 +1,136 @@
+"""LoRA-GA (arXiv 2407.05000): an adapter that starts on the singular vectors of the loss's gradient."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import ConfigError, PeftWarning
+from peft_core.errors import did_you_mean, listed
+
+from ...config import LoraConfig
+from ...planning.target_resolution import planned
+from ..tensor_files import tensors_in, write_tensors
+from .initializer import GRADIENT, LIKE
+
+SCALINGS = ("paper", "peft")
+
+
+def preprocess_loraga(
+    model: nn.Module,
+    lora_config: LoraConfig,
+    train_step: Callable[[], Any] | None,
+    cache_file: str | None = None,
+    *,
+    like: str = "paper",
+) -> None:
+    """Find the mean gradient of the weights that `lora_config` targets; `get_peft_model(model, lora_config)` then starts from that.
+
+    Args:
+        model: the base, without adapters; its modules get an attribute until the adapter is added.
+        lora_config: with `init_lora_weights="lora_ga"`.
+        train_step: runs forward and backward as often as it likes, without an optimiser step; None if there is a file. Only the targeted
+            weights get gradients meanwhile; which parameters train, their gradients and the mode are put back afterwards.
+        cache_file: keeps the gradients: read if it exists, written otherwise.
+        like: ``"paper"``: scale A and B as the authors do; ``"peft"``: as Hugging Face's peft does (`peft_lora.initializers.lora_ga.initializer`).
+
+    Raises:
+        ConfigError: the config is for something else, a target is quantised, no gradient arrives, or the file does not fit.
+    """
+    if lora_config.init_lora_weights != "lora_ga" or lora_config.lora_ga_config is None:
+        raise ConfigError(
+            f"init_lora_weights is {lora_config.init_lora_weights!r}", hint="LoraConfig(init_lora_weights='lora_ga', lora_ga_config=LoraGAConfig(…))"
+        )
+    if like not in SCALINGS:
+        raise ConfigError(f"like={like!r} is unknown", hint=did_you_mean(like, SCALINGS) or f"write one of {SCALINGS}")
+    weights: dict[str, nn.Parameter] = {}
+    modules = {name: module for name, (module, _) in planned(model, lora_config).items()}
+    for name, module in modules.items():
+        weight: Any = module.weight
+        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            raise ConfigError(f"{name!r} is quantised: its weight can't get a gradient", hint="load the base in float32, float16 or bfloat16")
+        weights[name] = weight
+    gradients: Mapping[str, Tensor | None]
+    if cache_file is not None and os.path.exists(cache_file) and os.path.getsize(cache_file):
+        gradients = _cached(cache_file, weights)
+    elif train_step is None:
+        raise ConfigError("there is no train_step, and no cache_file that exists", hint="pass a function that runs forward and backward")
+    else:
+        gradients = mean_gradients(model, modules, weights, train_step)
+        if cache_file is not None:
+            write_tensors(cache_file, {f"{name}.{GRADIENT}": g for name, g in gradients.items() if g is not None})
+    without = [name for name, gradient in gradients.items() if gradient is None]
+    if len(without) == len(gradients):
+        raise ConfigError("no targeted weight has a gradient", hint="does train_step call backward on a loss of this model?")
+    if without:
+        warnings.warn(f"{listed(without, 4)} got no gradient and will start as with init_lora_weights=True", PeftWarning, stacklevel=2)
+    for name, module in modules.items():
+        setattr(module, GRADIENT, gradients[name])
+        setattr(module, LIKE, like)
+
+
+def mean_gradients(
+    model: nn.Module, modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter], train_step: Callable[[], Any]
+) -> dict[str, Tensor | None]:
+    """Return the gradient of each weight over the number of backward passes through its module; None where none arrived.
+
+    Args:
+        model: in training mode meanwhile.
+        modules, weights: by name.
+        train_step: runs forward and backward.
+    """
+    passes = dict.fromkeys(modules, 0)
+    handles = []
+    for name, module in modules.items():
+
+        def count(_: Any, name: str = name) -> None:
+            passes[name] += 1
+
+        def watch(module: nn.Module, args: Any, output: Any, count: Callable[[Any], None] = count) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                output.register_hook(count)  # type: ignore[no-untyped-call]
+
+        handles.append(module.register_forward_hook(watch))
+    try:
+        with _only_these_train(model, weights.values()), torch.enable_grad():
+            train_step()
+            return {name: None if weight.grad is None else weight.grad / max(passes[name], 1) for name, weight in weights.items()}
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _only_these_train(model: nn.Module, weights: Any) -> Iterator[None]:
+    wanted = set(map(id, weights))
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in wanted)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, trains, gradient in before:
+            parameter.requires_grad_(trains)
+            parameter.grad = gradient
+        for module, mode in modes:
+            module.training = mode
+
+
+def _cached(path: str, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    held = tensors_in(path)
+    found = {name: held.get(f"{name}.{GRADIENT}") for name in weights}
+    if all(gradient is None for gradient in found.values()):
+        raise ConfigError(f"{path!r} has no gradient for any target", hint="it is another model's; delete it, or name another file")
+    for name, gradient in found.items():
+        if gradient is not None and gradient.shape != weights[name].shape:
+            raise ConfigError(f"the gradient of {name!r} in {path!r} is {tuple(gradient.shape)}, its weight {tuple(weights[name].shape)}")
+    return found

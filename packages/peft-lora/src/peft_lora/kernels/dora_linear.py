@@ -1,0 +1,76 @@
+"""DoRA around a frozen W, as one step of autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..formulas import dora_factor
+from .backward import differentiable_gradients, hidden_of, low_rank_gradients, without_autocast
+
+
+def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
+    """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias with f = m / norms for a frozen W, recorded as one step.
+
+    Args:
+        x, weight, bias, a, b, s: as for `low_rank_linear`.
+        m: magnitudes (out,); they train.
+        norms: ‖W + s·B·A‖ (out,), positive; a constant in the backward pass.
+    """
+    return DoraLinear.apply(x, weight, bias, a, b, m, norms, s)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class DoraLinear(torch.autograd.Function):
+    """x ↦ f ⊙ v + bias with v = xWᵀ + s·xAᵀBᵀ and f = m / norms. v is kept in the dtype of x, for the gradient of m."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
+        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        x2 = x.reshape(-1, x.shape[-1])
+        hidden, _ = hidden_of(x2, a, 0.0)
+        wide = a.dtype
+        v = x2.mm(weight.t()).to(wide).addmm_(hidden.t(), b.to(wide).t(), alpha=s)
+        f = dora_factor(m, norms).to(wide)
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        y2 = y.view(-1, y.shape[-1])
+        if wide is not x.dtype:
+            y2.copy_(v * f if bias is None else torch.addcmul(bias.to(wide), v, f))
+        elif bias is None:
+            torch.mul(v, f, out=y2)
+        else:
+            torch.addcmul(bias, v, f, out=y2)
+        ctx.save_for_backward(x, weight, bias, a, b, m, norms, hidden, v.to(x.dtype) if ctx.needs_input_grad[5] else None)
+        ctx.s, ctx.p = s, 0.0
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """Return the gradients of x, A, B and m."""
+        x, weight, bias, a, b, m, norms, hidden, v = ctx.saved_tensors
+        need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
+        with without_autocast(g):
+            if torch.is_grad_enabled():  # somebody differentiates this again
+                inputs, needs = (x, a, b, m), (need_x, need_a, need_b, need_m)
+                gx, ga, gb, gm = differentiable_gradients(_dora(ctx, weight, bias, norms), inputs, needs, g)
+                return gx, None, None, ga, gb, gm, None, None
+            g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
+            scaled = g2 * dora_factor(m, norms).to(a.dtype)
+            gx = scaled.to(x.dtype).mm(weight) if need_x else None
+            gx, ga, gb = low_rank_gradients(ctx, scaled, x, a, b, hidden, None, gx, need_a, need_b)
+            gm = ((g2 * v).sum(0) / norms.to(a.dtype)).to(m.dtype) if need_m else None
+        return None if gx is None else gx.view(x.shape), None, None, ga, gb, gm, None, None
+
+
+def _dora(ctx: Any, weight: Tensor, bias: Tensor | None, norms: Tensor) -> Callable[..., Tensor]:
+    """Return (x, A, B, m) ↦ f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias."""
+
+    def function(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
+        v = F.linear(x, weight) + ctx.s * F.linear(F.linear(x.to(a.dtype), a), b.to(a.dtype))
+        y: Tensor = v * dora_factor(m, norms)
+        return (y if bias is None else y + bias).to(x.dtype)
+
+    return function

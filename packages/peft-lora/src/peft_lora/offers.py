@@ -1,0 +1,71 @@
+"""All initialisers and variants that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from peft_core.errors import PluginError
+from peft_core.plugins import registry
+
+from .hookspecs import ExtensionSpec, InitializerSpec, VariantSpec
+
+
+def initializer_specs() -> list[InitializerSpec]:
+    """Return all initialisers, those of plugins first: a plugin may replace one of ours."""
+    registry.resolve("LORA")  # ours are known when the plugin is
+    return [spec for offer in registry.manager().hook.peft_lora_initializers() for spec in offer]
+
+
+def variant_specs() -> list[VariantSpec]:
+    """Return all variants, those of plugins first."""
+    registry.resolve("LORA")
+    return [spec for offer in registry.manager().hook.peft_lora_variants() for spec in offer]
+
+
+def extension_specs() -> list[ExtensionSpec]:
+    """Return both; where several have a name for something, the first counts."""
+    return [*initializer_specs(), *variant_specs()]
+
+
+def operations() -> dict[str, Callable[..., Any]]:
+    """Return the functions that are added to models, by name; each is imported when it is called."""
+    return {name: Operation(place) for spec in reversed(extension_specs()) for name, place in spec.operations.items()}
+
+
+def call_arguments() -> tuple[str, ...]:
+    """Return the keywords of a model call that are for initialisers and variants."""
+    return tuple(dict.fromkeys(name for spec in extension_specs() for name in spec.call_arguments))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A function that is imported when it is called.
+
+    Args:
+        place: the function, or ``"package.module:function"``.
+    """
+
+    place: str | Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return load(self.place)(*args, **kwargs)
+
+
+@functools.cache
+def load(place: Any) -> Any:
+    """Return what is at a place ``"package.module:Name"``; anything else as it is.
+
+    Raises:
+        PluginError: it can't be imported.
+    """
+    if not isinstance(place, str):
+        return place
+    module, _, name = place.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise PluginError(f"{place!r} can't be imported: {type(error).__name__}: {error}", hint="reinstall the package that offers it") from error

@@ -1,0 +1,53 @@
+"""Which modules a config adapts, and with what rank: asked before anything is wrapped."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+from torch import Tensor, nn
+
+from peft_core import Activation, AdapterLayer, BaseView, ConfigError, ModuleValues, get_tuner_spec, ops_for
+
+from ..config import LoraConfig
+from ..contracts import LoraSettings
+from ..tuner import LoraTuner
+
+
+class DryRunTuner(LoraTuner):
+    """Plans as LoRA does, and writes down what each layer would be told."""
+
+    def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
+        """Return rank, alpha and the rest for one module, and keep them."""
+        found = super().settings(config, module)
+        self.__dict__.setdefault("found", {})[module.path] = found
+        return found
+
+
+def planned(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.Module, LoraSettings]]:
+    """Return for each module that an adapter with this config would wrap the module and what its layer would be told, by path.
+
+    Args:
+        model: a model without adapters.
+        config: not changed.
+
+    Raises:
+        ConfigError: the model has adapters.
+        NoMatchingPeftModuleError, UnsupportedModuleError, ConfigError: as when the adapter is added.
+    """
+    if any(isinstance(module, AdapterLayer) for module in model.modules()):
+        raise ConfigError(f"this {type(model).__name__} has adapters already", hint="pass the base as it is before get_peft_model")
+    view = BaseView(model)
+    tuner = DryRunTuner(get_tuner_spec("LORA"), Activation())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the adapter is added
+        tuner.plan(view, "dry-run", copy.copy(config))
+    found: dict[str, LoraSettings] = tuner.__dict__.get("found", {})
+    return {path: (view.modules[path], settings) for path, settings in found.items()}
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """Return the weight of a base layer as a matrix (out, in)."""
+    ops = ops_for(module)
+    assert ops is not None  # planned() has refused what is no layer
+    return ops.matrix(module.get_parameter("weight"))

@@ -1,0 +1,192 @@
+"""What LoRA plans besides one layer for each targeted module: attentions, which have two weights, and parameters by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peft_core import (
+    Activation,
+    AdapterLayer,
+    AdapterModule,
+    BaseView,
+    ConfigError,
+    Creation,
+    NoMatchingPeftModuleError,
+    PeftWarning,
+    UnsupportedModuleError,
+    Wrap,
+)
+from peft_core.errors import did_you_mean, listed
+
+from ..contracts import LoraSettings
+from ..layers.attention import OUT, Attention, OutProjection, out_settings
+from ..layers.common import LoraLayer
+from ..layers.parameters import Parameter, parameter_names, parameter_ops
+
+if TYPE_CHECKING:
+    from ..config import LoraConfig
+
+
+# ---- attentions ---------------------------------------------------------------------------------------------------------
+def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConfig, activation: Activation) -> Iterator[Wrap]:
+    """Yield the wraps of modules, where an attention is followed by its out-projection.
+
+    An out-projection that is targeted by itself brings the wrapper of its attention along: the attention uses it by its weight only.
+
+    Raises:
+        UnsupportedModuleError: an attention whose keys or values have another width, so that it has no packed in-projection.
+    """
+    targeted = {wrap.path for wrap in wraps}
+    warned = False
+    for wrap in wraps:
+        parent, _, leaf = wrap.path.rpartition(".")
+        fill: Any = wrap.fill
+        module = base.modules[wrap.path]
+        if isinstance(module, nn.MultiheadAttention):
+            if not module._qkv_same_embed_dim:
+                raise UnsupportedModuleError(
+                    f"the keys or values of the MultiheadAttention {wrap.path!r} have another width (kdim={module.kdim}, vdim={module.vdim}) than "
+                    f"its embed_dim={module.embed_dim}: it has no packed in-projection to adapt",
+                    hint=f"leave it out with exclude_modules, or target {f'{wrap.path}.{OUT}'!r} alone",
+                )
+            if config.lora_dropout and not warned:
+                warned = True
+                warnings.warn(
+                    f"lora_dropout={config.lora_dropout} does not act on MultiheadAttention ({wrap.path!r}): its weights are adapted, not its inputs",
+                    PeftWarning,
+                    stacklevel=6,
+                )
+            settings = out_settings(fill.settings, part_of_attention=True, twice=config.out_projection_twice)
+            yield wrap
+            yield Wrap(f"{wrap.path}.{OUT}", _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
+        elif leaf == OUT and isinstance(base.modules.get(parent), nn.MultiheadAttention):
+            if parent in targeted:
+                continue
+            settings = out_settings(fill.settings, part_of_attention=False, twice=False)
+            yield Wrap(parent, _Builder(Attention, activation), _add_nothing)
+            yield Wrap(wrap.path, _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
+        else:
+            yield wrap
+
+
+@dataclass(frozen=True)
+class _Builder:
+    layer: type[LoraLayer]
+    activation: Activation
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        return self.layer(module, self.activation)
+
+
+def _add_nothing(layer: Any, creation: Creation) -> None:
+    """Add no parameters: the attention is wrapped only to reach `out_proj`."""
+
+
+# ---- parameters ---------------------------------------------------------------------------------------------------------
+def parameter_wraps(
+    base: BaseView, adapter: str, config: LoraConfig, settings: Callable[[str], LoraSettings], activation: Activation
+) -> Iterator[Wrap]:
+    """Yield a wrap for each module that has targeted parameters.
+
+    Args:
+        base, adapter, config: as in a plan.
+        settings: path of a parameter → what it is told.
+        activation: which adapters act.
+
+    Raises:
+        ConfigError: the config asks for what can't be done with parameters.
+        NoMatchingPeftModuleError: nothing matches, and no modules are targeted either.
+        UnsupportedModuleError: a parameter has neither two dimensions nor three.
+    """
+    targets = list(config.target_parameters or ())
+    if not targets:
+        return
+    _check(base, config)
+    found = _select(base, targets, config)
+    if not found:
+        every = [f"{path}.{name}" for path, module in base.modules.items() for name in parameter_names(module)]
+        message = f"target_parameters={targets} match no parameter of {base.name}"
+        leaves = {target: did_you_mean(target.rpartition(".")[2], dict.fromkeys(name.rpartition(".")[2] for name in every)) for target in targets}
+        hint = next((near for near in leaves.values() if near), None)
+        if config.target_modules:
+            warnings.warn(f"{message}{'; ' + hint if hint else ''}", PeftWarning, stacklevel=6)
+            return
+        raise NoMatchingPeftModuleError(message, hint=hint or "give names as named_parameters() has them, or ends of them after a dot")
+    for path, names in found.items():
+        module = base.modules[path]
+        shared = frozenset(name for name in names if id(module._parameters.get(name)) in base.shared_weights)
+        told = {name: settings(f"{path}.{name}") for name in names}
+        for name, one in told.items():
+            parameter_ops(module, name, getattr(module, name))
+            one.initializer.require_kind("parameter", f"{path}.{name}")
+        yield Wrap(path, _ParametersBuilder(tuple(names), shared, activation), ParametersFiller(adapter, path, told))
+
+
+def _check(base: BaseView, config: LoraConfig) -> None:
+    if base.chosen is not None:
+        raise ConfigError("the names in state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
+    for name in ("lora_dropout", "lora_bias"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} does not work with target_parameters, which changes weights", hint=f"leave {name} at its default"
+            )
+
+
+def _select(base: BaseView, targets: Sequence[str], config: LoraConfig) -> dict[str, list[str]]:
+    """Return path of a module → its parameters whose names are targets or end in one after a dot, in the order of registration."""
+    saved = (*(config.modules_to_save or ()), *base.heads)
+    found: dict[str, list[str]] = {}
+    used: set[str] = set()
+    for path, module in base.modules.items():
+        if not path or any(f".{path}.".endswith(f".{name}.") or f".{name}." in f".{path}." for name in saved):
+            continue
+        for name in parameter_names(module):
+            matching = [target for target in targets if f".{path}.{name}".endswith(f".{target}")]
+            if matching:
+                used.update(matching)
+                found.setdefault(path, []).append(name)
+    unused = [target for target in targets if target not in used]
+    if found and unused:
+        warnings.warn(f"target_parameters: {listed(unused)} matched nothing in {base.name}", PeftWarning, stacklevel=7)
+    return found
+
+
+@dataclass(frozen=True)
+class _ParametersBuilder:
+    names: tuple[str, ...]
+    shared: frozenset[str]
+    activation: Activation
+
+    def __call__(self, module: nn.Module) -> AdapterModule:
+        if isinstance(module, AdapterLayer):
+            raise UnsupportedModuleError(
+                f"a {type(module).__name__} is around the module with the parameters {list(self.names)} already",
+                hint="add the adapter on parameters before the one on the module",
+            )
+        layer: Any = module
+        for name in self.names:
+            layer = Parameter(layer, self.activation, name, shared=name in self.shared)
+        return layer  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class ParametersFiller:
+    """Adds an adapter's weights to the wrappers of a module's parameters."""
+
+    adapter: str
+    path: str
+    settings: Mapping[str, LoraSettings]
+
+    def __call__(self, layer: Any, creation: Creation) -> None:
+        if not isinstance(layer, Parameter):
+            raise UnsupportedModuleError(
+                f"{self.path!r} is adapted as a whole already, so that its parameters {sorted(self.settings)} can't be adapted by themselves",
+                hint="leave it out of target_modules (target_modules=[] targets parameters only), or out of target_parameters",
+            )
+        layer.attach(self.adapter, self.settings, creation)

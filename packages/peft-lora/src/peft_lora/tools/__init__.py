@@ -1,0 +1,1 @@
+"""What users do to LoRA adapters: combining, converting, swapping, scaling, choosing targets, optimisers."""

@@ -1,0 +1,137 @@
+"""`create_arrow_model`: a base with adapters from files, and a router among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from peft_core import ConfigError, PeftModel
+
+from ..config import LoraConfig
+from ..layers.common import LoraLayer
+from ..subconfigs import ArrowConfig
+
+ROUTER = "arrow_router"
+Place = str | os.PathLike[str]
+
+
+def create_arrow_model(
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[Place],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[Place] | None = None,
+    **adapter_kwargs: Any,
+) -> PeftModel:
+    """Load LoRA adapters as `task_0`, `task_1`, … (and `gks_0`, …), and use a router among them, `arrow_router`, that needs no training.
+
+    Args:
+        base_model: wrapped in place, as `PeftModel.from_pretrained` does.
+        task_specific_adapter_paths: the experts: folders, or ``"user/repo"`` or ``"user/repo/subfolder"`` on the Hub.
+        arrow_config: how tokens are routed; a copy of it becomes part of the router's config.
+        general_adapter_paths: adapters of general knowledge, whose mean is subtracted from each expert; needed with `use_gks`.
+        **adapter_kwargs: as `PeftModel.load_adapter` takes them (`torch_device`, `token`, ...).
+
+    Returns:
+        The model with the router in use.
+
+    Raises:
+        ConfigError: no expert, `top_k` above their number, `use_gks` without general adapters; adapters with different targets or ranks, or
+            that are no plain LoRA. The base is as before.
+        others: as `PeftModel.from_pretrained`.
+
+    Example:
+        >>> model = create_arrow_model(base, ["./code", "./maths", "./law"], ArrowConfig(top_k=2))
+    """
+    tasks, general = list(task_specific_adapter_paths), list(general_adapter_paths or ())
+    if not tasks:
+        raise ConfigError("task_specific_adapter_paths is empty", hint="give at least one adapter")
+    if arrow_config.top_k > len(tasks):
+        raise ConfigError(
+            f"top_k={arrow_config.top_k}, but there are {len(tasks)} adapters to choose from", hint=f"set top_k to at most {len(tasks)}"
+        )
+    if arrow_config.use_gks and not general:
+        raise ConfigError("use_gks=True, but general_adapter_paths is empty", hint="give adapters of general knowledge, or set use_gks=False")
+    places = {f"task_{i}": path for i, path in enumerate(tasks)} | {f"gks_{i}": path for i, path in enumerate(general)}
+    flags = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
+    training = base_model.training
+    model: PeftModel | None = None
+    try:
+        for name, place in places.items():
+            path, options = _located(place, adapter_kwargs)
+            if model is None:
+                model = PeftModel.from_pretrained(base_model, path, name, **options)
+            else:
+                model.load_adapter(path, name, **options)
+        assert model is not None
+        model.add_adapter(ROUTER, _router_config(model, arrow_config, tasks, general))
+        model.set_adapter(ROUTER, inference_mode=True)
+    except BaseException:
+        if model is not None:
+            model.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            base_model.train(training)
+        raise
+    return model
+
+
+def _located(place: Place, options: dict[str, Any]) -> tuple[Place, dict[str, Any]]:
+    """Return what `from_pretrained` is given for a path; of ``"user/repo/subfolder"`` the subfolder apart."""
+    text = os.fspath(place)
+    if os.path.isdir(text) or os.path.isabs(text) or text.startswith(".") or text.count("/") < 2:
+        return place, dict(options)
+    user, repo, subfolder = text.split("/", 2)
+    return f"{user}/{repo}", {**options, "subfolder": subfolder}
+
+
+def _router_config(model: PeftModel, arrow_config: ArrowConfig, tasks: Sequence[Place], general: Sequence[Place]) -> LoraConfig:
+    """Return the router's config: targets and rank of the adapters, which have to agree.
+
+    Raises:
+        ConfigError: they do not, or one is no plain LoRA.
+    """
+    configs: dict[str, Any] = dict(model.peft_config)
+    first = next(iter(configs))
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    expected = _shapes(layers, first)
+    for name, config in configs.items():
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
+        for path, layer in layers.items():
+            if name in layer.scaling and (config.lora_bias or layer.shift_of(name) is not None or layer.low_rank_factors(name) is None):
+                raise ConfigError(
+                    f"the adapter {name!r} is more than a product B·A beside {path!r}", hint="Arrow routes among adapters such as plain LoRA"
+                )
+        shapes = _shapes(layers, name)
+        if shapes != expected:
+            path = next(path for path in (*expected, *shapes) if shapes.get(path) != expected.get(path))
+            raise ConfigError(
+                f"the adapters {first!r} and {name!r} do not agree on {path!r}: {expected.get(path, 'none')} and {shapes.get(path, 'none')}",
+                hint="Arrow needs the same targets and ranks in all adapters",
+            )
+    like = configs[first]
+    router = dataclasses.replace(arrow_config)
+    router.task_adapter_names = [f"task_{i}" for i in range(len(tasks))]
+    router.gks_adapter_names = [f"gks_{i}" for i in range(len(general))]
+    return LoraConfig(
+        r=like.r,
+        lora_alpha=like.lora_alpha,
+        target_modules=like.target_modules,
+        exclude_modules=like.exclude_modules,
+        layers_to_transform=like.layers_to_transform,
+        layers_pattern=like.layers_pattern,
+        rank_pattern=dict(like.rank_pattern),
+        fan_in_fan_out=like.fan_in_fan_out,
+        task_type=like.task_type,
+        inference_mode=True,
+        arrow_config=router,
+    )
+
+
+def _shapes(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of an adapter's tensors in each layer that it adapts."""
+    return {path: {key: slot.shape for key, slot in layer.slots(adapter).items()} for path, layer in layers.items() if adapter in layer.scaling}

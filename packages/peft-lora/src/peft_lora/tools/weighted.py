@@ -1,0 +1,232 @@
+"""`add_weighted_adapter`: one LoRA adapter made of several."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, add_adapter, require_index
+
+from ..layers import rank_padding
+from ..layers.common import LoraLayer
+from .factorisation import Decomposition, decompose, decompose_matrix, groups_of
+from .weighted_checks import PRUNING, Request, check, combined_config
+
+#: from this relative error on, a rank that nobody chose is worth a warning
+WORTH_A_WARNING = 0.1
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """What `add_weighted_adapter` made.
+
+    Args:
+        adapter_name: its name.
+        rank: of its layers, but for those that its `rank_pattern` names.
+        errors: path of a layer → ‖ΔW − Σ wᵢΔWᵢ‖ / ‖Σ wᵢΔWᵢ‖, for the combination types ``"exact"``, ``"svd"`` and ``"cat"``.
+    """
+
+    adapter_name: str
+    rank: int
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def worst(self) -> float:
+        """The largest of the errors; 0 if none is known."""
+        return max(self.errors.values(), default=0.0)
+
+
+def add_weighted_adapter(
+    model: nn.Module,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "svd",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+) -> WeightedAdapter:
+    """Add an adapter made of others: Σ wᵢ·ΔWᵢ, or what the combination type makes of them. It is neither in use nor trainable.
+
+    With sᵢ = wᵢ · (scaling of the i-th adapter in a layer); the new scaling is 1:
+
+    - ``"exact"``: the best approximation of Σ wᵢΔWᵢ of rank `svd_rank`, from the factors: the sum is never formed.
+    - ``"svd"``: the same by an SVD of the sum.
+    - ``"cat"``: the sum itself, with all ranks added up.
+    - ``"linear"``: A = Σ ±√|sᵢ|·Aᵢ, B = Σ √|sᵢ|·Bᵢ. Its product has cross terms: it is not the sum.
+    - ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``: A and B each pruned to `density` and combined; with ``"_svd"``
+      behind the name it is done to the ΔWᵢ, of which then an SVD is taken.
+
+    Changes of DoRA are exact in those that work on ΔWᵢ; in the others they are refused, because A and B are not all of it. Biases of
+    `lora_bias` are summed. One plain adapter is copied, whatever the type (but ``"exact"``), its weight in A and B.
+
+    Args:
+        model: a `PeftModel`, its `base_model`, or a model with injected adapters.
+        adapters: names of LoRA adapters.
+        weights: one number for each; negative ones subtract.
+        adapter_name: of the new adapter.
+        combination_type: see above.
+        svd_rank: of the new adapter, for types with an SVD; default the largest of the adapters'.
+        svd_clamp: after an SVD, entries of A and B are cut to ± this quantile of all of them, in (0, 1].
+        svd_full_matrices: accepted; nothing depends on it.
+        svd_driver: of `torch.linalg.svd` on CUDA.
+        density: share of the entries that pruning keeps, from 0; 1 or more: all, with a warning.
+        majority_sign_method: ``"total"`` or ``"frequency"``, for types with ``"ties"``.
+
+    Returns:
+        The rank, and for ``"exact"``, ``"svd"`` and ``"cat"`` the relative error in each layer. With ``"exact"``, a rank that was not chosen and
+        an error above 10 % is also a `PeftWarning`.
+
+    Raises:
+        AdapterNotFoundError, AdapterNameError: an unknown adapter, or a new name that can't be taken.
+        ConfigError: bad arguments, or adapters that can't be combined so.
+        MergeError: the effect of an adapter is no change of a weight. The model is as before.
+    """
+    index = require_index(model)
+    for what, given in (("adapters", adapters), ("weights", weights)):
+        if isinstance(given, str) or not isinstance(given, Iterable):
+            raise ConfigError(f"{what}={given!r} is a {type(given).__name__}", hint="give lists of the same length: names of adapters, and numbers")
+    request = Request(tuple(adapters), tuple(weights), combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+    layers = check(index, request)
+    if len(request.adapters) == 1 and combination_type != "exact" and not any(set(names) & layer.variants.keys() for layer, names in layers.values()):
+        request = replace(request, combination_type="linear")  # nothing to combine: a copy loses nothing
+    if density is not None and density >= 1 and request.method in PRUNING:
+        warnings.warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.", PeftWarning, stacklevel=3)
+    config, ranks = combined_config(index, request, layers)
+    errors: dict[str, float] = {}
+    # with random pruning, initial values are drawn first and thrown away: a seed then gives what it gives in the reference implementation
+    add_adapter(
+        index,
+        adapter_name,
+        config,
+        creation=Creation(initialise=request.method.startswith("dare")),
+        before_commit=partial(_fill, index, request, adapter_name, layers, ranks, errors),
+    )
+    result = WeightedAdapter(adapter_name, config.r, errors)
+    if request.method == "exact" and svd_rank is None and result.worst > WORTH_A_WARNING:
+        path = max(errors, key=errors.__getitem__)
+        warnings.warn(
+            f"at rank {config.r} the weighted sum loses {result.worst:.0%} in {path!r}; "
+            f"svd_rank={max(sum(layer.r[name] for name in names) for layer, names in layers.values())} would keep all of it",
+            PeftWarning,
+            stacklevel=3,
+        )
+    return result
+
+
+def _fill(
+    index: AdapterIndex,
+    request: Request,
+    new: str,
+    layers: dict[str, tuple[LoraLayer, list[str]]],
+    ranks: dict[str, int],
+    errors: dict[str, float],
+) -> None:
+    """Write the new adapter's tensors; it exists, with zeros."""
+    weight_of = dict(zip(request.adapters, request.weights, strict=True))
+    with torch.no_grad():
+        for path, (layer, names) in layers.items():
+            weights = {name: float(weight_of[name]) for name in names}
+            a, b, error = _combined(layer, weights, request, ranks[path])
+            if error is not None:
+                errors[path] = error
+            target_a, target_b = layer.factors(new)
+            target_a.copy_(a)
+            target_b.copy_(b)
+            betas = [weight * layer.scaling[name] * beta for name, weight in weights.items() if (beta := layer.beta(name)) is not None]
+            if betas:
+                layer.bias_holder(new).get_parameter("bias").copy_(torch.stack(betas).sum(0))
+    _copy_saved(index, request, new)
+
+
+def _copy_saved(index: AdapterIndex, request: Request, new: str) -> None:
+    """Give the new adapter the copies of modules that one of the others saves whole."""
+    for (kind, _), module in index.modules_of(new):
+        if kind == "LORA":
+            continue
+        source = next((name for name in request.adapters if name in module.adapters()), None)
+        if source is not None:
+            read = module.slots(source)
+            for end, slot in module.slots(new).items():
+                slot.write(read[end].read())
+
+
+# ---- one layer ----------------------------------------------------------------------------------------------------------
+
+
+def _combined(layer: LoraLayer, weights: dict[str, float], request: Request, rank: int) -> tuple[Tensor, Tensor, float | None]:
+    """Return A and B as matrices for a new adapter with scaling 1, and how far off they are, where that is known."""
+    method, svd = request.method, request.takes_svd
+    if method == "cat":
+        return (*_stacked(layer, weights, rank), 0.0)
+    if not svd:
+        return (*_by_factors(layer, weights, request), None)
+    if method == "exact":
+        found = decompose(layer, weights)
+    else:
+        # in the base's own layout: a seed then prunes the entries that it prunes in the reference implementation
+        changes = [layer.get_delta_weight(name) for name in weights]
+        total = layer.ops.matrix(request.merger(changes, list(weights.values())))
+        found = _decomposed(total, groups_of(layer), request.svd_driver)
+    a, b = found.factors(rank)
+    if request.svd_clamp is not None:
+        bound = _quantile(torch.cat([a.flatten(), b.flatten()]), request.svd_clamp)
+        a, b = a.clamp(-bound, bound), b.clamp(-bound, bound)
+    known = method in ("exact", "svd") and request.svd_clamp is None
+    return a, b, found.error(rank) if known else None
+
+
+def _decomposed(matrix: Tensor, groups: int, driver: str | None) -> Decomposition:
+    if driver is None or not matrix.is_cuda:
+        return decompose_matrix(matrix, groups)
+    parts = matrix.reshape(groups, -1, matrix.shape[1]).float()
+    u, s, vt = torch.linalg.svd(parts, full_matrices=False, driver=driver)
+    return Decomposition(u, s, vt, matrix.dtype)
+
+
+def _stacked(layer: LoraLayer, weights: dict[str, float], rank: int) -> tuple[Tensor, Tensor]:
+    """Return the factors of the sum: A the sᵢAᵢ one under the other, B the Bᵢ side by side, and zeros up to the rank."""
+    parts_a, parts_b = [], []
+    for name, weight in weights.items():
+        a, b = _used(layer, name)
+        parts_a.append(a.reshape(-1, b.shape[1], a.shape[1]) * (weight * layer.scaling[name]))
+        parts_b.append(b)
+    a, b = torch.cat(parts_a, 1).flatten(0, 1), torch.cat(parts_b, 1)
+    padded_rank = b.shape[1] * rank // sum(layer.r[name] for name in weights)
+    return rank_padding.padded("lora_A.weight", a, b.shape[1], padded_rank), rank_padding.padded("lora_B.weight", b, b.shape[1], padded_rank)
+
+
+def _by_factors(layer: LoraLayer, weights: dict[str, float], request: Request) -> tuple[Tensor, Tensor]:
+    """Return A and B each combined by itself, with the square roots of the weights."""
+    scales = [weight * float(layer.scaling[name]) for name, weight in weights.items()]
+    roots = [math.sqrt(abs(scale)) for scale in scales]
+    signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
+    pairs = [_used(layer, name) for name in weights]
+    return request.merger([a for a, _ in pairs], signed), request.merger([b for _, b in pairs], roots)
+
+
+def _used(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
+    """Return A and B without the padded_rank that they may have for larger ranks."""
+    a, b = layer.factors(adapter)
+    columns = layer.used_rank.get(adapter)
+    if columns is None:
+        return a, b
+    return rank_padding.unpadded("lora_A.weight", a, b.shape[1], columns), rank_padding.unpadded("lora_B.weight", b, b.shape[1], columns)
+
+
+def _quantile(values: Tensor, q: float) -> Tensor:
+    """Return the q-quantile by linear interpolation, for any number of values (`torch.quantile` takes 16 million)."""
+    ordered = values.float().sort().values
+    place = q * (ordered.numel() - 1)
+    low = int(place)
+    high = min(low + 1, ordered.numel() - 1)
+    return (ordered[low] + (ordered[high] - ordered[low]) * (place - low)).to(values.dtype)
