@@ -7,7 +7,7 @@ import graphlib
 import grimp
 import pytest
 
-PACKAGES = ("peft_core", "peft_loha", "peft_prompt", "peft_tokens")
+PACKAGES = ("peft_core", "peft_lora", "peft_loha", "peft_prompt", "peft_tokens")
 
 
 def import_graph(package: str) -> dict[str, set[str]]:
