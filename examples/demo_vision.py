@@ -222,7 +222,7 @@ def fit_head(features: Tensor, labels: Tensor, penalty: float) -> nn.Linear:
 # ---------------------------------------------------------------- adapters
 
 
-def fitted(method: Method, parts: Mapping[str, Part], seed: int, learning_rate: float) -> tuple[Any, float, float]:
+def adapted_config(method: Method, parts: Mapping[str, Part], seed: int, learning_rate: float) -> tuple[Any, float, float]:
     """Return a fresh model with the adapter trained, its accuracy on the test split before, and the seconds it took."""
     base = fresh_base(seed)
     model = peft_core.get_peft_model(base, peft_core.get_peft_config(dict(method.config)))
@@ -242,7 +242,7 @@ def adapt(method: Method, parts: Mapping[str, Part], folder: Path, seed: int) ->
     """Train, save, reload onto a fresh network, merge; all compared on the test split."""
     test = parts["test"]
     with phase(f"{method.label}: train, save, reload, merge"):
-        model, before, seconds = fitted(method, parts, seed, method.learning_rate)
+        model, before, seconds = adapted_config(method, parts, seed, method.learning_rate)
         found = logits(model, test)
         model.save_pretrained(str(folder))
         # another seed: the head must come out of the file
@@ -266,7 +266,7 @@ def choose(parts: Mapping[str, Part], seed: int) -> int:
     for method in METHODS:
         for rate in RATES:
             with phase(f"{method.label}, learning rate {rate}"):
-                model, _, _ = fitted(method, parts, seed, rate)
+                model, _, _ = adapted_config(method, parts, seed, rate)
                 say(f"accuracy on the validation split {accuracy(logits(model, parts['validation']), parts['validation']):.3f}")
     return 0
 

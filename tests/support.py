@@ -23,12 +23,12 @@ from peft_core import (
     AdapterLayer,
     Call,
     Capability,
-    Creation,
-    Extras,
+    InitOptions,
     LayerConfig,
     LayerTuner,
     Plan,
     PromptLearningConfig,
+    SharedOptions,
     Slot,
     TunerBase,
     TunerSpec,
@@ -50,8 +50,8 @@ class DenseConfig(LayerConfig):
 
     default_peft_type: ClassVar[str | None] = "DENSE"
 
-    def extras(self) -> Extras:
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()), bias=self.bias)
+    def shared_options(self) -> SharedOptions:
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()), bias=self.bias)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class CueConfig(PromptLearningConfig):
 
 
 class CueTable(nn.Module):
-    def __init__(self, size: tuple[int, int], creation: Creation) -> None:
+    def __init__(self, size: tuple[int, int], init_options: InitOptions) -> None:
         super().__init__()
-        table = torch.empty(size, device="meta" if creation.meta else "cpu")
-        if not creation.meta:
+        table = torch.empty(size, device="meta" if init_options.meta else "cpu")
+        if not init_options.meta:
             table.normal_()
         self.table = nn.Parameter(table)
 

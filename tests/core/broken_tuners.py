@@ -94,7 +94,7 @@ class HasADeadParameter(SoundLayer):
 class IgnoresDisabling(SoundLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x)
-        for adapter in self.activation.selected.names:
+        for adapter in self.selection.selected.names:
             if adapter in self.scaling:
                 y = self.contribute(adapter, x, y)
         return y
@@ -125,7 +125,7 @@ class MergesSomethingElse(SoundLayer):
 
 class UnmergesByArithmetic(SoundLayer):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        plan = self.plan_merge(self.activation.names if adapter_names is None else adapter_names)
+        plan = self.plan_merge(self.selection.names if adapter_names is None else adapter_names)
         assert plan is not None
         self.merges.append(plan)
         with torch.no_grad():
@@ -151,13 +151,13 @@ class IgnoresRows(SoundLayer):
 
 class ForgetsTheSecond(SoundLayer):
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        return y if adapter != self.activation.names[0] else super().contribute(adapter, x, y)
+        return y if adapter != self.selection.names[0] else super().contribute(adapter, x, y)
 
 
 class CountsTwice(SoundLayer):
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         y = super().contribute(adapter, x, y)
-        return y if len(self.activation.names) < 2 else super().contribute(adapter, x, y)
+        return y if len(self.selection.names) < 2 else super().contribute(adapter, x, y)
 
 
 class CountsAsFeatures(SoundLayer):
@@ -195,7 +195,7 @@ class AdaptsEverything(SoundTuner):
     """Asks nobody what it may wrap."""
 
     def builder_for(self, module: nn.Module, path: str) -> Any:
-        return lambda inner: SoundLayer(inner, self.activation)
+        return lambda inner: SoundLayer(inner, self.selection)
 
 
 class NeedsThreeDimensions(SoundLayer):
@@ -244,8 +244,8 @@ class SharesItsCopies(SoundLayer):
 
 
 class HoldsAClosure(SoundLayer):
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.closure = lambda: None
 
 
@@ -305,7 +305,7 @@ class ActsWhileMerged(SoundLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward(*args, **kwargs)
-        return self.contribute("default", args[0], y) if self.merges and self.activation.cache() is not None else y
+        return self.contribute("default", args[0], y) if self.merges and self.selection.cache() is not None else y
 
 
 BROKEN: dict[str, type] = {

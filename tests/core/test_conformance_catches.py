@@ -114,7 +114,7 @@ class RefusesEmbeddings(SoundTuner):
     def refuse(self, inner: nn.Module) -> SoundLayer:
         if self.r != SoundConfig().r or self.strict:
             raise ConfigError(f"r={self.r} is not for embeddings")
-        return SoundLayer(inner, self.activation)
+        return SoundLayer(inner, self.selection)
 
 
 @pytest.mark.parametrize("registered", [RefusesEmbeddings], indirect=True, ids=["refuses"])

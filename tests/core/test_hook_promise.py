@@ -29,7 +29,7 @@ DIGEST = "f5da5f07e1ce0c87b0d82b1811dd0b8fdc24d7fac19273a52465a628e8b9e4ef"
 PROMISED = {
     "peft_tuners": (),
     "peft_default_targets": ("peft_type", "model_type"),
-    "peft_make_layer": ("peft_type", "base_layer", "activation"),
+    "peft_make_layer": ("peft_type", "base_layer", "selection"),
     "peft_convert_state_dict": ("peft_type", "state_dict", "config"),
     "peft_adapter_added": ("model", "adapter_name", "config"),
     "peft_adapter_loaded": ("model", "adapter_name", "path", "source"),

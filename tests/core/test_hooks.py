@@ -198,8 +198,8 @@ class DensePackedLayer(DenseLayer):
 
 
 def test_peft_make_layer(plug: Plug) -> None:
-    def make(peft_type: str, base_layer: Any, activation: Any) -> Any:
-        return DensePackedLayer(base_layer, activation) if peft_type == "DENSE" and isinstance(base_layer, PackedLinear) else None
+    def make(peft_type: str, base_layer: Any, selection: Any) -> Any:
+        return DensePackedLayer(base_layer, selection) if peft_type == "DENSE" and isinstance(base_layer, PackedLinear) else None
 
     plug(peft_make_layer=make)
     base = support.net()

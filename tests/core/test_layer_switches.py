@@ -107,10 +107,10 @@ def test_layers_differ() -> None:
     first, *rest = layers(model)
     first.set_adapter("a")
     assert [layer.active_adapter for layer in layers(model)] == ["a", "b", "b"]
-    assert first.activation is not rest[0].activation is rest[1].activation
+    assert first.selection is not rest[0].selection is rest[1].selection
     for layer in rest:
         layer.set_adapter("a")
-    assert len({id(layer.activation) for layer in layers(model)}) == 1, "layers in one state share what they follow"
+    assert len({id(layer.selection) for layer in layers(model)}) == 1, "layers in one state share what they follow"
 
 
 def test_switching_off_and_on_leaves_what_trains() -> None:
@@ -250,8 +250,8 @@ def test_copies_are_switched_as_the_original_is(how: str) -> None:
         layer.enable_adapters(True)
     assert torch.equal(twin(X), expected)
     assert torch.equal(model(X), support.net()(X)), "the original stays as it was"
-    assert len({id(layer.activation.root) for layer in (*layers(twin), *wrappers(twin))}) == 1
-    assert not {id(m.activation) for m in (*layers(twin), *wrappers(twin))} & {id(m.activation) for m in (*layers(model), *wrappers(model))}
+    assert len({id(layer.selection.root) for layer in (*layers(twin), *wrappers(twin))}) == 1
+    assert not {id(m.selection) for m in (*layers(twin), *wrappers(twin))} & {id(m.selection) for m in (*layers(model), *wrappers(model))}
 
 
 def test_an_adapter_that_comes_later_has_a_number_for_all() -> None:
@@ -259,8 +259,8 @@ def test_an_adapter_that_comes_later_has_a_number_for_all() -> None:
     switch(model, "a")
     inject_adapter_in_model(dense(), model, "c")
     switch(model, "c")
-    activation = layers(model)[0].activation
-    assert activation.chosen.tolist() == [False, False, True]
+    selection = layers(model)[0].selection
+    assert selection.active_mask.tolist() == [False, False, True]
 
 
 def test_wrappers_that_somebody_else_took_off() -> None:
@@ -306,8 +306,8 @@ def test_rows_of_tokens_are_auxiliary_and_hold_a_layer() -> None:
 def two_rows() -> Any:
     @support.dataclass
     class RowsConfig(DenseConfig):
-        def extras(self) -> Any:
-            return support.Extras(token_indices=[1, 2])
+        def shared_options(self) -> Any:
+            return support.SharedOptions(token_indices=[1, 2])
 
     model: Any = inject_adapter_in_model(RowsConfig(target_modules=["q_proj"]), support.llama()).eval()
     with torch.no_grad():

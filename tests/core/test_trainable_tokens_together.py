@@ -187,7 +187,7 @@ def test_the_delta_of_the_weight(model: PeftModel, merged: bool) -> None:
         model.merge_adapter()
     for layer in (base.model.embed_tokens, base.lm_head):
         assert torch.equal(layer.get_delta_weight("default"), expected)
-        assert torch.equal(layer.ops.stored(layer.delta_weight("default")).detach(), expected)
+        assert torch.equal(layer.ops.to_weight_layout(layer.delta_weight("default")).detach(), expected)
 
 
 # ---- beside an adapter of the whole table ---------------------------------------------------------------------------------

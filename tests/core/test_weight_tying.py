@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import support
-from peft_core import Capability, ConfigError, Extras, PeftModel, PeftWarning, TunerSpec, get_peft_model, get_peft_model_state_dict
+from peft_core import Capability, ConfigError, PeftModel, PeftWarning, SharedOptions, TunerSpec, get_peft_model, get_peft_model_state_dict
 from support import IDS, DenseConfig
 
 NAMES = [["embed_tokens"], ["lm_head"], ["embed_tokens", "lm_head"]]
@@ -29,8 +29,8 @@ class TiedConfig(DenseConfig):
 
     default_peft_type: ClassVar[str | None] = "TIED"
 
-    def extras(self) -> Extras:
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()), token_indices=self.tokens, ensure_weight_tying=self.tie)
+    def shared_options(self) -> SharedOptions:
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()), token_indices=self.tokens, ensure_weight_tying=self.tie)
 
 
 TIED = TunerSpec("TIED", TiedConfig, support.DenseTuner, "dense_", capabilities=Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING)

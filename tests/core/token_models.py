@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import support
-from peft_core import Capability, Extras, PeftModel, TunerSpec, get_peft_model
+from peft_core import Capability, PeftModel, SharedOptions, TunerSpec, get_peft_model
 from support import DenseConfig
 
 T = [5, 30, 2]
@@ -25,8 +25,8 @@ class RowsConfig(DenseConfig):
 
     default_peft_type: ClassVar[str | None] = "ROWS"
 
-    def extras(self) -> Extras:
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()), bias=self.bias, token_indices=self.tokens)
+    def shared_options(self) -> SharedOptions:
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()), bias=self.bias, token_indices=self.tokens)
 
 
 CAN = Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING

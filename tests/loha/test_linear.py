@@ -226,7 +226,7 @@ def test_low_rank_factors_multiply_to_the_delta(base: str) -> None:
     assert b.shape == (5, 9)
     assert a.shape == (9, 6)
     close(b @ a, flat_delta(layer))
-    close(layer.get_delta_weight("default"), layer.ops.stored(flat_delta(layer)))
+    close(layer.get_delta_weight("default"), layer.ops.to_weight_layout(flat_delta(layer)))
 
 
 def test_a_new_adapter_trains_from_zero() -> None:

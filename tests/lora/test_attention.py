@@ -312,7 +312,7 @@ def test_rows_follow_their_adapters(batch_first: bool) -> None:
     flip = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
     wanted: list[tuple[Any, ...]] = [("a",), (), ("b",), ("a", "b"), (), ("a",)]
     attention = model.get_base_model().mha
-    with model.base_model._peft_index.activation.use(Route(("a", "b"), per_row=tuple(wanted))):
+    with model.base_model._peft_index.selection.use(Route(("a", "b"), per_row=tuple(wanted))):
         found, weights = attention(flip(x), flip(x), flip(x), **call)
     for row, names in enumerate(wanted):
         with model.use_adapters(*names):

@@ -53,8 +53,8 @@ class CodesLora(QuantisedLinear):
 
 class Stranger:
     @hookimpl
-    def peft_make_layer(self, peft_type: str, base_layer: nn.Module, activation: Any) -> Any:
-        return CodesLora(base_layer, activation) if peft_type == "LORA" and isinstance(base_layer, Codes) else None
+    def peft_make_layer(self, peft_type: str, base_layer: nn.Module, selection: Any) -> Any:
+        return CodesLora(base_layer, selection) if peft_type == "LORA" and isinstance(base_layer, Codes) else None
 
 
 @pytest.fixture

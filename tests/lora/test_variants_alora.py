@@ -96,8 +96,8 @@ def test_layers_inside_a_longer_sequence_count_from_its_end() -> None:
     layer = layer_of(model)
     x = torch.randn(4, 9, 32)  # two virtual tokens before the text, say
     call = Call("CAUSAL_LM", {"input_ids": IDS}, Route(("default",)), 4, IDS.device)
-    route = next(iter(model._peft_index.speakers)).prepare(call).route
-    with torch.no_grad(), layer.activation.use(route):
+    route = next(iter(model._peft_index.call_tuners)).prepare(call).route
+    with torch.no_grad(), layer.selection.use(route):
         changed = (layer(x) != layer.get_base_layer()(x)).any(-1)
     for row, start in enumerate(STARTS):
         assert changed[row].tolist() == [place >= start + 2 for place in range(9)] if start < 7 else not changed[row].any()
@@ -183,13 +183,13 @@ def test_two_in_use_act_each_from_its_own_invocation_on() -> None:
 
 def test_only_models_with_such_an_adapter_pay_for_the_search() -> None:
     model = made(alora_invocation_tokens=None)
-    assert not model._peft_index.speakers
+    assert not model._peft_index.call_tuners
     assert torch.equal(logits(model, alora_offsets=[1, 2, 3, 4]), logits(model)), "a plain adapter does not mind"
     assert model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=1, alora_offsets=[1, 2, 3, 4]).shape == (4, 8)
     model.add_adapter("invoked", adapter())
-    assert model._peft_index.speakers
+    assert model._peft_index.call_tuners
     model.delete_adapter("invoked")
-    assert not model._peft_index.speakers
+    assert not model._peft_index.call_tuners
 
 
 # ---- generate ----------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def test_two_calls_of_generate_do_not_know_of_each_other() -> None:
     first = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options)
     model.generate(input_ids=IDS[:2, :3], attention_mask=torch.ones(2, 3, dtype=torch.long), **options)
     assert torch.equal(model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), **options), first)
-    assert not model._peft_index.activation.current().facts
+    assert not model._peft_index.selection.current().context
 
 
 def test_generating_from_embeddings_needs_offsets() -> None:
@@ -296,13 +296,13 @@ def test_flattened_tokens_are_told_apart() -> None:
 
 def test_flattened_tokens_of_a_later_step() -> None:
     model = get_peft_model(Flat(), adapter(target_modules=["expert"], task_type=None)).eval()
-    tuner, layer = model._peft_index.speakers[0], layer_of(model)
+    tuner, layer = model._peft_index.call_tuners[0], layer_of(model)
     first = tuner.prepare(Call(None, {"input_ids": IDS}, Route(("default",)), 4, IDS.device, generating=True))
     longer = torch.cat([IDS, IDS[:, :1]], 1)
     second = tuner.prepare(Call(None, {"input_ids": longer}, first.route, 4, IDS.device, generating=True))
     for tokens in (1, 8):
         x = torch.randn(4 * tokens, 6)
-        with torch.no_grad(), layer.activation.use(second.route):
+        with torch.no_grad(), layer.selection.use(second.route):
             changed = (layer(x) != layer.get_base_layer()(x)).any(-1).view(4, tokens)
         for row, start in enumerate(STARTS):
             assert changed[row].tolist() == [start < 7 and place >= start for place in range(8 - tokens, 8)]

@@ -147,7 +147,7 @@ def test_rows_may_use_the_router_or_an_adapter(paths: list[Path]) -> None:
 def test_nothing_trains_and_generate_works(paths: list[Path]) -> None:
     model = arrow(paths)
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not model._peft_index.speakers
+    assert not model._peft_index.call_tuners
     found = model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=4, do_sample=False)
     ids = IDS
     for _ in range(4):

@@ -152,7 +152,7 @@ def routed(folder: Path) -> tuple[PeftModel, Callable[[], Tensor]]:
 def test_experts_of_a_router_are_called(part: str, tmp_path: Path) -> None:
     model, call = routed(tmp_path)
     layer = layer_of(model)
-    name = next(name for name in layer.lora_A if name != layer.activation.names[0])
+    name = next(name for name in layer.lora_A if name != layer.selection.names[0])
     expected = call()
     calls: list[int] = []
     handle = part_of(layer, part, name).register_forward_hook(lambda *args: calls.append(1))

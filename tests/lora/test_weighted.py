@@ -214,7 +214,7 @@ def slow_factors(model: Any, weights: dict[str, float], method: str, density: fl
             else:
                 result[place] = sum(e * root for e, root in zip(entries, roots, strict=True))
         made.append(result)
-    return layer.ops.stored(made[1] @ made[0])
+    return layer.ops.to_weight_layout(made[1] @ made[0])
 
 
 @pytest.mark.parametrize("kind", ["linear", "embedding", "conv2d"])

@@ -28,7 +28,7 @@ def model() -> Any:
 
 
 def held(model: Any) -> int:
-    scope = model._peft_index.activation.scope
+    scope = model._peft_index.selection.scope
     return -1 if scope is None else len(scope._values)
 
 
@@ -97,12 +97,12 @@ def test_threads_share_it_and_generate_has_its_own(model: Any) -> None:
     for each in found:
         torch.testing.assert_close(each, expected)
     scopes: list[int] = []
-    hook = model.get_base_model().register_forward_hook(lambda *args: scopes.append(id(model._peft_index.activation.cache())))
+    hook = model.get_base_model().register_forward_hook(lambda *args: scopes.append(id(model._peft_index.selection.cache())))
     model.generate(input_ids=IDS, max_new_tokens=3, do_sample=False)
     hook.remove()
     assert len(set(scopes)) == 1
     assert scopes[0] != id(None)
-    assert model._peft_index.activation.cache() is None
+    assert model._peft_index.selection.cache() is None
     assert held(model) == -1
 
 

@@ -107,10 +107,10 @@ def test_the_contract_sees_what_it_should() -> None:
         "from peft_core import _MODULE_OF",
         "import peft_lora",
         "from peft_loha import LoHaConfig",
-        "def f(layer):\n    return layer._creation",
+        "def f(layer):\n    return layer._init_options",
         "class L:\n    def f(self):\n        return self._base_dtype_and_device()",
         "import importlib\nimportlib.import_module('peft_core.tuners.index')",
-        "getattr(object(), '_creation')",
+        "getattr(object(), '_init_options')",
     ):
         assert list(private_uses(code)), f"not seen: {code}"
     for code in (

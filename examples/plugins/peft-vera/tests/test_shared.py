@@ -159,7 +159,7 @@ def test_a_failed_add_leaves_no_projection() -> None:
 
 
 class _Broken(VeraConfig):
-    def extras(self):
+    def shared_options(self):
         raise RuntimeError("on purpose")
 
 

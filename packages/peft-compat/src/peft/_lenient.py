@@ -13,7 +13,7 @@ from torch import nn
 
 import peft_core
 from peft_core import PeftWarning
-from peft_core.checkpoint.load import Tensors, fill
+from peft_core.checkpoint.load import TensorSource, write_tensors
 from peft_core.checkpoint.state_dict import keyed_slots
 from peft_core.config import HUB_KEYS
 from peft_core.models import factory
@@ -64,7 +64,7 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         yield
         activate(index, [*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
-        add_adapter(index, adapter_name, config, mount_on=model, before_commit=lambda: fill(index, adapter_name, Tensors.of(tensors)) and None)
+        add_adapter(index, adapter_name, config, mount_on=model, before_commit=lambda: write_tensors(index, adapter_name, TensorSource.of(tensors)) and None)
         activate(index, active, trainable=not config.inference_mode)
         raise
 

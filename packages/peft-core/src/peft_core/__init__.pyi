@@ -11,11 +11,11 @@ from .base.view import BaseView as BaseView
 from .base.weight import MERGES as MERGES
 from .checkpoint.save import write_adapter as write_adapter
 from .checkpoint.state_dict import file_key as file_key
-from .config import Extras as Extras
 from .config import LayerConfig as LayerConfig
 from .config import PeftConfig as PeftConfig
 from .config import PeftType as PeftType
 from .config import PromptLearningConfig as PromptLearningConfig
+from .config import SharedOptions as SharedOptions
 from .config import TaskType as TaskType
 from .config import get_peft_config as get_peft_config
 from .errors import AdapterFileError as AdapterFileError
@@ -44,7 +44,7 @@ from .inspection.status import get_layer_status as get_layer_status
 from .inspection.status import get_model_status as get_model_status
 from .layers.adapter_layer import AdapterLayer as AdapterLayer
 from .layers.casting import disable_input_dtype_casting as disable_input_dtype_casting
-from .layers.creation import Creation as Creation
+from .layers.init_options import InitOptions as InitOptions
 from .layers.kinds import BaseTunerLayer as BaseTunerLayer
 from .layers.saved_modules import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .layers.slots import AdapterModule as AdapterModule
@@ -53,7 +53,7 @@ from .layers.slots import Mergeable as Mergeable
 from .layers.slots import Slot as Slot
 from .layers.slots import module_slots as module_slots
 from .layers.slots import write_tensor as write_tensor
-from .layers.token_rows import RowsLayer as RowsLayer
+from .layers.token_rows import TrainableRowsLayer as TrainableRowsLayer
 from .merging.changes import Product as Product
 from .merging.changes import Subtraction as Subtraction
 from .merging.exact import Fold as Fold
@@ -125,7 +125,7 @@ from .plugins import unregister_tuner as unregister_tuner
 from .selection.cache import CacheScope as CacheScope
 from .selection.selection import ALL as ALL
 from .selection.selection import BASE as BASE
-from .selection.selection import Activation as Activation
+from .selection.selection import AdapterSelection as AdapterSelection
 from .selection.selection import Route as Route
 from .selection.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from .tuners.call import Call as Call
@@ -138,19 +138,19 @@ from .tuners.targeting import Patterns as Patterns
 from .tuners.targeting import target_matcher as target_matcher
 from .tuners.tokens import TokenRequest as TokenRequest
 from .tuners.tokens import plan_token_rows as plan_token_rows
-from .tuners.tuner import Contents as Contents
-from .tuners.tuner import Incoming as Incoming
+from .tuners.tuner import AdapterCheckpoint as AdapterCheckpoint
+from .tuners.tuner import CheckpointTranslation as CheckpointTranslation
+from .tuners.tuner import IncomingWeights as IncomingWeights
 from .tuners.tuner import LayerTuner as LayerTuner
 from .tuners.tuner import ModuleValues as ModuleValues
 from .tuners.tuner import Plan as Plan
-from .tuners.tuner import Translation as Translation
 from .tuners.tuner import TunerBase as TunerBase
 from .tuners.tuner import Wrap as Wrap
 
 __version__: str
 __all__ = [
     "ALL",
-    "Activation",
+    "AdapterSelection",
     "AdapterFileError",
     "AdapterIndex",
     "AdapterLayer",
@@ -176,12 +176,12 @@ __all__ = [
     "CapabilityError",
     "ConfigError",
     "ConfigFileError",
-    "Contents",
-    "Creation",
+    "AdapterCheckpoint",
+    "InitOptions",
     "DuplicateTunerError",
-    "Extras",
+    "SharedOptions",
     "Fold",
-    "Incoming",
+    "IncomingWeights",
     "IncompatiblePluginError",
     "LayerConfig",
     "LayerTuner",
@@ -221,14 +221,14 @@ __all__ = [
     "Reshape",
     "Route",
     "RoutingError",
-    "RowsLayer",
+    "TrainableRowsLayer",
     "Site",
     "Slot",
     "Subtraction",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TokenRequest",
-    "Translation",
+    "CheckpointTranslation",
     "TunerBase",
     "TunerInfo",
     "TunerLayerStatus",

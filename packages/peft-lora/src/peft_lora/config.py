@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
-from peft_core.config import Extras, LayerConfig, require_number, require_positive_integer, require_probability
+from peft_core.config import LayerConfig, SharedOptions, require_number, require_positive_integer, require_probability
 from peft_core.errors import CapabilityError, ConfigError, PeftWarning, did_you_mean
 
 from .hookspecs import ExtensionSpec
@@ -253,10 +253,10 @@ class LoraConfig(LayerConfig):
             raise ConfigError(f"layer_replication={pairs!r}", hint="give pairs (start, end) of layer numbers, start < end: [(0, 3), (1, 4)]")
         self.layer_replication = [(start, end) for start, end in pairs]  # files have lists
 
-    def extras(self) -> Extras:
+    def shared_options(self) -> SharedOptions:
         """Return saved modules, trained rows and biases, and whether what is tied stays so."""
         bias = {"none": "none", "all": "all", "lora_only": "targets"}.get(self.bias, self.bias)
-        return Extras(tuple(self.modules_to_save or ()), bias, self.trainable_token_indices, bool(self.ensure_weight_tying))
+        return SharedOptions(tuple(self.modules_to_save or ()), bias, self.trainable_token_indices, bool(self.ensure_weight_tying))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file; settings as dicts."""

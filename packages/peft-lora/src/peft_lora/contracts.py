@@ -152,7 +152,7 @@ class Extension:
 
     @classmethod
     def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
-        """Return a call of the model with what the layers need to know: ``call.telling(name=...)``, found in ``layer.activation.current().facts``.
+        """Return a call of the model with what the layers need to know: ``call.telling(name=...)``, found in ``layer.selection.current().context``.
 
         In `generate` it is asked for each step (`Call.generating`), with all `input_ids` so far.
 

@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peft_core import (
-    Activation,
+    AdapterCheckpoint,
+    AdapterSelection,
     BaseView,
     Call,
+    CheckpointTranslation,
     ConfigError,
-    Contents,
-    Incoming,
+    IncomingWeights,
     LayerTuner,
     ModuleValues,
     PeftWarning,
     Plan,
     Reshape,
-    Translation,
     TunerSpec,
     Wrap,
     is_conv1d,
@@ -53,9 +53,9 @@ class LoraTuner(LayerTuner):
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
 
-    def __init__(self, spec: TunerSpec, activation: Activation) -> None:
+    def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments())))
-        super().__init__(dataclasses.replace(spec, call_arguments=arguments), activation)
+        super().__init__(dataclasses.replace(spec, call_arguments=arguments), selection)
         # of this model: what is offered depends on the plugins that there are
         self.__dict__["operations"] = {**type(self).operations, **offers.operations()}
         #: initialiser and variant of each adapter that was planned, by name
@@ -72,7 +72,7 @@ class LoraTuner(LayerTuner):
         Raises:
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
-        fields = loading.fitted(base, config, shared=False)
+        fields = loading.adapted_config(base, config, shared=False)
         if fields:
             config = copy.copy(config)
             for name, value in fields.items():
@@ -100,16 +100,16 @@ class LoraTuner(LayerTuner):
             raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
         if config.ensure_weight_tying:
             modules = list(with_ties(self, base, adapter, config, modules))
-        wraps = (*with_out_projections(base, modules, config, self.activation), *parameters)
+        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
         return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
-    def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+    def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
         """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
         return fused.translation(base, config, shapes)
 
-    def fitted(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
+    def adapted_config(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
         """Return the fields of a config that names projections of single experts, for a base that has all experts in one parameter."""
-        return loading.fitted(base, config)
+        return loading.adapted_config(base, config)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
@@ -142,14 +142,14 @@ class LoraTuner(LayerTuner):
 
     def further_wraps(self, base: BaseView, adapter: str, config: LoraConfig, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
         """Return the wraps of parameters."""
-        return parameter_wraps(base, adapter, config, lambda path: self.settings(config, values(path)), self.activation)
+        return parameter_wraps(base, adapter, config, lambda path: self.settings(config, values(path)), self.selection)
 
     def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
         """Return rank, alpha and the rest for one module."""
         initializer, variant = self._chosen
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
 
-    def relative_to_base(self, adapter: str, now: Contents, initial: Contents) -> Contents:
+    def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Return a PiSSA, OLoRA, CorDA or LoRA-GA adapter as plain LoRA of twice the rank for the base as it was before.
 
         Raises:
@@ -157,7 +157,7 @@ class LoraTuner(LayerTuner):
         """
         return relative_to_base(adapter, now, initial, initializer_of(now.config))
 
-    def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[Incoming]) -> Callable[[], None]:
+    def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Return what writes the weights of another adapter in the place of one, its rank and scale included.
 
         Raises:

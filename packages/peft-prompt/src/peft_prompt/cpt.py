@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, CapabilityError, ConfigError, Creation, Plan, RoutingError, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, CapabilityError, ConfigError, InitOptions, Plan, RoutingError, Slot, TunerBase, VirtualTokens
 
 from . import cpt_loss, dimensions
 from .config import CPTConfig
@@ -33,18 +33,18 @@ class CPTEmbedding(Encoder):
         config: the context and how far it may move.
         width: of an embedding.
         words: the base's vocabulary, for P; None: a file supplies it.
-        creation: whether starting values are needed.
+        init_options: whether starting values are needed.
     """
 
     types: Tensor
 
-    def __init__(self, config: CPTConfig, width: int, words: Words | None, creation: Creation) -> None:
+    def __init__(self, config: CPTConfig, width: int, words: Words | None, init_options: InitOptions) -> None:
         super().__init__()
         ids = config.cpt_token_ids or []
         self.epsilons = config.opt_projection_epsilon, config.opt_projection_format_epsilon
-        device = "meta" if creation.meta else "cpu"
+        device = "meta" if init_options.meta else "cpu"
         table = torch.zeros(len(ids), width, device=device)
-        if words is not None and creation.initialise and not creation.meta:
+        if words is not None and init_options.initialise and not init_options.meta:
             torch.randn(2, *table.shape)  # other writers of the format draw two tables first: one seed gives the same numbers after it
             table = words(torch.tensor(ids))
         self.embedding = nn.Module()
@@ -139,7 +139,7 @@ class CPTTuner(TunerBase):
         for adapter, rows in call.share(encoders):
             used.append((adapter, rows, sum(tokens.length for tokens in call.virtual if tokens.embeds is not None)))
             encoder = encoders[adapter]
-            call = call.adding(VirtualTokens(rows, embeds=self.activation.cached_result("tokens", encoder, partial(encoder, "tokens"))))
+            call = call.adding(VirtualTokens(rows, embeds=self.selection.cached_result("tokens", encoder, partial(encoder, "tokens"))))
         if not used or not isinstance(labels, Tensor):
             return call
         types = _types(call.arguments.get(ARGUMENT), labels)

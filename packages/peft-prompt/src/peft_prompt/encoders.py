@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from peft_core import Creation, Slot, module_slots
+from peft_core import InitOptions, Slot, module_slots
 
 #: key of what every reader of the format knows, and what stands before the keys that only we know
 TABLE, OWN = "prompt_embeddings", "prompt_encoder."
@@ -56,7 +56,7 @@ class TableEncoder(Encoder):
         network: makes the network's parts, by the names under which they are children; None: there is none.
         inner: width of the table that the network reads.
         frozen: the adapter is for inference: the result is enough.
-        creation: whether starting values are needed, and where.
+        init_options: whether starting values are needed, and where.
         start: makes the starting values of a table without a network.
     """
 
@@ -66,7 +66,7 @@ class TableEncoder(Encoder):
         network: Callable[[], Mapping[str, nn.Module]] | None,
         inner: int,
         frozen: bool,
-        creation: Creation,
+        init_options: InitOptions,
         start: Callable[[Tensor], Tensor] = torch.Tensor.normal_,
     ) -> None:
         super().__init__()
@@ -74,14 +74,14 @@ class TableEncoder(Encoder):
         self.network = network
         self.parts: tuple[str, ...] = ()
         if network is not None and not frozen:
-            with torch.device("meta" if creation.meta else "cpu"):
+            with torch.device("meta" if init_options.meta else "cpu"):
                 self.embedding = nn.Embedding(shape[0], inner)
                 for name, part in network().items():
                     self.add_module(name, part)
                     self.parts += (name,)
         else:
-            table = torch.empty(shape, device="meta" if creation.meta else "cpu")
-            if creation.initialise and not creation.meta:
+            table = torch.empty(shape, device="meta" if init_options.meta else "cpu")
+            if init_options.initialise and not init_options.meta:
                 table = start(table)
             self.embedding = nn.Embedding(*shape, _weight=table)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, Creation, Plan, RoutingError, Site, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, InitOptions, Plan, RoutingError, Site, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import MultitaskPromptTuningConfig
@@ -32,21 +32,21 @@ class MultitaskPromptEmbedding(Encoder):
         size: (tokens, hidden) of P; with two submodules the tokens of the encoder, then those of the decoder.
         words: the base's vocabulary, for starting values; None: the config needs none.
         two: the base has an encoder and a decoder.
-        creation: whether starting values are needed.
+        init_options: whether starting values are needed.
 
     Raises:
         AdapterFileError, AdapterWeightsError: the source can't be used.
     """
 
-    def __init__(self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, two: bool, creation: Creation) -> None:
+    def __init__(self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, two: bool, init_options: InitOptions) -> None:
         super().__init__()
         self.count = int(config.num_virtual_tokens or 0)
         self.tasks, ranks = config.num_tasks, config.num_ranks
         self.for_decoder = two and size[0] > self.count
-        device = "meta" if creation.meta else "cpu"
+        device = "meta" if init_options.meta else "cpu"
         table = torch.empty(size, device=device)
         cols, rows = torch.empty(self.tasks, size[0], ranks, device=device), torch.empty(self.tasks, ranks, size[1], device=device)
-        if creation.initialise and not creation.meta:
+        if init_options.initialise and not init_options.meta:
             table = starting_table(table, config, words)
             for factor in (cols, rows):
                 factor.normal_(std=STD)
@@ -118,7 +118,7 @@ class MultitaskPromptTuner(TunerBase):
             own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
             same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
             compute = partial(encoder, "tokens", own, same)
-            for site, embeds in compute() if same is None else self.activation.cached_result("tokens", encoder, compute, key=same):
+            for site, embeds in compute() if same is None else self.selection.cached_result("tokens", encoder, compute, key=same):
                 call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
         return call
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Creation, PeftWarning, Plan
+from peft_core import BaseView, InitOptions, PeftWarning, Plan
 
 from . import dimensions
 from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
@@ -28,17 +28,17 @@ class PromptEncoder(TableEncoder):
     Args:
         config: the network.
         size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
-        creation: whether starting values are needed.
+        init_options: whether starting values are needed.
     """
 
-    def __init__(self, config: PromptEncoderConfig, size: tuple[int, int], creation: Creation) -> None:
+    def __init__(self, config: PromptEncoderConfig, size: tuple[int, int], init_options: InitOptions) -> None:
         self.count = int(config.num_virtual_tokens or 0)
         hidden = int(config.encoder_hidden_size or size[1])
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
             network = partial(_lstm, size[1], hidden, config.encoder_num_layers, config.encoder_dropout)
         else:
             network = partial(_mlp, size[1], hidden)
-        super().__init__(size, network, size[1], config.inference_mode, creation)
+        super().__init__(size, network, size[1], config.inference_mode, init_options)
 
     def compute(self, weight: Tensor) -> Tensor:
         """Return the virtual tokens (tokens, hidden) from `weight`, the table that the network reads, of the same shape."""

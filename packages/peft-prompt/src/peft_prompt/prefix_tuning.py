@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, Creation, Plan, Site, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, InitOptions, Plan, Site, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import PrefixTuningConfig
@@ -37,11 +37,11 @@ class PrefixEncoder(TableEncoder):
     Args:
         config: projection and starting values.
         found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`.
-        creation: whether starting values are needed.
+        init_options: whether starting values are needed.
         site: where the prefix goes.
     """
 
-    def __init__(self, config: PrefixTuningConfig, found: Mapping[str, Any], creation: Creation, site: Site = Site.INPUT) -> None:
+    def __init__(self, config: PrefixTuningConfig, found: Mapping[str, Any], init_options: InitOptions, site: Site = Site.INPUT) -> None:
         self.count: int = int(config.num_virtual_tokens or 0)
         self.layers: int = found["num_layers"]
         self.heads: int = found["num_attention_heads"]
@@ -54,10 +54,10 @@ class PrefixEncoder(TableEncoder):
         how = config.init_weights
         network = partial(_network, width, int(config.encoder_hidden_size or width), total, how) if config.prefix_projection else None
         starts: dict[str, Callable[[Tensor], Tensor]] = {"zero": torch.Tensor.zero_, "neutral": partial(_values_alone, width)}
-        super().__init__((self.count, total), network, width, config.inference_mode, creation, starts.get(how or "", torch.Tensor.normal_))
+        super().__init__((self.count, total), network, width, config.inference_mode, init_options, starts.get(how or "", torch.Tensor.normal_))
         self.gate: nn.Parameter | None = None
         if how == "neutral":
-            self.gate = nn.Parameter(torch.full((self.count,), GATE, device="meta" if creation.meta else "cpu"))
+            self.gate = nn.Parameter(torch.full((self.count,), GATE, device="meta" if init_options.meta else "cpu"))
 
     def compute(self, weight: Tensor) -> Tensor:
         """Return all keys and values (tokens, 2·layers·width) from `weight`, the table that the network reads (tokens, width)."""
@@ -119,6 +119,6 @@ class PrefixTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder = encoders[adapter]
-            keys_values, weights = self.activation.cached_result("offered", encoder, partial(encoder, "offered"))
+            keys_values, weights = self.selection.cached_result("offered", encoder, partial(encoder, "offered"))
             call = call.adding(VirtualTokens(rows, site=encoder.site, keys_values=keys_values, weights=weights))
         return call

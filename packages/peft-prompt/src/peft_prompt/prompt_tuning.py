@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, Creation, Plan, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
 from .config import PromptTuningConfig
@@ -24,14 +24,14 @@ class PromptEmbedding(Encoder):
         config: how it starts.
         size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
         words: the base's vocabulary, for starting values; None: the config needs none.
-        creation: whether starting values are needed.
+        init_options: whether starting values are needed.
     """
 
-    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], words: Words | None, creation: Creation) -> None:
+    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], words: Words | None, init_options: InitOptions) -> None:
         super().__init__()
         self.count = int(config.num_virtual_tokens or 0)
-        table = torch.empty(size, device="meta" if creation.meta else "cpu")
-        if creation.initialise and not creation.meta:
+        table = torch.empty(size, device="meta" if init_options.meta else "cpu")
+        if init_options.initialise and not init_options.meta:
             table = starting_table(table, config, words)
         self.embedding = nn.Embedding(*size, _weight=table)
 
@@ -67,5 +67,5 @@ class PromptTuner(TunerBase):
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder, what = encoders[adapter], "all_tokens" if call.entire else "tokens"
-            call = call.adding(VirtualTokens(rows, embeds=self.activation.cached_result(what, encoder, partial(encoder, what))))
+            call = call.adding(VirtualTokens(rows, embeds=self.selection.cached_result(what, encoder, partial(encoder, what))))
         return call

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from peft_core import RowsLayer
+from peft_core import TrainableRowsLayer
 
 
-class TrainableTokensLayer(RowsLayer):
-    """E' = E with E'[T] = D around an embedding, or around the output layer that shares its weight; see `peft_core.RowsLayer`.
+class TrainableTokensLayer(TrainableRowsLayer):
+    """E' = E with E'[T] = D around an embedding, or around the output layer that shares its weight; see `peft_core.TrainableRowsLayer`.
 
     Adapters may train the same rows; where several are in use at once, the last one's count.
 

@@ -27,7 +27,7 @@ class TrainableTokensTuner(TunerBase):
         rows = TokenRequest(config.token_indices, random=not config.init_weights)
         if config.target_modules is not None:
             rows = dataclasses.replace(rows, indices=dict.fromkeys(_targets(base, config), config.token_indices))
-        plan = plan_token_rows(base, adapter, rows, self.activation, TrainableTokensLayer)
+        plan = plan_token_rows(base, adapter, rows, self.selection, TrainableTokensLayer)
         return plan if config.target_modules is not None else dataclasses.replace(plan, resolved={"target_modules": plan.wraps[0].path})
 
 

@@ -15,11 +15,11 @@ def peft_default_targets(peft_type: str, model_type: str) -> list[str] | None:
 
 
 @hookimpl(tryfirst=True)
-def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any:
+def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any:
     from .layer import OldestPackedLayer, PackedLinear
 
     if peft_type == "OLDEST" and isinstance(base_layer, PackedLinear):
-        return OldestPackedLayer(base_layer, activation)
+        return OldestPackedLayer(base_layer, selection)
     return None
 
 

@@ -15,8 +15,8 @@ class OldestLayer(AdapterLayer):
     containers = ("oldest_u", "oldest_v")
     per_adapter = ("scaling", "notes")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.notes: dict[str, str] = {}
 
     def add(self, adapter: str, config: Any) -> None:

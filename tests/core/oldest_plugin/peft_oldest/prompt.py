@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peft_core import BaseView, Call, Creation, Plan, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, VirtualTokens
 
 
 class Cue(nn.Module):
@@ -26,8 +26,8 @@ class CueTuner(TunerBase):
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         tokens, width = config.num_virtual_tokens or 4, base.text_config.hidden_size
 
-        def build(creation: Creation) -> nn.Module:
-            return Cue(tokens, width, "meta" if creation.meta else "cpu")
+        def build(init_options: InitOptions) -> nn.Module:
+            return Cue(tokens, width, "meta" if init_options.meta else "cpu")
 
         return Plan(mounts={"prompt_encoder": build}, resolved={"token_dim": width})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_core import ALL, Activation, AdapterLayer, MergeError, ops_for
+from peft_core import ALL, AdapterLayer, AdapterSelection, MergeError, ops_for
 from torch import Tensor, nn
 
 
@@ -35,8 +35,8 @@ class IA3Layer(AdapterLayer):
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "feedforward")
     additive = False
 
-    def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
+        super().__init__(base_layer, selection)
         self.feedforward: dict[str, bool] = {}
 
     @classmethod
@@ -59,7 +59,7 @@ class IA3Layer(AdapterLayer):
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """Return x ⊙ l for each feed-forward adapter in use, on the rows that use it."""
-        route = self.activation.current()
+        route = self.selection.current()
         own = False  # whether x is a copy already
         for adapter in route.used:
             if not self.feedforward.get(adapter, False):
@@ -92,7 +92,7 @@ class IA3Layer(AdapterLayer):
 
     def merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
         """Return the weight with its rows (feed-forward: its columns) scaled, in the wider of the two dtypes: core rounds once."""
-        return weight * self.ops.stored(self.ia3_l[adapter])
+        return weight * self.ops.to_weight_layout(self.ia3_l[adapter])
 
     def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
         """Return the bias, scaled where the output is."""

@@ -54,7 +54,7 @@ class Gated(Variant):
         a, b = self.layer.factors(self.adapter)
         dropout = self.layer.dropout_of(self.adapter)
         dropped = x if dropout is None else dropout(x)
-        scale = self.layer.scaling[self.adapter] * self.layer.activation.current().facts.get(STRENGTH, 1.0)
+        scale = self.layer.scaling[self.adapter] * self.layer.selection.current().context.get(STRENGTH, 1.0)
         change = nn.functional.linear(nn.functional.linear(dropped.to(a.dtype), a), b)
         found: Tensor = (y + scale * self.gate * change).to(y.dtype)
         return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from peft_core import ConfigError, Extras
+from peft_core import ConfigError, SharedOptions
 from peft_core.config import LayerConfig, require_number, require_positive_integer, require_probability
 
 #: ours → core's
@@ -59,9 +59,9 @@ class VeraConfig(LayerConfig):
         if self.rank_pattern or self.alpha_pattern:
             raise ConfigError("the layers of VERA share one rank", hint="leave rank_pattern and alpha_pattern out")
 
-    def extras(self) -> Extras:
+    def shared_options(self) -> SharedOptions:
         """Return the saved modules and the biases."""
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()), bias=_BIAS.get(self.bias, self.bias))
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()), bias=_BIAS.get(self.bias, self.bias))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file; other readers do not know `exclude_modules`: it is written where it is used."""

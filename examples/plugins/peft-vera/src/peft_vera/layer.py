@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch.nn.functional as F
-from peft_core import Activation, AdapterLayer, ops_for
+from peft_core import AdapterLayer, AdapterSelection, ops_for
 from torch import Tensor, nn
 
 from . import formulas
@@ -23,8 +23,8 @@ class VeraLayer(AdapterLayer):
     containers = ("vera_lambda_b", "vera_lambda_d")
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "projections", "dropout")
 
-    def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
+        super().__init__(base_layer, selection)
         self.projections: dict[str, Projection] = {}  # a plain dict: as a submodule it would be saved and moved once per layer
         self.dropout: dict[str, float] = {}
 

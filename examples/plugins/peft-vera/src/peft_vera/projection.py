@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from peft_core import Creation, Slot
+from peft_core import InitOptions, Slot
 from torch import Tensor, nn
 
 from . import formulas
@@ -65,18 +65,18 @@ class Shared:
     _made: Projection | None = field(default=None, init=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
-    def __call__(self, creation: Creation) -> Projection:
-        """Return the projection, as `creation` says."""
+    def __call__(self, init_options: InitOptions) -> Projection:
+        """Return the projection, as `init_options` says."""
         with self._lock:
             if self._made is None:
-                self._made = self._make(creation)
+                self._made = self._make(init_options)
             return self._made
 
-    def _make(self, creation: Creation) -> Projection:
+    def _make(self, init_options: InitOptions) -> Projection:
         half = self.dtype in (torch.float16, torch.bfloat16)
-        dtype = self.dtype if self.dtype == torch.float64 or (half and not creation.autocast) else torch.float32
-        if self.saved and (creation.meta or not creation.initialise):  # a file will say it
-            device = torch.device("meta") if creation.meta else self.device
+        dtype = self.dtype if self.dtype == torch.float64 or (half and not init_options.autocast) else torch.float32
+        if self.saved and (init_options.meta or not init_options.initialise):  # a file will say it
+            device = torch.device("meta") if init_options.meta else self.device
             a, b = torch.zeros(self.r, self.inp, dtype=dtype, device=device), torch.zeros(self.out, self.r, dtype=dtype, device=device)
         else:
             a, b = (matrix.to(self.device, dtype) for matrix in formulas.draw(self.out, self.inp, self.r, self.seed))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peft_core import BaseView, Creation, LayerTuner, Plan, ops_for
+from peft_core import BaseView, InitOptions, LayerTuner, Plan, ops_for
 from peft_core.config import LayerConfig
 from torch import Tensor
 
@@ -62,10 +62,10 @@ class VeraTuner(LayerTuner):
 class _Sharing:
     """Fills a layer, and tells it where the projection is."""
 
-    fill: Callable[[Any, Creation], None]
+    fill: Callable[[Any, InitOptions], None]
     adapter: str
     shared: Shared
 
-    def __call__(self, layer: VeraLayer, creation: Creation) -> None:
-        self.fill(layer, creation)
-        layer.share(self.adapter, self.shared(creation))
+    def __call__(self, layer: VeraLayer, init_options: InitOptions) -> None:
+        self.fill(layer, init_options)
+        layer.share(self.adapter, self.shared(init_options))

@@ -28,7 +28,7 @@ class BaseOps(Protocol):
         """Return (out, in): for an embedding (dim, vocabulary)."""
         ...
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return `delta` (out, in) in the layout of the base's own weight."""
         ...
 
@@ -55,7 +55,7 @@ class LinearOps:
         """Return (out_features, in_features); the weight's own shape may be packed."""
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return `delta` as it is."""
         return delta
 
@@ -83,7 +83,7 @@ class Conv1DOps:
         inp, out = base.get_parameter("weight").shape
         return int(out), int(inp)
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return deltaᵀ."""
         return delta.T
 
@@ -110,7 +110,7 @@ class EmbeddingOps:
         """Return (dim, vocabulary)."""
         return int(base.embedding_dim), int(base.num_embeddings)  # type: ignore[arg-type]
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return deltaᵀ."""
         return delta.T
 
@@ -144,7 +144,7 @@ class ConvolutionOps:
         """Return (out, in / groups · ∏ kernel)."""
         return self.weight_shape[0], math.prod(self.weight_shape[1:])
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return `delta` in the shape of a kernel; a factor with one column or row is spread over the kernel's dimensions."""
         out, inp = delta.shape
         if inp == 1:
@@ -161,7 +161,7 @@ class ConvolutionOps:
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return the convolution of `x` with `delta`, strided, padded, dilated and grouped as the base does it."""
-        found: Tensor = with_weight(base, self.stored(delta))(x)
+        found: Tensor = with_weight(base, self.to_weight_layout(delta))(x)
         return found
 
 

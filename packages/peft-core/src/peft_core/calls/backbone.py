@@ -7,33 +7,33 @@ from typing import Any
 from torch import nn
 
 from ..base.undo import Undo
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from ..tuners.index import AdapterIndex
 from ..virtual_tokens.caches import PREFIX
 
 
-class BackboneDoor:
+class BackboneHook:
     """Called before a backbone runs: hands it the keys and values of the call's prefixes.
 
     Args:
-        activation: of the model.
+        selection: of the model.
     """
 
-    def __init__(self, activation: Activation) -> None:
-        self.activation = activation
+    def __init__(self, selection: AdapterSelection) -> None:
+        self.selection = selection
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        route = getattr(self.activation.local, "route", None)
-        cache = None if route is None else route.facts.get(PREFIX)
+        route = getattr(self.selection.local, "route", None)
+        cache = None if route is None else route.context.get(PREFIX)
         return None if cache is None or kwargs.get("past_key_values") is not None else (args, {**kwargs, "past_key_values": cache})
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
     """Put the door in place if some tuner takes part in calls and the model's own forward takes no cache; once."""
     backbone = index.forward.backbone
-    if backbone is None or not index.speakers or any(isinstance(hook, BackboneDoor) for hook in backbone._forward_pre_hooks.values()):
+    if backbone is None or not index.call_tuners or any(isinstance(hook, BackboneHook) for hook in backbone._forward_pre_hooks.values()):
         return
-    handle = backbone.register_forward_pre_hook(BackboneDoor(index.activation), with_kwargs=True)
+    handle = backbone.register_forward_pre_hook(BackboneHook(index.selection), with_kwargs=True)
     undo.call(handle.remove)
 
 
@@ -43,6 +43,6 @@ def uninstall(index: AdapterIndex) -> None:
     if backbone is None:
         return
     for number, hook in list(backbone._forward_pre_hooks.items()):
-        if isinstance(hook, BackboneDoor):
+        if isinstance(hook, BackboneHook):
             del backbone._forward_pre_hooks[number]
             backbone._forward_pre_hooks_with_kwargs.pop(number, None)

@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers run again in the backward pass, and have to meet then what they met in the forward pass.
 
-transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointDoor` stands in the place of that function: it
-remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs again, in whichever
+transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointHook` stands in the place of that function: it
+remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs recomputing, in whichever
 thread that happens. Nothing is swapped per call.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RoutingError
-from ..selection.selection import Activation, Route
+from ..selection.selection import AdapterSelection, Route
 from ..tuners.index import AdapterIndex
 from ..virtual_tokens import caches
 from ..virtual_tokens.caches import PREFIX
@@ -26,58 +26,58 @@ FUNCTION = "_gradient_checkpointing_func"
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
-class CheckpointDoor:
+class CheckpointHook:
     """Stands in for the function that runs a layer under checkpointing.
 
     Args:
-        activation: of the model.
+        selection: of the model.
         original: the function that it replaces.
         number: of the layer, in caches; None: it has no cache.
     """
 
-    def __init__(self, activation: Activation, original: Callable[..., Any], number: int | None) -> None:
-        self.activation = activation
+    def __init__(self, selection: AdapterSelection, original: Callable[..., Any], number: int | None) -> None:
+        self.selection = selection
         self.original = original
         self.number = number
 
     def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        route = getattr(self.activation.local, "route", None)
+        route = getattr(self.selection.local, "route", None)
         if route is None:
             if torch.compiler.is_compiling():
                 return self.original(layer, *args, **kwargs)
-            return self.original(functools.partial(_as_before, self.activation, self.activation.default, layer), *args, **kwargs)
-        cache = route.facts.get(PREFIX)
+            return self.original(functools.partial(_as_before, self.selection, self.selection.default, layer), *args, **kwargs)
+        cache = route.context.get(PREFIX)
         if cache is None or self.number is None:
-            return self.original(functools.partial(_under, self.activation, route, layer), *args, **kwargs)
+            return self.original(functools.partial(_under, self.selection, route, layer), *args, **kwargs)
         # as arguments: what checkpointing does not see as such gets its gradient in another backward pass for each layer
         pair = caches.pair_of(cache, self.number)
-        return self.original(functools.partial(_with_prefix, self.activation, route, layer, cache, self.number), *pair, *args, **kwargs)
+        return self.original(functools.partial(_with_prefix, self.selection, route, layer, cache, self.number), *pair, *args, **kwargs)
 
 
-def _as_before(activation: Activation, default: Route, layer: Callable[..., Any], *args: Any) -> Any:
+def _as_before(selection: AdapterSelection, default: Route, layer: Callable[..., Any], *args: Any) -> Any:
     """Run a layer under the adapters of the forward pass, `default`, whatever was switched since.
 
     Raises:
         RoutingError: adapters were switched, and some layers follow a choice of their own, which is not known any more.
     """
-    if activation.default.names == default.names:
+    if selection.default.names == default.names:
         return layer(*args)
-    if default.used and activation.variants:
+    if default.used and selection.variants:
         raise RoutingError(
             "adapters were switched between a forward pass and its backward pass under gradient checkpointing, and some layers were switched by "
             "themselves",
             hint="call backward() before switching adapters",
         )
-    return _under(activation, default, layer, *args)
+    return _under(selection, default, layer, *args)
 
 
-def _under(activation: Activation, route: Route, layer: Callable[..., Any], *args: Any) -> Any:
-    with activation.use(route):
+def _under(selection: AdapterSelection, route: Route, layer: Callable[..., Any], *args: Any) -> Any:
+    with selection.use(route):
         return layer(*args)
 
 
 def _with_prefix(
-    activation: Activation, route: Route, layer: Callable[..., Any], cache: Any, number: int, keys: Tensor, values: Tensor, *args: Any
+    selection: AdapterSelection, route: Route, layer: Callable[..., Any], cache: Any, number: int, keys: Tensor, values: Tensor, *args: Any
 ) -> Any:
     """Run a layer with a cache that begins with keys and values (batch, heads, n, head_dim).
 
@@ -87,10 +87,10 @@ def _with_prefix(
     if isinstance(layer, functools.partial):
         for name in _CACHES:
             if name in layer.keywords:
-                return _under(activation, route, functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), *args)
+                return _under(selection, route, functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), *args)
         place = _place(layer.func) - len(layer.args)
         if 0 <= place < len(args):
-            return _under(activation, route, layer, *args[:place], cache, *args[place + 1 :])
+            return _under(selection, route, layer, *args[:place], cache, *args[place + 1 :])
     raise ModelError(
         "keys and values can't be prepended while gradient checkpointing is on: this model's layers can't be given a cache then",
         hint="call gradient_checkpointing_disable() on the base",
@@ -119,13 +119,13 @@ def prepare(index: AdapterIndex) -> bool:
     waiting = []
     for module in index.view.checkpointable:
         function = module.__dict__.get(FUNCTION) if module.gradient_checkpointing else None
-        if isinstance(function, CheckpointDoor) and function.activation is index.activation:
+        if isinstance(function, CheckpointHook) and function.selection is index.selection:
             return True  # switched on before, and for all
         if function is not None:
             waiting.append((module, function))
     encoder = _encoder(index) if waiting else frozenset()
     for module, function in waiting:
-        module.__dict__[FUNCTION] = CheckpointDoor(index.activation, function, None if module in encoder else _number(module))
+        module.__dict__[FUNCTION] = CheckpointHook(index.selection, function, None if module in encoder else _number(module))
     return bool(waiting)
 
 
@@ -146,5 +146,5 @@ def uninstall(base: nn.Module) -> None:
     """Put back what doors replaced."""
     for module in base.modules():
         door = module.__dict__.get(FUNCTION)
-        if isinstance(door, CheckpointDoor):
+        if isinstance(door, CheckpointHook):
             module.__dict__[FUNCTION] = door.original

@@ -30,7 +30,7 @@ _OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_
 _OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
 
 
-class GenerationDoor:
+class GenerationHook:
     """Stands in for the base's method: same signature, holds no closure, so that copies and pickles of the model keep working."""
 
     def __init__(self, index: AdapterIndex, replaced: Callable[..., Any] | None) -> None:
@@ -50,15 +50,15 @@ class GenerationDoor:
         return inspect.signature(self.original)  # generate() checks its keywords against it
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        arguments = getattr(self.index.activation.local, "generating", None)
+        arguments = getattr(self.index.selection.local, "generating", None)
         prepared = self.original(input_ids, *args, **kwargs)
         if arguments is None:
             return prepared
-        local = self.index.activation.local
+        local = self.index.selection.local
         task = getattr(local, "task", None)
-        route = self.index.activation.current()
+        route = self.index.selection.current()
         call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
-        for tuner in self.index.speakers:
+        for tuner in self.index.call_tuners:
             call = tuner.prepare(call)
         if call.route is not route:  # facts: for the layers in this step, and for the tuner in the next
             route = local.route = call.route
@@ -112,10 +112,10 @@ def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, 
     Raises:
         CapabilityError: this version of transformers cuts caches to a length that does not count them.
     """
-    if not index.speakers or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+    if not index.call_tuners or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
         return
-    call = Call(task.name or None, {}, index.activation.current(), 1, torch.device("cpu"), arguments=arguments)
-    for tuner in index.speakers:
+    call = Call(task.name or None, {}, index.selection.current(), 1, torch.device("cpu"), arguments=arguments)
+    for tuner in index.call_tuners:
         call = tuner.prepare(call)
     if call.virtual:
         raise CapabilityError("assisted generation with virtual tokens needs transformers 5", hint="generate without an assistant or prompt lookup")
@@ -133,7 +133,7 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
     Raises:
         RoutingError: there is no text.
     """
-    if not index.speakers:
+    if not index.call_tuners:
         return args, kwargs
     names = ("inputs", "input_ids", "inputs_embeds", "attention_mask")
     given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
@@ -143,8 +143,8 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
         given["input_ids"] = given.pop("inputs")
     text = given.get("input_ids", given.get("inputs_embeds"))
     batch, device = batch_of({**kwargs, **given}) or (1, torch.device("cpu"))
-    call = Call(task.name or None, given, index.activation.current(), batch, device, arguments=arguments)
-    for tuner in index.speakers:
+    call = Call(task.name or None, given, index.selection.current(), batch, device, arguments=arguments)
+    for tuner in index.call_tuners:
         call = tuner.prepare(call)
     tokens = [part for part in call.virtual if part.site is Site.INPUT]
     if not tokens:
@@ -168,17 +168,17 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
 def install(index: AdapterIndex, undo: Undo) -> None:
     """Put the door in place if some tuner takes part in calls and the base can generate."""
     base = index.base
-    if not index.speakers or not hasattr(type(base), METHOD) or isinstance(base.__dict__.get(METHOD), GenerationDoor):
+    if not index.call_tuners or not hasattr(type(base), METHOD) or isinstance(base.__dict__.get(METHOD), GenerationHook):
         return
     before = base.__dict__.get(METHOD)
-    base.__dict__[METHOD] = GenerationDoor(index, before)
+    base.__dict__[METHOD] = GenerationHook(index, before)
     undo.call(uninstall, base)
 
 
 def uninstall(base: nn.Module) -> None:
     """Put back what the door replaced."""
     door = base.__dict__.get(METHOD)
-    if isinstance(door, GenerationDoor):
+    if isinstance(door, GenerationHook):
         del base.__dict__[METHOD]
         if door.replaced is not None:
             base.__dict__[METHOD] = door.replaced

@@ -51,17 +51,17 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
         AdapterNotFoundError, CapabilityError: from checking it.
     """
     if names is None:
-        return index.activation.current()
+        return index.selection.current()
     per_row = read_names(names)
     if batch is not None and len(per_row) != batch:
         raise RoutingError(
             f"Length of `adapter_names` should be the same as the number of inputs, but got {len(per_row)} and {batch} respectively",
             hint="give one entry per sample; '__base__' for none",
         )
-    if not index.activation.enabled:
+    if not index.selection.enabled:
         return Route()
     check_moment(index)
-    scope = index.activation.cache()
+    scope = index.selection.cache()
     if scope is not None:  # layers keep what they stack for a route under that route
         return scope.get(("route", tuple(index.configs), per_row), lambda: _checked(index, per_row))
     return _checked(index, per_row)

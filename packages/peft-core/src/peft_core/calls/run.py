@@ -41,21 +41,21 @@ def run(
     batch, device = known
     route = route_for(index, names, batch)
     call = Call(task.name or None, inputs, route, batch, device, arguments=arguments)
-    for tuner in index.speakers:
+    for tuner in index.call_tuners:
         call = tuner.prepare(call)
-    again = checkpointing.prepare(index)
-    if call.virtual and (again or index.forward.backbone is not None):
+    recomputing = checkpointing.prepare(index)
+    if call.virtual and (recomputing or index.forward.backbone is not None):
         call = call.telling()  # a route of its own, in which prefixes wait for the layers
     call, first = reuse.shortened(index, call, base)
-    with index.activation.use(call.route):  # embedding the text, too, is up to the adapters of its row
-        assembled = assemble(call, index.forward, task, again=again)
+    with index.selection.use(call.route):  # embedding the text, too, is up to the adapters of its row
+        assembled = assemble(call, index.forward, task, recomputing=recomputing)
         output = base(**assembled.inputs)
     if not index.forward.reads_cache:
         check_cache_was_read(index.forward, call, assembled.inputs)
     output = task.cut(output, assembled.lead, assembled.length)
     if first is not EMPTY:
         output = reuse.led_by(output, first, task)
-    for tuner in reversed(index.speakers):
+    for tuner in reversed(index.call_tuners):
         output = tuner.finish(call, output)
     return output
 
@@ -63,12 +63,12 @@ def run(
 @contextlib.contextmanager
 def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Let the door see this thread's steps of `generate` as ours, until the block ends."""
-    local = index.activation.local
+    local = index.selection.local
     before = getattr(local, "generating", None), getattr(local, "task", None)
     route = route_for(index, names)
     local.generating, local.task = arguments, task.name or None
     try:
-        with index.activation.use(route):
+        with index.selection.use(route):
             yield
     finally:
         local.generating, local.task = before
@@ -77,7 +77,7 @@ def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None,
 def virtual_length(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, batch: int, arguments: Mapping[str, Any]) -> int:
     """Return how many virtual tokens a call puts before the text."""
     call = Call(task.name or None, {}, route_for(index, names), batch, torch.device("cpu"), arguments=arguments)
-    for tuner in index.speakers:
+    for tuner in index.call_tuners:
         call = tuner.prepare(call)
     return sum(tokens.length for tokens in call.virtual)
 
@@ -104,7 +104,7 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
         return
     length = sum(tokens.length for tokens in call.virtual if tokens.keys_values is not None)
     cache = inputs.get("past_key_values")
-    cache = call.route.facts.get(PREFIX) if cache is None else cache
+    cache = call.route.context.get(PREFIX) if cache is None else cache
     own: Any = getattr(cache, "self_attention_cache", cache)
     if not length or not hasattr(own, "layers"):
         return

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
-from ..layers.token_rows import RowsLayer
+from ..layers.token_rows import TrainableRowsLayer
 from ..tuners.index import AdapterIndex
 from ..tuners.saved_modules import SAVED
 from ..tuners.targeting import target_matcher
@@ -57,8 +57,8 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         layers = [layer for layer in (index.view.embeddings, index.view.output_embeddings) if layer is not None]
     except ModelError:
         return {}
-    own = index.own[adapter]
-    rows = {path: key for key in own for path in [key[1]] if isinstance(index.entries[key], RowsLayer)}
+    own = index.keys_by_adapter[adapter]
+    rows = {path: key for key in own for path in [key[1]] if isinstance(index.modules[key], TrainableRowsLayer)}
     wrappers = {path for (method, path) in own if method and not method.startswith("@") and path not in rows}
     saved = {path for (method, path) in own if method == SAVED}
     prefix = index.prefix(adapter) if wrapped else ""
@@ -81,7 +81,7 @@ def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) ->
     return {
         f"{prefix}{path}.{key}": slot
         for (_, path), module in index.modules_of(adapter)
-        if isinstance(module, RowsLayer)
+        if isinstance(module, TrainableRowsLayer)
         for key, slot in module.further_slots(adapter).items()
     }
 
@@ -95,7 +95,7 @@ def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None
         else:
             embedded = any(name in targets for name in EMBEDDING_LAYER_NAMES)
         # of an embedding whose rows train, the rest of the table is the base's
-        if embedded and not any(isinstance(index.entries[key], RowsLayer) for key in index.own[adapter]):
+        if embedded and not any(isinstance(index.modules[key], TrainableRowsLayer) for key in index.keys_by_adapter[adapter]):
             return "embedding layers are targeted"
     original = _local_vocabulary(config.base_model_name_or_path)
     current = getattr(index.view.text_config, "vocab_size", None)

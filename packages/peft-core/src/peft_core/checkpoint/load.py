@@ -29,7 +29,7 @@ class LoadResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tensors:
+class TensorSource:
     """Where tensors come from: shapes now, values later.
 
     Args:
@@ -45,12 +45,12 @@ class Tensors:
     writer: str = ""
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], origin: str = "the given state dict") -> Tensors:
+    def of(cls, tensors: Mapping[str, Tensor], origin: str = "the given state dict") -> TensorSource:
         """Return tensors that are in memory already."""
         return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, origin)
 
     @classmethod
-    def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> Tensors:
+    def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> TensorSource:
         """Return the tensors of a file, renamed and converted as the caller and plugins want."""
         rename = key_renamer(key_mapping)
         noted = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
@@ -64,7 +64,7 @@ class Tensors:
         return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), noted)
 
 
-def translated(index: AdapterIndex, config: PeftConfig, source: Tensors) -> Tensors:
+def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) -> TensorSource:
     """Return the tensors as they belong on this base; where they were written for another layout of it, the config changes, too.
 
     Raises:
@@ -77,11 +77,11 @@ def translated(index: AdapterIndex, config: PeftConfig, source: Tensors) -> Tens
     for name, value in found.fields.items():
         setattr(config, name, value)
     tensors = found.convert({key.removeprefix(WRAPPER_PREFIX): tensor for key, tensor in source.read().items()})
-    return replace(Tensors.of(tensors, source.origin), writer=source.writer)
+    return replace(TensorSource.of(tensors, source.origin), writer=source.writer)
 
 
-def fill(
-    index: AdapterIndex, adapter: str, source: Tensors, *, wrapped: bool = True, strict: Strict = True, ignore_mismatched_sizes: bool = False
+def write_tensors(
+    index: AdapterIndex, adapter: str, source: TensorSource, *, wrapped: bool = True, strict: Strict = True, ignore_mismatched_sizes: bool = False
 ) -> LoadResult:
     """Write the tensors of `source` into an adapter.
 
@@ -139,7 +139,7 @@ def fill(
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
-    index.activation.drop_cached()
+    index.selection.drop_cached()
     return LoadResult(missing, surplus)
 
 

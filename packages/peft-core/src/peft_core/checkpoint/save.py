@@ -13,7 +13,7 @@ from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..plugins import hooks
 from ..tuners.index import AdapterIndex, require_index
-from ..tuners.tuner import Contents
+from ..tuners.tuner import AdapterCheckpoint
 from . import embeddings, model_card
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target, find_weights
 from .passport import passport
@@ -72,7 +72,7 @@ def save_adapters(
                 **embeddings.tensors_to_save(index, adapter, save_embedding_layers),
             }
             if created is not None:
-                converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, Contents(config, tensors), created)
+                converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, AdapterCheckpoint(config, tensors), created)
                 config, tensors = converted.config, converted.tensors
             name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
             staged.remove(folder / other)  # an older save of the other kind would be read instead, or be taken for this one
@@ -85,9 +85,9 @@ def save_adapters(
         hooks.adapter_saved(index.base, adapter, str(folder))
 
 
-def _contents_of(folder: str | os.PathLike[str]) -> Contents:
+def _contents_of(folder: str | os.PathLike[str]) -> AdapterCheckpoint:
     """Return config and tensors of an adapter's folder."""
-    return Contents(PeftConfig.from_pretrained(folder), find_weights(folder).tensors())
+    return AdapterCheckpoint(PeftConfig.from_pretrained(folder), find_weights(folder).tensors())
 
 
 def write_adapter(

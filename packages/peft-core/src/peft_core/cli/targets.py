@@ -13,7 +13,7 @@ from ..base.view import BaseView
 from ..config import LayerConfig, PromptLearningConfig
 from ..errors import PeftError
 from ..plugins import list_tuners, registry
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from ..tuners import targeting
 from .bases import build_empty
 from .output import Report
@@ -76,7 +76,7 @@ def _defaults(view: BaseView, peft_type: str) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a plan warns of is for those who perform it
             # a whole plan and not only the names: it also says which layers the tuner does not know
-            plan = registry.tuner_class(peft_type)(spec, Activation()).plan(view, "default", config())
+            plan = registry.tuner_class(peft_type)(spec, AdapterSelection()).plan(view, "default", config())
     except PeftError as error:
         return {**row, "note": str(error)}
     found = plan.resolved.get("target_modules")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Extras, LayerConfig, PeftConfig, PromptLearningConfig, get_peft_config
+from .base import LayerConfig, PeftConfig, PromptLearningConfig, SharedOptions, get_peft_config
 from .names import PeftType, TaskType
 from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
 from .values import require_number, require_positive_integer, require_probability
@@ -11,7 +11,7 @@ __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
     "HUB_KEYS",
-    "Extras",
+    "SharedOptions",
     "LayerConfig",
     "PeftConfig",
     "PeftType",

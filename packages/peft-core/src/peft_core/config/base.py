@@ -19,7 +19,7 @@ from .values import require_number, require_positive_integer
 
 
 @dataclass(frozen=True)
-class Extras:
+class SharedOptions:
     """What a config asks of core besides its own method: see `PeftConfig.extras`.
 
     Args:
@@ -107,9 +107,9 @@ class PeftConfig:
         """Always False: kept for code that asks."""
         return False
 
-    def extras(self) -> Extras:
+    def shared_options(self) -> SharedOptions:
         """Return what this adapter wants of core besides its own method; a config without such fields wants nothing."""
-        return Extras()
+        return SharedOptions()
 
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
@@ -260,9 +260,9 @@ class LayerConfig(PeftConfig):
         for key, alpha in self.alpha_pattern.items():
             require_number(f"alpha_pattern[{key!r}]", alpha)
 
-    def extras(self) -> Extras:
+    def shared_options(self) -> SharedOptions:
         """Return the saved modules."""
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()))
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()))
 
 
 @dataclass
@@ -290,9 +290,9 @@ class PromptLearningConfig(PeftConfig):
         """True."""
         return True
 
-    def extras(self) -> Extras:
+    def shared_options(self) -> SharedOptions:
         """Return the saved modules."""
-        return Extras(modules_to_save=tuple(self.modules_to_save or ()))
+        return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()))
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:

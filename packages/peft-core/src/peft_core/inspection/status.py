@@ -85,7 +85,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     index, model = _index(model), uncompiled(model)
     prefix = "model." if index.base is not model else ""
     found = []
-    for (kind, path), module in index.entries.items():
+    for (kind, path), module in index.modules.items():
         if isinstance(module, nn.Module):
             found.append(_layer(index, f"{prefix}{path}" if kind else path, kind, module))
     return found
@@ -133,7 +133,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def _index(model: nn.Module) -> AdapterIndex:
     index = index_of(model)
-    if index is None or not any(isinstance(module, nn.Module) for module in index.entries.values()):
+    if index is None or not any(isinstance(module, nn.Module) for module in index.modules.values()):
         raise AdapterNotFoundError(
             "No adapter layers found in the model, please ensure that it's a PEFT model or that you have PEFT adapters injected in the model"
         )
@@ -141,7 +141,7 @@ def _index(model: nn.Module) -> AdapterIndex:
 
 
 def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> TunerLayerStatus:
-    activation = getattr(module, "activation", index.activation)
+    selection = getattr(module, "selection", index.selection)
     requires_grad: dict[str, bool | str] = {}
     devices: dict[str, list[str]] = {}
     for adapter in module.adapters():
@@ -152,8 +152,8 @@ def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> 
     return TunerLayerStatus(
         name=name,
         module_type=_module_type(kind, module),
-        enabled=activation.enabled,
-        active_adapters=list(activation.names),
+        enabled=selection.enabled,
+        active_adapters=list(selection.names),
         merged_adapters=module.merged_adapters if isinstance(module, AdapterLayer) else [],
         requires_grad=requires_grad,
         available_adapters=sorted(module.adapters()),

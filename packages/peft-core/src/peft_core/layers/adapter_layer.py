@@ -13,9 +13,9 @@ from ..base.ops import BaseOps, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import in_memory, is_offloaded, read_weight, write_weight
 from ..errors import MergeError, listed
-from ..selection.selection import ALL, Activation, Route
+from ..selection.selection import ALL, AdapterSelection, Route
 from .adapter_merging import AdapterMerging
-from .creation import Creation
+from .init_options import InitOptions
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
 CACHED_WEIGHT_UP_TO = 1 << 18
@@ -33,7 +33,7 @@ class AdapterLayer(AdapterMerging):
 
     Args:
         base_layer: the module to wrap; it may be an adapter layer of another tuner.
-        activation: which adapters act, shared by all layers of a model.
+        selection: which adapters act, shared by all layers of a model.
 
     Attributes:
         scaling: for each adapter the factor of its effect.
@@ -51,7 +51,7 @@ class AdapterLayer(AdapterMerging):
     base_layer: nn.Module
     matrix_shape: tuple[int, int]
 
-    def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
         super().__init__()
         self._modules["base_layer"] = base_layer
         inner = self.get_base_layer()
@@ -59,14 +59,14 @@ class AdapterLayer(AdapterMerging):
         out, inp = ops.matrix_shape(inner)
         # at once: a plain attribute set on a module costs a microsecond each, and a large model has thousands of layers
         self.__dict__.update(
-            activation=activation,
+            selection=selection,
             scaling={},
             merges=[],
             shifts={},
             shared_weight=False,
             ops=ops,
             matrix_shape=(out, inp),
-            _creation=Creation(),
+            _init_options=InitOptions(),
         )
 
     @classmethod
@@ -100,8 +100,8 @@ class AdapterLayer(AdapterMerging):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
         if not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
-            if torch.is_grad_enabled() and self.activation.root.scope is not None:
-                self.activation.cache()  # empties it: an optimiser may follow
+            if torch.is_grad_enabled() and self.selection.root.scope is not None:
+                self.selection.cache()  # empties it: an optimiser may follow
             fused = self.fused_forward(args[0]) if len(args) == 1 and not kwargs else None
             if fused is not None:
                 return fused
@@ -109,20 +109,20 @@ class AdapterLayer(AdapterMerging):
         y: Tensor = base(*args, **kwargs)
         if self.merges:
             return y
-        activation = self.activation
-        route = getattr(activation.local, "route", None)
-        chosen = None
+        selection = self.selection
+        route = getattr(selection.local, "route", None)
+        active = None
         if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
-            chosen = activation.chosen if route is None else route.chosen
+            active = selection.active_mask if route is None else route.active_mask
         if route is None:
-            route = activation.default
-        if chosen is None and not any(name in self.scaling for name in route.used):
+            route = selection.default
+        if active is None and not any(name in self.scaling for name in route.used):
             return y
         x = args[0] if args else _first_argument(base, kwargs)
         if not returns_new_tensor(base):  # somebody may hold on to what it returns, or it is kept for gradients
             y = y.clone()
-        if chosen is not None:
-            return self.contribute_chosen(chosen, x, y)
+        if active is not None:
+            return self.contribute_masked(active, x, y)
         if is_offloaded(base):
             with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
@@ -145,10 +145,10 @@ class AdapterLayer(AdapterMerging):
 
     def only_adapter(self) -> str | None:
         """Return the adapter that acts here on all rows, if it is the only one and nothing is merged; None elsewhere."""
-        activation = self.activation
-        route = getattr(activation.local, "route", None)
+        selection = self.selection
+        route = getattr(selection.local, "route", None)
         if route is None:
-            route = activation.default
+            route = selection.default
         if route.per_row is not None or self.merges:
             return None
         names = route.names
@@ -166,7 +166,7 @@ class AdapterLayer(AdapterMerging):
             adapter: the only one that acts; its whole effect is a change of weight and bias.
             x: (…, in).
         """
-        scope = self.activation.open_scope()
+        scope = self.selection.open_scope()
         if scope is None or self.training or torch.is_grad_enabled():
             return None
         base: Any = self._modules["base_layer"]
@@ -193,38 +193,38 @@ class AdapterLayer(AdapterMerging):
         """
         factor, changed_bias = self.weight_factor(adapter), self.merged_bias(adapter, bias)
         changed = self.merged_weight(adapter, weight)
-        changed = changed if factor is None else changed * self.ops.stored(factor)
+        changed = changed if factor is None else changed * self.ops.to_weight_layout(factor)
         return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
 
     def train(self, mode: bool = True) -> AdapterLayer:
         """Switch between training and evaluation; inside a cache scope, training closes it."""
         if mode:
-            self.activation.begin_training()
-        self.activation.drop_cached()
+            self.selection.begin_training()
+        self.selection.drop_cached()
         super().train(mode)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
         super().drop(adapter)
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
-    def contribute_chosen(self, chosen: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def contribute_masked(self, active: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.
 
         All adapters are computed and selected from, so that a graph pays for those that it does not use.
 
         Args:
-            chosen: bool (adapters,), or (rows, adapters), by the numbers in `Activation.places`.
+            active: bool (adapters,), or (rows, adapters), by the numbers in `AdapterSelection.adapter_ids`.
             x, y: as in `contribute`.
         """
         for adapter in self.scaling:
             changed = self.contribute(adapter, x, y.clone())
-            flag = chosen[..., self.activation.places[adapter]]
+            flag = active[..., self.selection.adapter_ids[adapter]]
             if flag.dim():
                 flag = flag.repeat_interleave(y.shape[0] // flag.shape[0]).view(-1, *([1] * (y.dim() - 1)))
             y = torch.where(flag, changed, y)
@@ -288,7 +288,7 @@ class AdapterLayer(AdapterMerging):
         if self.merges:
             raise MergeError(f"{listed(self.merged_adapters)} are merged into the base weight", hint="unmerge() first")
         write_weight(self.get_base_layer(), self.weight_name, weight_data)
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Return whether what the adapter does here is a sum W + ΔW, so that a low-rank product can stand for it."""
@@ -299,7 +299,7 @@ class AdapterLayer(AdapterMerging):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "activation", "scaling", "ops") or name.startswith("__"):
+            if name in ("base_layer", "selection", "scaling", "ops") or name.startswith("__"):
                 raise
             if name in self.adapter_layer_names and name not in self.containers:  # a container that other layers of the method have
                 return nn.ParameterDict()

@@ -13,7 +13,7 @@ from ..base.weight import MERGES, read_weight, require_writable
 from ..errors import AdapterNotFoundError, MergeError, listed
 from ..merging.changes import AffineChange, BiasChange, Product, Subtraction, WeightChange
 from ..merging.exact import Fold, Merge, merges_of, pristine
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from .adapter_weights import AdapterWeights
 
 
@@ -26,7 +26,7 @@ class AdapterMerging(AdapterWeights):
     weight_name: str = "weight"
     bias_name: str = "bias"
 
-    activation: Activation
+    selection: AdapterSelection
     ops: BaseOps
     merges: list[Merge]
     shifts: dict[str, Merge]
@@ -53,7 +53,7 @@ class AdapterMerging(AdapterWeights):
 
     def merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
         """Return the base weight with the adapter folded in, for effects that are no factor ⊙ (W + ΔW). Unmerging then needs a copy of W."""
-        return weight + self.ops.stored(self.delta_weight(adapter)).to(weight.dtype)
+        return weight + self.ops.to_weight_layout(self.delta_weight(adapter)).to(weight.dtype)
 
     def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
         """Return the base's bias with the adapter folded in; `bias` itself where the adapter does not change it.
@@ -112,14 +112,14 @@ class AdapterMerging(AdapterWeights):
         Raises:
             MergeError: the order of nested layers is wrong, or (`safe_merge`) the result is not finite; nothing is changed then.
         """
-        chosen = self.activation.names if adapter_names is None else tuple(adapter_names)
+        chosen = self.selection.names if adapter_names is None else tuple(adapter_names)
         refuse_wrong_order(self, chosen)
         merge = self.plan_merge(chosen)
         if merge is not None:
             merge.apply(merge.prepare(check_finite=safe_merge))
             self.merges.append(merge)
             merges_of(merge.owner).append(merge)
-            self.activation.drop_cached()
+            self.selection.drop_cached()
 
     def undo_last_merge(self) -> None:
         """Take the last merge of this layer back; it must be the last into its weight."""
@@ -127,7 +127,7 @@ class AdapterMerging(AdapterWeights):
         merge.undo()
         merges_of(merge.owner).remove(merge)
         _tidy(merge.owner)
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
     def unmerge(self) -> None:
         """Take every merged adapter out again; the base weight returns bit for bit.
@@ -137,16 +137,16 @@ class AdapterMerging(AdapterWeights):
         if self.merges:
             _take_out(self.get_base_layer(), self.merges)
             self.merges.clear()
-            self.activation.drop_cached()
+            self.selection.drop_cached()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this layer; merged ones are taken out first. Which of them train does not change."""
         if not enabled and self.merges:
             self.unmerge()
         super().enable_adapters(enabled)
-        waiting = self.activation.root.switched_off
+        waiting = self.selection.root.switched_off
         if enabled and waiting:  # whoever switches layer by layer may know of layers only
-            self.activation.root.switched_off = []
+            self.selection.root.switched_off = []
             for module in waiting:
                 module.enable_adapters(True)
 
@@ -173,7 +173,7 @@ class AdapterMerging(AdapterWeights):
             raise AdapterNotFoundError(f"this {type(self).__name__} has no adapter {adapter!r}", hint=f"it has {self.adapters()}")
         change = self.change_of((adapter,)) if not self.is_additive(adapter) else None
         if change is None:
-            return self.ops.stored(self.delta_weight(adapter))
+            return self.ops.to_weight_layout(self.delta_weight(adapter))
         weight = self.base_weight()
         with torch.no_grad():
             return change.apply(weight) - weight
@@ -206,7 +206,7 @@ class AdapterMerging(AdapterWeights):
         merge.apply(merge.prepare(check_finite=True))
         self.shifts[adapter] = merge
         merges_of(base).append(merge)
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
     def shift_of(self, adapter: str) -> Tensor | None:
         """Return what `shift_base` subtracts from the base weight for an adapter, as a matrix (out, in); None if nothing."""
@@ -220,7 +220,7 @@ class AdapterMerging(AdapterWeights):
         merges = [self.shifts.pop(name) for name in chosen if name in self.shifts]
         if merges:
             _take_out(self.get_base_layer(), merges)
-            self.activation.drop_cached()
+            self.selection.drop_cached()
 
     def settle(self) -> None:
         """Leave the base weight as it is now, for good: it is unloaded with the adapters merged into it."""
@@ -281,7 +281,7 @@ def refuse_wrong_order(layer: AdapterMerging, adapters: Sequence[str]) -> None:
     if any(not layer.is_additive(name) for name in own):
         # adapters of this very layer that act before the factor and are not in the weight
         first = next(name for name in own if not layer.is_additive(name))
-        for name in layer.activation.names:
+        for name in layer.selection.names:
             if name == first:
                 break
             if name in layer.scaling and name not in own and name not in layer.merged_adapters:
@@ -289,7 +289,7 @@ def refuse_wrong_order(layer: AdapterMerging, adapters: Sequence[str]) -> None:
     inner = layer._modules["base_layer"]
     while isinstance(inner, AdapterMerging):
         settled = {*adapters, *inner.merged_adapters}
-        beside = [name for name in inner.activation.names if name in inner.scaling and name not in settled]
+        beside = [name for name in inner.selection.names if name in inner.scaling and name not in settled]
         pending += beside
         factors += [name for name in beside if not inner.is_additive(name)]
         known.update(map(id, inner.merges))

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..selection.selection import Activation
-from ..selection.switching import Switches
-from .creation import Creation, filler
+from ..selection.selection import AdapterSelection
+from ..selection.switching import SelectionMixin
+from .init_options import InitOptions, filler
 from .slots import Slot
 
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class AdapterWeights(Switches):
+class AdapterWeights(SelectionMixin):
     """What `AdapterLayer` knows of the parameters of its adapters."""
 
     #: attributes that hold per-adapter weights: `nn.ParameterDict` or `nn.ModuleDict`, keyed by adapter
@@ -25,10 +25,10 @@ class AdapterWeights(Switches):
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling",)
     #: names of the base's own parameters, where those are adapted and not the module as a whole
     targeted_parameters: tuple[str, ...] = ()
-    activation: Activation
+    selection: AdapterSelection
     scaling: dict[str, float]
     weight_name: str
-    _creation: Creation
+    _init_options: InitOptions
 
     if TYPE_CHECKING:
 
@@ -45,18 +45,18 @@ class AdapterWeights(Switches):
         """Return the adapters that have weights here, in the order in which they came."""
         return tuple(self.scaling)
 
-    def attach(self, adapter: str, config: Any, creation: Creation) -> None:
-        """Add an adapter's weights as `creation` says. A failure leaves no trace of it."""
-        self._creation = creation
+    def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
+        """Add an adapter's weights as `init_options` says. A failure leaves no trace of it."""
+        self._init_options = init_options
         try:
             self.scaling[adapter] = 1.0
-            self.activation.place(adapter, self._base_dtype_and_device()[1])
+            self.selection.place(adapter, self._base_dtype_and_device()[1])
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)
             raise
         finally:
-            self._creation = Creation()
+            self._init_options = InitOptions()
 
     def new(
         self,
@@ -87,9 +87,9 @@ class AdapterWeights(Switches):
         return parameter
 
     @property
-    def creation(self) -> Creation:
+    def init_options(self) -> InitOptions:
         """How the adapter that is being added is to be made; for `add`."""
-        return self._creation
+        return self._init_options
 
     @property
     def parameter_dtype(self) -> torch.dtype:
@@ -97,16 +97,16 @@ class AdapterWeights(Switches):
         return self._kept(self._base_dtype_and_device()[0])
 
     def _kept(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype if dtype == torch.float64 or (dtype in _HALF and not self._creation.autocast) else torch.float32
+        return dtype if dtype == torch.float64 or (dtype in _HALF and not self._init_options.autocast) else torch.float32
 
     def make_parameter(self, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> nn.Parameter:
         """Return a frozen parameter on the base's device: filled in float32, rounded to the base's dtype, then as autocast wants it."""
         dtype, device = self._base_dtype_and_device()
         kept = self._kept(dtype)
-        if self._creation.meta:
+        if self._init_options.meta:
             return nn.Parameter(torch.empty(tuple(shape), dtype=kept, device="meta"), requires_grad=False)
         tensor = torch.empty(tuple(shape), dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
-        if self._creation.initialise:
+        if self._init_options.initialise:
             with torch.no_grad():
                 fill(tensor)
         tensor = tensor.to(dtype).to(kept) if dtype in _HALF else tensor
@@ -114,7 +114,7 @@ class AdapterWeights(Switches):
 
     def keep_parameter(self, value: Tensor) -> nn.Parameter:
         """Return a frozen parameter with a computed value, with as many of its bits as `parameter_dtype` has."""
-        if self._creation.meta:
+        if self._init_options.meta:
             return nn.Parameter(torch.empty(value.shape, dtype=self.parameter_dtype, device="meta"), requires_grad=False)
         device = self._base_dtype_and_device()[1]
         # strides of its own: a column cut out of a matrix counts as contiguous, but is multiplied, and rounded, in another way

@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..base.weight import without_offloading
 from ..errors import RoutingError
-from ..selection.selection import ALL, Activation
+from ..selection.selection import ALL, AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
 from .adapter_layer import AdapterLayer
-from .creation import Creation
+from .init_options import InitOptions
 from .slots import Slot, module_slots, write_tensor
 
 
@@ -29,7 +29,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     Args:
         original: the module of the base.
-        activation: which adapters act.
+        selection: which adapters act.
 
     Attributes:
         original_module: the module of the base.
@@ -38,18 +38,18 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     adapter_layer_names = ("modules_to_save",)
 
-    def __init__(self, original: nn.Module, activation: Activation) -> None:
+    def __init__(self, original: nn.Module, selection: AdapterSelection) -> None:
         super().__init__()
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
-        self.activation = activation
+        self.selection = selection
         #: adapter → the wrapper of the module with whose copy this one's copy shares its weight
         self.tied: dict[str, ModulesToSaveWrapper] = {}
 
-    def attach(self, adapter: str, creation: Creation, tied_to: ModulesToSaveWrapper | None = None) -> None:
-        """Add a copy for `adapter` as `creation` says, in the dtype of the original; its weight may be that of the copy in `tied_to`."""
+    def attach(self, adapter: str, init_options: InitOptions, tied_to: ModulesToSaveWrapper | None = None) -> None:
+        """Add a copy for `adapter` as `init_options` says, in the dtype of the original; its weight may be that of the copy in `tied_to`."""
         duplicate = _plain_copy(self.original_module)
-        self.modules_to_save[adapter] = (duplicate.to("meta") if creation.meta else duplicate).requires_grad_(False)
+        self.modules_to_save[adapter] = (duplicate.to("meta") if init_options.meta else duplicate).requires_grad_(False)
         if tied_to is not None:
             self.tied[adapter] = tied_to
             self._tie(adapter)
@@ -64,7 +64,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         Raises:
             RoutingError: rows differ, and the module writes to a cache, which each copy would do.
         """
-        route = self.activation.current()
+        route = self.selection.current()
         copies = self.modules_to_save._modules
         if route.per_row is None:
             acting = next((adapter for adapter in reversed(route.names) if adapter in copies), None)
@@ -133,7 +133,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     @property
     def active_copy(self) -> nn.Module:
         """The module that a plain forward would use now."""
-        for adapter in reversed(self.activation.current().names):
+        for adapter in reversed(self.selection.current().names):
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
         return self.original_module
@@ -142,7 +142,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("original_module", "modules_to_save", "activation", "tied") or name.startswith("__"):
+            if name in ("original_module", "modules_to_save", "selection", "tied") or name.startswith("__"):
                 raise
             return getattr(self.active_copy, name)
 
@@ -155,7 +155,7 @@ def _plain_copy(module: nn.Module) -> nn.Module:
             part = part.get_base_layer() if isinstance(part, AdapterLayer) else part.original_module
         return part
 
-    # wrappers hold the model's activation, which a copy must not drag along: take them off before copying
+    # wrappers hold the model's selection, which a copy must not drag along: take them off before copying
     wrapped = [(parent, name, child) for parent in bare(module).modules() for name, child in parent.named_children() if bare(child) is not child]
     try:
         for parent, name, child in wrapped:

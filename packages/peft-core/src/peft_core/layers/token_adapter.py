@@ -6,15 +6,15 @@ from typing import Any
 
 from torch import nn
 
-from ..selection.selection import Activation
-from ..selection.switching import Switches
+from ..selection.selection import AdapterSelection
+from ..selection.switching import SelectionMixin
 
 
-class Originals(nn.Module):
+class InitialRows(nn.Module):
     """Buffers by adapter that no file holds: rows as they were when they began to train."""
 
 
-class TokenAdapter(Switches):
+class TokenAdapter(SelectionMixin):
     """What `TokenRows` hold, under the names that the reference implementation has in memory; switched with it.
 
     Args:
@@ -25,22 +25,22 @@ class TokenAdapter(Switches):
     adapter_layer_names = ("trainable_tokens_delta",)
     other_param_names = ("indices",)
 
-    def __init__(self, base_layer: nn.Module, rows: Switches) -> None:
+    def __init__(self, base_layer: nn.Module, rows: SelectionMixin) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
-        self.trainable_tokens_original = Originals()
+        self.trainable_tokens_original = InitialRows()
         self.__dict__["rows"] = rows  # not a part of this one, but the other way round
 
     @property
-    def activation(self) -> Activation:
+    def selection(self) -> AdapterSelection:
         """That of the rows."""
-        found: Activation = self.__dict__["rows"].activation
+        found: AdapterSelection = self.__dict__["rows"].selection
         return found
 
-    @activation.setter
-    def activation(self, value: Activation) -> None:
-        self.__dict__["rows"].activation = value
+    @selection.setter
+    def selection(self, value: AdapterSelection) -> None:
+        self.__dict__["rows"].selection = value
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_ROWS:

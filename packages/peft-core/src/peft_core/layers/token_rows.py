@@ -14,11 +14,11 @@ from ..base.ops import with_weight
 from ..errors import ConfigError
 from ..merging.exact import Merge
 from ..merging.rows import RowsChange, RowsFold
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
 from .adapter_layer import AdapterLayer
 from .slots import Slot
-from .token_adapter import Originals, TokenAdapter
+from .token_adapter import InitialRows, TokenAdapter
 
 #: output layers of at most so many numbers are multiplied as a whole: that takes no longer, and scores have the bits that they have when merged
 SMALL = 2**16
@@ -38,7 +38,7 @@ class RowSettings:
 
     path: str
     indices: tuple[int, ...]
-    source: RowsLayer | None = None
+    source: TrainableRowsLayer | None = None
     alone: bool = False
     random: bool = False
 
@@ -67,7 +67,7 @@ class _Table:
         return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
 
 
-class RowsLayer(AdapterLayer):
+class TrainableRowsLayer(AdapterLayer):
     """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
 
     The base computes as ever; where its input is in T (of an output layer: where its output is), the result is overwritten. It is always
@@ -88,20 +88,20 @@ class RowsLayer(AdapterLayer):
     #: whether files have rows that two modules have in common under the names of both
     written_twice: ClassVar[bool] = True
 
-    def __init__(self, base_layer: nn.Module, activation: Activation) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
+        super().__init__(base_layer, selection)
         self.hold(base_layer)
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tables: dict[str, _Table] = {}
         #: adapter → the layer that holds its rows, where it is another one
-        self.sources: dict[str, RowsLayer] = {}
+        self.sources: dict[str, TrainableRowsLayer] = {}
         self.alone: dict[str, bool] = {}
         self._borrows = False
 
     def hold(self, base_layer: nn.Module) -> None:
         """Make the places for rows of `base_layer`."""
         self.trainable_tokens_delta = nn.ParameterDict()
-        self.trainable_tokens_original = Originals()
+        self.trainable_tokens_original = InitialRows()
 
     @property
     def part(self) -> Any:
@@ -137,7 +137,7 @@ class RowsLayer(AdapterLayer):
             self._borrows, part.trainable_tokens_delta = False, nn.ParameterDict()
         self.tables[adapter] = _Table.of(config.indices)
         rows = self._initial_rows(adapter)
-        start = rows.new_empty(rows.shape).normal_() if config.random and self.creation.initialise else rows
+        start = rows.new_empty(rows.shape).normal_() if config.random and self.init_options.initialise else rows
         part.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
         part.trainable_tokens_delta[adapter] = self.keep_parameter(start)
 
@@ -150,7 +150,7 @@ class RowsLayer(AdapterLayer):
         while isinstance(inner, AdapterLayer):
             shift = inner.shift_of(adapter)
             if shift is not None:
-                rows = (rows + self.ops.stored(shift)[indices].to(weight.device)).to(weight.dtype)
+                rows = (rows + self.ops.to_weight_layout(shift)[indices].to(weight.device)).to(weight.dtype)
             inner = inner._modules["base_layer"]
         return rows
 
@@ -219,7 +219,7 @@ class RowsLayer(AdapterLayer):
     def weight(self) -> Tensor:
         """The weight with the rows of the adapters in use written over it, as whoever multiplies with it by hand needs it; else the base's."""
         weight = self.get_base_weight()
-        active = [adapter for adapter in self.activation.current().names if adapter in self.indices and not self.merges and not self._holds(adapter)]
+        active = [adapter for adapter in self.selection.current().names if adapter in self.indices and not self.merges and not self._holds(adapter)]
         for adapter in active:
             rows = self.rows_of(adapter)
             weight = weight.index_copy(0, self.table(adapter, weight.device).indices, rows.to(weight.dtype))
@@ -261,13 +261,13 @@ class RowsLayer(AdapterLayer):
         return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
 
 
-class TokenRows(RowsLayer, AuxiliaryTrainingWrapper):
+class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
     """Rows that a part of an adapter trains which every method may have (`trainable_token_indices`).
 
     Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
 
-    key = f"token_adapter.{RowsLayer.key}"
+    key = f"token_adapter.{TrainableRowsLayer.key}"
     written_twice = False
 
     def hold(self, base_layer: nn.Module) -> None:

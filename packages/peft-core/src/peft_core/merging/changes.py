@@ -124,11 +124,11 @@ class Subtraction:
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return `weight`, in the layout of the base, − Δ."""
-        return _sum(weight, -self.ops.stored(self.matrix(weight.device)))
+        return _sum(weight, -self.ops.to_weight_layout(self.matrix(weight.device)))
 
     def invert(self, weight: Tensor) -> Tensor:
         """Return `weight`, in the layout of the base, + Δ."""
-        return _sum(weight, self.ops.stored(self.matrix(weight.device)))
+        return _sum(weight, self.ops.to_weight_layout(self.matrix(weight.device)))
 
 
 class AffineChange:
@@ -173,7 +173,7 @@ class AffineChange:
         return weight
 
     def _factor(self, adapter: str, weight: Tensor) -> Tensor:
-        return self.layer.ops.stored(self.factors[adapter].to(weight.device))
+        return self.layer.ops.to_weight_layout(self.factors[adapter].to(weight.device))
 
     def _total(self) -> Tensor:
         total: Tensor | None = None
@@ -181,10 +181,10 @@ class AffineChange:
             delta = self._delta(adapter)
             total = delta if total is None else total + delta
         assert total is not None
-        return self.layer.ops.stored(total)
+        return self.layer.ops.to_weight_layout(total)
 
     def _stored(self, adapter: str) -> Tensor:
-        return self.layer.ops.stored(self._delta(adapter))
+        return self.layer.ops.to_weight_layout(self._delta(adapter))
 
     def _delta(self, adapter: str) -> Tensor:
         with self.as_merged(adapter), torch.no_grad():

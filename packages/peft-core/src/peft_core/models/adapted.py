@@ -17,11 +17,11 @@ from ..calls import run as runner
 from ..calls.routing import route_for
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
-from ..checkpoint.load import LoadResult, Strict, Tensors
+from ..checkpoint.load import LoadResult, Strict, TensorSource
 from ..config import PeftConfig
 from ..errors import ConfigError, MissingMethodError, PeftWarning
 from ..inspection import parameters as counting
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..operations.activate import activate, disabled, set_trainable
 from ..operations.add import add_adapter, check_name, get_or_create_index
 from ..plugins import hooks, registry
@@ -52,7 +52,7 @@ class AdaptedModel(nn.Module, Saving):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         *,
-        source: Tensors | None = None,
+        source: TensorSource | None = None,
         strict: Strict = True,
         ignore_mismatched_sizes: bool = False,
     ) -> None:
@@ -100,7 +100,7 @@ class AdaptedModel(nn.Module, Saving):
         config: PeftConfig,
         autocast: bool,
         meta: bool,
-        source: Tensors | None = None,
+        source: TensorSource | None = None,
         strict: Strict = True,
         ignore: bool = False,
     ) -> LoadResult | None:
@@ -108,18 +108,18 @@ class AdaptedModel(nn.Module, Saving):
         if source is not None:
             source = loading.translated(index, config, source)
         whole = strict is True and not ignore
-        creation = Creation(meta=meta and (source is None or whole), autocast=autocast, initialise=source is None or not whole)
+        init_options = InitOptions(meta=meta and (source is None or whole), autocast=autocast, initialise=source is None or not whole)
         result: list[LoadResult] = []
         add_adapter(
             index,
             name,
             config,
-            creation=creation,
+            init_options=init_options,
             heads=self.task.heads,
             mount_on=self,
             before_commit=None
             if source is None
-            else lambda: result.append(loading.fill(index, name, source, strict=strict, ignore_mismatched_sizes=ignore)),
+            else lambda: result.append(loading.write_tensors(index, name, source, strict=strict, ignore_mismatched_sizes=ignore)),
         )
         return result[0] if result else None
 
@@ -138,7 +138,7 @@ class AdaptedModel(nn.Module, Saving):
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model computes exactly what the base computes. Merged adapters are taken out first and stay out."""
         index = self._peft_index
-        if any(config.extras().bias != "none" for config in index.configs.values()):
+        if any(config.shared_options().bias != "none" for config in index.configs.values()):
             warnings.warn(
                 "Careful, disabling adapter layers with bias configured to be trained does not produce the same output as the base "
                 "model would without adaption: the biases were trained in place.",
@@ -174,11 +174,11 @@ class AdaptedModel(nn.Module, Saving):
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
         """
         index = self._peft_index
-        chosen = index.activation.of_task()
+        chosen = index.selection.of_task()
         if chosen is not None:
-            with index.activation.use(chosen):
+            with index.selection.use(chosen):
                 return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
-        if adapter_names is None and not index.speakers:
+        if adapter_names is None and not index.call_tuners:
             if self.training and not torch.compiler.is_compiling():
                 checkpointing.prepare(index)  # adapters may be switched before the backward pass
             if index.call_arguments:
@@ -200,7 +200,7 @@ class AdaptedModel(nn.Module, Saving):
 
     def cached(self) -> contextlib.AbstractContextManager[None]:
         """Return a cache scope: ``with model.cached(): ...``. See `peft_core.cached`."""
-        return self._peft_index.activation.cached()
+        return self._peft_index.selection.cached()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load tensors; an open cache scope is emptied.
@@ -211,15 +211,15 @@ class AdaptedModel(nn.Module, Saving):
         try:
             return super().load_state_dict(*args, **kwargs)
         finally:
-            self._peft_index.activation.drop_cached()
+            self._peft_index.selection.drop_cached()
 
     def train(self, mode: bool = True) -> Any:
         """Switch between training and evaluation; training closes an open cache scope with a warning."""
         index = self.__dict__.get(ATTRIBUTE)
         if index is not None:
             if mode:
-                index.activation.begin_training()
-            index.activation.drop_cached()
+                index.selection.begin_training()
+            index.selection.drop_cached()
         return super().train(mode)
 
     def generate(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
@@ -235,15 +235,15 @@ class AdaptedModel(nn.Module, Saving):
         """
         index = self._peft_index
         base = self.get_base_model()
-        chosen = index.activation.of_task()
-        if chosen is not None and chosen is not getattr(index.activation.local, "route", None):
-            with index.activation.use(chosen):
+        chosen = index.selection.of_task()
+        if chosen is not None and chosen is not getattr(index.selection.local, "route", None):
+            with index.selection.use(chosen):
                 return self.generate(*args, adapter_names=adapter_names, **kwargs)
         if not hasattr(base, "generate"):
             raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
         arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
-        if adapter_names is None and not index.speakers:
-            with index.activation.cached(thread=True):
+        if adapter_names is None and not index.call_tuners:
+            with index.selection.cached(thread=True):
                 return base.generate(*args, **kwargs)  # type: ignore[operator]
         if adapter_names is not None:
             some = (
@@ -253,7 +253,7 @@ class AdaptedModel(nn.Module, Saving):
             )
             if isinstance(some, Tensor):
                 route_for(index, adapter_names, some.shape[0])  # checks the length
-        with index.activation.cached(thread=True), runner.generating(index, self.task, adapter_names, arguments):
+        with index.selection.cached(thread=True), runner.generating(index, self.task, adapter_names, arguments):
             generation.check_assisted(index, self.task, arguments, kwargs)
             if index.forward.encoder_decoder:
                 args, kwargs = generation.encoder_arguments(index, self.task, arguments, args, kwargs)
@@ -312,11 +312,11 @@ class AdaptedModel(nn.Module, Saving):
         index = self._peft_index
         mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
         file = find_weights(model_id, **hub)
-        source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
+        source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
         if adapter_name in index.configs:
             source = loading.translated(index, config, source)
             check_same_effect(index.configs[adapter_name], config, adapter_name)
-            result = loading.fill(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+            result = loading.write_tensors(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         else:
             added = self._add(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
             assert added is not None

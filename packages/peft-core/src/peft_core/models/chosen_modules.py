@@ -53,7 +53,7 @@ def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -
 
 def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: str, chosen: frozenset[str]) -> None:
     spec = registry.resolve(str(config.peft_type))
-    tuner = registry.tuner_class(spec.peft_type)(spec, index.activation)
+    tuner = registry.tuner_class(spec.peft_type)(spec, index.selection)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

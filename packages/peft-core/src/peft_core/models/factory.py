@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..checkpoint import embeddings
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
-from ..checkpoint.load import LoadResult, Strict, Tensors
+from ..checkpoint.load import LoadResult, Strict, TensorSource
 from ..checkpoint.state_dict import adapter_tensors, key_renamer
 from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
@@ -156,17 +156,19 @@ def inject_adapter_in_model(
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     spec = registry.resolve(str(peft_config.peft_type))
     index, _ = get_or_create_index(model)
-    if registry.tuner_class(spec.peft_type)(spec, index.activation).takes_part_in_calls:
+    if registry.tuner_class(spec.peft_type)(spec, index.selection).takes_part_in_calls:
         raise CapabilityError(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
-    add_adapter(index, adapter_name, peft_config, creation=Creation(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True)
+    add_adapter(
+        index, adapter_name, peft_config, init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True
+    )
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
     follow_model(index)
-    index.activation.select([adapter_name])
+    index.selection.select([adapter_name])
     set_trainable(index, adapter_name, not peft_config.inference_mode)
     hooks.adapter_activated(index.base, index.active)
     return model
@@ -232,10 +234,10 @@ def set_peft_model_state_dict(
     index.require(adapter_name)
     if not isinstance(peft_model_state_dict, Mapping):
         raise ConfigError(f"peft_model_state_dict is a {type(peft_model_state_dict).__name__}", hint="give a dict: name → tensor")
-    return loading.fill(
+    return loading.write_tensors(
         index,
         adapter_name,
-        loading.translated(index, copy.copy(index.configs[adapter_name]), Tensors.of(peft_model_state_dict)),
+        loading.translated(index, copy.copy(index.configs[adapter_name]), TensorSource.of(peft_model_state_dict)),
         wrapped=isinstance(model, AdaptedModel),
         strict=strict,
         ignore_mismatched_sizes=ignore_mismatched_sizes,

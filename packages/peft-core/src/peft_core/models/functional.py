@@ -105,4 +105,4 @@ def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
         ...     for batch in requests:
         ...         model(**batch)
     """
-    return require_index(model).activation.cached()
+    return require_index(model).selection.cached()

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import embeddings
 from ..checkpoint.files import find_weights
-from ..checkpoint.load import Tensors
+from ..checkpoint.load import TensorSource
 from ..checkpoint.state_dict import file_key, fitted_keys, without_adapter
 from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
 from ..tuners.index import AdapterIndex, require_index
-from ..tuners.tuner import Incoming
+from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
 
@@ -57,7 +57,7 @@ def hotswap_adapter(
     config = read_config(model_name_or_path, hub)
     file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
-    source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
+    source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
     _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
@@ -120,7 +120,7 @@ def _swap(
 
 def _incoming(
     index: AdapterIndex, adapter: str, tensors: Mapping[str, Tensor], origin: str, *, wrapped: bool, parameter_prefix: str | None
-) -> dict[str, list[Incoming]]:
+) -> dict[str, list[IncomingWeights]]:
     """Return what came for each module, by method.
 
     Raises:
@@ -139,18 +139,18 @@ def _incoming(
         # in memory, a vector may be the weight of a module of its own
         found[plain if plain in keys or not plain.endswith(".weight") else _vector(plain, keys)] = tensor
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
-    fitted = fitted_keys(found, {*keys, *embedded})
+    adapted_config = fitted_keys(found, {*keys, *embedded})
     # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
-    surplus = [key for key in fitted if key not in keys and not _equals(fitted[key], embedded.get(key))]
+    surplus = [key for key in adapted_config if key not in keys and not _equals(adapted_config[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
             f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: not known are {listed(surplus, 4)}",
             hint=did_you_mean(surplus[0], keys) or "an adapter can only take the place of one on the same modules, or on more",
         )
-    parts: dict[str, list[Incoming]] = {}
+    parts: dict[str, list[IncomingWeights]] = {}
     for (kind, path), module in index.modules_of(adapter):
-        came = {end: fitted[key] for key, end in known[kind, path].items() if key in fitted}
-        parts.setdefault(kind, []).append(Incoming(path, module, came))
+        came = {end: adapted_config[key] for key, end in known[kind, path].items() if key in adapted_config}
+        parts.setdefault(kind, []).append(IncomingWeights(path, module, came))
     return parts
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..checkpoint.files import find_weights
-from ..checkpoint.load import Strict, Tensors
+from ..checkpoint.load import Strict, TensorSource
 from ..checkpoint.stack import read_stack
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError
@@ -80,7 +80,7 @@ class LoadableModel(AdaptedModel):
             if mapping is None and not config.is_prompt_learning:
                 mapping = getattr(model, "_checkpoint_conversion_mapping", None) or None
             file = find_weights(model_id, **hub)
-            source = Tensors.of_file(file, torch_device, str(config.peft_type), config, mapping)
+            source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
             wrapped = target(
                 model,
                 config,

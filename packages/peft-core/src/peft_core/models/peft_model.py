@@ -44,7 +44,7 @@ class PeftModel(LoadableModel):
     @property
     def modules_to_save(self) -> set[str] | None:
         """The names of all modules that adapters save whole; None if there are none."""
-        names = {name for config in self._peft_index.configs.values() for name in config.extras().modules_to_save}
+        names = {name for config in self._peft_index.configs.values() for name in config.shared_options().modules_to_save}
         names |= set(self.task.heads)
         return names or None
 
@@ -107,14 +107,14 @@ class PeftModel(LoadableModel):
         call = Call(
             self.task.name or None,
             {},
-            index.activation.current(),
+            index.selection.current(),
             batch_size,
             device,
             arguments={"task_ids": task_ids} if task_ids is not None else {},
             entire=True,
         )
         with torch.set_grad_enabled(torch.is_grad_enabled()):
-            for tuner in index.speakers:
+            for tuner in index.call_tuners:
                 call = tuner.prepare(call)
         if not call.virtual:
             raise CapabilityError("the adapter in use has no virtual tokens", hint="set_adapter one that has")
@@ -194,10 +194,10 @@ class PeftModelForCausalLM(_TaskModel):
 
 
 def _own_preparation(model: PeftModel) -> Any:
-    from ..calls.generation import METHOD, GenerationDoor
+    from ..calls.generation import METHOD, GenerationHook
 
     door = getattr(model.get_base_model(), METHOD)
-    return door.original if isinstance(door, GenerationDoor) else door
+    return door.original if isinstance(door, GenerationHook) else door
 
 
 class PeftModelForSeq2SeqLM(_TaskModel):

@@ -40,7 +40,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
             )
     blocks = {found[name] for name in names}
     index = index_of(model)
-    mounts = [] if index is None else [module for (kind, _), module in index.entries.items() if not kind and isinstance(module, nn.Module)]
+    mounts = [] if index is None else [module for (kind, _), module in index.modules.items() if not kind and isinstance(module, nn.Module)]
     # a prompt is one unit: what computes it reads weights of its parts without calling them
     prompts = {prompt for mount in mounts for prompt in mount.children()}
     inside = {part for prompt in prompts for part in prompt.modules()} - prompts

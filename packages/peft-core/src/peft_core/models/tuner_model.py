@@ -14,7 +14,7 @@ from ..calls.routing import check_route
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, ModelError, PeftWarning
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..operations import merge as folding
 from ..operations.activate import activate, follow_model, set_trainable
 from ..operations.add import add_adapter
@@ -94,14 +94,14 @@ class AdapterOperations:
     def enable_adapter_layers(self) -> None:
         """Switch the chosen adapters on again."""
         follow_model(self._peft_index)
-        self._peft_index.activation.enable(True)
+        self._peft_index.selection.enable(True)
 
     def disable_adapter_layers(self) -> None:
         """Switch all adapters off until `enable_adapter_layers`."""
         follow_model(self._peft_index)
         if self._peft_index.merged_adapters():
             folding.unmerge(self._peft_index)
-        self._peft_index.activation.enable(False)
+        self._peft_index.selection.enable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train or not, whether they are in use or not.
@@ -149,7 +149,7 @@ class AdapterOperations:
         index.require(*adapter_names)
         route = Route(tuple(name for name in index.configs if name in adapter_names))
         check_route(index, route)
-        with index.activation.use_here(route):
+        with index.selection.use_here(route):
             yield
 
     def _operation(self, name: str) -> Callable[..., Any] | None:
@@ -172,18 +172,18 @@ class AdapterOperations:
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter is in use and not disabled."""
-        return bool(self._peft_index.active) and self._peft_index.activation.enabled
+        return bool(self._peft_index.active) and self._peft_index.selection.enabled
 
     @property
     def targeted_module_names(self) -> list[str]:
         """The modules of the base that adapters wrap."""
-        entries = self._peft_index.entries.items()
+        entries = self._peft_index.modules.items()
         return list(dict.fromkeys(path for (kind, path), module in entries if kind and not kind.startswith("@") and not _parameters_in(module)))
 
     @property
     def targeted_parameter_names(self) -> list[str]:
         """The parameters of the base that adapters change by themselves, without wrapping their module as a whole."""
-        return [f"{path}.{name}" for (_, path), module in self._peft_index.entries.items() for name in _parameters_in(module)]
+        return [f"{path}.{name}" for (_, path), module in self._peft_index.modules.items() for name in _parameters_in(module)]
 
 
 class TunerModel(nn.Module, AdapterOperations):
@@ -243,13 +243,18 @@ class TunerModel(nn.Module, AdapterOperations):
         index.require(adapter_name)
         if model is not index.base:
             raise ModelError(f"this {type(self).__name__} stands for another {type(index.base).__name__}", hint="give its `.model`")
-        if adapter_name in index.own:
+        if adapter_name in index.keys_by_adapter:
             raise AdapterNameError(f"the adapter {adapter_name!r} already exists", hint="delete_adapter it first, or take another name")
         config = index.configs.pop(adapter_name)
         try:
             view = None if state_dict is None else chosen_by(index, config, adapter_name, state_dict)
             add_adapter(
-                index, adapter_name, config, creation=Creation(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype), view=view, mount_on=self
+                index,
+                adapter_name,
+                config,
+                init_options=InitOptions(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype),
+                view=view,
+                mount_on=self,
             )
         except BaseException:
             index.configs[adapter_name] = config

@@ -57,8 +57,8 @@ def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Modu
     if not conversions:
         return
     spec = registry.resolve(str(peft_config.peft_type))
-    from ..selection.selection import Activation
+    from ..selection.selection import AdapterSelection
 
-    tuner = registry.tuner_class(spec.peft_type)(spec, Activation())
-    for name, value in tuner.fitted(BaseView(model), copy.copy(peft_config)).items():
+    tuner = registry.tuner_class(spec.peft_type)(spec, AdapterSelection())
+    for name, value in tuner.adapted_config(BaseView(model), copy.copy(peft_config)).items():
         setattr(peft_config, name, value)

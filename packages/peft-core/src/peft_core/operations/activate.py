@@ -10,7 +10,7 @@ from ..calls import checkpointing
 from ..errors import PeftWarning
 from ..plugins import hooks
 from ..selection.selection import Route
-from ..selection.switching import Switches, let_train
+from ..selection.switching import SelectionMixin, let_train
 from ..tuners.index import AdapterIndex
 from . import merge
 
@@ -27,18 +27,18 @@ def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = 
         merge.unmerge(index)
     chosen = tuple(name for name in index.configs if name in adapters)
     follow_model(index)
-    index.activation.select(chosen)
+    index.selection.select(chosen)
     for adapter in index.configs:
         set_trainable(index, adapter, trainable and adapter in chosen)
     hooks.adapter_activated(index.base, chosen)
 
 
 def follow_model(index: AdapterIndex) -> None:
-    """Let every layer that was switched by itself follow the model's activation again."""
-    index.activation.switched_off.clear()
-    for module in index.entries.values():
-        if isinstance(module, Switches) and module.activation is not index.activation:
-            module.activation = index.activation
+    """Let every layer that was switched by itself follow the model's selection again."""
+    index.selection.switched_off.clear()
+    for module in index.modules.values():
+        if isinstance(module, SelectionMixin) and module.selection is not index.selection:
+            module.selection = index.selection
 
 
 def set_trainable(index: AdapterIndex, adapter: str, trainable: bool) -> None:
@@ -52,6 +52,6 @@ def disabled(index: AdapterIndex) -> Iterator[None]:
     if index.merged_adapters():
         merge.unmerge(index)
     checkpointing.prepare(index)
-    overridden = getattr(index.activation.local, "route", None) is not None
-    with index.activation.disabled(), index.activation.use(Route()) if overridden else contextlib.nullcontext():
+    overridden = getattr(index.selection.local, "route", None) is not None
+    with index.selection.disabled(), index.selection.use(Route()) if overridden else contextlib.nullcontext():
         yield

@@ -13,10 +13,10 @@ from ..calls import backbone, generation
 from ..config import PeftConfig
 from ..errors import CapabilityError, UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.creation import INITIAL, Creation
+from ..layers.init_options import INITIAL, InitOptions
 from ..layers.mounted import MountedModules
 from ..layers.slots import LeavesBehind
-from ..layers.token_rows import RowsLayer
+from ..layers.token_rows import TrainableRowsLayer
 from ..plugins import TunerSpec, hooks, registry
 from ..tuners import builtin, names
 from ..tuners.index import AdapterIndex, Key, index_of
@@ -30,7 +30,7 @@ def add_adapter(
     adapter: str,
     config: PeftConfig,
     *,
-    creation: Creation = INITIAL,
+    init_options: InitOptions = INITIAL,
     heads: Sequence[str] = (),
     mount_on: nn.Module | None = None,
     view: BaseView | None = None,
@@ -42,7 +42,7 @@ def add_adapter(
     Args:
         adapter: its name.
         config: its config; kept, not copied.
-        creation: how its weights are made.
+        init_options: how its weights are made.
         heads: modules that the task wants saved whole where they exist.
         mount_on: where modules beside the base go; None refuses plans that mount something.
         view: the view to plan with; default the model's own.
@@ -58,7 +58,7 @@ def add_adapter(
     tuner = index.tuner_for(spec)
     with collector_paused(), Undo() as undo:
         reshape.reshape(index, tuner, adapter, config, undo)
-        for name, value in (tuner.fitted(index.view, config) if fit else {}).items():
+        for name, value in (tuner.adapted_config(index.view, config) if fit else {}).items():
             undo.call(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
         plans = _plans(index, tuner, adapter, config, (view or index.view).with_heads(heads))
@@ -66,12 +66,12 @@ def add_adapter(
             raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
         keys: list[Key] = []
         for kind, part, plan in plans:
-            keys += _wrap_modules(index, kind, plan, adapter, creation, undo)
+            keys += _wrap_modules(index, kind, plan, adapter, init_options, undo)
             if mount_on is not None:
-                keys += _mount_modules(index, part, plan, adapter, creation, mount_on, undo)
+                keys += _mount_modules(index, part, plan, adapter, init_options, mount_on, undo)
             keys += _adopt_parameters(index, kind, plan, adapter, undo)
-        index.own[adapter] = list(dict.fromkeys(keys))
-        undo.call(index.own.pop, adapter, None)
+        index.keys_by_adapter[adapter] = list(dict.fromkeys(keys))
+        undo.call(index.keys_by_adapter.pop, adapter, None)
         if before_commit is not None:
             undo.call(setattr, index, "_adding", None)
             index._adding = tuner
@@ -84,7 +84,7 @@ def add_adapter(
 def _plans(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
     main = tuner.plan(view, adapter, config)
     plans: list[tuple[str, TunerBase, Plan]] = [(tuner.spec.peft_type, tuner, main)]
-    for kind, part, request in builtin.requests(index.tuners, index.activation, config.extras(), view, main):
+    for kind, part, request in builtin.requests(index.tuners, index.selection, config.shared_options(), view, main):
         plans.append((kind, part, part.plan(view, adapter, request)))
     return plans
 
@@ -133,12 +133,12 @@ def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
     names.check_name(adapter, index.configs, prefixes)
 
 
-def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, creation: Creation, undo: Undo) -> list[Key]:
+def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:
     """Wrap what a plan names, where it is not wrapped yet, and add the adapter's weights; return the entries of the index."""
     keys = []
     for wrap in plan.wraps:
         key = (kind, wrap.path)
-        module: Any = index.entries.get(key)
+        module: Any = index.modules.get(key)
         if module is None:
             occupant = index.view.occupant(wrap.path)
             if occupant is not index.view.modules[wrap.path] and isinstance(occupant, LeavesBehind):
@@ -147,27 +147,29 @@ def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, crea
                     hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",
                 )
             _put(index, key, occupant, wrap, undo)
-            module = index.entries[key]
+            module = index.modules[key]
         undo.call(module.drop, adapter)
-        wrap.fill(module, creation)
+        wrap.fill(module, init_options)
         keys.append(key)
     return keys
 
 
-def _mount_modules(index: AdapterIndex, tuner: TunerBase, plan: Plan, adapter: str, creation: Creation, mount_on: nn.Module, undo: Undo) -> list[Key]:
+def _mount_modules(
+    index: AdapterIndex, tuner: TunerBase, plan: Plan, adapter: str, init_options: InitOptions, mount_on: nn.Module, undo: Undo
+) -> list[Key]:
     """Put the adapter's own modules beside the base, on `mount_on`; return the entries of the index."""
     keys: list[Key] = []
     for path, mount in plan.mounts.items():
         key = ("", path)
-        holder = index.entries.get(key)
+        holder = index.modules.get(key)
         if holder is None:
             holder = MountedModules()
             mount_on.add_module(path, holder)
             undo.call(mount_on._modules.pop, path, None)
-            index.entries[key] = holder
-            undo.call(index.entries.pop, key, None)
+            index.modules[key] = holder
+            undo.call(index.modules.pop, key, None)
         assert isinstance(holder, MountedModules)
-        module = mount(creation).requires_grad_(False)
+        module = mount(init_options).requires_grad_(False)
         module.train(mount_on.training)
         holder.add(adapter, module, tuner.mounted.setdefault(path, {}))
         undo.call(holder.drop, adapter)
@@ -184,14 +186,14 @@ def _adopt_parameters(index: AdapterIndex, kind: str, plan: Plan, adapter: str, 
         for parameter in module.parameters_of(adapter).values():
             undo.call(parameter.requires_grad_, parameter.requires_grad)
         undo.call(module.drop, adapter)
-        index.entries[key] = module
+        index.modules[key] = module
         keys.append(key)
     return keys
 
 
 def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
     """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
-    if not isinstance(occupant, RowsLayer):
+    if not isinstance(occupant, TrainableRowsLayer):
         module: Any = wrap.build(occupant)
         _place(index, wrap.path, module, undo)
     else:
@@ -205,11 +207,11 @@ def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: U
         occupant.put_inside(module)
         undo.call(occupant.put_inside, inside)
         _prepare(index, wrap.path, module)
-    index.entries[key] = module
-    undo.call(index.entries.pop, key, None)
-    if isinstance(occupant, RowsLayer):
-        for other in [other for other, entry in index.entries.items() if entry is occupant]:
-            index.entries[other] = index.entries.pop(other)
+    index.modules[key] = module
+    undo.call(index.modules.pop, key, None)
+    if isinstance(occupant, TrainableRowsLayer):
+        for other in [other for other, entry in index.modules.items() if entry is occupant]:
+            index.modules[other] = index.modules.pop(other)
 
 
 def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
@@ -234,7 +236,7 @@ def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
     Where somebody else took the last config out and the wrappers off, as libraries that know layers do, there is nothing to keep.
     """
     found = index_of(model)
-    wrapped = [key for key in found.entries if key[0]] if found is not None and not found.configs else []
+    wrapped = [key for key in found.modules if key[0]] if found is not None and not found.configs else []
     if found is not None and wrapped and not any(_in_place(found, key) for key in wrapped):
         retire(found)
         found = None
@@ -242,7 +244,7 @@ def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
 
 
 def _in_place(index: AdapterIndex, key: Key) -> bool:
-    module = index.entries[key]
+    module = index.modules[key]
     for parent, leaf in index.view.sites.get(key[1], ()):
         found: Any = getattr(parent, leaf, None)
         while found is not None and found is not module:

@@ -10,7 +10,7 @@ from ..calls import backbone, checkpointing, generation
 from ..errors import MergeError, PeftWarning
 from ..layers.adapter_layer import AdapterLayer
 from ..plugins import hooks
-from ..selection.switching import Switches, let_train
+from ..selection.switching import SelectionMixin, let_train
 from ..tuners.index import ATTRIBUTE, AdapterIndex, Key
 from . import reshape
 
@@ -30,23 +30,23 @@ def delete(index: AdapterIndex, adapter: str) -> None:
         if not kind:
             for tuner in index.tuners.values():
                 tuner.mounted.get(path, {}).pop(adapter, None)
-        if isinstance(module, Switches) and module.activation is not index.activation:  # switched by itself
+        if isinstance(module, SelectionMixin) and module.selection is not index.selection:  # switched by itself
             module.stop_using(adapter)
-    del index.own[adapter], index.configs[adapter]
-    active = before = index.activation.names
+    del index.keys_by_adapter[adapter], index.configs[adapter]
+    active = before = index.selection.names
     if adapter in active:
         rest = tuple(name for name in active if name != adapter)
         if rest or not index.configs:
-            index.activation.select(rest)
+            index.selection.select(rest)
         else:
             first = next(iter(index.configs))
             warnings.warn(f"the active adapter {adapter!r} was deleted; {first!r} is active now", PeftWarning, stacklevel=4)
-            index.activation.select((first,))
+            index.selection.select((first,))
             let_train(index.parameters_of(first), not index.configs[first].inference_mode)
     reshape.restore_when_unused(index)
     index.refresh()
-    if index.activation.names and index.activation.names != before:
-        hooks.adapter_activated(index.base, index.activation.names)
+    if index.selection.names and index.selection.names != before:
+        hooks.adapter_activated(index.base, index.selection.names)
     hooks.adapter_deleted(index.base, adapter)
 
 
@@ -57,14 +57,14 @@ def retire(index: AdapterIndex) -> None:
     checkpointing.uninstall(index.base)
     for name in (ATTRIBUTE, "peft_config"):
         index.base.__dict__.pop(name, None)
-    for (kind, path), module in index.entries.items():
+    for (kind, path), module in index.modules.items():
         mounted: Any = index.base._modules.get(path)
         if not kind and mounted is module:  # mounted on the base itself, as injecting does
             del index.base._modules[path]
-    index.entries.clear()
-    index.own.clear()
+    index.modules.clear()
+    index.keys_by_adapter.clear()
     index.configs.clear()
-    index.activation.select(())
+    index.selection.select(())
     index.refresh()
 
 
@@ -84,17 +84,17 @@ def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> 
     if adapter in index.merged_adapters():
         raise MergeError(f"the adapter {adapter!r} is merged and can't leave modules", hint="unmerge_adapter() first")
     kind = str(index.configs[adapter].peft_type)
-    for key in [key for key in index.own[adapter] if key[0] == kind and key[1] in paths]:
-        index.own[adapter].remove(key)
-        index.entries[key].drop(adapter)
+    for key in [key for key in index.keys_by_adapter[adapter] if key[0] == kind and key[1] in paths]:
+        index.keys_by_adapter[adapter].remove(key)
+        index.modules[key].drop(adapter)
         _take_off(index, key)
 
 
 def _take_off(index: AdapterIndex, key: Key) -> None:
     """Put what a wrapper wraps in its place, if the wrapper holds no adapter any more. One inside another wrapper stays: it does nothing."""
-    module: Any = index.entries[key]
+    module: Any = index.modules[key]
     if not isinstance(module, AdapterLayer) or module.adapters() or index.view.occupant(key[1]) is not module:
         return
     for parent, leaf in index.view.sites[key[1]]:
         parent._modules[leaf] = module.wrapped
-    del index.entries[key]
+    del index.modules[key]

@@ -40,7 +40,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
     if chosen:
         reshape.refuse_merge(index)
-    layers = [module for module in index.entries.values() if isinstance(module, AdapterLayer)]
+    layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
     for layer in layers:
         refuse_wrong_order(layer, chosen)
     done: list[AdapterLayer] = []
@@ -57,7 +57,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         raise
     folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merges[-1].adapters for layer in done))
     if folded:
-        index.activation.drop_cached()
+        index.selection.drop_cached()
         hooks.adapter_merged(index.base, folded)
 
 
@@ -65,7 +65,7 @@ def unmerge(index: AdapterIndex) -> None:
     """Take out all merged adapters, in reverse."""
     merged = tuple(index.merged_adapters())
     with collector_paused():
-        for module in reversed(list(index.entries.values())):
+        for module in reversed(list(index.modules.values())):
             if isinstance(module, AdapterLayer):
                 module.unmerge()
     if merged:
@@ -94,16 +94,16 @@ def unload(
         kept = index.active
     names, folded = tuple(index.configs), tuple(index.merged_adapters())
     replaced: dict[str, nn.Module] = {}
-    for (_, path), module in index.entries.items():
+    for (_, path), module in index.modules.items():
         if isinstance(module, LeavesBehind):
             replaced[path] = module.remains(kept)
         elif isinstance(module, AdapterLayer):
             for adapter in [name for name in module.shifts if name not in module.merged_adapters]:
                 module.restore_base(adapter)  # only what is merged may leave the base weight as its initialisation changed it
-    for module in index.entries.values():
+    for module in index.modules.values():
         if isinstance(module, AdapterLayer):
             module.settle()
-    for path in {path for kind, path in index.entries if kind and path}:
+    for path in {path for kind, path in index.modules if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
     reshape.restore(index)

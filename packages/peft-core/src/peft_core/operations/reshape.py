@@ -79,11 +79,11 @@ def _restore(index: AdapterIndex) -> None:
 
 def _unwrap(index: AdapterIndex, undo: Undo | None) -> None:
     """Take off the wrappers that deleted adapters have left."""
-    for key in [key for key in index.entries if key[0]]:
-        entry = index.entries.pop(key)
+    for key in [key for key in index.modules if key[0]]:
+        entry = index.modules.pop(key)
         for parent, leaf in index.view.sites.get(key[1], ()):
             if undo is not None:
                 undo.call(parent._modules.__setitem__, leaf, parent._modules[leaf])
             parent._modules[leaf] = index.view.modules[key[1]]
         if undo is not None:
-            undo.call(index.entries.__setitem__, key, entry)
+            undo.call(index.modules.__setitem__, key, entry)

@@ -16,9 +16,9 @@ def default_targets(peft_type: str, model_type: str) -> list[str] | str | None:
     return answer
 
 
-def make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
+def make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | None:
     """Return the first plugin's adapter layer for a base layer, or None."""
-    return registry.manager().hook.peft_make_layer(peft_type=peft_type, base_layer=base_layer, activation=activation)
+    return registry.manager().hook.peft_make_layer(peft_type=peft_type, base_layer=base_layer, selection=selection)
 
 
 def convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def peft_default_targets(peft_type: str, model_type: str) -> list[str] | str | N
 
 
 @hookspec(firstresult=True)
-def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
+def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | None:
     """Give a tuner the adapter layer for a base layer that it does not know itself (a quantised one, say). First answer counts.
 
     Not asked for torch's own Linear, Embedding and convolutions with weights of plain numbers.
@@ -150,20 +150,20 @@ def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | N
     Args:
         peft_type: as in `adapter_config.json`: ``"LORA"``.
         base_layer: the module to wrap.
-        activation: to be handed to the layer.
+        selection: to be handed to the layer.
 
     Example:
         >>> from torch import nn
-        >>> from peft_core import Activation, AdapterLayer, hookimpl
+        >>> from peft_core import AdapterSelection, AdapterLayer, hookimpl
         >>> class Int4Linear(nn.Linear):
         ...     "A layer of somebody's library."
         >>> class ScaleInt4(AdapterLayer):
         ...     "What the method SCALE puts around it: `add`, `delta_weight` and so on."
         >>> @hookimpl
-        ... def peft_make_layer(peft_type, base_layer, activation):
+        ... def peft_make_layer(peft_type, base_layer, selection):
         ...     if peft_type == "SCALE" and isinstance(base_layer, Int4Linear):
-        ...         return ScaleInt4(base_layer, activation)
-        >>> type(peft_make_layer("SCALE", Int4Linear(2, 2), Activation())).__name__
+        ...         return ScaleInt4(base_layer, selection)
+        >>> type(peft_make_layer("SCALE", Int4Linear(2, 2), AdapterSelection())).__name__
         'ScaleInt4'
     """
 

@@ -28,7 +28,7 @@ T = TypeVar("T")
 #: the name that stands for "no adapter" in a per-sample route
 BASE = "__base__"
 EMPTY: Mapping[str, Any] = MappingProxyType({})
-#: for each activation the route that a task of an event loop follows
+#: for each selection the route that a task of an event loop follows
 _TASK_ROUTES: contextvars.ContextVar[Mapping[Any, Any]] = contextvars.ContextVar("peft_core_task_routes", default=MappingProxyType({}))
 
 
@@ -39,15 +39,15 @@ class Route:
     Args:
         names: adapters that every row uses, in the order in which they act; with `per_row`, all that some row uses, in that order.
         per_row: for each row the adapters that it uses; ``()`` is the plain base.
-        facts: things that a tuner tells its own layers for this call.
-        chosen: the same as numbers, for compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; filled in by `Activation.use`.
+        context: things that a tuner tells its own layers for this call.
+        active_mask: the same as numbers, for compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; `AdapterSelection.use` sets it.
     """
 
     names: tuple[str, ...] = ()
     per_row: tuple[tuple[str, ...], ...] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    #: the same as numbers, for compiled graphs: see `Activation.chosen`; (adapters,), or (rows, adapters) with `per_row`
-    chosen: Tensor | None = field(default=None, repr=False)
+    context: Mapping[str, Any] = field(default_factory=dict)
+    #: the same as numbers, for compiled graphs: see `AdapterSelection.active_mask`; (adapters,), or (rows, adapters) with `per_row`
+    active_mask: Tensor | None = field(default=None, repr=False)
     _ids: dict[tuple[str, int, torch.device | None], Tensor | None] = field(default_factory=dict, repr=False)
 
     @property
@@ -84,10 +84,10 @@ class Route:
         return ALL if ids_or_none.shape[0] == batch else ids_or_none
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "per_row": self.per_row, "facts": dict(self.facts)}
+        return {"names": self.names, "per_row": self.per_row, "context": dict(self.context)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in {**state, "chosen": None, "_ids": {}}.items():
+        for name, value in {**state, "active_mask": None, "_ids": {}}.items():
             object.__setattr__(self, name, value)
 
 
@@ -117,7 +117,7 @@ Rows = Tensor | _All | None
 NO_ROUTE = Route()
 
 
-class Activation:
+class AdapterSelection:
     """The adapters in use, shared by all adapter layers of a model: switching sets one attribute and visits no layer.
 
     A thread may override it for itself with `use`: concurrent requests do not see one another.
@@ -135,15 +135,15 @@ class Activation:
         #: inside `disabled`, where no layer follows anything, also those that were switched by themselves
         self.suspended = False
         #: adapter → its number
-        self.places: dict[str, int] = {}
+        self.adapter_ids: dict[str, int] = {}
         #: which adapters act, by number: a compiled graph reads this tensor, and is not compiled again when another adapter is chosen
-        self.chosen = torch.zeros(0, dtype=torch.bool)
+        self.active_mask = torch.zeros(0, dtype=torch.bool)
         #: the model's own, of which this is a variant; itself otherwise
         self.root = self
         #: the names were given as a list, and are shown as one
         self.as_list = False
         #: (names, enabled, as_list) → what layers follow that were switched by themselves, one for all layers in the same state
-        self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], Activation] = weakref.WeakValueDictionary()
+        self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], AdapterSelection] = weakref.WeakValueDictionary()
         #: saved modules that were switched off by themselves; they follow when layers are switched on
         self.switched_off: list[Any] = []
         #: the cache scope that a caller opened for the whole model
@@ -184,24 +184,24 @@ class Activation:
             for variant in list(self.variants.values()):
                 variant._refresh()
         with torch.inference_mode(False):
-            self.chosen = self._numbers(self.default.names).to(self.chosen.device)
+            self.active_mask = self._numbers(self.default.names).to(self.active_mask.device)
 
     def place(self, name: str, device: torch.device) -> None:
         """Give the adapter `name` a number, for the model and all variants. `device`: where its layers are."""
         root = self.root
-        if name not in root.places:
-            root.places[name] = len(root.places)
+        if name not in root.adapter_ids:
+            root.adapter_ids[name] = len(root.adapter_ids)
             if device.type != "meta":
-                root.chosen = root.chosen.to(device)
+                root.active_mask = root.active_mask.to(device)
             for variant in root.variants.values():
-                variant.chosen = root.chosen
+                variant.active_mask = root.active_mask
             root._refresh()
 
     def _numbers(self, names: Iterable[str]) -> Tensor:
-        numbers = torch.zeros(len(self.places), dtype=torch.bool)
+        numbers = torch.zeros(len(self.adapter_ids), dtype=torch.bool)
         for name in names:
-            if name in self.places:
-                numbers[self.places[name]] = True
+            if name in self.adapter_ids:
+                numbers[self.adapter_ids[name]] = True
         return numbers
 
     def current(self) -> Route:
@@ -214,10 +214,10 @@ class Activation:
     def use(self, route: Route) -> Iterator[None]:
         """Follow `route` in this thread until the block ends."""
         previous = getattr(self.local, "route", None)
-        if route.chosen is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # something may have been compiled
+        if route.active_mask is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # something may have been compiled
             rows = [route.names] if route.per_row is None else route.per_row
-            numbers = torch.stack([self._numbers(names) for names in rows]).to(self.chosen.device)
-            object.__setattr__(route, "chosen", numbers[0] if route.per_row is None else numbers)
+            numbers = torch.stack([self._numbers(names) for names in rows]).to(self.active_mask.device)
+            object.__setattr__(route, "active_mask", numbers[0] if route.per_row is None else numbers)
         self.local.route = route
         try:
             yield
@@ -315,7 +315,7 @@ class Activation:
             scope.close()
             warnings.warn("train() inside of cached(model): nothing is cached from here on", PeftWarning, stacklevel=3)
 
-    def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> Activation:
+    def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> AdapterSelection:
         """Return what a layer follows that has another choice than its model; overrides of threads are those of the model.
 
         Args:
@@ -327,32 +327,39 @@ class Activation:
         key = (tuple(names), enabled, as_list)
         found = root.variants.get(key)
         if found is None:
-            found = Activation(names)
-            found.root, found.as_list, found.local, found.places, found.chosen = root, as_list, root.local, root.places, root.chosen
+            found = AdapterSelection(names)
+            found.root, found.local, found.as_list = root, root.local, as_list
+            found.adapter_ids, found.active_mask = root.adapter_ids, root.active_mask
             found.enable(enabled)
             root.variants[key] = found
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {"names": self.names, "enabled": self.enabled, "as_list": self.as_list, "places": self.places, "device": str(self.chosen.device)}
+        state = {
+            "names": self.names,
+            "enabled": self.enabled,
+            "as_list": self.as_list,
+            "adapter_ids": self.adapter_ids,
+            "device": str(self.active_mask.device),
+        }
         return {**state, "switched_off": self.switched_off} if self.root is self else {**state, "root": self.root}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["names"])  # type: ignore[misc]
-        self.as_list, self.places, self.chosen = state["as_list"], dict(state["places"]), self.chosen.to(state["device"])
+        self.as_list, self.adapter_ids, self.active_mask = state["as_list"], dict(state["adapter_ids"]), self.active_mask.to(state["device"])
         self.switched_off = state.get("switched_off", [])
         self._join(state.get("root", self), state["enabled"])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Activation:
-        twin = memo[id(self)] = Activation(copy.deepcopy(self.names))
-        twin.as_list, twin.places, twin.chosen = self.as_list, dict(self.places), self.chosen
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterSelection:
+        twin = memo[id(self)] = AdapterSelection(copy.deepcopy(self.names))
+        twin.as_list, twin.adapter_ids, twin.active_mask = self.as_list, dict(self.adapter_ids), self.active_mask
         twin.switched_off = copy.deepcopy(self.switched_off, memo)
         twin._join(twin if self.root is self else copy.deepcopy(self.root, memo), self.enabled)
         return twin
 
-    def _join(self, root: Activation, enabled: bool) -> None:
+    def _join(self, root: AdapterSelection, enabled: bool) -> None:
         if root is not self:
-            self.root, self.local, self.places = root, root.local, root.places
+            self.root, self.local, self.adapter_ids = root, root.local, root.adapter_ids
             root.variants[self.names, enabled, self.as_list] = self
         self.enable(enabled)
 

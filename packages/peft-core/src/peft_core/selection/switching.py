@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from .selection import Activation
+from .selection import AdapterSelection
 
 
-class Switches(nn.Module):
+class SelectionMixin(nn.Module):
     """A module that follows its model's choice of adapters until it is given one of its own.
 
     `PeftModel.set_adapter`, `enable_adapter_layers` and `disable_adapter_layers` bring it back to the model's.
@@ -20,7 +20,7 @@ class Switches(nn.Module):
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
-    activation: Activation
+    selection: AdapterSelection
 
     if TYPE_CHECKING:
 
@@ -31,18 +31,18 @@ class Switches(nn.Module):
     @property
     def active_adapters(self) -> list[str]:
         """The adapters chosen here, also those that have no weights here."""
-        return list(self.activation.names)
+        return list(self.selection.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
         """The same: one name, or a list if a list was chosen."""
-        names = self.activation.names
-        return names[0] if len(names) == 1 and not self.activation.as_list else list(names)
+        names = self.selection.names
+        return names[0] if len(names) == 1 and not self.selection.as_list else list(names)
 
     @property
     def disable_adapters(self) -> bool:
         """Whether adapters are switched off here."""
-        return not self.activation.enabled
+        return not self.selection.enabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use these adapters in this module; they train, all others are frozen.
@@ -52,14 +52,14 @@ class Switches(nn.Module):
             inference_mode: they do not train either.
         """
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
-        self.activation = self.activation.variant(given, self.activation.enabled, not isinstance(adapter_names, str))
+        self.selection = self.selection.variant(given, self.selection.enabled, not isinstance(adapter_names, str))
         for name in self.adapters():
             let_train(self.parameters_of(name).values(), name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this module, as `enabled` says; which of them train does not change."""
-        if enabled is not self.activation.enabled:
-            self.activation = self.activation.variant(self.activation.names, enabled, self.activation.as_list)
+        if enabled is not self.selection.enabled:
+            self.selection = self.selection.variant(self.selection.names, enabled, self.selection.as_list)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter's weights out of this module; a name without weights here is ignored.
@@ -73,10 +73,10 @@ class Switches(nn.Module):
 
     def stop_using(self, adapter_name: str) -> None:
         """Take a name out of those in use here; if none remains, the first adapter that has weights here takes over."""
-        active = self.activation
+        active = self.selection
         if adapter_name in active.names:
             rest = tuple(name for name in active.names if name != adapter_name) or self.adapters()[:1]
-            self.activation = active.variant(rest, active.enabled, active.as_list)
+            self.selection = active.variant(rest, active.enabled, active.as_list)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train in this module or not, whether they are in use or not."""
@@ -92,7 +92,7 @@ def let_train(parameters: Iterable[nn.Parameter], trains: bool) -> None:
             parameter.requires_grad_(trains)
 
 
-class AuxiliaryTrainingWrapper(Switches):
+class AuxiliaryTrainingWrapper(SelectionMixin):
     """What stands around a module of the base for a part of an adapter that every method may have: saved modules, rows of tokens.
 
     Methods take an adapter's name as `adapter_name`.
@@ -117,6 +117,6 @@ class AuxiliaryTrainingWrapper(Switches):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this module. It comes on again with the first adapter layer of the model that does."""
         super().enable_adapters(enabled)
-        root = self.activation.root
+        root = self.selection.root
         if not enabled and not any(module is self for module in root.switched_off):
             root.switched_off.append(self)

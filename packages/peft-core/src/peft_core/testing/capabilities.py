@@ -295,5 +295,5 @@ class _OffersLayers:
     """A plugin that has an adapter layer for everything."""
 
     @hookimpl
-    def peft_make_layer(self, base_layer: nn.Module, activation: Any) -> Any:
-        return AdapterLayer(base_layer, activation)
+    def peft_make_layer(self, base_layer: nn.Module, selection: Any) -> Any:
+        return AdapterLayer(base_layer, selection)

@@ -11,7 +11,7 @@ from ..base.view import BaseView
 from ..errors import AdapterNameError
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from .tuner import Plan, TunerBase
 
 
@@ -51,8 +51,8 @@ class BiasHolder:
 class Biases(TunerBase):
     """Plans which biases of the base train."""
 
-    def __init__(self, activation: Activation) -> None:
-        super().__init__(TunerSpec("BIAS", "peft_core.config:PeftConfig", Biases, "bias@", capabilities=Capability.MERGE), activation)
+    def __init__(self, selection: AdapterSelection) -> None:
+        super().__init__(TunerSpec("BIAS", "peft_core.config:PeftConfig", Biases, "bias@", capabilities=Capability.MERGE), selection)
         self.holder = BiasHolder()
 
     def plan(self, base: BaseView, adapter: str, config: BiasRequest) -> Plan:

@@ -82,9 +82,9 @@ class Call:
         """Return the call with more virtual tokens, after those already there."""
         return replace(self, virtual=self.virtual + tokens)
 
-    def telling(self, **facts: Any) -> Call:
-        """Return the call with facts that the tuner's own layers read from the route."""
-        return replace(self, route=replace(self.route, facts={**self.route.facts, **facts}))
+    def telling(self, **context: Any) -> Call:
+        """Return the call with context that the tuner's own layers read from the route."""
+        return replace(self, route=replace(self.route, context={**self.route.context, **context}))
 
     def share(self, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Rows]]:
         """Yield those adapters of `modules` that the route uses, each with its rows."""

@@ -14,7 +14,7 @@ from ..errors import AdapterNotFoundError, CapabilityError, did_you_mean, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, registry
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from .biases import BIAS
 from .reshape import Reshape
 from .saved_modules import SAVED
@@ -31,7 +31,7 @@ class AdapterIndex:
     Attributes:
         base: the base model, wrapped in place.
         view: the base under its original names.
-        activation: which adapters act.
+        selection: which adapters act.
         configs: adapter → config, in load order.
         entries: (method, path) → the module there that holds weights; mounts have the path of the mount and no method.
     """
@@ -39,13 +39,13 @@ class AdapterIndex:
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         self.view = BaseView(base)
-        self.activation = Activation()
+        self.selection = AdapterSelection()
         self.configs: dict[str, PeftConfig] = {}
         self.tuners: dict[str, TunerBase] = {}
-        self.entries: dict[Key, AdapterModule] = {}
-        self.own: dict[str, list[Key]] = {}
+        self.modules: dict[Key, AdapterModule] = {}
+        self.keys_by_adapter: dict[str, list[Key]] = {}
         #: tuners whose prepare or finish is called; recomputed when adapters come and go, not per call
-        self.speakers: tuple[TunerBase, ...] = ()
+        self.call_tuners: tuple[TunerBase, ...] = ()
         self.call_arguments: frozenset[str] = frozenset()
         self.frozen_base = False
         self.forward = BaseForward(self.view)
@@ -69,7 +69,7 @@ class AdapterIndex:
 
     def modules_of(self, adapter: str) -> list[tuple[Key, AdapterModule]]:
         """Return the entries in which an adapter has weights."""
-        return [(key, self.entries[key]) for key in self.own.get(adapter, ())]
+        return [(key, self.modules[key]) for key in self.keys_by_adapter.get(adapter, ())]
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
         """Yield the parameters of an adapter."""
@@ -93,7 +93,7 @@ class AdapterIndex:
 
     def tuner_for(self, spec: TunerSpec) -> TunerBase:
         """Return this model's tuner of the method `spec`; a new one, not kept yet, if it has none."""
-        return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.activation)
+        return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.selection)
 
     def prefix(self, adapter: str) -> str:
         """Return what stands before a base module's path in the adapter's file, also while the adapter is being added."""
@@ -110,16 +110,16 @@ class AdapterIndex:
     @property
     def active(self) -> tuple[str, ...]:
         """The adapters chosen for the whole model, in load order."""
-        return self.activation.names
+        return self.selection.names
 
     def refresh(self) -> None:
         """Recompute what depends on which adapters there are."""
-        self.activation.drop_cached()
+        self.selection.drop_cached()
         used = {str(config.peft_type) for config in self.configs.values()}
         present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (SAVED, BIAS)]
         for kind, tuner in self.tuners.items():
             tuner.configs = {name: config for name, config in self.configs.items() if str(config.peft_type) == kind}
-        self.speakers = tuple(tuner for tuner in present if tuner.takes_part_in_calls)
+        self.call_tuners = tuple(tuner for tuner in present if tuner.takes_part_in_calls)
         self.call_arguments = frozenset(name for tuner in present for name in tuner.spec.call_arguments)
 
     def require_capability(self, adapter: str, capability: Capability, what: str) -> None:
@@ -130,7 +130,7 @@ class AdapterIndex:
 
     def merged_adapters(self) -> list[str]:
         """Return the merged adapters, each once, in load order."""
-        merged = {name for module in self.entries.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
+        merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
         return [name for name in self.configs if name in merged]
 
 

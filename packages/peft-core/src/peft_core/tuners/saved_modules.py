@@ -10,11 +10,11 @@ from torch import nn
 from ..base.view import BaseView
 from ..errors import ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..layers.saved_modules import ModulesToSaveWrapper
 from ..layers.slots import AdapterModule
 from ..plugins import Capability, TunerSpec
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from .targeting import target_matcher
 from .tasks import HEADS
 from .tuner import Plan, TunerBase, Wrap
@@ -35,11 +35,11 @@ class SavedRequest:
 class SavedModules(TunerBase):
     """Plans a `ModulesToSaveWrapper` around each module that is to be saved whole."""
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, selection: AdapterSelection) -> None:
         spec = TunerSpec(
             "SAVED_MODULES", "peft_core.config:PeftConfig", SavedModules, "modules_to_save", capabilities=Capability.MERGE | Capability.PER_SAMPLE
         )
-        super().__init__(spec, activation)
+        super().__init__(spec, selection)
 
     def plan(self, base: BaseView, adapter: str, config: SavedRequest) -> Plan:
         """Wrap the modules whose names are given or end in a given name after a dot.
@@ -66,7 +66,7 @@ class SavedModules(TunerBase):
         for path in paths:
             owner = next((fillers[other] for other in base.sharing(path) if other in fillers), None) if config.tied else None
             fillers[path] = _SavedFiller(adapter, owner)
-        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.activation), filler) for path, filler in fillers.items()))
+        return Plan(wraps=tuple(Wrap(path, _SavedBuilder(self.selection), filler) for path, filler in fillers.items()))
 
     @staticmethod
     def paths(base: BaseView, request: SavedRequest) -> list[str]:
@@ -82,10 +82,10 @@ class SavedModules(TunerBase):
 
 @dataclass(frozen=True)
 class _SavedBuilder:
-    activation: Activation
+    selection: AdapterSelection
 
     def __call__(self, module: nn.Module) -> AdapterModule:
-        return ModulesToSaveWrapper(module, self.activation)
+        return ModulesToSaveWrapper(module, self.selection)
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ class _SavedFiller:
     owner: _SavedFiller | None = None
     filled: list[ModulesToSaveWrapper] = field(default_factory=list)
 
-    def __call__(self, module: ModulesToSaveWrapper, creation: Creation) -> None:
-        module.attach(self.adapter, creation, None if self.owner is None else self.owner.filled[0])
+    def __call__(self, module: ModulesToSaveWrapper, init_options: InitOptions) -> None:
+        module.attach(self.adapter, init_options, None if self.owner is None else self.owner.filled[0])
         self.filled.append(module)
 
 

@@ -54,7 +54,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         return Selection((), targets)
     if base.chosen is not None:
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
-    saved = frozenset((*config.extras().modules_to_save, *base.heads))
+    saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     matching = frozenset(targets).__contains__ if every_linear else target_matcher(targets, "target_modules")
     in_layers = layer_filter(config)
     excluded = target_matcher(config.exclude_modules, "exclude_modules")
@@ -196,7 +196,7 @@ def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
             hint=f"name the modules: {listed(_linear_leaves(base))}",
         )
     output = base.output_embeddings
-    saved = frozenset((*config.extras().modules_to_save, *base.heads))
+    saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
     if not names:
         raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")

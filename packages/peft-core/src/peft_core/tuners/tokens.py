@@ -9,11 +9,11 @@ from torch import nn
 
 from ..base.view import BaseView
 from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule
-from ..layers.token_rows import RowSettings, RowsLayer, TokenRows
+from ..layers.token_rows import RowSettings, TokenRows, TrainableRowsLayer
 from ..plugins import Capability, TunerSpec
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from .targeting import target_matcher
 from .tuner import Plan, TunerBase, Wrap
 
@@ -38,9 +38,9 @@ class TokenRequest:
 class TrainedTokens(TunerBase):
     """Plans a `TokenRows` around each embedding whose rows train, and around the modules that have its weight in common with it."""
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, selection: AdapterSelection) -> None:
         can = Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING
-        super().__init__(TunerSpec("TRAINED_TOKENS", "peft_core.config:PeftConfig", TrainedTokens, "token_adapter", capabilities=can), activation)
+        super().__init__(TunerSpec("TRAINED_TOKENS", "peft_core.config:PeftConfig", TrainedTokens, "token_adapter", capabilities=can), selection)
 
     def plan(self, base: BaseView, adapter: str, config: TokenRequest) -> Plan:
         """Find the modules, and check the indices.
@@ -49,17 +49,19 @@ class TrainedTokens(TunerBase):
             ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
             UnsupportedModuleError: a module is no embedding and no output layer.
         """
-        return plan_token_rows(base, adapter, config, self.activation)
+        return plan_token_rows(base, adapter, config, self.selection)
 
 
-def plan_token_rows(base: BaseView, adapter: str, config: TokenRequest, activation: Activation, kind: type[RowsLayer] = TokenRows) -> Plan:
+def plan_token_rows(
+    base: BaseView, adapter: str, config: TokenRequest, selection: AdapterSelection, kind: type[TrainableRowsLayer] = TokenRows
+) -> Plan:
     """Plan a layer around each embedding whose rows train, and around the modules that have its weight in common with it.
 
     Args:
         base: the base model.
         adapter: the new adapter.
         config: which rows of what.
-        activation: of the model.
+        selection: of the model.
         kind: class of the layers.
 
     Raises:
@@ -80,7 +82,7 @@ def plan_token_rows(base: BaseView, adapter: str, config: TokenRequest, activati
         done.update(followers)
         alone = len({path, *followers}) < len(base.sharing(path))
         settings = RowSettings(path, indices, alone=alone, random=config.random)
-        owner, build = _Filler(adapter, settings), _Builder(activation, kind)
+        owner, build = _Filler(adapter, settings), _Builder(selection, kind)
         wraps.append(Wrap(path, build, owner))
         wraps += [Wrap(other, build, _Filler(adapter, replace(settings, path=other), owner)) for other in followers]
     return Plan(wraps=tuple(wraps))
@@ -159,11 +161,11 @@ def _input_embeddings(base: BaseView) -> str:
 
 @dataclass(frozen=True)
 class _Builder:
-    activation: Activation
-    kind: type[RowsLayer]
+    selection: AdapterSelection
+    kind: type[TrainableRowsLayer]
 
     def __call__(self, module: nn.Module) -> AdapterModule:
-        return self.kind(module, self.activation)
+        return self.kind(module, self.selection)
 
 
 @dataclass(frozen=True)
@@ -173,10 +175,10 @@ class _Filler:
     adapter: str
     settings: RowSettings
     owner: _Filler | None = None
-    filled: list[RowsLayer] = field(default_factory=list)
+    filled: list[TrainableRowsLayer] = field(default_factory=list)
 
-    def __call__(self, layer: RowsLayer, creation: Creation) -> None:
+    def __call__(self, layer: TrainableRowsLayer, init_options: InitOptions) -> None:
         source = None if self.owner is None else self.owner.filled[0]
         settings = replace(self.settings, source=source)
-        layer.attach(self.adapter, settings, creation)
+        layer.attach(self.adapter, settings, init_options)
         self.filled.append(layer)

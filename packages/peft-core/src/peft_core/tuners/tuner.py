@@ -14,10 +14,10 @@ from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.creation import Creation
+from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
-from ..selection.selection import Activation
+from ..selection.selection import AdapterSelection
 from . import targeting
 from .call import Call, Output
 from .reshape import Reshape
@@ -35,7 +35,7 @@ class Wrap:
 
     path: str
     build: Callable[[nn.Module], AdapterModule]
-    fill: Callable[[Any, Creation], None]
+    fill: Callable[[Any, InitOptions], None]
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ class Plan:
     """
 
     wraps: tuple[Wrap, ...] = ()
-    mounts: Mapping[str, Callable[[Creation], nn.Module]] = field(default_factory=dict)
+    mounts: Mapping[str, Callable[[InitOptions], nn.Module]] = field(default_factory=dict)
     adopts: Mapping[str, Callable[[], AdapterModule]] = field(default_factory=dict)
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Incoming:
+class IncomingWeights:
     """What is to take the place of an adapter's weights in one module.
 
     Args:
@@ -71,7 +71,7 @@ class Incoming:
 
 
 @dataclass(frozen=True)
-class Contents:
+class AdapterCheckpoint:
     """What the file of an adapter holds.
 
     Args:
@@ -84,7 +84,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Translation:
+class CheckpointTranslation:
     """How an adapter that was written for another layout of a base is read on this one.
 
     Args:
@@ -101,7 +101,7 @@ class TunerBase:
 
     Attributes:
         spec: what the tuner says about itself.
-        activation: which adapters act; handed to the layers.
+        selection: which adapters act; handed to the layers.
         mounted: for each mount the modules of this tuner's adapters, kept by core: ``mounted["prompt_encoder"]["french"]``.
         configs: the configs of this tuner's adapters, in load order, kept by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
@@ -111,13 +111,13 @@ class TunerBase:
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
     swappable: ClassVar[frozenset[str]] = frozenset()
 
-    def __init__(self, spec: TunerSpec, activation: Activation) -> None:
+    def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         self.spec = spec
-        self.activation = activation
+        self.selection = selection
         self.mounted: dict[str, dict[str, nn.Module]] = {}
         self.configs: dict[str, Any] = {}
 
-    def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+    def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
         """Return how a file is read on this base; None: as it is. Changes nothing.
 
         Args:
@@ -130,7 +130,7 @@ class TunerBase:
         """
         return None
 
-    def fitted(self, base: BaseView, config: Any) -> Mapping[str, Any]:
+    def adapted_config(self, base: BaseView, config: Any) -> Mapping[str, Any]:
         """Return field → value of a config that was written for another layout of the base; empty if it fits. Changes nothing."""
         return {}
 
@@ -182,7 +182,7 @@ class TunerBase:
         """Return the `output` of a `call` as the caller is to see it, for example with a loss added. Only called if overridden."""
         return output
 
-    def swap(self, adapter: str, config: Any, incoming: Sequence[Incoming]) -> Callable[[], None]:
+    def swap(self, adapter: str, config: Any, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Check that new weights fit in the place of an adapter's, and return what writes them there. Changes nothing itself.
 
         By default every tensor must have come in the shape that is there.
@@ -215,7 +215,7 @@ class TunerBase:
 
         return write
 
-    def relative_to_base(self, adapter: str, now: Contents, initial: Contents) -> Contents:
+    def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Return an adapter whose creation changed the base as one for the original base, to be saved. Changes nothing.
 
         Args:
@@ -312,10 +312,10 @@ class LayerTuner(TunerBase):
         """
         # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class
         quantised = _is_quantised(module)
-        if (quantised or type(module) not in _PLAIN) and hooks.make_layer(self.spec.peft_type, module, self.activation) is not None:
+        if (quantised or type(module) not in _PLAIN) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
             if quantised:
                 self._require(Capability.QUANTISED, module, path)
-            return _Builder(None, self.activation, self.spec.peft_type)
+            return _Builder(None, self.selection, self.spec.peft_type)
         if isinstance(module, nn.Linear) and _is_packed(module.weight):
             self._require(Capability.QUANTISED, module, path)
         for layer in self.layers:
@@ -324,7 +324,7 @@ class LayerTuner(TunerBase):
                     self._require(Capability.EMBEDDING, module, path)
                 elif isinstance(module, _CONVOLUTIONS):
                     self._require(Capability.CONV, module, path)
-                return _Builder(layer, self.activation, self.spec.peft_type)
+                return _Builder(layer, self.selection, self.spec.peft_type)
         supported = sorted({kind.__name__ for layer in self.layers for kind in layer.base_types})
         raise UnsupportedModuleError(
             f"Target module {path!r} is a {type(module).__name__}, which {self.spec.peft_type} does not support. Currently, only "
@@ -364,8 +364,8 @@ class Filler:
     adapter: str
     settings: Any
 
-    def __call__(self, layer: AdapterLayer, creation: Creation) -> None:
-        layer.attach(self.adapter, self.settings, creation)
+    def __call__(self, layer: AdapterLayer, init_options: InitOptions) -> None:
+        layer.attach(self.adapter, self.settings, init_options)
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -388,11 +388,11 @@ _PLAIN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 @dataclass(frozen=True)
 class _Builder:
     layer: type[AdapterLayer] | None
-    activation: Activation
+    selection: AdapterSelection
     peft_type: str
 
     def __call__(self, module: nn.Module) -> AdapterModule:
         if self.layer is not None:
-            return self.layer(module, self.activation)
-        made: AdapterModule = hooks.make_layer(self.peft_type, module, self.activation)  # type: ignore[assignment]
+            return self.layer(module, self.selection)
+        made: AdapterModule = hooks.make_layer(self.peft_type, module, self.selection)  # type: ignore[assignment]
         return made

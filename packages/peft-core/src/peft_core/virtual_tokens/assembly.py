@@ -22,14 +22,14 @@ from . import caches
 from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
 
 
-def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = False) -> Assembled:
+def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
     """Return what the base gets for a call.
 
     Args:
         call: the call, with the virtual tokens that tuners offered.
         forward: what the base's forward takes.
         task: decides what happens to labels.
-        again: layers run again in the backward pass.
+        recomputing: layers run again in the backward pass.
 
     Raises:
         RoutingError: an attention mask that is not (batch, tokens).
@@ -41,7 +41,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
     if forward.encoder_decoder:
         from .encoder_decoder import assemble_both
 
-        return assemble_both(call, forward, task, again=again)
+        return assemble_both(call, forward, task, recomputing=recomputing)
     if any(tokens.site is not Site.INPUT for tokens in call.virtual):
         raise CapabilityError(f"{forward.view.name} has no decoder of its own, before whose tokens virtual ones could stand", hint="use Site.INPUT")
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
@@ -86,7 +86,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = 
             inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
         inputs = task.shift(inputs, lead)
     if kv:
-        cache = filled_cache(call, kv, forward, cache, again=again)
+        cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
     seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)

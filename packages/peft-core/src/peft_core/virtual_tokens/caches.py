@@ -20,7 +20,7 @@ from ..tuners.call import Call, VirtualTokens
 PREFIX = "peft_core.prefix"
 
 
-def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, again: bool = False) -> Any:
+def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, recomputing: bool = False) -> Any:
     """Return a cache that begins with keys and values; rows that do not use them have zeros there, which the mask hides.
 
     Args:
@@ -28,7 +28,7 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
         tokens: keys and values, in the order in which they stand.
         view: the base.
         cache: an empty cache to fill; None: a new one.
-        again: layers run again in the backward pass: what is added to the cache is not kept, so that they find it as it was.
+        recomputing: layers run again in the backward pass: what is added to the cache is not kept, so that they find it as it was.
 
     Raises:
         CapabilityError: the cache is too short.
@@ -37,16 +37,16 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
     from transformers import DynamicCache, EncoderDecoderCache
 
     own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if own is None or again:
+    if own is None or recomputing:
         config = decoder_config(view)
         layers = len(tokens[0].keys_values or ())
         if two and getattr(config, "num_hidden_layers", layers) != layers:
             config = None  # T5's config counts the layers of its encoder
-        own = _again_class()(config=config) if again else DynamicCache(config=config)
+        own = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
         if two:
-            other = _again_class()(config=config) if again else DynamicCache(config=config)
+            other = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
             cache = EncoderDecoderCache(own, other)
-            if again:
+            if recomputing:
                 cache.is_updated = _Never()
         else:
             cache = own
@@ -63,7 +63,7 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
         keys = [spread(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [spread(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
-        if again:
+        if recomputing:
             own.begin(k, v, layer)
         else:
             own.update(k, v, layer)
@@ -123,7 +123,7 @@ def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
-    """Return a cache for one layer that is to run again, with these keys and values."""
+    """Return a cache for one layer that is to run recomputing, with these keys and values."""
     own = getattr(cache, "self_attention_cache", cache)
     one, other = copy.copy(own), copy.copy(own.layers[layer])
     other.keys, other.values = keys, values
@@ -136,7 +136,7 @@ def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
 
 
 class _Never(dict[int, bool]):
-    """Says of no layer that its keys and values of the encoder are there: they are computed again, with a graph."""
+    """Says of no layer that its keys and values of the encoder are there: they are computed recomputing, with a graph."""
 
     def __setitem__(self, key: int, value: bool) -> None:
         pass
@@ -145,7 +145,7 @@ class _Never(dict[int, bool]):
 _classes: list[type[Any]] = []
 
 
-def _again_class() -> type[Any]:
+def _recomputing_class() -> type[Any]:
     """Return the class of caches that layers may use twice; made when transformers is there."""
     if not _classes:
         from transformers import DynamicCache
@@ -179,6 +179,6 @@ class _NoFalseAlarm(logging.Filter):
 
 
 @functools.cache
-def hush() -> None:
+def silence_cache_warning() -> None:
     """Keep transformers from saying so, from now on."""
     logging.getLogger("transformers.modeling_layers").addFilter(_NoFalseAlarm())

@@ -15,7 +15,7 @@ from ..tuners.tasks import IGNORED, TaskSpec
 from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
 
 
-def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bool = False) -> Assembled:
+def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
     """Return what an encoder-decoder model gets for a call; arguments and errors as `assemble`."""
     inputs = dict(call.inputs)
     encoder = [tokens for tokens in call.virtual if tokens.site is Site.INPUT]
@@ -63,7 +63,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, again: bo
         if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
             inputs["labels"] = led(inputs["labels"], lead, IGNORED)
     if kv:
-        cache = filled_cache(call, kv, forward, cache, again=again)
+        cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
     return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)

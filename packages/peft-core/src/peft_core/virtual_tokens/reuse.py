@@ -43,7 +43,7 @@ class VirtualKeysValues:
         self.embeds = tuple(tokens.embeds for tokens in call.virtual if tokens.embeds is not None)
         words: Any = index.base.get_input_embeddings()  # type: ignore[operator]
         sequence = torch.cat(self.embeds).to(device=call.device, dtype=words.weight.dtype).unsqueeze(0)
-        with index.activation.use(call.route):
+        with index.selection.use(call.route):
             found = base(inputs_embeds=sequence, use_cache=True, return_dict=True)
         self.keys_values = _plain_layers(found.get("past_key_values"), sequence.shape[1])
         values = {name: found.get(name) for name in _PER_TOKEN}
@@ -71,7 +71,7 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
     forward, config = index.forward, index.view.config
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return False
-    if not (forward.causal and forward.takes_cache and forward.view.is_transformers_model) or call.route.per_row is not None or call.route.facts:
+    if not (forward.causal and forward.takes_cache and forward.view.is_transformers_model) or call.route.per_row is not None or call.route.context:
         return False
     for tokens in call.virtual:
         if tokens.rows is not ALL or tokens.site is not Site.INPUT or tokens.embeds is None or tokens.embeds.ndim != 2:
@@ -91,7 +91,7 @@ def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> t
         base: what runs the base.
     """
     # a scope of one `generate` alone has one use for them: running the base on them apart would cost more
-    scope = index.activation.cache() if index.activation.scope is not None else None
+    scope = index.selection.cache() if index.selection.scope is not None else None
     if scope is None or not may_reuse(index, call):
         return call, EMPTY
     found = scope.get(("virtual keys and values", index, call.route.names, call.device), lambda: VirtualKeysValues(index, call, base))

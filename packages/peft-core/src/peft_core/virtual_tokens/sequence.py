@@ -14,7 +14,7 @@ from ..selection.selection import ALL
 from ..tuners.call import Call, VirtualTokens
 from ..tuners.tasks import Lead
 from . import caches
-from .caches import PREFIX, hush
+from .caches import PREFIX, silence_cache_warning
 from .masks import weighed
 
 
@@ -87,7 +87,7 @@ def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: 
     return weighed(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
 
 
-def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, again: bool = False) -> Any:
+def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, recomputing: bool = False) -> Any:
     """Return a cache that holds the keys and values of all prefixes.
 
     Raises:
@@ -98,9 +98,9 @@ def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cach
             "Model does not support past key values which are required for prefix tuning",
             hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
         )
-    found = caches.filled(call, kv, forward.view, cache, again=again)
-    if again:
-        hush()
-    if again or not forward.takes_cache:
-        call.route.facts[PREFIX] = found  # type: ignore[index]
+    found = caches.filled(call, kv, forward.view, cache, recomputing=recomputing)
+    if recomputing:
+        silence_cache_warning()
+    if recomputing or not forward.takes_cache:
+        call.route.context[PREFIX] = found  # type: ignore[index]
     return found

@@ -44,8 +44,8 @@ class LoHaLayer(AdapterLayer):
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "r", "alpha", "rank_dropout", "drop_components", "module_dropout")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.rank_dropout: dict[str, float] = {}
@@ -135,19 +135,19 @@ class LoHaLayer(AdapterLayer):
         """Set the scaling to `scale` times alpha/r; a name without weights here is ignored."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
-            self.activation.drop_cached()
+            self.selection.drop_cached()
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the adapters in use by `scale`."""
         if scale == 1:
             return
-        for adapter in self.activation.names:
+        for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the adapters in use by `scale`; None: back to alpha/r."""
-        for adapter in self.activation.names:
+        for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.scaling[adapter] = self.alpha[adapter] / self.r[adapter] if scale is None else self.scaling[adapter] / scale
 

@@ -28,8 +28,8 @@ class Convolution(LoHaLayer):
     base_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     per_adapter: ClassVar[tuple[str, ...]] = (*LoHaLayer.per_adapter, "effective")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.effective: dict[str, bool] = {}
         self.weight_shape: tuple[int, ...] = tuple(self.weight.shape)
 

@@ -22,8 +22,8 @@ class Embedding(LoHaLayer):
 
     base_types = (nn.Embedding,)
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         if getattr(self.get_base_layer(), "max_norm", None) is not None:
             raise UnsupportedModuleError(
                 "an Embedding with max_norm changes its rows at each look-up: an adapter beside it would be neither normalised nor mergeable",

@@ -17,11 +17,11 @@ from .base import Packed, QuantisedLinear
 bnb: Any = importlib.import_module("bitsandbytes")
 
 
-def make(base: nn.Module, activation: Any) -> QuantisedLinear | None:
+def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
     """Return the adapter layer for a quantised layer of bitsandbytes; None for everything else, 8-bit layers that keep 16 bits included."""
     if isinstance(base, bnb.nn.Linear8bitLt):
-        return None if base.state.has_fp16_weights else Linear8bitLt(base, activation)
-    return Linear4bit(base, activation) if isinstance(base, bnb.nn.Linear4bit) else None
+        return None if base.state.has_fp16_weights else Linear8bitLt(base, selection)
+    return Linear4bit(base, selection) if isinstance(base, bnb.nn.Linear4bit) else None
 
 
 def _require_quantised(ready: bool, layer: QuantisedLinear) -> None:

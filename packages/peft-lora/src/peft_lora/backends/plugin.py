@@ -14,16 +14,16 @@ _SHARED = "peft_lora.backends.base"
 
 
 @hookimpl(trylast=True)  # a plugin may replace one of ours
-def peft_make_layer(peft_type: str, base_layer: Any, activation: Any) -> Any | None:
+def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | None:
     """Return LoRA's layer for a quantised Linear; None for everything else."""
     if peft_type != "LORA":
         return None
     for library, place in BACKENDS.items():
         if library in sys.modules:
-            made = importlib.import_module(place).make(base_layer, activation)
+            made = importlib.import_module(place).make(base_layer, selection)
             if made is not None:
                 return made
-    return importlib.import_module("peft_lora.backends.unknown").make(base_layer, activation)
+    return importlib.import_module("peft_lora.backends.unknown").make(base_layer, selection)
 
 
 @hookimpl

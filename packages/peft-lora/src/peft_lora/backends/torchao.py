@@ -21,11 +21,11 @@ _INT8: Any = getattr(ao, "Int8Tensor", ())
 _INTX: Any = getattr(ao, "IntxUnpackedToInt8Tensor", ())
 
 
-def make(base: nn.Module, activation: Any) -> QuantisedLinear | None:
+def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
     """Return the adapter layer for a Linear whose weight is a tensor of torchao; None for everything else."""
     if not isinstance(base, nn.Linear) or type(base.weight).__module__.partition(".")[0] != "torchao":
         return None
-    return TorchaoLinear(base, activation)
+    return TorchaoLinear(base, selection)
 
 
 class TorchaoLinear(QuantisedLinear):

@@ -12,7 +12,7 @@ from peft_core import MergeError
 from .base import Packed, QuantisedLinear
 
 
-def make(base: nn.Module, activation: Any) -> QuantisedLinear | None:
+def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
     """Return the adapter layer for a subclass of `nn.Linear`, or a weight, that keeps no floating-point numbers; None for everything else."""
     if not isinstance(base, nn.Linear):
         return None
@@ -21,7 +21,7 @@ def make(base: nn.Module, activation: Any) -> QuantisedLinear | None:
         return None
     foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
     integers = type(base) is not nn.Linear and not weight.is_floating_point()
-    return UnknownLinear(base, activation) if foreign or integers else None
+    return UnknownLinear(base, selection) if foreign or integers else None
 
 
 class UnknownLinear(QuantisedLinear):

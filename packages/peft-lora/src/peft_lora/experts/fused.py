@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, ConfigError, Translation
+from peft_core import BaseView, CheckpointTranslation, ConfigError
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -45,7 +45,7 @@ class _Fused:
         return 1 + max(expert for _, expert, _ in self.keys)
 
 
-def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> Translation | None:
+def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
     """Return how such a file is read on this base; None where it needs no translation.
 
     Args:
@@ -74,7 +74,7 @@ def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[i
                 done |= {f"{stem}.{inner}lora_A.weight": a, f"{stem}.{inner}lora_B.weight": b}
         return done
 
-    return Translation(_fields(base, config, fused, routers, [key for key in shapes if key not in taken]), convert)
+    return CheckpointTranslation(_fields(base, config, fused, routers, [key for key in shapes if key not in taken]), convert)
 
 
 def _find(base: BaseView, known: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, _Fused]], set[str]]:

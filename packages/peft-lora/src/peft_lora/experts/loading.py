@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..config import LoraConfig
 
 
-def fitted(base: BaseView, config: LoraConfig, *, shared: bool = True) -> Mapping[str, Any]:
+def adapted_config(base: BaseView, config: LoraConfig, *, shared: bool = True) -> Mapping[str, Any]:
     """Return the fields of a config that names projections of single experts, for a base that has them in one parameter; else nothing.
 
     Args:
@@ -70,7 +70,7 @@ def conversions(given: Sequence[Any], adapter: str, config: LoraConfig) -> list[
     Args:
         given: transformers' conversions.
         adapter: name of the adapter.
-        config: its config, before or after it was fitted.
+        config: its config, before or after it was adapted_config.
     """
     inner = "base_layer." if any(str(name).endswith(DOWN) for name in config.target_parameters or ()) else ""
     named = _projections(given, config)

@@ -33,7 +33,7 @@ class AttentionOps:
         embed = int(base.embed_dim)  # type: ignore[arg-type]
         return 3 * embed, embed
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return `delta` as it is."""
         return delta
 
@@ -68,8 +68,8 @@ class OutProjection(Linear):
 
     per_adapter: ClassVar[tuple[str, ...]] = (*Linear.per_adapter, "part_of_attention", "delta_multiplier")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         #: adapters that are on the whole attention
         self.part_of_attention: dict[str, bool] = {}
         self.delta_multiplier: dict[str, int] = {}
@@ -111,12 +111,12 @@ class Attention(LoraLayer):
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
         if isinstance(base_layer, AdapterLayer):
             raise UnsupportedModuleError(
                 f"a {type(base_layer).__name__} of another tuner is around the MultiheadAttention already", hint="adapt it with one of them"
             )
-        super().__init__(base_layer, activation)
+        super().__init__(base_layer, selection)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
 
@@ -127,7 +127,7 @@ class Attention(LoraLayer):
 
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B of the in-projection."""
-        if self.creation.initialise and not self.creation.meta:
+        if self.init_options.initialise and not self.init_options.meta:
             self._draw_out_projection(config)
         super().add(adapter, config)
 
@@ -172,7 +172,7 @@ class Attention(LoraLayer):
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the base returns, computed with the weights under the adapters in use. Arguments are those of the base."""
-        route = self.activation.current()
+        route = self.selection.current()
         if route.per_row is None:
             return self._attend(route.names, args, kwargs)
         return self._attend_by_row(route, args, kwargs)
@@ -240,7 +240,7 @@ class Attention(LoraLayer):
         if name not in ("in_proj_weight", "in_proj_bias", OUT):
             return getattr(base, name)
         # who computes with the weights past `forward`, or asks whether they need gradients, is shown those under the adapters in use
-        names = self.activation.current().names
+        names = self.selection.current().names
         if name != OUT:
             return _effective(self, names, self.weight_name, self.bias_name).get(name, getattr(base, name))
         out = self._out()
@@ -294,12 +294,12 @@ def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, 
         for layer, name in acting:
             if isinstance(layer, (Attention, OutProjection)):
                 require_unhooked((layer.lora_A[name], layer.lora_B[name]), f"the {weight_name!r} of an attention")
-            delta = layer.ops.stored(layer.delta_weight(name))
+            delta = layer.ops.to_weight_layout(layer.delta_weight(name))
             wide = torch.promote_types(weight.dtype, delta.dtype)
             weight = weight.to(wide) + delta.to(wide)
             factor = layer.weight_factor(name)
             if factor is not None:
-                weight = weight * layer.ops.stored(factor)
+                weight = weight * layer.ops.to_weight_layout(factor)
             beta = layer.beta(name) if isinstance(layer, LoraLayer) else None
             if beta is not None:
                 change = layer.scaling[name] * beta.to(dtype)

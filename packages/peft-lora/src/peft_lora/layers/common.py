@@ -36,8 +36,8 @@ class LoraLayer(FactorLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.__dict__.update({name: {} for name in self.per_adapter if name not in self.__dict__})
 
     lora_dropout: nn.ModuleDict
@@ -59,9 +59,9 @@ class LoraLayer(FactorLayer):
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
         self.record_settings(adapter, config)
-        creation = self.creation
+        init_options = self.init_options
         variant = config.variant(self, adapter, config) if config.variant is not None else None
-        draws = creation.initialise and not creation.meta
+        draws = init_options.initialise and not init_options.meta
         start: InitialFactors | None = None
         if draws or config.initializer.needs_base:
             if draws and config.config.init_lora_weights is not False:
@@ -230,7 +230,7 @@ class LoraLayer(FactorLayer):
             present.fill_(value)
         else:
             self.scaling[adapter] = value
-        self.activation.drop_cached()
+        self.selection.drop_cached()
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the scaling to `scale` times what alpha and rank make of it; a name without weights here is ignored."""
@@ -241,13 +241,13 @@ class LoraLayer(FactorLayer):
         """Multiply the scaling of the adapters in use by `scale`."""
         if scale == 1:
             return
-        for adapter in self.activation.names:
+        for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of the adapters in use by `scale`; None: back to what alpha and rank make of it."""
-        for adapter in self.activation.names:
+        for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.set_scaling(adapter, self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale)
 

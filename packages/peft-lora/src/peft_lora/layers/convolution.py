@@ -32,8 +32,8 @@ class Convolution(LoraLayer):
     base_types = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     per_adapter: ClassVar[tuple[str, ...]] = (*LoraLayer.per_adapter, "grouped")
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self.grouped: dict[str, bool] = {}

@@ -27,8 +27,8 @@ class Embedding(LoraLayer):
     containers = ("lora_embedding_A", "lora_embedding_B")
     base_types = (nn.Embedding,)
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
         if getattr(self.get_base_layer(), "max_norm", None) is not None:

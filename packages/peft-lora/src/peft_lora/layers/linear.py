@@ -27,8 +27,8 @@ class Linear(LoraLayer):
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
 
-    def __init__(self, base_layer: nn.Module, activation: Any) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any) -> None:
+        super().__init__(base_layer, selection)
         self._modules["lora_A"] = nn.ModuleDict()
         self._modules["lora_B"] = nn.ModuleDict()
 
@@ -127,7 +127,7 @@ class Linear(LoraLayer):
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
-        scope = self.activation.cache()
+        scope = self.selection.cache()
         if scope is not None and not self.training:
             # what can_stack says of 64 adapters costs as much as their products; in a scope their modules do not change
             stack = scope.get(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peft_core import AdapterLayer, BaseOps, ConfigError, Creation, MergeError, RoutingError, Slot, UnsupportedModuleError
+from peft_core import AdapterLayer, BaseOps, ConfigError, InitOptions, MergeError, RoutingError, Slot, UnsupportedModuleError
 
 from .. import formulas
 from .common import LoraLayer
@@ -52,7 +52,7 @@ class ParameterOps:
         out, inp = self.expert_shape
         return self.experts * out, inp
 
-    def stored(self, delta: Tensor) -> Tensor:
+    def to_weight_layout(self, delta: Tensor) -> Tensor:
         """Return `delta` (E·out, in) in the shape and layout of the parameter."""
         if len(self.shape) == 2:
             return delta
@@ -89,7 +89,7 @@ class Parameter(LoraLayer):
 
     Args:
         base_layer: the module, or the wrapper of another of its parameters.
-        activation: which adapters act.
+        selection: which adapters act.
         name: the parameter's name in the module.
         shared: the parameter also belongs to another module.
     """
@@ -97,8 +97,8 @@ class Parameter(LoraLayer):
     containers = ("lora_A", "lora_B")
     base_types: ClassVar[tuple[type[nn.Module], ...]] = ()
 
-    def __init__(self, base_layer: nn.Module, activation: Any, name: str, *, shared: bool = False) -> None:
-        super().__init__(base_layer, activation)
+    def __init__(self, base_layer: nn.Module, selection: Any, name: str, *, shared: bool = False) -> None:
+        super().__init__(base_layer, selection)
         self.weight_name = name
         self.shared_weight = shared
         base = self.get_base_layer()
@@ -138,13 +138,13 @@ class Parameter(LoraLayer):
         return tuple(layer.weight_name for layer in self.around())[::-1]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
-    def attach(self, adapter: str, config: Any, creation: Creation) -> None:
+    def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
         """Add an adapter's weights for all parameters.
 
         Args:
             adapter: its name.
             config: name of the parameter → its `LoraSettings`.
-            creation: how the weights are made.
+            init_options: how the weights are made.
 
         Raises:
             UnsupportedModuleError: the adapter is on the module as a whole.
@@ -163,7 +163,7 @@ class Parameter(LoraLayer):
             )
         try:
             for layer in reversed(list(self.around())):
-                LoraLayer.attach(layer, adapter, config[layer.weight_name], creation)
+                LoraLayer.attach(layer, adapter, config[layer.weight_name], init_options)
         except BaseException:
             self.drop(adapter)
             raise
@@ -222,7 +222,7 @@ class Parameter(LoraLayer):
         Raises:
             RoutingError: rows are under different adapters: the module alone knows what becomes of its rows.
         """
-        route = self.activation.current()
+        route = self.selection.current()
         base = self.get_base_layer()
         names = route.names
         if route.per_row is not None:
@@ -254,7 +254,7 @@ class Parameter(LoraLayer):
             total = self.delta_weight(names[0])
             for name in names[1:]:
                 total = total + self.delta_weight(name)
-            return _rounded_sum(weight, self.ops.stored(total))
+            return _rounded_sum(weight, self.ops.to_weight_layout(total))
 
     def _changed_at_once(self, weight: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
         if len(self.ops.shape) == 2:

@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from peft_core import Activation, AdapterLayer, BaseView, ConfigError, ModuleValues, get_tuner_spec, ops_for
+from peft_core import AdapterLayer, AdapterSelection, BaseView, ConfigError, ModuleValues, get_tuner_spec, ops_for
 
 from ..config import LoraConfig
 from ..contracts import LoraSettings
@@ -38,7 +38,7 @@ def planned(model: nn.Module, config: LoraConfig) -> dict[str, tuple[nn.Module, 
     if any(isinstance(module, AdapterLayer) for module in model.modules()):
         raise ConfigError(f"this {type(model).__name__} has adapters already", hint="pass the base as it is before get_peft_model")
     view = BaseView(model)
-    tuner = DryRunTuner(get_tuner_spec("LORA"), Activation())
+    tuner = DryRunTuner(get_tuner_spec("LORA"), AdapterSelection())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they come again when the adapter is added
         tuner.plan(view, "dry-run", copy.copy(config))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from peft_core import AdapterModule, BaseView, ConfigError, Creation, LayerTuner, UnsupportedModuleError, Wrap
+from peft_core import AdapterModule, BaseView, ConfigError, InitOptions, LayerTuner, UnsupportedModuleError, Wrap
 
 from ..contracts import LoraSettings
 from ..layers.common import LoraLayer
@@ -71,8 +71,8 @@ class _OwnerFiller:
     settings: LoraSettings
     filled: list[Embedding] = field(default_factory=list)
 
-    def __call__(self, layer: Any, creation: Creation) -> None:
-        layer.attach(self.adapter, self.settings, creation)
+    def __call__(self, layer: Any, init_options: InitOptions) -> None:
+        layer.attach(self.adapter, self.settings, init_options)
         if self.adapter in layer.shifts:
             raise ConfigError(
                 f"ensure_weight_tying does not work with init_lora_weights={self.settings.config.init_lora_weights!r}, which gives "
@@ -90,11 +90,11 @@ class _TiedFiller:
     settings: LoraSettings
     owner: _OwnerFiller
 
-    def __call__(self, layer: AdapterModule, creation: Creation) -> None:
+    def __call__(self, layer: AdapterModule, init_options: InitOptions) -> None:
         assert isinstance(layer, LoraLayer)
         source = self.owner.filled[0]
         tie = Tie(source, self.adapter, transposed=not isinstance(layer, Embedding))
-        layer.activation.place(self.adapter, layer.weight.device)
+        layer.selection.place(self.adapter, layer.weight.device)
         layer.record_settings(self.adapter, self.settings)
         layer.tied[self.adapter] = tie
         frozen = source.frozen.get(self.adapter, frozenset())

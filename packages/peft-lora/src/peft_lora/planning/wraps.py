@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peft_core import (
-    Activation,
     AdapterLayer,
     AdapterModule,
+    AdapterSelection,
     BaseView,
     ConfigError,
-    Creation,
+    InitOptions,
     NoMatchingPeftModuleError,
     PeftWarning,
     UnsupportedModuleError,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # ---- attentions ---------------------------------------------------------------------------------------------------------
-def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConfig, activation: Activation) -> Iterator[Wrap]:
+def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConfig, selection: AdapterSelection) -> Iterator[Wrap]:
     """Yield the wraps of modules, where an attention is followed by its out-projection.
 
     An out-projection that is targeted by itself brings the wrapper of its attention along: the attention uses it by its weight only.
@@ -64,13 +64,13 @@ def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConf
                 )
             settings = out_settings(fill.settings, part_of_attention=True, twice=config.out_projection_twice)
             yield wrap
-            yield Wrap(f"{wrap.path}.{OUT}", _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
+            yield Wrap(f"{wrap.path}.{OUT}", _Builder(OutProjection, selection), dataclasses.replace(fill, settings=settings))
         elif leaf == OUT and isinstance(base.modules.get(parent), nn.MultiheadAttention):
             if parent in targeted:
                 continue
             settings = out_settings(fill.settings, part_of_attention=False, twice=False)
-            yield Wrap(parent, _Builder(Attention, activation), _add_nothing)
-            yield Wrap(wrap.path, _Builder(OutProjection, activation), dataclasses.replace(fill, settings=settings))
+            yield Wrap(parent, _Builder(Attention, selection), _add_nothing)
+            yield Wrap(wrap.path, _Builder(OutProjection, selection), dataclasses.replace(fill, settings=settings))
         else:
             yield wrap
 
@@ -78,26 +78,26 @@ def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConf
 @dataclass(frozen=True)
 class _Builder:
     layer: type[LoraLayer]
-    activation: Activation
+    selection: AdapterSelection
 
     def __call__(self, module: nn.Module) -> AdapterModule:
-        return self.layer(module, self.activation)
+        return self.layer(module, self.selection)
 
 
-def _add_nothing(layer: Any, creation: Creation) -> None:
+def _add_nothing(layer: Any, init_options: InitOptions) -> None:
     """Add no parameters: the attention is wrapped only to reach `out_proj`."""
 
 
 # ---- parameters ---------------------------------------------------------------------------------------------------------
 def parameter_wraps(
-    base: BaseView, adapter: str, config: LoraConfig, settings: Callable[[str], LoraSettings], activation: Activation
+    base: BaseView, adapter: str, config: LoraConfig, settings: Callable[[str], LoraSettings], selection: AdapterSelection
 ) -> Iterator[Wrap]:
     """Yield a wrap for each module that has targeted parameters.
 
     Args:
         base, adapter, config: as in a plan.
         settings: path of a parameter → what it is told.
-        activation: which adapters act.
+        selection: which adapters act.
 
     Raises:
         ConfigError: the config asks for what can't be done with parameters.
@@ -125,7 +125,7 @@ def parameter_wraps(
         for name, one in told.items():
             parameter_ops(module, name, getattr(module, name))
             one.initializer.require_kind("parameter", f"{path}.{name}")
-        yield Wrap(path, _ParametersBuilder(tuple(names), shared, activation), ParametersFiller(adapter, path, told))
+        yield Wrap(path, _ParametersBuilder(tuple(names), shared, selection), ParametersFiller(adapter, path, told))
 
 
 def _check(base: BaseView, config: LoraConfig) -> None:
@@ -161,7 +161,7 @@ def _select(base: BaseView, targets: Sequence[str], config: LoraConfig) -> dict[
 class _ParametersBuilder:
     names: tuple[str, ...]
     shared: frozenset[str]
-    activation: Activation
+    selection: AdapterSelection
 
     def __call__(self, module: nn.Module) -> AdapterModule:
         if isinstance(module, AdapterLayer):
@@ -171,7 +171,7 @@ class _ParametersBuilder:
             )
         layer: Any = module
         for name in self.names:
-            layer = Parameter(layer, self.activation, name, shared=name in self.shared)
+            layer = Parameter(layer, self.selection, name, shared=name in self.shared)
         return layer  # type: ignore[no-any-return]
 
 
@@ -183,10 +183,10 @@ class ParametersFiller:
     path: str
     settings: Mapping[str, LoraSettings]
 
-    def __call__(self, layer: Any, creation: Creation) -> None:
+    def __call__(self, layer: Any, init_options: InitOptions) -> None:
         if not isinstance(layer, Parameter):
             raise UnsupportedModuleError(
                 f"{self.path!r} is adapted as a whole already, so that its parameters {sorted(self.settings)} can't be adapted by themselves",
                 hint="leave it out of target_modules (target_modules=[] targets parameters only), or out of target_parameters",
             )
-        layer.attach(self.adapter, self.settings, creation)
+        layer.attach(self.adapter, self.settings, init_options)

@@ -166,9 +166,9 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
         CapabilityError, ConfigError: there is something else.
     """
     config = index.configs[adapter]
-    if config.extras().bias != "none":
+    if config.shared_options().bias != "none":
         raise ConfigError(
-            f"the adapter {adapter!r} trains biases of the base (bias={config.extras().bias!r}), which belong to no adapter",
+            f"the adapter {adapter!r} trains biases of the base (bias={config.shared_options().bias!r}), which belong to no adapter",
             hint="train with bias='none', or with lora_bias=True",
         )
     layers: dict[str, AdapterLayer] = {}

@@ -15,7 +15,7 @@ from peft_core import (
     AdapterWeightsError,
     CapabilityError,
     ConfigError,
-    Incoming,
+    IncomingWeights,
     ModuleValues,
     Patterns,
     PeftConfig,
@@ -125,7 +125,7 @@ def prepare_model_for_compiled_hotswap(
             layer.scaling[adapter] = torch.tensor(  # type: ignore[assignment]
                 layer.scaling[adapter], dtype=torch.promote_types(b.dtype, torch.float32), device=b.device
             )
-            layer.activation.drop_cached()
+            layer.selection.drop_cached()
 
 
 def _ranks(config: LoraConfig | Mapping[str, LoraConfig] | None) -> list[int]:
@@ -155,13 +155,13 @@ def _widen(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
             new = nn.Parameter(rank_padding.padded(end, old.detach(), present, padded_rank), requires_grad=old.requires_grad)
             setattr(module, name, new) if not isinstance(module, nn.ParameterDict) else module.__setitem__(name, new)
     layer.used_rank.setdefault(adapter, present)
-    layer.activation.drop_cached()
+    layer.selection.drop_cached()
 
 
 # ---- the swap -----------------------------------------------------------------------------------------------------------
 
 
-def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: Sequence[Incoming]) -> Callable[[], None]:
+def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
     """Return what writes weights in the place of an adapter's: in layers for which nothing came, the new adapter has no effect.
 
     Args:
@@ -223,7 +223,7 @@ def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str
         )
 
 
-def _fitted(layer: LoraLayer, adapter: str, r: int, part: Incoming) -> tuple[int, list[tuple[Slot, Tensor]]]:
+def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tuple[int, list[tuple[Slot, Tensor]]]:
     """Return the columns of the new B, and what to write where, over all of the room.
 
     Raises:
@@ -284,4 +284,4 @@ def _write(layer: LoraLayer, adapter: str, r: int, alpha: float, columns: int, p
         layer.used_rank.pop(adapter, None)
     layer.r[adapter], layer.lora_alpha[adapter] = r, alpha
     layer.set_scaling(adapter, formulas.scaling(alpha, r, layer.use_rslora[adapter]))
-    layer.activation.drop_cached()
+    layer.selection.drop_cached()

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peft_core import Activation, AdapterLayer, UnsupportedModuleError
+from peft_core import AdapterLayer, AdapterSelection, UnsupportedModuleError
 
 from ..backends.plugin import peft_make_layer
 from ..layers.common import LoraLayer
@@ -62,7 +62,7 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
         UnsupportedModuleError: it has no weight that is understood.
     """
     base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
-    layer = peft_make_layer("LORA", base, Activation())
+    layer = peft_make_layer("LORA", base, AdapterSelection())
     weight = getattr(base, "weight", None) if layer is None else layer.base_weight()
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise UnsupportedModuleError(f"a {type(base).__name__} has no weight that could be read as numbers", hint="name a layer with a weight")

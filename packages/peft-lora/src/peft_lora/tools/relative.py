@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import AdapterWeightsError, ConfigError, Contents, Patterns, PeftWarning
+from peft_core import AdapterCheckpoint, AdapterWeightsError, ConfigError, Patterns, PeftWarning
 
 from ..config import LoraConfig
 from ..contracts import Initializer
@@ -22,7 +22,7 @@ A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
-def relative_to_base(adapter: str, now: Contents, initial: Contents, initializer: Initializer) -> Contents:
+def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint, initializer: Initializer) -> AdapterCheckpoint:
     """Return the adapter [A; A₀] and [B, −B₀], whose product is BA − B₀A₀: what training changed, seen from the base before it was shifted.
 
     Rank and alpha grow such that the scaling stays; a variant's own tensors (DoRA's magnitudes) are right as they are.
@@ -57,7 +57,7 @@ def relative_to_base(adapter: str, now: Contents, initial: Contents, initializer
         # a weight with fewer singular vectors than r has smaller factors, which a plain adapter of rank 2r has not
         rest = 2 * ranks.value(path.removeprefix("base_model.model."), config.r) - stacked[0].shape[0]
         tensors[key], tensors[path + B_KEY] = F.pad(stacked[0], (0, 0, 0, rest)), F.pad(stacked[1], (0, rest))
-    return Contents(_grown(config), tensors)
+    return AdapterCheckpoint(_grown(config), tensors)
 
 
 def _first(adapter: str, tensors: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterIndex, ConfigError, Creation, PeftWarning, add_adapter, require_index
+from peft_core import AdapterIndex, ConfigError, InitOptions, PeftWarning, add_adapter, require_index
 
 from ..layers import rank_padding
 from ..layers.common import LoraLayer
@@ -108,7 +108,7 @@ def add_weighted_adapter(
         index,
         adapter_name,
         config,
-        creation=Creation(initialise=request.method.startswith("dare")),
+        init_options=InitOptions(initialise=request.method.startswith("dare")),
         before_commit=partial(_fill, index, request, adapter_name, layers, ranks, errors),
     )
     result = WeightedAdapter(adapter_name, config.r, errors)

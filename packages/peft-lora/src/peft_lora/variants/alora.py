@@ -115,7 +115,7 @@ class Alora(LowRank):
 
     def _mask(self, x: Tensor) -> Tensor | None:
         """Return where the adapter acts, to be broadcast against (…, out); None: everywhere."""
-        span: ActiveSpan | None = self.layer.activation.current().facts.get(FACT, {}).get(self.adapter)
+        span: ActiveSpan | None = self.layer.selection.current().context.get(FACT, {}).get(self.adapter)
         if span is None:
             raise RoutingError(
                 f"nobody has looked for the invocation tokens of the aLoRA adapter {self.adapter!r}",
@@ -160,7 +160,7 @@ def attach_offsets(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call
         RoutingError: `alora_offsets` can't be used.
     """
     ids, given = call.inputs.get("input_ids"), call.arguments.get(ARGUMENT)
-    known: Mapping[str, ActiveSpan] | None = call.route.facts.get(FACT)
+    known: Mapping[str, ActiveSpan] | None = call.route.context.get(FACT)
     if call.generating and known is not None:  # what was found in the prompt holds for all that is generated after it
         assert isinstance(ids, Tensor)
         return call.telling(**{FACT: {name: span.grown(ids.shape[1]) for name, span in known.items()}})

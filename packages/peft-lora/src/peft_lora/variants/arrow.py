@@ -117,7 +117,7 @@ class Arrow(Variant):
                 f"top_k={self.settings_of_router.top_k}, but {self.settings.path!r} has {len(names)} experts for the router {self.adapter!r}",
                 hint="load more adapters, or choose a smaller top_k",
             )
-        scope = self.layer.activation.cache()
+        scope = self.layer.selection.cache()
         if scope is None:
             return self._collected(names, general)
         return scope.get(("experts", self.layer, self.adapter, names, general), lambda: self._collected(names, general))

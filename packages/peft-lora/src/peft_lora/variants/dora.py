@@ -58,8 +58,8 @@ class Dora(Variant):
         if holder is None:
             holder = layer.lora_magnitude_vector = nn.ModuleDict()
         shape = self._shape()
-        creation = layer.creation
-        if creation.meta or not creation.initialise or layer.base_weight().is_meta:
+        init_options = layer.init_options
+        if init_options.meta or not init_options.initialise or layer.base_weight().is_meta:
             weight = layer.make_parameter(shape, torch.Tensor.zero_)
         else:
             weight = layer.keep_parameter(self.norms().reshape(shape))
@@ -118,7 +118,7 @@ class Dora(Variant):
     def _factor_now(self) -> Tensor:
         """Return f (out,); in an open cache scope, unless `DoraCaching(False)` says otherwise, it is computed once."""
         layer: Any = self.layer
-        scope = layer.activation.cache()
+        scope = layer.selection.cache()
         if scope is None or layer.training or not caches_dora():
             return self.vector()
         s = layer.scaling[self.adapter]

@@ -35,7 +35,7 @@ def layers_with(model: nn.Module, kind: type[V], names: tuple[str, ...] | None) 
     """Yield the variants of a kind in all layers of a model, of the adapters named, or of those in use."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for name in module.activation.current().used if names is None else names:
+            for name in module.selection.current().used if names is None else names:
                 variant = module.variants.get(name)
                 if isinstance(variant, kind):
                     yield variant

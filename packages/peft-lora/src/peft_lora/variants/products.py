@@ -75,5 +75,5 @@ class LowRank(Variant):
     def cached_factors(self) -> tuple[Tensor, Tensor]:
         """Return `pair`, in an open cache scope computed once."""
         layer: Any = self.layer
-        scope = layer.activation.cache() if self.worth_caching and not layer.training else None
+        scope = layer.selection.cache() if self.worth_caching and not layer.training else None
         return self.pair() if scope is None else scope.get(("factors", layer, self.adapter), self.pair)

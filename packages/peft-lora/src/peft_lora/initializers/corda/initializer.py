@@ -42,7 +42,7 @@ class Corda(Initializer):
         """
         eigens = getattr(layer.get_base_layer(), EIGENS, None)
         if eigens is None:
-            missing = "a file does not hold what it took out of the base" if not layer.creation.initialise else "it needs data"
+            missing = "a file does not hold what it took out of the base" if not layer.init_options.initialise else "it needs data"
             raise ConfigError(
                 f"init_lora_weights='corda': {settings.path!r} has not been decomposed, and {missing}",
                 hint="call preprocess_corda(model, config, run_model) first (from its cache_file when loading); "

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, ConfigError, Creation, PeftModel, PeftWarning, is_conv1d, leave_modules, require_index
+from peft_core import BaseView, ConfigError, InitOptions, PeftModel, PeftWarning, is_conv1d, leave_modules, require_index
 from peft_core.errors import did_you_mean, listed
 
 from ...config import LoraConfig
@@ -340,7 +340,7 @@ def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: 
     start = Eva(config) if rows is None else Directions(config, rows)
     settings = LoraSettings(path, rank, alpha, config, start, type(variant) if variant is not None else None)
     layer.drop(adapter)
-    layer.attach(adapter, settings, Creation(autocast=a.dtype == torch.float32))
+    layer.attach(adapter, settings, InitOptions(autocast=a.dtype == torch.float32))
     for parameter in layer.parameters_of(adapter).values():
         parameter.requires_grad_(trains)
 

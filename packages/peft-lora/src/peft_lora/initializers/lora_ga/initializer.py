@@ -119,7 +119,7 @@ class LoraGA(Initializer):
         return (a / s, b / s) if scale == "gd_scale" else (a, b)
 
     def _complain(self, layer: FactorLayer, settings: LoraSettings) -> None:
-        if not layer.creation.initialise:
+        if not layer.init_options.initialise:
             raise ConfigError(
                 f"init_lora_weights='lora_ga': a file does not hold what the adapter took out of {settings.path!r} when it was created",
                 hint="call preprocess_loraga(model, config, None, cache_file) with the gradients of then before loading; if the base is the changed "

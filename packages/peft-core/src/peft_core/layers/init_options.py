@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Creation:
+class InitOptions:
     """How the weights of a new adapter are made.
 
     Args:
@@ -25,7 +25,7 @@ class Creation:
 
 
 #: a new adapter with initial values
-INITIAL = Creation()
+INITIAL = InitOptions()
 
 
 def filler(std: float | None, bound: float | None, init: Callable[[Tensor], Any] | None) -> Callable[[Tensor], Any]:
