@@ -75,6 +75,16 @@ def demo_vision(session: nox.Session) -> None:
     session.run("python", "examples/demo_vision.py", *session.posargs, env=OFFLINE)
 
 
+@nox.session(venv_backend="none")
+def dev(session: nox.Session) -> None:
+    """An environment for an editor, in .venv: all packages editable, test tools, ruff, mypy, and the hooks of pre-commit."""
+    session.run("python", "-m", "venv", ".venv")
+    python = Path(".venv") / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    tools = (*PYTEST, IMPORT_LINTER, "ruff==0.17.6", "mypy==2.4.1", "pre-commit==4.6.0", "nox")
+    session.run(str(python), "-m", "pip", "install", *PINS, *editable(*PACKAGES), *CLI, *tools, external=True)
+    session.run(str(python), "-m", "pre_commit", "install", external=True)
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need neither the peer nor the docs."""

@@ -29,7 +29,7 @@ class BackboneHook:
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
-    """Put the door in place if some tuner takes part in calls and the model's own forward takes no cache; once."""
+    """Put the hook in place if some tuner takes part in calls and the model's own forward takes no cache; once."""
     backbone = index.forward.backbone
     if backbone is None or not index.call_tuners or any(isinstance(hook, BackboneHook) for hook in backbone._forward_pre_hooks.values()):
         return

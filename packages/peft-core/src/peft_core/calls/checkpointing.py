@@ -145,6 +145,6 @@ def _number(layer: nn.Module) -> int | None:
 def uninstall(base: nn.Module) -> None:
     """Put back what doors replaced."""
     for module in base.modules():
-        door = module.__dict__.get(FUNCTION)
-        if isinstance(door, CheckpointHook):
-            module.__dict__[FUNCTION] = door.original
+        hook = module.__dict__.get(FUNCTION)
+        if isinstance(hook, CheckpointHook):
+            module.__dict__[FUNCTION] = hook.original

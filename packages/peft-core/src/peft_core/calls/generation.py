@@ -1,4 +1,4 @@
-"""The one door into `generate`: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
+"""The hook in `generate`: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
 
 Outside a `generate` of ours it defers to what it replaced; nothing is swapped per call, so that threads don't meet.
 """
@@ -166,7 +166,7 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
-    """Put the door in place if some tuner takes part in calls and the base can generate."""
+    """Put the hook in place if some tuner takes part in calls and the base can generate."""
     base = index.base
     if not index.call_tuners or not hasattr(type(base), METHOD) or isinstance(base.__dict__.get(METHOD), GenerationHook):
         return
@@ -176,9 +176,9 @@ def install(index: AdapterIndex, undo: Undo) -> None:
 
 
 def uninstall(base: nn.Module) -> None:
-    """Put back what the door replaced."""
-    door = base.__dict__.get(METHOD)
-    if isinstance(door, GenerationHook):
+    """Put back what the hook replaced."""
+    hook = base.__dict__.get(METHOD)
+    if isinstance(hook, GenerationHook):
         del base.__dict__[METHOD]
-        if door.replaced is not None:
-            base.__dict__[METHOD] = door.replaced
+        if hook.replaced is not None:
+            base.__dict__[METHOD] = hook.replaced

@@ -62,7 +62,7 @@ def run(
 
 @contextlib.contextmanager
 def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Let the door see this thread's steps of `generate` as ours, until the block ends."""
+    """Let the hook see this thread's steps of `generate` as ours, until the block ends."""
     local = index.selection.local
     before = getattr(local, "generating", None), getattr(local, "task", None)
     route = route_for(index, names)

@@ -196,8 +196,8 @@ class PeftModelForCausalLM(_TaskModel):
 def _own_preparation(model: PeftModel) -> Any:
     from ..calls.generation import METHOD, GenerationHook
 
-    door = getattr(model.get_base_model(), METHOD)
-    return door.original if isinstance(door, GenerationHook) else door
+    hook = getattr(model.get_base_model(), METHOD)
+    return hook.original if isinstance(hook, GenerationHook) else hook
 
 
 class PeftModelForSeq2SeqLM(_TaskModel):

@@ -172,7 +172,7 @@ def _recomputing_class() -> type[Any]:
 
 
 class _NoFalseAlarm(logging.Filter):
-    """transformers says that it takes the cache away under checkpointing; here it comes back through the door."""
+    """transformers says that it takes the cache away under checkpointing; here it comes back through the hook."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))

@@ -1,1 +1,1 @@
-"""What a new adapter starts as: one file for each way. The door for others is `peft_lora_initializers`."""
+"""What a new adapter starts as: one file for each way. The hook for others is `peft_lora_initializers`."""

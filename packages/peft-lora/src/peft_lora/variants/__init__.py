@@ -1,1 +1,1 @@
-"""Variants of LoRA's formula: one file for each. The door for others is `peft_lora_variants`."""
+"""Variants of LoRA's formula: one file for each. The hook for others is `peft_lora_variants`."""
