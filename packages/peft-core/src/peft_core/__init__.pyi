@@ -49,7 +49,6 @@ from .layers.kinds import BaseTunerLayer as BaseTunerLayer
 from .layers.saved_modules import ModulesToSaveWrapper as ModulesToSaveWrapper
 from .layers.slots import AdapterModule as AdapterModule
 from .layers.slots import LeavesBehind as LeavesBehind
-from .layers.slots import Mergeable as Mergeable
 from .layers.slots import Slot as Slot
 from .layers.slots import module_slots as module_slots
 from .layers.slots import write_tensor as write_tensor
@@ -190,7 +189,6 @@ __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "Merge",
     "MergeError",
-    "Mergeable",
     "MethodModel",
     "MissingMethodError",
     "ModelError",

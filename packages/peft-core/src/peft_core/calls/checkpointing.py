@@ -148,3 +148,8 @@ def uninstall(base: nn.Module) -> None:
         hook = module.__dict__.get(FUNCTION)
         if isinstance(hook, CheckpointHook):
             module.__dict__[FUNCTION] = hook.original
+
+
+def require_output_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Make the output of `module` require gradients: a forward hook for embeddings, without which checkpointed layers of a frozen base get none."""
+    output.requires_grad_(True)

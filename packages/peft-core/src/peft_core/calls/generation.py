@@ -23,6 +23,7 @@ from ..virtual_tokens import reuse
 from ..virtual_tokens.assembly import assemble
 from ..virtual_tokens.caches import decoder_config, newer
 from ..virtual_tokens.encoder_decoder import encoder_inputs
+from .run import prepared
 
 METHOD = "prepare_inputs_for_generation"
 #: what the base's own preparation says that assembling says anew
@@ -50,40 +51,47 @@ class GenerationHook:
         return inspect.signature(self.original)  # generate() checks its keywords against it
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        arguments = getattr(self.index.selection.local, "generating", None)
-        prepared = self.original(input_ids, *args, **kwargs)
-        if arguments is None:
-            return prepared
-        local = self.index.selection.local
-        task = getattr(local, "task", None)
-        route = self.index.selection.current()
+        given = self.original(input_ids, *args, **kwargs)
+        index, local = self.index, self.index.selection.local
+        arguments = getattr(local, "generating", None)
+        if arguments is None:  # somebody else's `generate`
+            return given
+        route, task = index.selection.current(), getattr(local, "task", None)
         call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
-        for tuner in self.index.call_tuners:
-            call = tuner.prepare(call)
-        if call.route is not route:  # facts: for the layers in this step, and for the tuner in the next
-            route = local.route = call.route
-        if not call.virtual:
-            return prepared
-        index, two = self.index, self.index.forward.encoder_decoder
-        if two and all(tokens.site is Site.INPUT for tokens in call.virtual):
-            return prepared  # the encoder has run
-        ours = _OURS_OF_TWO if two else _OURS
-        names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
-        text = {name: prepared[name] for name in names if prepared.get(name) is not None}
-        if prepared.get("use_cache") is False:
-            text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
-        # the base may have made a 4-D mask of it already; what we extend is the caller's
-        mask = "decoder_attention_mask" if two else "attention_mask"
-        call = Call(task, {**text, mask: kwargs.get(mask)}, route, call.batch, call.device, call.virtual, arguments, True)
-        at = prepared.get("cache_position")
-        if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
-            call = replace(call, cached=int(_places(at, call, two)[0]))
-        _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
-        call, _ = reuse.shortened(index, call, index.base)
-        inputs = assemble(call, index.forward, task_of(task)).inputs
-        if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
-            inputs["cache_position"] = _places(at, call, two)
-        return {**{name: value for name, value in prepared.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
+        call = prepared(index, call)
+        if call.route is not route:  # context for the layers in this step, and for the tuner in the next
+            local.route = call.route
+        two = index.forward.encoder_decoder
+        if not call.virtual or (two and all(tokens.site is Site.INPUT for tokens in call.virtual)):  # then the encoder has run
+            return given
+        return _step(index, call, given, kwargs.get("decoder_attention_mask" if two else "attention_mask"))
+
+
+def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> dict[str, Any]:
+    """Return the inputs of one step of `generate` with virtual tokens.
+
+    Args:
+        index: the adapters.
+        call: with the virtual tokens.
+        given: what the base's own preparation makes of the step; it may have made a 4-D mask already.
+        mask: the caller's mask (rows, tokens), or None.
+    """
+    two = index.forward.encoder_decoder
+    ours = _OURS_OF_TWO if two else _OURS
+    names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
+    text = {name: given[name] for name in names if given.get(name) is not None}
+    if given.get("use_cache") is False:
+        text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
+    call = replace(call, inputs={**text, "decoder_attention_mask" if two else "attention_mask": mask})
+    at = given.get("cache_position")
+    if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
+        call = replace(call, cached=int(_places(at, call, two)[0]))
+    _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
+    call, _ = reuse.shortened(index, call, index.base)
+    inputs = assemble(call, index.forward, task_of(call.task)).inputs
+    if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
+        inputs["cache_position"] = _places(at, call, two)
+    return {**{name: value for name, value in given.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
 
 
 def _places(at: Tensor, call: Call, two: bool) -> Tensor:
@@ -115,8 +123,7 @@ def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, 
     if not index.call_tuners or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
         return
     call = Call(task.name or None, {}, index.selection.current(), 1, torch.device("cpu"), arguments=arguments)
-    for tuner in index.call_tuners:
-        call = tuner.prepare(call)
+    call = prepared(index, call)
     if call.virtual:
         raise CapabilityError("assisted generation with virtual tokens needs transformers 5", hint="generate without an assistant or prompt lookup")
 
@@ -144,8 +151,7 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
     text = given.get("input_ids", given.get("inputs_embeds"))
     batch, device = batch_of({**kwargs, **given}) or (1, torch.device("cpu"))
     call = Call(task.name or None, given, index.selection.current(), batch, device, arguments=arguments)
-    for tuner in index.call_tuners:
-        call = tuner.prepare(call)
+    call = prepared(index, call)
     tokens = [part for part in call.virtual if part.site is Site.INPUT]
     if not tokens:
         return args, kwargs

@@ -41,8 +41,7 @@ def run(
     batch, device = known
     route = route_for(index, names, batch)
     call = Call(task.name or None, inputs, route, batch, device, arguments=arguments)
-    for tuner in index.call_tuners:
-        call = tuner.prepare(call)
+    call = prepared(index, call)
     recomputing = checkpointing.prepare(index)
     if call.virtual and (recomputing or index.forward.backbone is not None):
         call = call.telling()  # a route of its own, in which prefixes wait for the layers
@@ -60,6 +59,13 @@ def run(
     return output
 
 
+def prepared(index: AdapterIndex, call: Call) -> Call:
+    """Return the call with what the tuners add that take part in calls: virtual tokens, and context for their layers."""
+    for tuner in index.call_tuners:
+        call = tuner.prepare(call)
+    return call
+
+
 @contextlib.contextmanager
 def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Let the hook see this thread's steps of `generate` as ours, until the block ends."""
@@ -72,14 +78,6 @@ def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None,
             yield
     finally:
         local.generating, local.task = before
-
-
-def virtual_length(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, batch: int, arguments: Mapping[str, Any]) -> int:
-    """Return how many virtual tokens a call puts before the text."""
-    call = Call(task.name or None, {}, route_for(index, names), batch, torch.device("cpu"), arguments=arguments)
-    for tuner in index.call_tuners:
-        call = tuner.prepare(call)
-    return sum(tokens.length for tokens in call.virtual)
 
 
 def _by_name(index: AdapterIndex, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -99,27 +99,14 @@ def write_tensors(
     if adapter in index.merged_adapters():
         raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
     slots = keyed_slots(index, adapter, wrapped=wrapped)
-    embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
-    expected = {*slots, *embedded}
-    shapes, renamed = fitted_keys(source.shapes, expected), {}
-    if not shapes.keys() <= expected:
-        # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
-        found = names_in_memory(index, adapter, slots, source.shapes)
-        renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
-        shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
-    # a file may bring the base's embeddings along (a resized vocabulary): then they are part of what it must fit
-    slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
-    # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
-    doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
-    shapes = {key: shape for key, shape in shapes.items() if key not in doubled}
+    shapes, renamed = _matched(index, adapter, slots, source, wrapped)
     # tensors that only we know: a file has all of them, or lacks them all, and what stands for them is enough
     needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
     missing = [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
     surplus = [key for key in shapes if key not in slots]
     misshapen = [key for key, slot in slots.items() if key in shapes and shapes[key] != slot.shape and not slot.unread]
-    faults = _faults(
-        slots, shapes, missing if strict is True else [], surplus if strict is True else [], [] if ignore_mismatched_sizes else misshapen
-    )
+    refused = (missing, surplus) if strict is True else ([], [])
+    faults = _faults(slots, shapes, *refused, [] if ignore_mismatched_sizes else misshapen)
     if faults:
         raise AdapterWeightsError(
             f"{source.origin} does not fit the adapter {adapter!r} on {index.view.name}: {'; '.join(faults)}",
@@ -129,9 +116,36 @@ def write_tensors(
         warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", PeftWarning, stacklevel=4)
     if strict == "warn" and surplus:
         warnings.warn(f"{source.origin} has tensors that the adapter {adapter!r} does not know: {listed(surplus)}", PeftWarning, stacklevel=4)
-    if misshapen and ignore_mismatched_sizes:
+    if misshapen:
         warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
-    tensors = fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots)
+    _write(slots, fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
+    index.selection.drop_cached()
+    return LoadResult(missing, surplus)
+
+
+def _matched(
+    index: AdapterIndex, adapter: str, slots: dict[str, Slot], source: TensorSource, wrapped: bool
+) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shapes of a source by the keys that files have, and which of its names are to be read as which key.
+
+    `slots` gets those of the base's embeddings, where the source brings them along (a resized vocabulary): then they are part of what it must fit.
+    """
+    embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
+    expected = {*slots, *embedded}
+    shapes, renamed = fitted_keys(source.shapes, expected), {}
+    if not shapes.keys() <= expected:
+        # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
+        found = names_in_memory(index, adapter, slots, source.shapes)
+        renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
+        shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
+    slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
+    # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
+    doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
+    return {key: shape for key, shape in shapes.items() if key not in doubled}, renamed
+
+
+def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:
+    """Write tensors into the slots of their keys, except those of other shapes, and those for which others stand (`Slot.stands_for`)."""
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}
     for key, slot in slots.items():
@@ -139,8 +153,6 @@ def write_tensors(
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
-    index.selection.drop_cached()
-    return LoadResult(missing, surplus)
 
 
 _WRAPPER_PARTS = (".original_module.", ".modules_to_save.")

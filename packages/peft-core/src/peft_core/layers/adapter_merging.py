@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -275,39 +275,47 @@ def refuse_wrong_order(layer: AdapterMerging, adapters: Sequence[str]) -> None:
     own = [name for name in adapters if name in layer.scaling and name not in layer.merged_adapters]
     if not own:
         return
-    pending: list[str] = []
-    factors: list[str] = []
-    known = set(map(id, layer.merges))
-    if any(not layer.is_additive(name) for name in own):
-        # adapters of this very layer that act before the factor and are not in the weight
-        first = next(name for name in own if not layer.is_additive(name))
-        for name in layer.selection.names:
-            if name == first:
-                break
-            if name in layer.scaling and name not in own and name not in layer.merged_adapters:
-                pending.append(name)
-    inner = layer._modules["base_layer"]
-    while isinstance(inner, AdapterMerging):
-        settled = {*adapters, *inner.merged_adapters}
-        beside = [name for name in inner.selection.names if name in inner.scaling and name not in settled]
-        pending += beside
-        factors += [name for name in beside if not inner.is_additive(name)]
-        known.update(map(id, inner.merges))
-        inner = inner._modules["base_layer"]
-    if pending and any(not layer.is_additive(name) for name in own):
+    multiplies = next((name for name in own if not layer.is_additive(name)), None)
+    inside = list(_inside(layer))
+    beside = {id(inner): _stay_beside(inner, adapters) for inner in inside}
+    pending = [] if multiplies is None else [*_act_before(layer, multiplies, own), *(name for names in beside.values() for name in names)]
+    if pending:
         raise MergeError(
             f"{type(layer).__name__} multiplies what is inside it, and there {listed(dict.fromkeys(pending))} would stay unmerged",
             hint="merge them in the same call",
         )
+    factors = [name for inner in inside for name in beside[id(inner)] if not inner.is_additive(name)]
     if factors:
         raise MergeError(
             f"{listed(dict.fromkeys(factors))} multiply what is inside them and would stay unmerged, so that {listed(own)} from outside would be "
             f"multiplied, too",
             hint="merge them in the same call",
         )
+    known = {id(merge) for each in (layer, *inside) for merge in each.merges}
     above = [name for merge in merges_of(layer.get_base_layer()) if id(merge) not in known and not merge.additive for name in merge.adapters]
     if above:
         raise MergeError(
             f"{listed(above)} multiply this weight and are merged already, so that {listed(adapters)} inside would not be multiplied",
             hint="unmerge first, then merge all in one call",
         )
+
+
+def _inside(layer: AdapterMerging) -> Iterator[AdapterMerging]:
+    """Yield the adapter layers inside `layer`, the outermost first."""
+    inner = layer._modules["base_layer"]
+    while isinstance(inner, AdapterMerging):
+        yield inner
+        inner = inner._modules["base_layer"]
+
+
+def _stay_beside(layer: AdapterMerging, merged: Sequence[str]) -> list[str]:
+    """Return the adapters in use in `layer` that stay beside the weight when `merged` are merged."""
+    settled = {*merged, *layer.merged_adapters}
+    return [name for name in layer.selection.names if name in layer.scaling and name not in settled]
+
+
+def _act_before(layer: AdapterMerging, adapter: str, merged: Sequence[str]) -> list[str]:
+    """Return the adapters of this very layer that act before `adapter` and stay beside the weight when `merged` are merged."""
+    names = layer.selection.names
+    earlier = names[: names.index(adapter)] if adapter in names else names
+    return [name for name in earlier if name in layer.scaling and name not in merged and name not in layer.merged_adapters]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -93,19 +93,6 @@ class AdapterModule(Protocol):
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base."""
-        ...
-
-
-@runtime_checkable
-class Mergeable(Protocol):
-    """In addition, where the effect is a change of the base weight."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Fold those of `adapter_names` that have weights here into the base weight; `safe_merge`: refuse results that are not finite."""
-        ...
-
-    def unmerge(self) -> None:
-        """Take out what is merged; the base weight has every bit that it had before."""
         ...
 
 

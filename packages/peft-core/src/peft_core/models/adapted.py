@@ -31,9 +31,6 @@ from .configs import check_same_effect, default_key_mapping, note_offload, read_
 from .saving import Saving
 from .tuner_model import TunerModel
 
-_SPECIAL = frozenset({"adapter_names"})
-
-
 CHECKPOINTED = "is_gradient_checkpointing"
 
 
@@ -159,7 +156,7 @@ class AdaptedModel(nn.Module, Saving):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()  # type: ignore[operator]
         elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+            model.get_input_embeddings().register_forward_hook(checkpointing.require_output_grad)  # type: ignore[operator]
         return model
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -363,7 +360,3 @@ class AdaptedModel(nn.Module, Saving):
                 raise
             operation = self._operation(name)
             return getattr(self.base_model, name) if operation is None else operation
-
-
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.requires_grad_(True)

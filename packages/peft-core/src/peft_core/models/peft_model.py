@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..calls.run import prepared
 from ..config import PeftConfig, TaskType
 from ..errors import CapabilityError
 from ..tuners.call import Call
@@ -98,7 +99,6 @@ class PeftModel(LoadableModel):
         Raises:
             CapabilityError: the adapter in use has no virtual tokens.
         """
-        import torch
 
         from ..virtual_tokens.assembly import prompt_of
 
@@ -113,9 +113,7 @@ class PeftModel(LoadableModel):
             arguments={"task_ids": task_ids} if task_ids is not None else {},
             entire=True,
         )
-        with torch.set_grad_enabled(torch.is_grad_enabled()):
-            for tuner in index.call_tuners:
-                call = tuner.prepare(call)
+        call = prepared(index, call)
         if not call.virtual:
             raise CapabilityError("the adapter in use has no virtual tokens", hint="set_adapter one that has")
         return prompt_of(call, index.forward, max_cache_len)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calls.checkpointing import require_output_grad
 from ..errors import ConfigError, PeftWarning
 
 #: quantised weights of these are not to be cast, nor what stands beside them
@@ -50,7 +51,7 @@ def prepare_model_for_kbit_training(
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()  # type: ignore[operator]
             else:
-                model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+                model.get_input_embeddings().register_forward_hook(require_output_grad)  # type: ignore[operator]
         enable: Any = model.gradient_checkpointing_enable
         if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
             enable(gradient_checkpointing_kwargs=options or None)
@@ -59,10 +60,6 @@ def prepare_model_for_kbit_training(
                 warnings.warn("gradient_checkpointing_kwargs is not supported by this model. The kwargs will be ignored.", PeftWarning, stacklevel=2)
             enable()
     return model
-
-
-def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    output.requires_grad_(True)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

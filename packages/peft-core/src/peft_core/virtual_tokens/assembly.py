@@ -19,6 +19,7 @@ from ..selection.selection import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, Lead, TaskSpec
 from . import caches
+from .encoder_decoder import assemble_both
 from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
 
 
@@ -35,62 +36,91 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: b
         RoutingError: an attention mask that is not (batch, tokens).
         CapabilityError: virtual tokens that this base can't take.
     """
-    inputs = dict(call.inputs)
     if not call.virtual:
-        return Assembled(inputs)
+        return Assembled(dict(call.inputs))
     if forward.encoder_decoder:
-        from .encoder_decoder import assemble_both
-
         return assemble_both(call, forward, task, recomputing=recomputing)
     if any(tokens.site is not Site.INPUT for tokens in call.virtual):
         raise CapabilityError(f"{forward.view.name} has no decoder of its own, before whose tokens virtual ones could stand", hint="use Site.INPUT")
+    return _assemble_one(call, forward, task, recomputing)
+
+
+def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing: bool) -> Assembled:
+    """Return what a base with one sequence gets for a call with virtual tokens; arguments and errors as `assemble`."""
+    inputs = dict(call.inputs)
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
-
     cache = inputs.get("past_key_values")
     cached = cached_in(call, cache)
-    ids, embedded = inputs.get("input_ids"), inputs.get("inputs_embeds")
-    text = ids if embedded is None else embedded
+    text = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     if text is None:
         raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")
     length = text.shape[1]
-
     own_positions = inputs.get("position_ids")
     mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
     positions = None if mask is None else _positions(_placed(mask, kv), n_kv, n_embeds, length, cached, forward, own_positions)
-    if 0 < forward.window < n_kv + n_embeds + length and not cached and any(tokens.rows is not ALL for tokens in call.virtual):
-        warnings.warn(
-            f"layers of {forward.view.name} look back {forward.window} tokens, virtual tokens of other rows among them, so that rows with different "
-            "prompts see less of their own than alone",
-            PeftWarning,
-            stacklevel=2,
-        )
     if cached:  # a later step: the virtual tokens are in the cache already
         seen = final_mask(call, kv, forward, mask, length, cache, cached)
         return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
-
+    _warn_of_windows(call, forward, n_kv + n_embeds + length)
     lead: Lead = n_embeds
     if embeds:
-        inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
-        inputs.pop("input_ids", None)
-        labelled = task.labels_each_token(inputs.get("labels"), tuple(text.shape[:2]))
-        for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
-            if isinstance(inputs.get(name), Tensor):
-                inputs[name] = led(inputs[name], n_embeds, filler)
-        if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
-            inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, n_embeds)
-        elif mask is not None and forward.causal and task.pools:
-            inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
-        elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
-            inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, n_embeds)
-        inputs = task.shift(inputs, lead)
+        inputs, mask, positions, lead = _led_by_embeddings(embeds, forward, task, inputs, mask, positions, n_kv)
     if kv:
         cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
     seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)
     return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), lead, length)
+
+
+def _warn_of_windows(call: Call, forward: BaseForward, length: int) -> None:
+    """Warn if layers that look back a few tokens only see, among these, virtual tokens of other rows; `length`: of the whole sequence."""
+    if 0 < forward.window < length and any(tokens.rows is not ALL for tokens in call.virtual):
+        warnings.warn(
+            f"layers of {forward.view.name} look back {forward.window} tokens, virtual tokens of other rows among them, so that rows with different "
+            "prompts see less of their own than alone",
+            PeftWarning,
+            stacklevel=4,
+        )
+
+
+def _led_by_embeddings(
+    embeds: list[VirtualTokens],
+    forward: BaseForward,
+    task: TaskSpec,
+    inputs: dict[str, Any],
+    mask: Tensor | None,
+    positions: Tensor | None,
+    n_kv: int,
+) -> tuple[dict[str, Any], Tensor | None, Tensor | None, Lead]:
+    """Return inputs, mask and positions with virtual embeddings before the text, and how many lead each row.
+
+    Args:
+        embeds: the virtual embeddings, in their order.
+        forward: what the base's forward takes.
+        task: decides what happens to labels.
+        inputs: of the call; text as `input_ids` (batch, tokens) or `inputs_embeds` (batch, tokens, hidden).
+        mask, positions: of keys and values, virtual embeddings and text (batch, keys), and of virtual embeddings and text (batch, tokens).
+        n_kv: number of keys and values before them.
+    """
+    ids, embedded = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
+    shape = tuple((ids if embedded is None else embedded).shape[:2])
+    count = sum(tokens.length for tokens in embeds)
+    lead: Lead = count
+    inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
+    labelled = task.labels_each_token(inputs.get("labels"), shape)
+    for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
+        if isinstance(inputs.get(name), Tensor):
+            inputs[name] = led(inputs[name], count, filler)
+    if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
+        inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, count)
+    elif mask is not None and forward.causal and task.pools:
+        inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
+    elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
+        inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, count)
+    return task.shift(inputs, lead), mask, positions, lead
 
 
 def _packed(

@@ -32,41 +32,62 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputi
     cached = cached_in(call, cache)
     if not cached and embeds and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _shifted(forward, inputs.get("labels"))
-    ids, embedded = inputs.get("decoder_input_ids"), inputs.get("decoder_inputs_embeds")
-    text = ids if embedded is None else embedded
-    if text is None:
-        text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
-    length = text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
-    virtual = (*kv, *embeds)
-    if forward.numbers_by_cache:
-        if any(tokens.weights is not None for tokens in kv):
-            raise CapabilityError(
-                f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
-                hint="use another init_weights",
-            )
-        if any(tokens.rows is not ALL for tokens in virtual):
-            raise CapabilityError(
-                f"the decoder of {forward.view.name} numbers the tokens of all rows alike, so that virtual tokens of some rows move the others'",
-                hint="use the same prompts for all rows, or methods that wrap layers",
-            )
-    count = sum(tokens.length for tokens in virtual)
-    mask = extended_mask(call, virtual, inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
-    if cached:
+    length = _decoder_length(inputs)
+    _check_numbering(forward, kv, embeds)
+    lead = sum(tokens.length for tokens in embeds)
+    count = lead + sum(tokens.length for tokens in kv)
+    mask = extended_mask(call, (*kv, *embeds), inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
+    if cached:  # a later step: the virtual tokens are in the cache already
         return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
-    lead = 0
     if embeds:
-        if not forward.accepts("decoder_inputs_embeds"):
-            raise CapabilityError(f"the forward of {forward.view.name} takes no decoder_inputs_embeds", hint="use num_transformer_submodules=1")
-        lead = sum(tokens.length for tokens in embeds)
-        inputs["decoder_inputs_embeds"] = before(embeds, forward.embed(ids, decoder=True) if embedded is None else embedded)
-        inputs.pop("decoder_input_ids", None)
-        if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
-            inputs["labels"] = led(inputs["labels"], lead, IGNORED)
+        _lead_decoder(embeds, forward, inputs)
     if kv:
         cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
     return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
+
+
+def _decoder_length(inputs: dict[str, Any]) -> int:
+    """Return the number of the decoder's tokens in a call, virtual ones left out."""
+    text = next((inputs[name] for name in ("decoder_inputs_embeds", "decoder_input_ids") if inputs.get(name) is not None), None)
+    if text is None:
+        text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
+    return text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
+
+
+def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list[VirtualTokens]) -> None:
+    """Check that a decoder which numbers its tokens by the length of the cache can take these virtual tokens.
+
+    Raises:
+        CapabilityError: they would move the numbers of other rows, or of all.
+    """
+    if not forward.numbers_by_cache:
+        return
+    if any(tokens.weights is not None for tokens in kv):
+        raise CapabilityError(
+            f"the decoder of {forward.view.name} numbers its tokens by what is in the cache, so that keys with weights move them",
+            hint="use another init_weights",
+        )
+    if any(tokens.rows is not ALL for tokens in (*kv, *embeds)):
+        raise CapabilityError(
+            f"the decoder of {forward.view.name} numbers the tokens of all rows alike, so that virtual tokens of some rows move the others'",
+            hint="use the same prompts for all rows, or methods that wrap layers",
+        )
+
+
+def _lead_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> None:
+    """Put virtual embeddings before the decoder's text and its labels, in `inputs`.
+
+    Raises:
+        CapabilityError: the forward takes no embeddings of the decoder.
+    """
+    if not forward.accepts("decoder_inputs_embeds"):
+        raise CapabilityError(f"the forward of {forward.view.name} takes no decoder_inputs_embeds", hint="use num_transformer_submodules=1")
+    ids, embedded = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds")
+    inputs["decoder_inputs_embeds"] = before(embeds, forward.embed(ids, decoder=True) if embedded is None else embedded)
+    if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
+        inputs["labels"] = led(inputs["labels"], sum(tokens.length for tokens in embeds), IGNORED)
 
 
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
