@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..base.view import BaseView
-from ..config import LayerConfig, PeftConfig
-from ..errors import ModelError, NoSuchModuleError, PeftWarning, did_you_mean
-from ..tuners.targeting import all_linear, layer_filter, target_matcher
+from peft_core.base.view import BaseView
+from peft_core.config import LayerConfig, PeftConfig
+from peft_core.errors import ModelError, NoSuchModuleError, PeftWarning, did_you_mean
+from peft_core.tuners.targeting import all_linear, layer_filter, target_matcher
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
