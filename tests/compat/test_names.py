@@ -152,8 +152,8 @@ ALONE = {
     "peft._mappings": """PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING register_peft_method""",
     "peft._signatures": "check_if_peft_model update_forward_signature update_generate_signature update_signature",
-    "peft._sub_modules": """check_adapters_to_merge check_target_module_exists get_bnb_param_type get_pattern_key get_quantization_config get_submodules
-        include_all_linear onload_layer""",
+    "peft._sub_modules": """check_adapters_to_merge check_target_module_exists get_bnb_param_type get_pattern_key get_quantization_config
+        get_submodules include_all_linear onload_layer""",
     "peft._weight_mapping": "build_peft_weight_mapping convert_peft_config_for_transformers",
     "peft._libraries": "gather_params_ctx init_empty_weights is_bnb_4bit_available is_bnb_available",
     "peft._helpers": "bloom_model_postprocess_past_key_value infer_device shift_tokens_right transpose",
