@@ -64,9 +64,8 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         yield
         activate(index, [*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
-        add_adapter(
-            index, adapter_name, config, mount_on=model, before_commit=lambda: write_tensors(index, adapter_name, TensorSource.of(tensors)) and None
-        )
+        source = TensorSource.of(tensors)
+        add_adapter(index, adapter_name, config, mount_on=model, before_commit=lambda: write_tensors(index, adapter_name, source) and None)
         activate(index, active, trainable=not config.inference_mode)
         raise
 

@@ -7,6 +7,6 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_core.models.libraries: is_bnb_4bit_available is_bnb_available
+    peft._libraries: is_bnb_4bit_available is_bnb_available
     """,
 )

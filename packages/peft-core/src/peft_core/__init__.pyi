@@ -79,11 +79,6 @@ from .models.functional import set_adapter as set_adapter
 from .models.functional import set_requires_grad as set_requires_grad
 from .models.hotswap import hotswap_adapter as hotswap_adapter
 from .models.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
-from .models.mappings import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
-from .models.mappings import PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING
-from .models.mappings import PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING
-from .models.mappings import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-from .models.mappings import register_peft_method as register_peft_method
 from .models.method_model import MethodModel as MethodModel
 from .models.mixed_model import PeftMixedModel as PeftMixedModel
 from .models.peft_model import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -94,22 +89,10 @@ from .models.peft_model import PeftModelForQuestionAnswering as PeftModelForQues
 from .models.peft_model import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
 from .models.peft_model import PeftModelForSequenceClassification as PeftModelForSequenceClassification
 from .models.peft_model import PeftModelForTokenClassification as PeftModelForTokenClassification
-from .models.preparing import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
 from .models.preparing import cast_mixed_precision_params as cast_mixed_precision_params
-from .models.preparing import infer_device as infer_device
 from .models.preparing import prepare_model_for_kbit_training as prepare_model_for_kbit_training
-from .models.preparing import shift_tokens_right as shift_tokens_right
-from .models.preparing import transpose as transpose
 from .models.sharding import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
-from .models.signatures import check_if_peft_model as check_if_peft_model
-from .models.signatures import update_forward_signature as update_forward_signature
-from .models.signatures import update_generate_signature as update_generate_signature
-from .models.signatures import update_signature as update_signature
-from .models.sub_modules import get_pattern_key as get_pattern_key
-from .models.sub_modules import get_quantization_config as get_quantization_config
 from .models.tuner_model import TunerModel as TunerModel
-from .models.weight_mapping import build_peft_weight_mapping as build_peft_weight_mapping
-from .models.weight_mapping import convert_peft_config_for_transformers as convert_peft_config_for_transformers
 from .operations.add import add_adapter as add_adapter
 from .operations.delete import leave_modules as leave_modules
 from .plugins import Capability as Capability
@@ -196,9 +179,6 @@ __all__ = [
     "ModulesToSaveWrapper",
     "NoMatchingPeftModuleError",
     "NoSuchModuleError",
-    "PEFT_TYPE_TO_CONFIG_MAPPING",
-    "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
-    "PEFT_TYPE_TO_TUNER_MAPPING",
     "Patterns",
     "PeftConfig",
     "PeftError",
@@ -223,7 +203,6 @@ __all__ = [
     "Site",
     "Slot",
     "Subtraction",
-    "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
     "TaskType",
     "TokenRequest",
     "CheckpointTranslation",
@@ -239,14 +218,10 @@ __all__ = [
     "Wrap",
     "add_adapter",
     "are_plain",
-    "bloom_model_postprocess_past_key_value",
-    "build_peft_weight_mapping",
     "cached",
     "can_fuse",
     "cast_adapter_dtype",
     "cast_mixed_precision_params",
-    "check_if_peft_model",
-    "convert_peft_config_for_transformers",
     "delete_adapter",
     "disable_input_dtype_casting",
     "file_key",
@@ -254,17 +229,14 @@ __all__ = [
     "get_base_model_state_dict",
     "get_layer_status",
     "get_model_status",
-    "get_pattern_key",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
-    "get_quantization_config",
     "get_tuner_spec",
     "hookimpl",
     "hookspec",
     "hotswap_adapter",
     "hotswap_adapter_from_state_dict",
-    "infer_device",
     "inject_adapter_in_model",
     "is_conv1d",
     "is_observed",
@@ -276,20 +248,14 @@ __all__ = [
     "ops_for",
     "plan_token_rows",
     "prepare_model_for_kbit_training",
-    "register_peft_method",
     "register_tuner",
     "require_index",
     "set_adapter",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
     "set_requires_grad",
-    "shift_tokens_right",
     "target_matcher",
-    "transpose",
     "unregister_tuner",
-    "update_forward_signature",
-    "update_generate_signature",
-    "update_signature",
     "with_weight",
     "write_adapter",
     "write_tensor",

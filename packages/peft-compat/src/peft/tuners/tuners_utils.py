@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = names(
     __name__,
     """
     peft_core: BaseTuner=TunerModel BaseTunerLayer
-    peft_core.models.sub_modules: check_adapters_to_merge onload_layer check_target_module_exists _maybe_include_all_linear_layers=include_all_linear
+    peft._sub_modules: check_adapters_to_merge onload_layer check_target_module_exists _maybe_include_all_linear_layers=include_all_linear
     """,
 )

@@ -7,8 +7,9 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_core.checkpoint.names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
-    peft_core.checkpoint.names: CONFIG_NAME DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES WEIGHTS_NAME
-    peft_core: TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value
+    peft_core.checkpoint.names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS CONFIG_NAME DUMMY_TARGET_MODULES
+    peft_core.checkpoint.names: EMBEDDING_LAYER_NAMES SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES WEIGHTS_NAME
+    peft._mappings: TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+    peft._helpers: bloom_model_postprocess_past_key_value
     """,
 )

@@ -7,8 +7,8 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_core.models.libraries: gather_params_ctx init_empty_weights
-    peft_core.models.sub_modules: get_bnb_param_type
+    peft._libraries: gather_params_ctx init_empty_weights
+    peft._sub_modules: get_bnb_param_type
     peft_lora.tools.kinds: dequantize_module_weight
     """,
 )

@@ -7,6 +7,7 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_core: PeftType TaskType register_peft_method
+    peft_core: PeftType TaskType
+    peft._mappings: register_peft_method
     """,
 )

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from ..base.view import BaseView
-from ..config import PeftConfig
-from ..plugins.registry import registry
+from peft_core.base.view import BaseView
+from peft_core.config import PeftConfig
+from peft_core.plugins.registry import registry
+from peft_core.selection.selection import AdapterSelection
 
 
 def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None) -> list[Any]:
@@ -57,8 +58,6 @@ def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Modu
     if not conversions:
         return
     spec = registry.resolve(str(peft_config.peft_type))
-    from ..selection.selection import AdapterSelection
-
     tuner = registry.tuner_class(spec.peft_type)(spec, AdapterSelection())
     for name, value in tuner.adapted_config(BaseView(model), copy.copy(peft_config)).items():
         setattr(peft_config, name, value)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
-from ..config import PeftConfig
-from ..errors import ConfigError, DuplicateTunerError, UnknownTunerError
-from ..plugins import TunerSpec, register_tuner
-from ..plugins.registry import registry
-from ..tuners.tuner import TunerBase
-from .mixed_model import PeftMixedModel
+from peft_core.config import PeftConfig
+from peft_core.errors import ConfigError, DuplicateTunerError, UnknownTunerError
+from peft_core.models.mixed_model import PeftMixedModel
+from peft_core.plugins import TunerSpec, register_tuner
+from peft_core.plugins.registry import registry
+from peft_core.tuners.tuner import TunerBase
 
 
 class _ByMethod(dict[str, Any]):

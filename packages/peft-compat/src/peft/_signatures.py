@@ -8,8 +8,8 @@ import os
 import types
 from typing import Any, Literal
 
-from ..config import PeftConfig
-from ..errors import ConfigError, PeftError
+from peft_core.config import PeftConfig
+from peft_core.errors import ConfigError, PeftError
 
 
 def update_forward_signature(model: Any) -> None:
