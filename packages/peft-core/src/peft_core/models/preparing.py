@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..calls.checkpointing import require_output_grad
 from ..errors import ConfigError, PeftWarning
