@@ -57,8 +57,8 @@ def documentation(tree: ast.AST) -> set[int]:
     return found
 
 
-#: names of the specification: an empty dictionary, and a question that every layer answers
-CONTRACT = ("TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "supports_lora_conversion")
+#: a name of the specification: a question that every layer answers
+CONTRACT = ("supports_lora_conversion",)
 
 
 def without_contract(text: str) -> str:

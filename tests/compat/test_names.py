@@ -147,6 +147,27 @@ SUBCONFIGS = {
 }
 
 
+#: private module → what it has for upstream's users, and core has not
+ALONE = {
+    "peft._mappings": """PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING PEFT_TYPE_TO_TUNER_MAPPING
+        TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING register_peft_method""",
+    "peft._signatures": "check_if_peft_model update_forward_signature update_generate_signature update_signature",
+    "peft._sub_modules": """check_adapters_to_merge check_target_module_exists get_bnb_param_type get_pattern_key get_quantization_config
+        get_submodules include_all_linear onload_layer""",
+    "peft._weight_mapping": "build_peft_weight_mapping convert_peft_config_for_transformers",
+    "peft._libraries": "gather_params_ctx init_empty_weights is_bnb_4bit_available is_bnb_available",
+    "peft._helpers": "bloom_model_postprocess_past_key_value infer_device shift_tokens_right transpose",
+}
+
+
+@pytest.mark.parametrize("path", ALONE)
+def test_what_only_other_libraries_ask_for_is_not_in_core(path: str) -> None:
+    module = importlib.import_module(path)
+    for name in ALONE[path].split():
+        assert getattr(module, name) is not None, name
+        assert not hasattr(peft_core, name), name
+
+
 def test_what_is_ours_is_ours() -> None:
     assert peft.LoraConfig is __import__("peft_lora").LoraConfig
     assert peft.PeftConfig is peft_core.PeftConfig

@@ -1,8 +1,7 @@
-"""The functions around models: preparing a base, tensors of the base, one adapter by itself, mappings, signatures."""
+"""The functions around models: preparing a base, tensors of the base, one adapter by itself, folders, loading."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from peft_core import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSequenceClassification,
     ConfigError,
-    DuplicateTunerError,
     PeftModel,
     PeftModelForCausalLM,
     PeftType,
@@ -29,13 +27,12 @@ from peft_core import (
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
-    unregister_tuner,
 )
 from peft_core.base.view import checkpointed
 from peft_core.testing import tiny
 from peft_core.testing.helpers import randomise
 from peft_core.testing.models import inputs_of
-from support import DENSE, CueConfig, DenseConfig, DenseTuner
+from support import CueConfig, DenseConfig
 
 CONFIG: dict[str, Any] = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 
@@ -78,30 +75,6 @@ def test_casting_what_does_not_train() -> None:
         assert parameter.dtype is (torch.float32 if parameter.requires_grad else torch.bfloat16)
     with pytest.raises(ConfigError, match="no floating type"):
         peft_core.cast_mixed_precision_params(model, torch.int8)
-
-
-def test_shifting_labels() -> None:
-    labels = torch.tensor([[5, 6, -100], [7, -100, -100]])
-    assert peft_core.shift_tokens_right(labels, 0, 2).tolist() == [[2, 5, 6], [2, 7, 0]]
-    with pytest.raises(ConfigError, match="pad_token_id"):
-        peft_core.shift_tokens_right(labels, None, 2)
-
-
-def test_the_layout_of_old_bloom() -> None:
-    layers, batch, heads, count, width = 2, 2, 3, 4, 5
-    given = torch.arange(2 * layers * batch * heads * count * width).view(2 * layers, batch, heads, count, width)
-    found = peft_core.bloom_model_postprocess_past_key_value(given)
-    assert len(found) == layers
-    keys, values = found[1]
-    assert torch.equal(keys[heads + 1], given[1, 1, 1].T)
-    assert torch.equal(values[heads + 1], given[layers + 1, 1, 1])
-
-
-def test_small_helpers() -> None:
-    weight = torch.arange(6).view(2, 3)
-    assert torch.equal(peft_core.transpose(weight, True), weight.T)
-    assert peft_core.transpose(weight, False) is weight
-    assert peft_core.infer_device() in ("cpu", "cuda", "mps", "npu", "xpu", "mlu")
 
 
 # ---- the base's tensors ---------------------------------------------------------------------------------------------
@@ -155,54 +128,6 @@ def test_one_adapter_by_itself() -> None:
         peft_core.set_adapter(model, "one")
 
 
-# ---- mappings -------------------------------------------------------------------------------------------------------
-def test_mappings_know_every_method() -> None:
-    assert peft_core.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.DENSE] is DenseConfig
-    assert peft_core.PEFT_TYPE_TO_TUNER_MAPPING["DENSE"] is DenseTuner
-    assert peft_core.PEFT_TYPE_TO_MIXED_MODEL_MAPPING["CUE"] is peft_core.PeftMixedModel
-    assert "CUE" in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
-    for mapping in (peft_core.PEFT_TYPE_TO_CONFIG_MAPPING, peft_core.PEFT_TYPE_TO_TUNER_MAPPING):
-        assert {"CUE", "DENSE"} <= set(mapping) == set(mapping.keys()) == {name for name, _ in mapping.items()}
-        assert len(mapping) == len(list(mapping.values())) == len(list(mapping))
-    assert "NO" not in peft_core.PEFT_TYPE_TO_CONFIG_MAPPING
-    with pytest.raises(KeyError):
-        peft_core.PEFT_TYPE_TO_CONFIG_MAPPING["NO"]
-    assert peft_core.TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING == {}
-
-
-def test_registering_in_other_words() -> None:
-    class NewConfig(DenseConfig):
-        default_peft_type = "NEW"
-
-    with pytest.raises(ConfigError, match="lower case"):
-        peft_core.register_peft_method(name="New", config_cls=NewConfig, model_cls=DenseTuner)
-    with pytest.raises(DuplicateTunerError, match="already PEFT method called 'dense'"):
-        peft_core.register_peft_method(name="dense", config_cls=NewConfig, model_cls=DenseTuner)
-    with pytest.raises(ConfigError, match="model_cls"):
-        peft_core.register_peft_method(name="new", config_cls=NewConfig, model_cls=dict)
-    peft_core.register_peft_method(name="new", config_cls=NewConfig, model_cls=DenseTuner, prefix=DENSE.parameter_prefix)
-    try:
-        assert peft_core.PEFT_TYPE_TO_CONFIG_MAPPING["NEW"] is NewConfig
-    finally:
-        unregister_tuner("NEW")
-
-
-# ---- signatures -----------------------------------------------------------------------------------------------------
-def test_signatures_of_the_base() -> None:
-    model: Any = get_peft_model(tiny(), dense()).eval()
-    inputs = inputs_of("llama", 2)
-    expected = model(**inputs).logits
-    peft_core.update_signature(model)
-    assert "input_ids" in inspect.signature(model.forward).parameters
-    assert "generation_config" in inspect.signature(model.generate).parameters
-    assert model.forward.__doc__ == type(model.get_base_model()).forward.__doc__
-    assert torch.equal(model(**inputs).logits, expected)
-    assert model.generate(**inputs, max_new_tokens=2).shape == (2, 8)
-    assert "input_ids" not in inspect.signature(type(model).forward).parameters
-    with pytest.raises(ConfigError, match="not supported"):
-        peft_core.update_signature(model, "backward")  # type: ignore[arg-type]
-
-
 # ---- folders --------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
@@ -213,12 +138,6 @@ def saved(tmp_path: Path) -> Path:
     randomise(model, "default", 0)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def test_is_it_an_adapter(saved: Path) -> None:
-    assert peft_core.check_if_peft_model(saved)
-    assert not peft_core.check_if_peft_model(saved.parent / "base")
-    assert not peft_core.check_if_peft_model(saved.parent / "nothing")
 
 
 @pytest.mark.parametrize("cls", [AutoPeftModel, AutoPeftModelForCausalLM])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -41,6 +42,30 @@ def qwen() -> Any:
     torch.manual_seed(0)
     sizes = {"moe_intermediate_size": 12, "shared_expert_intermediate_size": 8, "num_experts": 3, "num_experts_per_tok": 2}
     return transformers.Qwen2MoeForCausalLM(transformers.Qwen2MoeConfig(**SIZES, **sizes)).eval()
+
+
+#: how wide one expert is
+WIDTHS = {"mixtral": 24, "qwen": 12}
+#: base → how to make it, the block's name in old files, old names of the pair and of what comes after it
+BASES: dict[str, tuple[Callable[[], Any], str, tuple[str, str, str]]] = {
+    "mixtral": (mixtral, "block_sparse_moe", ("w1", "w3", "w2")),
+    "qwen": (qwen, "mlp", ("gate_proj", "up_proj", "down_proj")),
+}
+
+
+def config_for(name: str, **fields: Any) -> LoraConfig:
+    """As it was written when each expert was a module."""
+    return LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *BASES[name][2]], **fields})
+
+
+def assert_rewritten(name: str, config: LoraConfig) -> None:
+    """The names leave target_modules, the joint ones enter target_parameters; two side by side have rank 2r and the same scale."""
+    # Qwen's shared expert is made of modules with these names
+    left = {"q_proj", "gate_proj", "up_proj", "down_proj"} if name == "qwen" else {"q_proj"}
+    assert config.target_modules == left
+    assert config.target_parameters == ["down_proj", "gate_up_proj"]
+    assert config.rank_pattern == {r".*\.gate_up_proj": 4}
+    assert config.alpha_pattern == {r".*\.gate_up_proj": 6}
 
 
 class Experts(nn.Module):

@@ -1,128 +1,35 @@
-"""Adapters of mixtures of experts from before transformers 5 on a base that is not wrapped: injected, and filled by transformers' own loader."""
+"""Adapters of mixtures of experts from before transformers 5: configs are rewritten. Filled by transformers' own loader: `tests/compat`."""
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import transformers
-from torch import Tensor, nn
 
-from lora.experts_net import SIZES, mixtral, needs_fused_experts, qwen
-from peft_core import (
-    ConfigError,
-    PeftModel,
-    build_peft_weight_mapping,
-    convert_peft_config_for_transformers,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from lora.experts_net import BASES, SIZES, WIDTHS, assert_rewritten, config_for, mixtral, needs_fused_experts, qwen
+from peft_core import ConfigError, PeftModel, get_peft_model, inject_adapter_in_model
 from peft_lora import LoraConfig
 
-#: how wide one expert is
-WIDTHS = {"mixtral": 24, "qwen": 12}
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 pytestmark = needs_fused_experts
 
 
-#: base → how to make it, the block's name in old files, old names of the pair and of what comes after it
-BASES: dict[str, tuple[Callable[[], Any], str, tuple[str, str, str]]] = {
-    "mixtral": (mixtral, "block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen": (qwen, "mlp", ("gate_proj", "up_proj", "down_proj")),
-}
-
-
-def config_for(name: str, **fields: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", *BASES[name][2]], **fields})
-
-
-def write(folder: Path, name: str, *, router: bool = False, **fields: Any) -> None:
-    """Write an adapter as it was made when each expert was a module."""
-    _, block, names = BASES[name]
-    width = WIDTHS[name]
-    generator = torch.Generator().manual_seed(1)
-    sizes = {"self_attn.q_proj": (16, 16)}
-    for expert in range(3):
-        sizes |= {f"{block}.experts.{expert}.{end}": shape for end, shape in zip(names, ((width, 16), (width, 16), (16, width)), strict=True)}
-    if name == "qwen":
-        shapes = ((8, 16), (8, 16), (16, 8))
-        sizes |= {f"{block}.shared_expert.{end}": shape for end, shape in zip(names, shapes, strict=True)}
-    if router:
-        sizes[f"{block}.gate"] = (3, 16)
-    found: dict[str, Tensor] = {}
-    for layer in range(2):
-        for path, (out, inp) in sizes.items():
-            stem = f"base_model.model.model.layers.{layer}.{path}"
-            found[f"{stem}.lora_A.weight"] = torch.randn(2, inp, generator=generator) * 0.3
-            found[f"{stem}.lora_B.weight"] = torch.randn(out, 2, generator=generator) * 0.3
-    safetensors.torch.save_file(found, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    targets = ["q_proj", *names, *(["gate"] if router else [])]
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": targets, **fields}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def load(model: nn.Module, folder: Path, adapter: str) -> set[str]:
-    """Do what `model.load_adapter(folder, adapter)` of transformers does with us; return the names that were not filled."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    base: Any = model
-    config = LoraConfig.from_pretrained(folder)
-    config.inference_mode = True
-    mapping = build_peft_weight_mapping(get_model_conversion_mapping(base), adapter, peft_config=config)
-    inject_adapter_in_model(config, base, adapter)
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    info, _ = convert_and_load_state_dict_in_model(base, tensors, LoadStateDictConfig(weight_mapping=mapping))
-    assert (info.unexpected_keys, info.mismatched_keys, info.conversion_errors) == (set(), set(), {})
-    return {key for key in info.missing_keys if f".{adapter}." in key}
-
-
-@pytest.mark.parametrize("fields", [{}, {"use_rslora": True}], ids=["plain", "rslora"])
-@pytest.mark.parametrize("router", [False, True], ids=["", "router"])
-@pytest.mark.parametrize("name", BASES)
-def test_transformers_loads_what_from_pretrained_loads(name: str, router: bool, fields: dict[str, Any], tmp_path: Path) -> None:
-    write(tmp_path, name, router=router, **fields)
-    base = BASES[name][0]
-    expected = PeftModel.from_pretrained(base(), tmp_path)(input_ids=IDS).logits
-    model = base()
-    plain = model(input_ids=IDS).logits
-    assert load(model, tmp_path, "old") == set()
-    found = model(input_ids=IDS).logits
-    assert not torch.allclose(found, plain, atol=1e-2)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("name", "how"), [("mixtral", "inject"), ("mixtral", "get"), ("mixtral", "convert"), ("qwen", "inject"), ("qwen", "convert")]
-)
+@pytest.mark.parametrize(("name", "how"), [("mixtral", "inject"), ("mixtral", "get"), ("qwen", "inject")])
 def test_an_old_config_is_rewritten(name: str, how: str) -> None:
-    """formats.md §7.1: the names leave target_modules, the joint ones enter target_parameters; two side by side have rank 2r and the same scale."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
+    """formats.md §7.1; two names side by side are one parameter now."""
     model, config = BASES[name][0](), config_for(name)
     if how == "inject":
         inject_adapter_in_model(config, model)
-    elif how == "get":
-        get_peft_model(model, config)
     else:
-        convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
-    # Qwen's shared expert is made of modules with these names
-    left = {"q_proj", "gate_proj", "up_proj", "down_proj"} if name == "qwen" else {"q_proj"}
-    assert config.target_modules == left
-    assert config.target_parameters == ["down_proj", "gate_up_proj"]
-    assert config.rank_pattern == {r".*\.gate_up_proj": 4}
-    assert config.alpha_pattern == {r".*\.gate_up_proj": 6}
-    if how != "convert":
-        experts = {key: tuple(value.shape) for key, value in model.named_parameters() if ".experts." in key and "lora_" in key}
-        width = WIDTHS[name]
-        assert sorted(experts.values()) == sorted([(3 * 4, 16), (2 * width, 3 * 4), (3 * 2, width), (16, 3 * 2)] * 2)
+        get_peft_model(model, config)
+    assert_rewritten(name, config)
+    experts = {key: tuple(value.shape) for key, value in model.named_parameters() if ".experts." in key and "lora_" in key}
+    width = WIDTHS[name]
+    assert sorted(experts.values()) == sorted([(3 * 4, 16), (2 * width, 3 * 4), (3 * 2, width), (16, 3 * 2)] * 2)
 
 
 @pytest.mark.parametrize(("name", "given"), [("mixtral", ["w1", "w2"]), ("mixtral", ["q_proj", "w3"]), ("qwen", ["up_proj"])])

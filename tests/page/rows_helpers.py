@@ -36,8 +36,7 @@ from page.making import (
     trains,
     warned,
 )
-from peft_core import PEFT_TYPE_TO_TUNER_MAPPING, PeftType, TaskType, get_peft_model_state_dict, register_peft_method
-from peft_core.plugins import unregister_tuner
+from peft_core import PeftType, TaskType, get_peft_model_state_dict
 
 
 def dicts_become_configs() -> None:
@@ -192,22 +191,6 @@ def errors_have_their_bases() -> None:
     assert issubclass(peft_core.NoMatchingPeftModuleError, ValueError)
 
 
-def methods_can_be_registered() -> None:
-    given: dict[str, Any] = {"config_cls": support.DenseConfig, "model_cls": support.DenseTuner}
-    try:
-        register_peft_method(name="dense", is_mixed_compatible=True, **given)
-        assert PEFT_TYPE_TO_TUNER_MAPPING["DENSE"] is support.DenseTuner
-        assert peft_core.get_tuner_spec("DENSE").parameter_prefix == "dense_"
-        with refused(ValueError, "already"):
-            register_peft_method(name="dense", **given)
-        with refused(ValueError, "lower case"):
-            register_peft_method(name="Other", **given)
-        with refused(ValueError, "model_cls"):
-            register_peft_method(name="other", config_cls=support.DenseConfig, model_cls=dict)
-    finally:
-        unregister_tuner("DENSE")
-
-
 def prefixes_are_those_of_the_page() -> None:
     expected = {"LORA": "lora_", "LOHA": "hada_"} | {name: f"{name.lower()}_" for name in ("PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT")}
     expected["MULTITASK_PROMPT_TUNING"] = "multitask_prompt_tuning_"
@@ -215,26 +198,6 @@ def prefixes_are_those_of_the_page() -> None:
 
 
 # ---- 6.10 helpers ----------------------------------------------------------------------------------------------------
-def signatures_become_the_bases() -> None:
-    for update, names in (("forward_signature", ("forward",)), ("generate_signature", ("generate",)), ("signature", ("forward", "generate"))):
-        model = made("lora")
-        before = run(model)
-        getattr(peft_core, f"update_{update}")(model)
-        for name in ("forward", "generate"):
-            own, base = (inspect.signature(getattr(holder, name)) for holder in (model, model.get_base_model()))
-            assert (list(own.parameters) == list(base.parameters)) is (name in names), name
-        assert torch.equal(run(model), before)
-    with refused(ValueError, "not supported"):
-        peft_core.update_signature(made("lora"), method="both")  # type: ignore[arg-type]
-
-
-def folders_of_adapters_are_recognised(tmp_path: Path) -> None:
-    made("lora").save_pretrained(tmp_path / "adapter")
-    tiny().save_pretrained(tmp_path / "base")
-    found = [peft_core.check_if_peft_model(tmp_path / name) for name in ("adapter", "base", "nowhere")]
-    assert found == [True, False, False]
-
-
 def scales_are_multiplied_for_a_while() -> None:
     from peft_lora import rescale_adapter_scale
 

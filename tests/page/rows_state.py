@@ -33,7 +33,6 @@ from page.making import (
 from peft_core import (
     TunerLayerStatus,
     TunerModelStatus,
-    bloom_model_postprocess_past_key_value,
     get_base_model_state_dict,
     get_layer_status,
     get_model_status,
@@ -41,7 +40,6 @@ from peft_core import (
     load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
-    shift_tokens_right,
 )
 
 
@@ -314,18 +312,3 @@ def tensors_of_the_base_can_be_set() -> None:
         with refused(RuntimeError, "embed_tokens"):
             set_base_model_state_dict(model, some)
         assert len(set_base_model_state_dict(model, some, strict=False).missing_keys) == 1
-
-
-def tokens_are_shifted() -> None:
-    labels = torch.tensor([[4, -100, 6]])
-    assert shift_tokens_right(labels, 1, 2).tolist() == [[2, 4, 1]]
-    with refused(ValueError, "pad_token_id"):
-        shift_tokens_right(labels, None, 2)
-
-
-def keys_of_bloom_are_turned() -> None:
-    stacked = torch.randn(4, 2, 3, 5, 6)
-    found = bloom_model_postprocess_past_key_value((stacked[:2], stacked[2:]))
-    assert len(found) == 2
-    assert torch.equal(found[1][0], stacked[1].transpose(2, 3).reshape(6, 6, 5))
-    assert torch.equal(found[1][1], stacked[3].reshape(6, 5, 6))

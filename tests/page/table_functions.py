@@ -1,4 +1,4 @@
-"""Sections 5 and 6 of the page: `PeftMixedModel`, and functions."""
+"""Sections 5 and 6 of the page: `PeftMixedModel`, and functions. Rows of functions that are in `peft` alone: `tests/compat/table.py`."""
 
 from __future__ import annotations
 
@@ -134,14 +134,12 @@ ROWS: list[Row] = [
     member("6.7", "get_base_model_state_dict", "model", state.tensors_of_the_base_have_their_own_names),
     member("6.7", "set_base_model_state_dict", "model, state_dict, strict=True", state.tensors_of_the_base_can_be_set),
     member("6.7", "get_peft_config", "config_dict", helpers.dicts_become_configs, making.class_is_picked_by_the_type),
-    member("6.7", "shift_tokens_right", "input_ids, pad_token_id, decoder_start_token_id", state.tokens_are_shifted),
     member(
         "6.7",
         "peft_lora:replace_lora_weights_loftq",
         "peft_model, model_path=None, adapter_name='default', callback=None",
         helpers.what_quantising_lost_is_put_into_lora,
     ),
-    says("6.7", "bloom_model_postprocess_past_key_value", state.keys_of_bloom_are_turned),
     # ---- 6.8 bases, too ----------------------------------------------------------------------------------------------
     member(
         "6.8",
@@ -158,18 +156,8 @@ ROWS: list[Row] = [
     says("6.9", "TaskType", helpers.tasks_are_strings),
     says("6.9", "PeftType", helpers.types_are_strings, helpers.types_can_be_listed),
     says("6.9", "errors", helpers.errors_have_their_bases),
-    member(
-        "6.9",
-        "register_peft_method",
-        "*, name, config_cls, model_cls, prefix=None, is_mixed_compatible=False",
-        helpers.methods_can_be_registered,
-    ),
     says("6.9", "method prefixes", helpers.prefixes_are_those_of_the_page),
     # ---- 6.10 helpers ------------------------------------------------------------------------------------------------
-    member("6.10", "update_forward_signature", "model", helpers.signatures_become_the_bases),
-    member("6.10", "update_generate_signature", "model", helpers.signatures_become_the_bases),
-    member("6.10", "update_signature", "model, method='all'", helpers.signatures_become_the_bases),
-    member("6.10", "check_if_peft_model", "model_name_or_path", helpers.folders_of_adapters_are_recognised),
     member("6.10", "peft_lora:rescale_adapter_scale", "model, multiplier", helpers.scales_are_multiplied_for_a_while),
     member(
         "6.10",

@@ -1,4 +1,4 @@
-"""Sections 1 and 2 of the page: names, and `PeftModel`."""
+"""Sections 1 and 2 of the page: names, and `PeftModel`. Rows of names that are in `peft` alone: `tests/compat/table.py`."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ ROWS: list[Row] = [
         "1",
         "functions from upstream",
         names.importable(
-            *("set_peft_model_state_dict", "load_peft_weights", "get_base_model_state_dict", "set_base_model_state_dict", "shift_tokens_right"),
-            *("replace_lora_weights_loftq", "bloom_model_postprocess_past_key_value"),
+            *("set_peft_model_state_dict", "load_peft_weights", "get_base_model_state_dict", "set_base_model_state_dict"),
+            "replace_lora_weights_loftq",
         ),
     ),
     says("1", "enums and errors", names.importable("PeftType", "TaskType", "PeftError", "PeftWarning", "NoMatchingPeftModuleError")),
@@ -71,9 +71,8 @@ ROWS: list[Row] = [
             *("AutoPeftModelForTokenClassification", "AutoPeftModelForQuestionAnswering", "AutoPeftModelForFeatureExtraction"),
         ),
     ),
-    says("1", "mappings", names.mappings_lead_from_types_to_classes, names.mappings_are_dicts),
+    says("1", "mappings", names.mapping_leads_from_tasks_to_classes, names.mapping_is_a_dict),
     says("1", "__version__", names.version_is_text),
-    says("1", "infer_device, transpose", names.device_is_the_best_there_is, names.transposes_if_stored_so),
     # ---- 2 PeftModel -------------------------------------------------------------------------------------------------
     member("2", "PeftModel", f"{MODEL}, {MAKING}", model.base_is_modified_in_place),
     says("2", "model", model.any_module_can_be_a_base, model.prompts_leave_the_base_as_it_is),
