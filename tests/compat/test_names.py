@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 
 import pytest
+import reference
 
 import peft
 import peft_core
@@ -166,6 +169,23 @@ def test_what_only_other_libraries_ask_for_is_not_in_core(path: str) -> None:
     for name in ALONE[path].split():
         assert getattr(module, name) is not None, name
         assert not hasattr(peft_core, name), name
+
+
+@pytest.mark.parametrize(("path", "name"), [(path, name) for path, names in ALONE.items() for name in names.split()])
+def test_its_docstring_says_it_all(path: str, name: str) -> None:
+    """As of core's public names (tests/docs): what it is, each parameter, shapes of tensors, and errors; a constant has a comment."""
+    module = importlib.import_module(path)
+    value = getattr(module, name)
+    if not inspect.isfunction(value):
+        assert re.search(rf"^#: \S.*\n{name}\b", inspect.getsource(module), re.M)
+        return
+    text = value.__doc__
+    assert text
+    assert not text.startswith(("Args:", "Raises:", "Returns:"))
+    function = inspect.unwrap(value)
+    assert reference.unnamed_parameters(function, text) == []
+    assert not reference.lacks_shapes(function, text)
+    assert reference.unnamed_errors(function, text) == []
 
 
 def test_what_is_ours_is_ours() -> None:

@@ -19,7 +19,7 @@ from peft_core.tuners.targeting import all_linear, layer_filter, target_matcher
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """Return (parent, module, name in the parent) of a module by its path.
+    """Return (parent, module, name in the parent) of the module of `model` whose path is `key`.
 
     Raises:
         NoSuchModuleError: there is no such module; also an `AttributeError`.
@@ -43,13 +43,13 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
 
 
 def check_target_module_exists(config: LayerConfig, key: str) -> bool:
-    """Return whether a config (`target_modules`, `exclude_modules`, `layers_to_transform`) chooses the module of this name."""
+    """Return whether a config (`target_modules`, `exclude_modules`, `layers_to_transform`) chooses the module whose name is `key`."""
     chosen, excluded = target_matcher(config.target_modules, "target_modules"), target_matcher(config.exclude_modules, "exclude_modules")
     return chosen(key) and not excluded(key) and layer_filter(config)(key)
 
 
 def include_all_linear(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """Write the names of all linear layers into a config whose `target_modules` are ``"all-linear"``, and return it.
+    """Write the names of all linear layers of `model` into `peft_config` whose `target_modules` are ``"all-linear"``, and return it.
 
     Raises:
         ConfigError: the model has no linear layers.
@@ -66,6 +66,9 @@ def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = N
     Args:
         module: a layer.
         adapter_names: the wanted ones; None: those in use.
+
+    Raises:
+        ModelError: `adapter_names` is one name.
     """
     if isinstance(adapter_names, str):
         raise ModelError(f"adapter_names={adapter_names!r} is one name", hint="give a list of names")
@@ -99,7 +102,7 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
 
 
 def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
-    """Return whether a parameter is one of bitsandbytes', and of how many bits."""
+    """Return whether a parameter, `param`, is one of bitsandbytes', and of how many bits."""
     name = type(param).__name__
     return "4bit" if name == "Params4bit" else "8bit" if name == "Int8Params" else False
 
