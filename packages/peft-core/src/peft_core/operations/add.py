@@ -40,6 +40,7 @@ def add_adapter(
     """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
 
     Args:
+        index: the adapters of a model.
         adapter: its name.
         config: its config; kept, not copied.
         init_options: how its weights are made.
