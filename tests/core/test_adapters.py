@@ -155,7 +155,7 @@ def test_a_name_that_can_be_no_key_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", [None, 3, ["a"]])
 def test_a_name_is_a_string(name: Any) -> None:
     base = support.net()
-    with support.Unchanged(base), pytest.raises(AdapterNameError, match="is no adapter name"):
+    with support.Unchanged(base), pytest.raises(AdapterNameError, match="is not an adapter name"):
         get_peft_model(base, dense(), name)
 
 

@@ -76,7 +76,9 @@ def test_what_does_not_fit_is_said_by_name(what: str) -> None:
 
 
 def test_what_is_marked_and_no_function_is_refused() -> None:
-    with pytest.raises(PluginError, match=r"Partial \(registered.* marks 'peft_adapter_added' .*, which is a partial and no function"):
+    with pytest.raises(
+        PluginError, match=r"Partial \(registered.* decorates 'peft_adapter_added' with @hookimpl, but it is a partial, not a function"
+    ):
         Registry().register_plugin(Partial())
 
 

@@ -50,8 +50,8 @@ def test_rows_with_and_without_virtual_tokens() -> None:
     [
         (["a", "b"], RoutingError, "Length of `adapter_names` should be the same as the number of inputs, but got 2 and 3"),
         (["a", "bb", "a"], AdapterNotFoundError, r"non-existing adapter\(s\): bb"),
-        ("a", RoutingError, "'a' is one name"),
-        (["a", 3, "b"], RoutingError, r"adapter_names\[1\]=3 is no adapter name"),
+        ("a", RoutingError, "must be a list, and is the string 'a'"),
+        (["a", 3, "b"], RoutingError, r"adapter_names\[1\]=3 is not an adapter name"),
     ],
 )
 def test_names_that_can_not_be_followed(model: PeftModel, names: Any, error: type[Exception], message: str) -> None:

@@ -119,7 +119,7 @@ def test_weights_of_any_tuner_that_declares_it_are_replaced_in_place(tmp_path: P
         ({"alpha": 3}, "", ConfigError, "alpha=3 instead of 1"),
         ({}, "missing", AdapterWeightsError, "nothing came for 'dense_delta' of 'last'"),
         ({}, "shape", AdapterWeightsError, r"size mismatch: 'dense_delta' of 'last' is \(2, 2\), expected \(4, 4\)"),
-        ({}, "surplus", AdapterWeightsError, "not known are"),
+        ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
     ],
 )
 def test_what_does_not_fit_changes_nothing(options: Any, spoil: str, error: type[Exception], words: str) -> None:

@@ -238,8 +238,8 @@ def test_all_faults_of_a_file_are_in_one_message(saved: Path) -> None:
     with pytest.raises(AdapterWeightsError) as caught:
         PeftModel.from_pretrained(support.net(), saved)
     message = str(caught.value)
-    assert "missing are 'base_model.model.head.bias'" in message
-    assert "not known are 'base_model.model.last.other'" in message
+    assert "missing keys: 'base_model.model.head.bias'" in message
+    assert "unexpected keys: 'base_model.model.last.other'" in message
     assert "size mismatch: 'base_model.model.last.dense_delta' is (4, 5), expected (4, 4)" in message
     assert str(saved / WEIGHTS) in message
     assert isinstance(caught.value, RuntimeError)
@@ -247,13 +247,13 @@ def test_all_faults_of_a_file_are_in_one_message(saved: Path) -> None:
 
 def test_a_misspelt_tensor_is_named_with_the_nearest(saved: Path) -> None:
     edit(saved, rename_one)
-    with pytest.raises(AdapterWeightsError, match=r"is the first missing one called 'base_model.model.last.dense_dleta'"):
+    with pytest.raises(AdapterWeightsError, match=r"the first missing key may be stored as 'base_model.model.last.dense_dleta'"):
         PeftModel.from_pretrained(support.net(), saved)
 
 
 def test_a_missing_head_is_a_missing_tensor(saved: Path) -> None:
     edit(saved, drop_head)
-    with pytest.raises(AdapterWeightsError, match=r"missing are 'base_model.model.head.bias'"):
+    with pytest.raises(AdapterWeightsError, match=r"missing keys: 'base_model.model.head.bias'"):
         PeftModel.from_pretrained(support.net(), saved)
 
 
@@ -307,7 +307,7 @@ def test_a_lenient_load_still_refuses_other_shapes(model: PeftModel, saved: Path
 
 def test_other_shapes_can_be_left_out(model: PeftModel, saved: Path) -> None:
     edit(saved, reshape_one)
-    with pytest.warns(PeftWarning, match="other shapes: 'base_model.model.last.dense_delta'"):
+    with pytest.warns(PeftWarning, match="mismatched shapes: 'base_model.model.last.dense_delta'"):
         result = model.load_adapter(saved, "third", ignore_mismatched_sizes=True)
     assert result == ([], [])
 

@@ -368,8 +368,8 @@ def fitting(model: Any, **changes: Any) -> tuple[dict[str, Tensor], Any]:
     ("changes", "spoil", "error", "words"),
     [
         ({"r": 3}, None, AdapterWeightsError, r"is \(4, 3\), and there is room for a rank of 2; call prepare_model"),
-        ({}, "surplus", AdapterWeightsError, "not known are"),
-        ({"target_modules": ["up", "last", "down"]}, None, AdapterWeightsError, "not known are"),
+        ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
+        ({"target_modules": ["up", "last", "down"]}, None, AdapterWeightsError, "unexpected keys:"),
         ({}, "missing", AdapterWeightsError, "nothing came for 'lora_B.weight'"),
         ({}, "shape", AdapterWeightsError, r"size mismatch: 'lora_A.weight' of .* is \(2, 3\), expected \(2, 4\)"),
         ({}, "rank", AdapterWeightsError, r"is \(4, 1\), and the config says that the rank is 2"),

@@ -51,7 +51,7 @@ def check(model: PeftModel, tokens: int = 1) -> None:
 @pytest.mark.parametrize("bags_from", [1, 1000])
 @pytest.mark.parametrize("tokens", [1, 3, 9])
 def test_each_row_for_itself(model: PeftModel, tokens: int, bags_from: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "BAGS_FROM", bags_from)
+    monkeypatch.setattr(rows, "MIN_ROWS_FOR_EMBEDDING_BAG", bags_from)
     check(model, tokens)
     check(model, tokens)  # from what was kept
 

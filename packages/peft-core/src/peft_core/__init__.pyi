@@ -105,10 +105,10 @@ from .plugins import list_tuners as list_tuners
 from .plugins import register_tuner as register_tuner
 from .plugins import unregister_tuner as unregister_tuner
 from .selection.cache import CacheScope as CacheScope
-from .selection.selection import ALL as ALL
-from .selection.selection import BASE as BASE
+from .selection.route import ALL as ALL
+from .selection.route import BASE as BASE
+from .selection.route import Route as Route
 from .selection.selection import AdapterSelection as AdapterSelection
-from .selection.selection import Route as Route
 from .selection.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
 from .tuners.call import Call as Call
 from .tuners.call import Site as Site

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError, RoutingError
-from ..selection.selection import AdapterSelection, Route
+from ..selection.route import Route
+from ..selection.selection import AdapterSelection
 from ..tuners.index import AdapterIndex
 from ..virtual_tokens import caches
 from ..virtual_tokens.caches import PREFIX

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import AdapterNotFoundError, RoutingError, did_you_mean, listed
 from ..plugins.spec import Capability
-from ..selection.selection import BASE, Route, read_names
+from ..selection.route import BASE, Route, read_names
 from ..tuners.index import AdapterIndex
 from . import checkpointing
 

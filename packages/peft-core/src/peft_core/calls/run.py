@@ -10,7 +10,7 @@ import torch
 
 from ..base.forward import BaseForward
 from ..errors import CapabilityError, RoutingError
-from ..selection.selection import EMPTY
+from ..selection.route import EMPTY
 from ..tuners.call import Call, Output, batch_of
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec

@@ -1,4 +1,4 @@
-"""Tensors into a model, as a transaction: everything is compared first, then written."""
+"""Loading tensors into an adapter, all or nothing: all keys and shapes are checked first, then written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TensorSource:
 
 
 def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) -> TensorSource:
-    """Return the tensors as they belong on this base; where they were written for another layout of it, the config changes, too.
+    """Convert the tensors to the layout of this base. Where that is necessary, `config` is changed in place, too.
 
     Raises:
         ConfigError: they were written for a layout that can't be translated.
@@ -86,21 +86,23 @@ def write_tensors(
     """Write the tensors of `source` into an adapter.
 
     Args:
-        index, adapter: where to.
-        source: what.
+        index, adapter: whose weights are written.
+        source: the tensors.
         wrapped: the model is wrapped (`keyed_slots`).
         strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
-        ignore_mismatched_sizes: tensors of other shapes are left out with a warning instead of an error.
+        ignore_mismatched_sizes: skip tensors with mismatched shapes, with a warning.
 
     Raises:
         MergeError: the adapter is merged.
-        AdapterWeightsError: something does not fit, all of it in one message. Nothing was written then.
+        AdapterWeightsError: keys or shapes do not match; one message has all of them, and nothing was written.
     """
     if adapter in index.merged_adapters():
-        raise MergeError(f"the adapter {adapter!r} is merged: new weights would not reach the base weights", hint="unmerge_adapter() first")
+        raise MergeError(
+            f"the adapter {adapter!r} is merged: loaded weights would not update the merged base weights", hint="call unmerge_adapter() first"
+        )
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     shapes, renamed = _matched(index, adapter, slots, source, wrapped)
-    # tensors that only we know: a file has all of them, or lacks them all, and what stands for them is enough
+    # optional tensors that other writers do not store: a file has all of them, or none, and then the tensor computed from them (`Slot.stands_for`)
     needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
     missing = [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
     surplus = [key for key in shapes if key not in slots]
@@ -115,9 +117,9 @@ def write_tensors(
     if strict == "warn" and missing:
         warnings.warn(f"Found missing adapter keys while loading the checkpoint: {missing}.", PeftWarning, stacklevel=4)
     if strict == "warn" and surplus:
-        warnings.warn(f"{source.origin} has tensors that the adapter {adapter!r} does not know: {listed(surplus)}", PeftWarning, stacklevel=4)
+        warnings.warn(f"{source.origin} has unexpected tensors for the adapter {adapter!r}: {listed(surplus)}", PeftWarning, stacklevel=4)
     if misshapen:
-        warnings.warn(f"left out because of other shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
+        warnings.warn(f"skipped tensors with mismatched shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
     _write(slots, fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
     index.selection.drop_cached()
     return LoadResult(missing, surplus)
@@ -126,26 +128,29 @@ def write_tensors(
 def _matched(
     index: AdapterIndex, adapter: str, slots: dict[str, Slot], source: TensorSource, wrapped: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return the shapes of a source by the keys that files have, and which of its names are to be read as which key.
+    """Return (checkpoint key → shape, name in memory → checkpoint key) of a source.
 
-    `slots` gets those of the base's embeddings, where the source brings them along (a resized vocabulary): then they are part of what it must fit.
+    Adds the base's embeddings to `slots`, in place, where the source contains them (a resized vocabulary).
     """
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
     shapes, renamed = fitted_keys(source.shapes, expected), {}
     if not shapes.keys() <= expected:
-        # dictionaries of whole models call tensors as they are called in memory, the adapter's name included
+        # the state dict of a whole model has the names of parameters in memory, which include the adapter's
         found = names_in_memory(index, adapter, slots, source.shapes)
         renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
         shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
-    # the reference implementation writes some tensors of saved modules a second time, under the names of its wrapper
+    # the reference implementation saves duplicates of some `modules_to_save` tensors under the names of its wrapper
     doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
     return {key: shape for key, shape in shapes.items() if key not in doubled}, renamed
 
 
 def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:
-    """Write tensors into the slots of their keys, except those of other shapes, and those for which others stand (`Slot.stands_for`)."""
+    """Write tensors into the slots of their keys, except those of other shapes.
+
+    Where all tensors are there from which another one is computed (`Slot.stands_for`), that one is skipped; where one is missing, they are.
+    """
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}
     for key, slot in slots.items():
@@ -163,9 +168,9 @@ def _faults(
 ) -> list[str]:
     faults = []
     if missing:
-        faults.append(f"missing are {listed(missing, 4)}")
+        faults.append(f"missing keys: {listed(missing, 4)}")
     if surplus:
-        faults.append(f"not known are {listed(surplus, 4)}")
+        faults.append(f"unexpected keys: {listed(surplus, 4)}")
     if misshapen:
         shown = [f"{key!r} is {shapes[key]}, expected {slots[key].shape}" for key in misshapen[:4]]
         faults.append(f"size mismatch: {', '.join(shown)}{f' and {len(misshapen) - 4} more' if len(misshapen) > 4 else ''}")
@@ -175,11 +180,13 @@ def _faults(
 def _hint(missing: list[str], surplus: list[str], misshapen: list[str], writer: str) -> str:
     if missing and surplus:
         near = did_you_mean(missing[0], surplus)
-        hint = near.replace("did you mean", "is the first missing one called") if near else "does the config belong to these weights?"
+        hint = (
+            near.replace("did you mean", "the first missing key may be stored as").rstrip("?") if near else "does the config belong to these weights?"
+        )
     elif misshapen:
         hint = "was the adapter trained on another base, or with another rank?"
     elif missing:
-        hint = "strict=False (or 'warn') keeps initial values for what is missing"
+        hint = "strict=False (or 'warn') keeps the initial values of missing tensors"
     else:
-        hint = "strict=False (or 'warn') ignores what is not known"
+        hint = "strict=False (or 'warn') ignores unexpected tensors"
     return f"{hint} (written by: {writer})" if writer else hint

@@ -138,12 +138,12 @@ def without_adapter(key: str, adapter: str, prefix: str) -> str:
 def fitted_keys(tensors: Mapping[str, _T], expected: Iterable[str]) -> dict[str, _T]:
     """Return the tensors under the names that are expected, where only the wrapper's prefix differs (bare and wrapped models)."""
     expected = set(expected)
-    adapted_config = {}
+    renamed = {}
     for key, value in tensors.items():
         for candidate in (key, WRAPPER_PREFIX + key, key.removeprefix(WRAPPER_PREFIX)):
             if candidate in expected:
-                adapted_config[candidate] = value
+                renamed[candidate] = value
                 break
         else:
-            adapted_config[key] = value
-    return adapted_config
+            renamed[key] = value
+    return renamed

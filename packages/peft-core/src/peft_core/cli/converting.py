@@ -85,7 +85,7 @@ def _converted(adapter: Adapter, dtype: str | None, mapping: Mapping[str, str]) 
         except (re.error, IndexError) as error:
             raise ConfigError(f"--rename can't be applied to {name!r}: {error}", hint=r"groups in a replacement are \1, \2") from error
         if new in tensors:
-            raise ConfigError(f"--rename gives two tensors of {adapter.name!r} the name {new!r}", hint="make the expression narrower")
+            raise ConfigError(f"--rename gives two tensors of {adapter.name!r} the name {new!r}", hint="use a more specific regular expression")
         renamed += new != name
         tensors[new] = tensor.to(DTYPES[dtype]) if dtype and tensor.is_floating_point() else tensor
         if dtype and tensor.is_floating_point() and bool(tensor.isfinite().all()) and not bool(tensors[new].isfinite().all()):

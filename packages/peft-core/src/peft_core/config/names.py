@@ -71,7 +71,7 @@ class PeftType(str, metaclass=_OpenEnum):
 
 
 def plain(value: Any) -> Any:
-    """Return a value without dataclasses and enums."""
+    """Convert dataclasses to dicts and enum members to their values; other values as they are."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, enum.Enum):

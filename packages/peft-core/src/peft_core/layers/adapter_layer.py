@@ -13,7 +13,8 @@ from ..base.ops import BaseOps, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import in_memory, is_offloaded, read_weight, write_weight
 from ..errors import MergeError, listed
-from ..selection.selection import ALL, AdapterSelection, Route
+from ..selection.route import ALL, Route
+from ..selection.selection import AdapterSelection
 from .adapter_merging import AdapterMerging
 from .init_options import InitOptions
 

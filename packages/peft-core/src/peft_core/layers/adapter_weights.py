@@ -50,7 +50,7 @@ class AdapterWeights(SelectionMixin):
         self._init_options = init_options
         try:
             self.scaling[adapter] = 1.0
-            self.selection.place(adapter, self._base_dtype_and_device()[1])
+            self.selection.register_adapter(adapter, self._base_dtype_and_device()[1])
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)

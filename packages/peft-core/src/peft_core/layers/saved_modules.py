@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..base.weight import without_offloading
 from ..errors import RoutingError
-from ..selection.selection import ALL, AdapterSelection
+from ..selection.route import ALL
+from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
 from .adapter_layer import AdapterLayer
 from .init_options import InitOptions

@@ -1,8 +1,7 @@
-"""Folding a change into a weight such that it can be taken out again bit for bit.
+"""Merges changes into weights so that unmerging is exact, bit for bit.
 
-W' = round(W + Δ) loses bits of W. What is lost is small when W' − Δ is rounded the same way again: the integers of the bit patterns
-of W and of round(W' − Δ) differ by little. Those differences are kept in int8 (one byte a weight, against a second copy), with the few
-larger ones listed apart, or a full copy where they are many.
+W' = round(W + Δ) loses bits of W. The loss is small: read as integers, the bit patterns of W and of round(W' − Δ) are close. Their differences are
+stored as int8 (one byte per weight, instead of a full copy), the few that overflow as a sparse list; where too many overflow, a full copy is stored.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class Change(Protocol):
 
     @property
     def additive(self) -> bool:
-        """Whether it is a sum, which does not care what is added before and after it."""
+        """Whether it is a sum: then the order of merges does not matter."""
         ...
 
     @property
@@ -50,7 +49,7 @@ class Change(Protocol):
         ...
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return the changed weight in the widest dtype that took part."""
+        """Return the changed weight in the promoted dtype."""
         ...
 
     def invert(self, weight: Tensor) -> Tensor:
@@ -59,13 +58,13 @@ class Change(Protocol):
 
 
 class Fold:
-    """One change of one parameter, and the way back.
+    """One change of one parameter that can be undone.
 
     Args:
         owner: the module that has the parameter.
         name: name of the parameter in it, of any shape.
         change: what is done to it.
-        shared: it also belongs to another module (tied embeddings): then `owner` gets one of its own meanwhile.
+        shared: it also belongs to another module (tied embeddings): while merged, `owner` holds a parameter of its own.
     """
 
     def __init__(self, owner: nn.Module, name: str, change: Change, *, shared: bool = False) -> None:
@@ -78,7 +77,7 @@ class Fold:
 
     def prepare(self) -> Tensor:
         """Return the changed parameter's value, of its shape, without touching anything."""
-        # a fold that is taken out and done again starts from another weight: nothing of the first time may stay
+        # after an undo, the next merge may start from another weight: all saved state is reset
         parameter = self.owner.get_parameter(self.name)
         self._original = parameter if self._shared else None
         self._residual = self._copy = None
@@ -115,7 +114,7 @@ class Fold:
         if self._copy is not None:
             return self._copy.to(merged.device)
         threads = torch.get_num_threads()
-        torch.set_num_threads(self._threads)  # another split of the product could round Δ otherwise
+        torch.set_num_threads(self._threads)  # with another number of threads the product could be split, and Δ rounded, differently
         try:
             plain = self.change.invert(merged).to(merged.dtype)
         finally:
@@ -147,8 +146,8 @@ class Merge:
         owner: the base module.
         adapters: what is merged.
         folds: the changes.
-        permanent: it is part of the base as long as the adapter exists (an initialisation that takes out of the weight what it puts into
-            the adapter), and not undone by unmerging.
+        permanent: undone when the adapter is deleted, not by unmerging: PiSSA and its relatives subtract the initial s·B·A from the base
+            weight.
     """
 
     def __init__(self, owner: nn.Module, adapters: tuple[str, ...], folds: Sequence[Fold], *, permanent: bool = False) -> None:

@@ -171,7 +171,7 @@ class AdaptedModel(nn.Module, Saving):
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
         """
         index = self._peft_index
-        chosen = index.selection.of_task()
+        chosen = index.selection.task_route()
         if chosen is not None:
             with index.selection.use(chosen):
                 return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
@@ -232,7 +232,7 @@ class AdaptedModel(nn.Module, Saving):
         """
         index = self._peft_index
         base = self.get_base_model()
-        chosen = index.selection.of_task()
+        chosen = index.selection.task_route()
         if chosen is not None and chosen is not getattr(index.selection.local, "route", None):
             with index.selection.use(chosen):
                 return self.generate(*args, adapter_names=adapter_names, **kwargs)

@@ -31,7 +31,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
     Args:
         model: as in `get_base_model_state_dict`.
         state_dict: the tensors.
-        strict: names that are missing or not known are errors.
+        strict: names that are missing or unexpected keys: errors.
 
     Returns:
         torch's (missing_keys, unexpected_keys).

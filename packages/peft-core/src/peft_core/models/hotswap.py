@@ -144,7 +144,7 @@ def _incoming(
     surplus = [key for key in adapted_config if key not in keys and not _equals(adapted_config[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
-            f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: not known are {listed(surplus, 4)}",
+            f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
             hint=did_you_mean(surplus[0], keys) or "an adapter can only take the place of one on the same modules, or on more",
         )
     parts: dict[str, list[IncomingWeights]] = {}

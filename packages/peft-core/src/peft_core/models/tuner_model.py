@@ -143,13 +143,13 @@ class AdapterOperations:
         Raises:
             AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
         """
-        from ..selection.selection import Route
+        from ..selection.route import Route
 
         index = self._peft_index
         index.require(*adapter_names)
         route = Route(tuple(name for name in index.configs if name in adapter_names))
         check_route(index, route)
-        with index.selection.use_here(route):
+        with index.selection.use_in_context(route):
             yield
 
     def _operation(self, name: str) -> Callable[..., Any] | None:

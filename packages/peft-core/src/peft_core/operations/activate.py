@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ..calls import checkpointing
 from ..errors import PeftWarning
 from ..plugins import hooks
-from ..selection.selection import Route
+from ..selection.route import Route
 from ..selection.switching import SelectionMixin, let_train
 from ..tuners.index import AdapterIndex
 from . import merge

@@ -65,8 +65,8 @@ def _implementations(manager: Any, plugin: object, owner: str) -> Iterator[tuple
         value = inspect.getattr_static(plugin, attribute, None)  # does not run properties
         if isinstance(getattr(value, "__dict__", {}).get(IMPLEMENTATION), dict):
             raise PluginError(
-                f"the plugin {owner} marks {attribute!r} as an implementation, which is a {type(value).__name__} and no function",
-                hint="mark a function or a method",
+                f"the plugin {owner} decorates {attribute!r} with @hookimpl, but it is a {type(value).__name__}, not a function",
+                hint="decorate a function or a method",
             )
 
 

@@ -6,13 +6,11 @@ import asyncio
 import contextlib
 import contextvars
 import copy
-import functools
 import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -20,101 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..base.plain import is_observed
-from ..errors import PeftWarning, RoutingError
+from ..errors import PeftWarning
 from .cache import CacheScope, may_cache
+from .route import NO_ROUTE, Route
 
 T = TypeVar("T")
 
-#: the name that stands for "no adapter" in a per-sample route
-BASE = "__base__"
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 #: for each selection the route that a task of an event loop follows
 _TASK_ROUTES: contextvars.ContextVar[Mapping[Any, Any]] = contextvars.ContextVar("peft_core_task_routes", default=MappingProxyType({}))
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` names for each row.
-
-    Args:
-        names: adapters that every row uses, in the order in which they act; with `per_row`, all that some row uses, in that order.
-        per_row: for each row the adapters that it uses; ``()`` is the plain base.
-        context: things that a tuner tells its own layers for this call.
-        active_mask: the same as numbers, for compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; `AdapterSelection.use` sets it.
-    """
-
-    names: tuple[str, ...] = ()
-    per_row: tuple[tuple[str, ...], ...] | None = None
-    context: Mapping[str, Any] = field(default_factory=dict)
-    #: the same as numbers, for compiled graphs: see `AdapterSelection.active_mask`; (adapters,), or (rows, adapters) with `per_row`
-    active_mask: Tensor | None = field(default=None, repr=False)
-    _ids: dict[tuple[str, int, torch.device | None], Tensor | None] = field(default_factory=dict, repr=False)
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """Every adapter that some row uses."""
-        if self.per_row is None or self.names:
-            return self.names
-        return tuple(dict.fromkeys(name for row in self.per_row for name in row))
-
-    def rows(self, adapter: str, batch: int, device: torch.device | None = None) -> Rows:
-        """Return which rows of a batch use `adapter`: None (no row), `ALL`, or a tensor of row numbers (rows,).
-
-        Each name stands for ``batch / len(per_row)`` neighbouring rows: beams of one sample, or the tokens of a flattened batch.
-        `device`: where the numbers are to be.
-
-        Raises:
-            RoutingError: the batch is no multiple of the number of names.
-        """
-        if self.per_row is None:
-            return ALL if adapter in self.names else None
-        key = (adapter, batch, device)
-        if key not in self._ids:
-            repeat, rest = divmod(batch, len(self.per_row))
-            if rest or not repeat:
-                raise RoutingError(
-                    f"adapter_names has {len(self.per_row)} entries, but a layer sees a batch of {batch} rows",
-                    hint="give one entry per sample",
-                )
-            ids = [i * repeat + j for i, names in enumerate(self.per_row) if adapter in names for j in range(repeat)]
-            self._ids[key] = torch.tensor(ids, device=device) if ids else None
-        ids_or_none = self._ids[key]
-        if ids_or_none is None:
-            return None
-        return ALL if ids_or_none.shape[0] == batch else ids_or_none
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"names": self.names, "per_row": self.per_row, "context": dict(self.context)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in {**state, "active_mask": None, "_ids": {}}.items():
-            object.__setattr__(self, name, value)
-
-
-class _All:
-    """The type of `ALL`; as an index it selects every row, as ``slice(None)`` does."""
-
-    _instance: _All | None = None
-
-    def __new__(cls) -> _All:
-        if cls._instance is None:
-            cls._instance = super().__new__(cls)
-        return cls._instance
-
-    def __repr__(self) -> str:
-        return "ALL"
-
-    def __deepcopy__(self, memo: Any) -> _All:
-        return self
-
-    def __reduce__(self) -> Any:
-        return (_All, ())
-
-
-#: the rows of a route that every row of the batch is in; as an index it selects every row
-ALL = _All()
-Rows = Tensor | _All | None
-NO_ROUTE = Route()
 
 
 class AdapterSelection:
@@ -129,22 +40,22 @@ class AdapterSelection:
     def __init__(self, names: Sequence[str] = ()) -> None:
         self.selected = Route(tuple(names))
         self.enabled = True
-        #: what layers follow unless their thread says otherwise
+        #: the route of threads without an override
         self.default = self.selected
         self.local = threading.local()
-        #: inside `disabled`, where no layer follows anything, also those that were switched by themselves
+        #: True inside `disabled()`: adapters are off in every layer, also in those that were switched individually
         self.suspended = False
         #: adapter → its number
         self.adapter_ids: dict[str, int] = {}
-        #: which adapters act, by number: a compiled graph reads this tensor, and is not compiled again when another adapter is chosen
+        #: mask of the active adapters, by index: compiled graphs read it, so that switching adapters does not recompile
         self.active_mask = torch.zeros(0, dtype=torch.bool)
-        #: the model's own, of which this is a variant; itself otherwise
+        #: the selection of the whole model; `self`, unless this is a variant
         self.root = self
         #: the names were given as a list, and are shown as one
         self.as_list = False
-        #: (names, enabled, as_list) → what layers follow that were switched by themselves, one for all layers in the same state
+        #: (names, enabled, as_list) → the selection of layers that were switched individually; layers in the same state share one
         self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], AdapterSelection] = weakref.WeakValueDictionary()
-        #: saved modules that were switched off by themselves; they follow when layers are switched on
+        #: saved modules that were disabled individually; enabled again together with the layers
         self.switched_off: list[Any] = []
         #: the cache scope that a caller opened for the whole model
         self.scope: CacheScope | None = None
@@ -168,7 +79,7 @@ class AdapterSelection:
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
-        """No adapter acts inside the block, in layers that were switched by themselves neither."""
+        """Disable all adapters inside the block, also in layers that were switched individually."""
         was = self.enabled, self.suspended
         self.suspended = True
         self.enable(False)
@@ -186,8 +97,13 @@ class AdapterSelection:
         with torch.inference_mode(False):
             self.active_mask = self._numbers(self.default.names).to(self.active_mask.device)
 
-    def place(self, name: str, device: torch.device) -> None:
-        """Give the adapter `name` a number, for the model and all variants. `device`: where its layers are."""
+    def register_adapter(self, name: str, device: torch.device) -> None:
+        """Assign the adapter `name` an index into `active_mask`, shared with all variants.
+
+        Args:
+            name: the adapter.
+            device: of its layers; `active_mask` moves there, unless it is meta.
+        """
         root = self.root
         if name not in root.adapter_ids:
             root.adapter_ids[name] = len(root.adapter_ids)
@@ -212,7 +128,7 @@ class AdapterSelection:
 
     @contextlib.contextmanager
     def use(self, route: Route) -> Iterator[None]:
-        """Follow `route` in this thread until the block ends."""
+        """Use `route` in this thread until the block ends."""
         previous = getattr(self.local, "route", None)
         if route.active_mask is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # something may have been compiled
             rows = [route.names] if route.per_row is None else route.per_row
@@ -225,10 +141,11 @@ class AdapterSelection:
             self.local.route = previous
 
     @contextlib.contextmanager
-    def use_here(self, route: Route) -> Iterator[None]:
-        """Follow `route` until the block ends in this thread; where an event loop runs, in this task and those that it starts, not in its neighbours.
+    def use_in_context(self, route: Route) -> Iterator[None]:
+        """Use `route` inside the block: in the current thread or, under a running event loop, in the current task and the tasks that it creates.
 
-        In a task, `of_task` gives the route: what runs the model follows it with `use` for as long as nothing else can run.
+        Under an event loop this only stores the route. The code that calls the model reads it with `task_route` and applies it with `use`, without
+        awaiting inside.
         """
         if asyncio._get_running_loop() is None:
             with self.use(route):
@@ -240,13 +157,16 @@ class AdapterSelection:
         finally:
             _TASK_ROUTES.reset(token)
 
-    def of_task(self) -> Route | None:
-        """Return the route that `use_here` chose for this task; None elsewhere."""
+    def task_route(self) -> Route | None:
+        """Return the route that `use_in_context` chose for this task; None elsewhere."""
         return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
 
     # ---- the cache scope ---------------------------------------------------------------------------------------------
     def cache(self) -> CacheScope | None:
-        """Return the open cache scope, where this call may use one; None elsewhere. A call with gradients empties it: an optimiser may follow."""
+        """Return the open cache scope, or None if there is none or this call must not use it (gradients, tracing, compilation).
+
+        Clears the scope if gradients are enabled, since an optimiser step may follow.
+        """
         scope = None if torch.compiler.is_compiling() else self.open_scope()
         if scope is None or may_cache():
             return scope
@@ -255,13 +175,13 @@ class AdapterSelection:
         return None
 
     def open_scope(self) -> CacheScope | None:
-        """Return the open cache scope for a call of which `can_fuse` has just said yes and which has no gradients; other calls ask `cache`."""
+        """Return the open cache scope without checking the call. Only where `can_fuse` returned True and gradients are off; otherwise use `cache`."""
         scope: CacheScope | None = getattr(self.local, "cache", None) or self.root.scope
         return None if scope is None or scope.closed else scope
 
     @contextlib.contextmanager
     def cached(self, *, thread: bool = False) -> Iterator[None]:
-        """Open a cache scope until the block ends; where one is open, that one goes on.
+        """Open a cache scope until the block ends; a scope that is already open is used further.
 
         Args:
             thread: for the calling thread alone.
@@ -286,15 +206,15 @@ class AdapterSelection:
                 root.scope = None
 
     def cached_result(self, kind: str, module: nn.Module, compute: Callable[[], T], key: Hashable = None) -> T:
-        """Return what `compute` makes of the weights of a module: in an open cache scope computed once, elsewhere in each call.
+        """Return ``compute()``, cached while a cache scope is open.
 
         Nothing is cached while a part of `module` is in training mode, where it may compute something else each time, or has hooks.
 
         Args:
             kind: names the result.
-            module: from whose parameters and buffers alone it is computed.
+            module: the result may depend on its parameters and buffers only.
             compute: takes nothing, returns a tensor or anything made of tensors.
-            key: which of several results of the module.
+            key: distinguishes several results of one module and kind.
         """
         scope = self.cache()
         if scope is None or any(part.training or is_observed(part) for part in module.modules()):
@@ -302,21 +222,21 @@ class AdapterSelection:
         return scope.get((kind, module, key), compute)
 
     def drop_cached(self) -> None:
-        """Empty all open cache scopes; called by every operation of ours that changes a weight, after it has done so."""
+        """Empty all open cache scopes. Call it after every change of a weight."""
         scopes = self.root.scopes
         if scopes:
             for scope in list(scopes):
                 scope.clear()
 
     def begin_training(self) -> None:
-        """Close the cache scope of the model with a warning: weights are about to change behind it."""
+        """Close the cache scope of the model with a warning: weights are about to change, and what it holds would be stale."""
         scope = self.root.scope
         if scope is not None and not scope.closed:
             scope.close()
-            warnings.warn("train() inside of cached(model): nothing is cached from here on", PeftWarning, stacklevel=3)
+            warnings.warn("train() was called inside cached(model); nothing is cached from here on", PeftWarning, stacklevel=3)
 
     def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> AdapterSelection:
-        """Return what a layer follows that has another choice than its model; overrides of threads are those of the model.
+        """Return the selection of layers whose adapters differ from the model's. Thread-local overrides stay shared with the model.
 
         Args:
             names: the adapters in use there.
@@ -362,33 +282,3 @@ class AdapterSelection:
             self.root, self.local, self.adapter_ids = root, root.local, root.adapter_ids
             root.variants[self.names, enabled, self.as_list] = self
         self.enable(enabled)
-
-
-def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
-    """Turn ``["a", "__base__", ["a", "b"]]`` into one tuple of adapters per row.
-
-    Raises:
-        RoutingError: an entry is neither a name nor a list of names.
-    """
-    if isinstance(names, str):
-        raise RoutingError(f"adapter_names={names!r} is one name", hint="give a list with one entry per sample")
-    given = tuple(names)
-    if torch.compiler.is_compiling():
-        return _rows(given)
-    try:
-        return _remembered(given)  # servers send the same rows step by step
-    except TypeError:  # lists among the entries
-        return _rows(given)
-
-
-def _rows(names: tuple[Any, ...]) -> tuple[tuple[str, ...], ...]:
-    rows = []
-    for position, entry in enumerate(names):
-        members = (entry,) if isinstance(entry, str) else tuple(entry) if isinstance(entry, (list, tuple)) else None
-        if members is None or not all(isinstance(member, str) for member in members):
-            raise RoutingError(f"adapter_names[{position}]={entry!r} is no adapter name", hint="give names, or lists of names")
-        rows.append(tuple(member for member in members if member != BASE))
-    return tuple(rows)
-
-
-_remembered = functools.lru_cache(maxsize=16)(_rows)

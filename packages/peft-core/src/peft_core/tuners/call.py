@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..selection.selection import Route, Rows
+from ..selection.route import Route, Rows
 
 Output = Any
 

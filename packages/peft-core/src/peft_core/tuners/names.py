@@ -7,7 +7,7 @@ from collections.abc import Collection
 from torch import nn
 
 from ..errors import AdapterNameError
-from ..selection.selection import BASE
+from ..selection.route import BASE
 
 
 def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]) -> None:
@@ -22,7 +22,7 @@ def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]
         AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
     """
     if not isinstance(adapter, str) or not adapter:
-        raise AdapterNameError(f"{adapter!r} is no adapter name", hint="give a non-empty string")
+        raise AdapterNameError(f"{adapter!r} is not an adapter name", hint="give a non-empty string")
     if adapter in present:
         raise AdapterNameError(
             f"Adapter with name {adapter!r} already exists",

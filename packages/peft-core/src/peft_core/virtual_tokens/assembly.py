@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..base.forward import BaseForward
 from ..errors import CapabilityError, PeftWarning, RoutingError
-from ..selection.selection import ALL
+from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, Lead, TaskSpec
 from . import caches

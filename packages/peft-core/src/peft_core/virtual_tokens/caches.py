@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..base.view import BaseView
 from ..errors import CapabilityError
-from ..selection.selection import ALL
+from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 
 #: the fact of a route under which the keys and values of prefixes wait for layers that run again

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..base.forward import BaseForward
 from ..errors import CapabilityError, RoutingError
-from ..selection.selection import ALL
+from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, TaskSpec
 from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led

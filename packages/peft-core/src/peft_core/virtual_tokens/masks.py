@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..base.view import BaseView
 from ..errors import CapabilityError
-from ..selection.selection import ALL
+from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 from .caches import decoder_config, dtype_of, ids_of, newer
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..selection.selection import ALL, EMPTY
+from ..selection.route import ALL, EMPTY
 from ..tuners.call import Call, Output, Site, VirtualTokens
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.forward import BaseForward
 from ..errors import CapabilityError, RoutingError
-from ..selection.selection import ALL
+from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 from ..tuners.tasks import Lead
 from . import caches

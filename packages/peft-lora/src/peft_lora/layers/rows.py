@@ -1,4 +1,4 @@
-"""A batch in which rows use different adapters: their A and B stacked row by row once, then two batched products."""
+"""Batches whose rows use different adapters: A and B gathered for each row, then two `bmm`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from peft_core import Route, RoutingError, can_fuse
 if TYPE_CHECKING:
     from .common import LoraLayer
 
-#: with more rows than this for each adapter, stacking row by row would take more memory than it saves time
-ROWS_FOR_EACH = 8
-#: from so many rows on, weighted sums of rows of B pay
-BAGS_FROM = 32
+#: above this many rows per adapter, copying the factors for every row costs more than it saves
+MAX_ROWS_PER_ADAPTER = 8
+#: from this many batch rows on, `embedding_bag` is faster than `bmm` (CPU, float32)
+MIN_ROWS_FOR_EMBEDDING_BAG = 32
 
 
 class Stack:
-    """The factors of each row's adapters for a cache scope: A transposed (rows, in, R), and s·B transposed (rows, R, out), R being the most of a row.
+    """The factors of each row's adapters for a cache scope: A transposed (rows, in, R) and s·B transposed (rows, R, out).
+
+    R is the largest total rank of a row.
 
     Args:
         layer: whose adapters.
@@ -34,28 +36,28 @@ class Stack:
         self.rows = len(here)
         a, b = stacked(layer, here, dtype)
         self.b = b.contiguous()
-        self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): for one token nothing has to be turned
-        self.row_offsets: tuple[Tensor, Tensor, Tensor] | None = None
-        if self.rows >= BAGS_FROM and b.device.type == "cpu" and b.dtype is torch.float32:
+        self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): a single token, as in decoding, needs no transpose
+        self.bag_inputs: tuple[Tensor, Tensor, Tensor] | None = None
+        if self.rows >= MIN_ROWS_FOR_EMBEDDING_BAG and b.device.type == "cpu" and b.dtype is torch.float32:
             numbers = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
-            self.row_offsets = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
+            self.bag_inputs = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
         if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.b.dtype:
             hidden = torch.bmm(x, self.across)
-            if self.row_offsets is None:
+            if self.bag_inputs is None:
                 return y.add_(torch.bmm(hidden, self.b))
-            # a weighted sum of a row's R rows of B: the kernel for bags streams them, where the batched product is half as fast
-            table, numbers, starts = self.row_offsets
-            return y.add_(torch.embedding_bag(table, numbers, starts, False, 0, False, hidden.view(-1))[0].view(y.shape))
+            # for one token hidden·B is a weighted sum of R rows of B, which `embedding_bag` computes about twice as fast as `bmm`
+            weight, indices, offsets = self.bag_inputs
+            return y.add_(torch.embedding_bag(weight, indices, offsets, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.across.transpose(1, 2), self.b)
 
 
 def stacked(layer: LoraLayer, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A (rows, R, in) and s·Bᵀ (rows, R, out), in the adapters' dtype if it is wider than `dtype`.
 
-    The adapters of each row stand one under the other, padded with zeros to the most that a row has.
+    The adapters of a row are concatenated along the rank dimension, zero-padded to R, the largest total rank of a row.
     """
     kinds = list(dict.fromkeys(rows))
     used = list(dict.fromkeys(name for row in kinds for name in row))
@@ -86,7 +88,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return y + xAᵀB with a pair of factors for each row; `y` may be overwritten.
 
     Args:
-        x: (batch, …, in); batch is a multiple of the rows, each of which stands for as many neighbours.
+        x: (batch, …, in); batch is a multiple of rows: the factors of a row are those of batch / rows consecutive samples.
         y: (batch, …, out).
         a: (rows, R, in).
         b: (rows, R, out).
@@ -110,10 +112,12 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
-    """Return whether stacking the rows of a route is possible and pays: plain adapters, no dropout, not many more rows than adapters."""
+    """Return whether the batched path applies and is faster: plain modules, no variant, bias or tie, no active dropout, and at most
+    `MAX_ROWS_PER_ADAPTER` rows per adapter.
+    """
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
-    if not used or len(rows) > ROWS_FOR_EACH * len(used) or x.shape[0] % len(rows):
+    if not used or len(rows) > MAX_ROWS_PER_ADAPTER * len(used) or x.shape[0] % len(rows):
         return False
     modules: list[Any] = []
     for name in used:

@@ -94,7 +94,7 @@ class _TiedFiller:
         assert isinstance(layer, LoraLayer)
         source = self.owner.filled[0]
         tie = Tie(source, self.adapter, transposed=not isinstance(layer, Embedding))
-        layer.selection.place(self.adapter, layer.weight.device)
+        layer.selection.register_adapter(self.adapter, layer.weight.device)
         layer.record_settings(self.adapter, self.settings)
         layer.tied[self.adapter] = tie
         frozen = source.frozen.get(self.adapter, frozenset())

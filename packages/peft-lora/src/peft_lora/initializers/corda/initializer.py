@@ -42,14 +42,18 @@ class Corda(Initializer):
         """
         eigens = getattr(layer.get_base_layer(), EIGENS, None)
         if eigens is None:
-            missing = "a file does not hold what it took out of the base" if not layer.init_options.initialise else "it needs data"
+            missing = (
+                "an adapter file does not contain the components that were subtracted from the base weight"
+                if not layer.init_options.initialise
+                else "it needs data"
+            )
             raise ConfigError(
                 f"init_lora_weights='corda': {settings.path!r} has not been decomposed, and {missing}",
                 hint="call preprocess_corda(model, config, run_model) first (from its cache_file when loading); "
                 "an adapter saved with path_initial_model_for_weight_conversion needs none",
             )
         weight = float_matrix(layer, settings)
-        u, s, v = (wide_part.to(device=weight.device, dtype=weight.dtype) for wide_part in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
+        u, s, v = (factor.to(device=weight.device, dtype=weight.dtype) for factor in (eigens.U_WC, eigens.S_WC, eigens.V_WC))
         self._check(u, s, v, layer, settings)
         return InitialFactors(*split(u, s, v.T, layer.scaling_of(settings), settings.path), base_offset=True)
 
