@@ -48,6 +48,7 @@ from .tuner import LoraTuner as LoraTuner
 from .variants.dora_caching import DoraCaching as DoraCaching
 from .variants.kasa import kasa_loss as kasa_loss
 from .variants.monteclora import monteclora_loss as monteclora_loss
+from .variants.products import LowRank as LowRank
 from .variants.qalora import merged_zero_points as merged_zero_points
 from .variants.qalora import qalora_from_peer as qalora_from_peer
 
@@ -75,6 +76,7 @@ __all__ = [
     "LoraRuntimeConfig",
     "LoraSettings",
     "LoraTuner",
+    "LowRank",
     "MontecloraConfig",
     "Parameter",
     "Variant",

@@ -89,7 +89,7 @@ class LoraTuner(LayerTuner):
         modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
         parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
         for wrap in modules:
-            kind = kind_of(base.modules[wrap.path])
+            kind = kind_of(base.modules[wrap.path], wrap)
             initializer.require_kind(kind, wrap.path)
             if variant is not None:
                 variant.require_kind(kind, wrap.path)
@@ -181,7 +181,9 @@ class LoraTuner(LayerTuner):
         return actual
 
 
-def kind_of(module: nn.Module) -> str:
-    """Return the kind of a base layer, as initialisers and variants name it."""
-    ops = AttentionOps() if Attention.accepts(module) else ops_for(module)
+def kind_of(module: nn.Module, wrap: Wrap) -> str:
+    """Return the kind of a base layer, as initialisers and variants name it; of one that core does not know, what the layer of `wrap` says."""
+    ops: Any = AttentionOps() if Attention.accepts(module) else ops_for(module)
+    if ops is None:  # a plugin's
+        ops = getattr(wrap.build(module), "ops", None)
     return ops.kind if ops is not None else "other"

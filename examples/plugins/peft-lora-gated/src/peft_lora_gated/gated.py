@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from peft_core import Call, ConfigError
-from peft_lora import LoraConfig, LoraLayer, Variant
+from peft_lora import LoraConfig, LoraLayer, LowRank, Variant
 from torch import Tensor, nn
 
 from .settings import GateSettings
@@ -16,11 +16,10 @@ from .settings import GateSettings
 STRENGTH = "gate_strength"
 
 
-class Gated(Variant):
+class Gated(LowRank):
     """Shapes: `lora_gate` g (1,)."""
 
     name = "gated LoRA"
-    kinds = frozenset({"linear", "conv1d"})
     containers = ("lora_gate",)
 
     @classmethod
@@ -49,20 +48,22 @@ class Gated(Variant):
         """Create g as the settings say."""
         self.layer.new("lora_gate", self.adapter, (1,), init=lambda tensor: tensor.fill_(settings_of(self).start))
 
-    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + t·g·s·B(A·drop(x))."""
-        a, b = self.layer.factors(self.adapter)
-        dropout = self.layer.dropout_of(self.adapter)
-        dropped = x if dropout is None else dropout(x)
-        scale = self.layer.scaling[self.adapter] * self.layer.selection.current().context.get(STRENGTH, 1.0)
-        change = nn.functional.linear(nn.functional.linear(dropped.to(a.dtype), a), b)
-        found: Tensor = (y + scale * self.gate * change).to(y.dtype)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return A (r, in) and g·B (out, r)."""
+        a, b = super().pair()
+        return a, b * self.gate
+
+    def between(self, hidden: Tensor) -> Tensor:
+        """Return g·A·x."""
+        found: Tensor = hidden * self.gate.to(hidden.dtype)
         return found
 
-    def delta(self) -> Tensor:
-        """Return g·s·B·A (out, in)."""
-        found: Tensor = super().delta() * self.gate
-        return found
+    def contribute(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + t·(g·s·B(A·drop(x)))."""
+        strength: float = self.layer.selection.current().context.get(STRENGTH, 1.0)
+        if strength == 1.0:
+            return super().contribute(x, y)
+        return y + strength * super().contribute(x, torch.zeros_like(y))
 
 
 def settings_of(variant: Variant) -> GateSettings:

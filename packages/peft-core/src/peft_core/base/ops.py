@@ -33,7 +33,7 @@ class BaseOps(Protocol):
         ...
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return a weight in the base's own layout as the matrix (out, in); the inverse of `stored`."""
+        """Return a weight in the base's own layout as the matrix (out, in); the inverse of `to_weight_layout`."""
         ...
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:

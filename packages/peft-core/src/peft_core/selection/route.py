@@ -27,7 +27,7 @@ class Route:
         names: adapters that every row uses, in the order in which they act; with `per_row`, the union over all rows, in that order.
         per_row: for each row the adapters that it uses; ``()`` is the plain base.
         context: values for this call that a tuner passes to its own layers.
-        active_mask: mask over the adapters that compiled graphs read: bool (adapters,), or (rows, adapters) with `per_row`; set by `AdapterSelection.use`.
+        active_mask: mask over the adapters, read by compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; set by `use`.
     """
 
     names: tuple[str, ...] = ()

@@ -14,7 +14,6 @@ from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
     from ..subconfigs import BdLoraConfig
 
 
@@ -48,15 +47,6 @@ class BdLora(LowRank):
 
     name = "BD-LoRA"
 
-    @classmethod
-    def check(cls, config: LoraConfig) -> None:
-        """Check that a config suits BD-LoRA.
-
-        Raises:
-            ConfigError: the initialisation computes whole matrices.
-        """
-        refuse_computed_starts(config, cls.name, "it computes A and B without blocks")
-
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.use_bdlora
@@ -78,7 +68,12 @@ class BdLora(LowRank):
         return (r, inp // self.blocks if self.side == "A" else inp), (out, r // self.blocks if self.side == "B" else r)
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in)."""
+        """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in).
+
+        Raises:
+            ConfigError: the initialiser computes A and B.
+        """
+        refuse_computed_starts(start, self.settings.config, self.name, "it computes A and B without blocks")
         if self.side != "A":
             return start
         inp = self.layer.matrix_shape[1]

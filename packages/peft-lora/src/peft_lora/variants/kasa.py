@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError, MergeError, ModelError
 
+from ..contracts import InitialFactors
 from .losses import layers_with, names_of
 from .products import LowRank, refuse_computed_starts
 
@@ -30,15 +31,6 @@ class Kasa(LowRank):
     worth_caching = True
     name = "KaSA"
     containers = ("lora_diag",)
-
-    @classmethod
-    def check(cls, config: LoraConfig) -> None:
-        """Check that a config suits KaSA.
-
-        Raises:
-            ConfigError: the initialisation computes A and B from W, which KaSA changes.
-        """
-        refuse_computed_starts(config, cls.name, "it computes A and B from the base weight, which KaSA truncates")
 
     @classmethod
     def refuse_mixture(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
@@ -63,6 +55,15 @@ class Kasa(LowRank):
                 f"KaSA needs an r smaller than the {min(out, inp)} singular components of {settings.path!r} ({out} × {inp}), not {settings.r}",
                 hint="choose a smaller r, for this module with rank_pattern",
             )
+
+    def start(self, start: InitialFactors) -> InitialFactors:
+        """Return what A and B start with: what the initialiser fills them with.
+
+        Raises:
+            ConfigError: the initialiser computes A and B.
+        """
+        refuse_computed_starts(start, self.settings.config, self.name, "it computes A and B from the base weight, which KaSA truncates")
+        return start
 
     def add(self) -> None:
         """Create δ, and take the smallest components out of W."""

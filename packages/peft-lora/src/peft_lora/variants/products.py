@@ -9,7 +9,7 @@ from torch import Tensor
 from peft_core import ConfigError, are_plain
 
 from .. import formulas
-from ..contracts import Variant
+from ..contracts import InitialFactors, Variant
 from ..kernels import add_product, add_scaled
 from ..layers.modules import dtype_of
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..config import LoraConfig
 
 
-def refuse_computed_starts(config: LoraConfig, name: str, why: str) -> None:
-    """Check that A and B start with random values or zeros, which fit any shape.
+def refuse_computed_starts(start: InitialFactors, config: LoraConfig, name: str, why: str) -> None:
+    """Check that A and B are filled, with random values or zeros, which fit any shape.
 
     Raises:
-        ConfigError: an initialiser computes them from something.
+        ConfigError: the initialiser computes them from something.
     """
-    if config.init_lora_weights not in (True, False, "gaussian"):
+    if isinstance(start.a, Tensor) or isinstance(start.b, Tensor) or start.base_offset is not False:
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} does not work with {name}: {why}", hint="use True, False or 'gaussian', or plain LoRA"
         )
@@ -41,7 +41,7 @@ class LowRank(Variant):
         return found
 
     def between(self, hidden: Tensor) -> Tensor:
-        """Return what B sees of A's output (…, r), where A and B are called as modules; by default all of it."""
+        """Return what B is given of `hidden`, the output of A (…, r), where A and B are called as modules; by default all of it."""
         return hidden
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
 
 if TYPE_CHECKING:
-    from ..config import LoraConfig
+    pass
 
 
 class QaLora(LowRank):
@@ -27,15 +27,6 @@ class QaLora(LowRank):
     """
 
     name = "QALoRA"
-
-    @classmethod
-    def check(cls, config: LoraConfig) -> None:
-        """Check that a config suits QALoRA.
-
-        Raises:
-            ConfigError: the initialisation computes an A that is not constant within groups.
-        """
-        refuse_computed_starts(config, cls.name, "it computes an A for single inputs, not for groups")
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
@@ -53,7 +44,12 @@ class QaLora(LowRank):
         return (r, inp // self.group), b
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with: A uniform on ±1/√(in / g)."""
+        """Return what A and B start with: A uniform on ±1/√(in / g).
+
+        Raises:
+            ConfigError: the initialiser computes A and B.
+        """
+        refuse_computed_starts(start, self.settings.config, self.name, "it computes an A for single inputs, not for groups")
         if self.settings.config.init_lora_weights == "gaussian":
             return start
         bound = (self.layer.matrix_shape[1] // self.group) ** -0.5

@@ -1,0 +1,106 @@
+"""A quantised layer of somebody else that is no nn.Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_core import BaseOps, PeftModel, PeftWarning, get_peft_model, hookimpl, ops_for
+from peft_core.plugins import registry
+from peft_lora import LoraConfig
+from peft_lora.backends.base import Packed, QuantisedLinear
+
+
+def quantise(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    scale = matrix.abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+    return (matrix / scale).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """int8, with a scale for each row."""
+
+    def __init__(self, inp: int, out: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inp, out
+        codes, scale = quantise(torch.randn(out, inp))
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = nn.Parameter(torch.randn(out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+class Int8Lora(QuantisedLinear):
+    library = "int8"
+
+    @classmethod
+    def ops_of(cls, base: nn.Module) -> BaseOps:
+        ops = ops_for(nn.Linear(1, 1))
+        assert ops is not None
+        return ops
+
+    def packed(self) -> Packed:
+        base: Any = self.get_base_layer()
+        return Packed(base.weight, {"scale": base.scale})
+
+    def put(self, packed: Packed) -> None:
+        super().put(packed)
+        self.get_base_layer().scale = packed.rest["scale"]
+
+    def unpack(self, packed: Packed) -> Tensor:
+        return packed.parameter * packed.rest["scale"]
+
+    def pack(self, matrix: Tensor) -> Packed:
+        codes, scale = quantise(matrix)
+        return Packed(nn.Parameter(codes, requires_grad=False), {"scale": scale})
+
+
+class Backend:
+    @hookimpl
+    def peft_make_layer(self, peft_type: str, base_layer: Any, selection: Any) -> Any:
+        return Int8Lora(base_layer, selection) if peft_type == "LORA" and isinstance(base_layer, Int8Linear) else None
+
+
+@pytest.fixture(autouse=True)
+def backend() -> Iterator[None]:
+    plugin = Backend()
+    registry.register_plugin(plugin)
+    yield
+    registry.unregister_plugin(plugin)
+
+
+def base() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Int8Linear(16, 8))
+
+
+def test_int8_computes_merges_with_rounding_and_unmerges_exactly(tmp_path: Path) -> None:
+    model: Any = get_peft_model(base(), LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+    layer = model.get_base_model()[0]
+    assert isinstance(layer, Int8Lora)
+    inner = layer.get_base_layer()
+    codes, scale = inner.weight.clone(), inner.scale.clone()
+    x = torch.randn(3, 16)
+    a, b = layer.factors("default")
+    weight = codes * scale + 3 * b @ a
+    expected = x @ weight.T + inner.bias
+    torch.testing.assert_close(model(x), expected)
+    model(x).sum().backward()
+    assert layer.lora_A["default"].weight.grad.any()
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), expected)
+
+    with pytest.warns(PeftWarning, match="rounded again"):
+        model.merge_adapter()
+    packed, packed_scale = quantise(weight.detach())
+    assert torch.equal(inner.weight, packed)
+    torch.testing.assert_close(model(x), nn.functional.linear(x, packed * packed_scale, inner.bias))
+    model.unmerge_adapter()
+    assert torch.equal(inner.weight, codes)
+    assert torch.equal(inner.scale, scale)
