@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from peft_core import RoutingError, get_peft_model
+from peft_core import ModelError, RoutingError, get_peft_model
 from peft_core.testing import tiny
 from peft_core.testing.changes import hidden_tensors
 from peft_core.testing.helpers import in_one_precision, randomise
@@ -287,6 +287,29 @@ def test_saved_tensors_hooks(model: Any) -> None:
     found = [p.grad.clone() for p in model.parameters() if p.requires_grad and p.grad is not None]
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def replicate_all(model: nn.Module) -> None:
+    for module in model.modules():
+        module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+        {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=["rows of a tied embedding", "tied adapters"],
+)
+def test_replicas_of_layers_that_use_the_weights_of_others_are_refused(fields: dict[str, Any]) -> None:
+    base: Any = tiny("gpt2") if "q_proj" not in fields["target_modules"] else tiny("llama")
+    base.lm_head.weight = base.get_input_embeddings().weight
+    if "embed_tokens" in fields["target_modules"]:
+        fields = {**fields, "target_modules": ["wte", "lm_head"]}
+    model = get_peft_model(base, LoraConfig(r=2, task_type="CAUSAL_LM", **fields))
+    with pytest.raises(ModelError, match="replica"):
+        replicate_all(model)
 
 
 @blocks

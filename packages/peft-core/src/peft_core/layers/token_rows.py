@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.ops import with_weight
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError, listed
 from ..merging.exact import Merge
 from ..merging.rows import RowsChange, RowsFold
 from ..selection.selection import AdapterSelection
@@ -189,6 +189,15 @@ class TrainableRowsLayer(AdapterLayer):
                 del part.trainable_tokens_delta[adapter]
             part.trainable_tokens_original._buffers.pop(adapter, None)
         super().drop(adapter)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.sources:
+            raise ModelError(
+                f"the token rows of {listed(self.sources)} are those of another layer with the same weight, which a replica does not find",
+                hint="use DistributedDataParallel instead of nn.DataParallel",
+                code="tied-replica",
+            )
+        return super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import Merge, MergeError, Product, Slot
+from peft_core import Merge, MergeError, ModelError, Product, Slot
+from peft_core.errors import listed
 
 from .. import formulas
 from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
@@ -136,6 +137,12 @@ class LoraLayer(FactorLayer):
         return made
 
     def _replicate_for_data_parallel(self) -> Any:
+        if self.tied:
+            raise ModelError(
+                f"the adapters {listed(self.tied)} use the factors of another layer (ensure_weight_tying), which a replica does not find",
+                hint="use DistributedDataParallel instead of nn.DataParallel",
+                code="tied-replica",
+            )
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         # variants read the weights of their layer: those of the replica
         replica.__dict__["variants"] = {adapter: copy.copy(variant) for adapter, variant in self.variants.items()}
