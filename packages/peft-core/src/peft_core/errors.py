@@ -108,7 +108,7 @@ class RoutingError(PeftError, ValueError):
 
 
 class MergeError(PeftError, ValueError, RuntimeError):
-    """Adapters can't be merged or taken out again."""
+    """The operation fails because of how adapters are, or would be, merged."""
 
     code = "merge"
 
@@ -120,7 +120,7 @@ class AdapterFileError(PeftError, ValueError, FileNotFoundError):
 
 
 class AdapterWeightsError(PeftError, RuntimeError, ValueError):
-    """The tensors of a file do not fit the adapter: all missing, surplus and misshapen ones of that file together."""
+    """Tensors in a file do not match the adapter; lists all missing and unexpected keys and all shape mismatches."""
 
     code = "adapter-weights"
 

@@ -37,7 +37,7 @@ class Words:
         return cls(base.embeddings, frozenset(found))
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """Return embeddings (…, hidden) of ids (…), float32 on the CPU; through the module, so that what it scales by is in them."""
+        """Return the embeddings (…, hidden) of ids (…), float32 on the CPU, including any scaling in the module's forward."""
         with torch.no_grad():
             found: Tensor = self.embed(ids.to(next(self.embed.parameters()).device))
         return found.detach().float().cpu().clone()
@@ -58,12 +58,12 @@ def starting_table(table: Tensor, config: PromptTuningConfig, words: Words | Non
     """Return the starting values of a prompt (tokens, hidden).
 
     Args:
-        table: empty, of that shape.
-        config: how it starts.
-        words: the vocabulary; None: random numbers of std 1 are enough.
+        table: uninitialised, (tokens, hidden); overwritten.
+        config: selects the initialisation.
+        words: the base's vocabulary; None: draw from N(0, 1).
 
     Raises:
-        ConfigError: the text has no tokens, or there are too few distinct ones.
+        ConfigError: the initial text has no tokens, or the vocabulary has fewer non-special tokens than `distinct_words` needs.
     """
     table.normal_()
     if words is None:

@@ -27,11 +27,11 @@ def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wr
 
     Args:
         index, adapter: whose file.
-        choice: True, False, or ``"auto"``: if an embedding is targeted, or the vocabulary differs from the base's local config.
-        wrapped: as a `PeftModel` names them.
+        choice: True, False, or ``"auto"``: save if an embedding is targeted, or if `vocab_size` differs from the base's local config.json.
+        wrapped: prefix the keys as in a `PeftModel`.
 
     Raises:
-        ConfigError: another choice.
+        ConfigError: `choice` is none of these.
     """
     if choice not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers={choice!r}", hint="write True, False or 'auto'")
@@ -68,7 +68,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
             continue
         if targeted and path not in wrappers:
-            continue  # of a targeted pair only the targeted one is written: readers of the format expect no more
+            continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects
         outer = ".token_adapter" if path in rows and rows[path][0] == TOKENS else ""
         middle = f"{outer}.base_layer" if path in wrappers or path in rows else ""
         found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
@@ -76,7 +76,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
 
 
 def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return key → slot of what the reference implementation writes beside its embeddings a second time: trained rows of tied output layers."""
+    """Return key → slot of the trained rows of tied output layers, which the reference implementation writes again under their own key."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {
         f"{prefix}{path}.{key}": slot
@@ -94,7 +94,7 @@ def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None
             embedded = any(matches(path) for path in index.view.modules if path.rpartition(".")[2] in EMBEDDING_LAYER_NAMES)
         else:
             embedded = any(name in targets for name in EMBEDDING_LAYER_NAMES)
-        # of an embedding whose rows train, the rest of the table is the base's
+        # with TrainableRowsLayer only some rows train; the other rows are unchanged and need no saving
         if embedded and not any(isinstance(index.modules[key], TrainableRowsLayer) for key in index.keys_by_adapter[adapter]):
             return "embedding layers are targeted"
     original = _local_vocabulary(config.base_model_name_or_path)

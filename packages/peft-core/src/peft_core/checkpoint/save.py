@@ -46,7 +46,7 @@ def save_adapters(
         save_embedding_layers: also write the base's embeddings: True, False, or "auto" (if they are targeted or resized).
         is_main_process: False only makes the folders.
         state_dict: take tensors from here instead of from the model.
-        initial: folder of the adapter as it was saved when it had just been created; it is written relative to the original base then.
+        initial: folder with the adapter saved right after its creation; if given, convert the adapter so that it applies to the original base.
 
     Raises:
         AdapterFileError: `save_directory` is a file; or `initial` holds no adapter.
@@ -75,7 +75,7 @@ def save_adapters(
                 converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, AdapterCheckpoint(config, tensors), created)
                 config, tensors = converted.config, converted.tensors
             name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
-            staged.remove(folder / other)  # an older save of the other kind would be read instead, or be taken for this one
+            staged.remove(folder / other)  # a stale file in the other format could be loaded instead of this one
             staged.tensors(folder / name, tensors, passport(str(config.peft_type), index.view))
             staged.text(config_target(folder), config_text(index, config))
         if len(folders) > 1:
@@ -97,9 +97,9 @@ def write_adapter(
 
     Args:
         folder: created if missing.
-        config: written as one for inference.
+        config: written with `inference_mode=True`.
         tensors: by their keys in the file.
-        model: the adapted model for whose base they are.
+        model: an adapted model with the base that this adapter is for.
         safe_serialization: safetensors; False: a pickled dict.
 
     Raises:
@@ -119,7 +119,7 @@ def write_adapter(
 
 
 def config_text(index: AdapterIndex, config: PeftConfig) -> str:
-    """Return `adapter_config.json` as a saved model has it: for inference, with the base's name, with its class if there is no task."""
+    """Return the text of `adapter_config.json`: inference mode, the base's name, and the base's class if the config has no task type."""
     overrides: dict[str, Any] = {"inference_mode": True}
     if config.base_model_name_or_path is None:
         name = getattr(index.base, "name_or_path", None)

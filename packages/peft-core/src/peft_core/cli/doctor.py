@@ -29,7 +29,7 @@ def examine() -> Report:
     offers = [(peft_type, claim) for peft_type, claims in sorted(registry.claims().items()) for claim in claims]
     tuners = [_tuner(peft_type, claim) for peft_type, claim in offers]
     environment = _environment()
-    for row in tuners:  # only now: these import torch, and would make every later import look fast
+    for row in tuners:  # after all timings: this imports torch, and a plugin timed later would find it already imported
         if row["state"] in ("ok", "slow-import"):
             _import_classes(row)
     listed = overview()
@@ -70,7 +70,7 @@ def _examined(claim: Claim, load: Callable[[], object]) -> dict[str, Any]:
 
 
 def _guarded(row: dict[str, Any], step: Callable[[], object]) -> None:
-    """Do a step of an examination; what goes wrong is noted in the row."""
+    """Run one check and record any exception, including SystemExit, in `row`."""
     try:
         step()
     except PeftError as error:

@@ -31,13 +31,13 @@ class TunerSpec:
         peft_type: upper-case name, as in `adapter_config.json`.
         config: `PeftConfig` subclass, or its place as ``"package.module:Class"`` (then nothing is imported until needed).
         tuner: `TunerBase` subclass, or its place.
-        parameter_prefix: what the names of its parameters begin with (``"lora_"``); adapters can't be called like it.
-        base_prefix: what stands before a base module's path in files: ``"base_model.model."`` for tuners that wrap
-            layers, ``"base_model."`` for those that leave the base as it is.
+        parameter_prefix: prefix of the tuner's parameter names (``"lora_"``); must not collide with an adapter's name.
+        base_prefix: prefix of base module paths in weight files: ``"base_model.model."`` for tuners that wrap
+            layers, ``"base_model."`` for those that don't modify the base.
         call_arguments: keywords of a model call that belong to the tuner and that the base never sees.
         tags: what the model card says, for the Hub's search.
         capabilities: what it can do; `Capability.NONE` by default.
-        examples: name → fields of a config that shows the tuner; what the conformance suite runs when it is told no configs.
+        examples: name → config fields of an example; the conformance suite runs these unless it is given configs.
             The extra key ``"base"`` names a model of `peft_core.testing.BASES`.
 
     Raises:

@@ -22,9 +22,9 @@ from .tuner import Plan, TunerBase, Wrap
 
 @dataclass(frozen=True)
 class SavedRequest:
-    """Modules to save whole: `required` ones must exist, `optional` ones (heads of a task) are taken where they do.
+    """Modules to copy, train and save in full: `required` ones should exist, `optional` ones (task heads) are used if present.
 
-    With `tied`, modules that share a weight in the base share it in their copies: one brings the others along.
+    With `tied`, requesting a module also requests the modules that share its weight, and their copies stay tied.
     """
 
     required: tuple[str, ...]
@@ -42,11 +42,13 @@ class SavedModules(TunerBase):
         super().__init__(spec, selection)
 
     def plan(self, base: BaseView, adapter: str, config: SavedRequest) -> Plan:
-        """Wrap the modules whose names are given or end in a given name after a dot.
+        """Wrap every module whose path equals a given name or ends in ``.name``.
+
+        Warns about required names without a match if other names do match.
 
         Raises:
-            ConfigError: a required name matches nothing.
-            UnsupportedModuleError: a container of modules, which has no forward to replace.
+            ConfigError: a required name has no match, and there is nothing else to save.
+            UnsupportedModuleError: a matched module is a container without a forward, or is already wrapped by an adapter.
         """
         paths = self.paths(base, config)
         unknown = [name for name in config.required if name not in HEADS and not any(map(target_matcher((name,), "modules_to_save"), base.modules))]
@@ -70,7 +72,7 @@ class SavedModules(TunerBase):
 
     @staticmethod
     def paths(base: BaseView, request: SavedRequest) -> list[str]:
-        """Return the modules that are saved whole; one inside another needs no copy of its own."""
+        """Return the paths of the modules to save in full, without those nested in another of them."""
         named = target_matcher((*request.required, *request.optional), "modules_to_save")
         brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []

@@ -52,15 +52,15 @@ def _decoder_length(inputs: dict[str, Any]) -> int:
     """Return the number of the decoder's tokens in a call, virtual ones left out."""
     text = next((inputs[name] for name in ("decoder_inputs_embeds", "decoder_input_ids") if inputs.get(name) is not None), None)
     if text is None:
-        text = inputs.get("labels")  # the base makes its decoder ids of them, or of input_ids where it classifies
+        text = inputs.get("labels")  # the base derives decoder_input_ids from labels, or from input_ids for classification
     return text.shape[1] if isinstance(text, Tensor) and text.ndim > 1 else _text_length(inputs)
 
 
 def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list[VirtualTokens]) -> None:
-    """Check that a decoder which numbers its tokens by the length of the cache can take these virtual tokens.
+    """Check that virtual tokens do not shift text positions in a decoder that derives positions from the cache length.
 
     Raises:
-        CapabilityError: they would move the numbers of other rows, or of all.
+        CapabilityError: keys with weights would shift all rows, or virtual tokens of some rows would shift the others.
     """
     if not forward.numbers_by_cache:
         return
@@ -93,7 +93,7 @@ def _lead_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dic
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return `inputs` with virtual embeddings before the encoder's text.
 
-    Each row begins with what it uses, and ends with its padding: an encoder numbers its tokens from the left.
+    Each row is right-padded: masked positions move to its end, since an encoder counts positions from the left.
 
     Raises:
         RoutingError: there is no text, or the mask is not (batch, tokens).

@@ -1,4 +1,4 @@
-"""What both kinds of models share: one sequence of virtual tokens and text, its mask and its cache."""
+"""Helpers for prepending virtual tokens to text, shared by `assembly` and `encoder_decoder`: sequence, mask and cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Assembled:
 
 
 def changed(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return `inputs` with those changes that are not None; what is None anyway is left to the base."""
+    """Return `inputs` updated with the changes that are not None; drop a changed name whose value is still None."""
     merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if value is not None or name not in changes}
 
@@ -50,7 +50,7 @@ def led(values: Tensor, count: int, filler: int) -> Tensor:
 
 
 def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any = None) -> Tensor | None:
-    """Return the mask (batch, virtual + text), or None where everything attends to everything anyway.
+    """Return the mask (batch, virtual + text), or None if no mask is needed.
 
     Raises:
         RoutingError: the caller's mask is not (batch, tokens).
@@ -81,7 +81,7 @@ def cached_in(call: Call, cache: Any) -> int:
 
 
 def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past: int) -> Any:
-    """Return the mask (batch, keys) as it is, or one with numbers where some keys have weights: see `masks.weighed`."""
+    """Return the mask (batch, keys) unchanged, or additive masks (batch, 1, queries, keys) if some keys have weights: see `masks.weighed`."""
     if all(tokens.weights is None for tokens in kv):
         return mask
     return weighed(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)

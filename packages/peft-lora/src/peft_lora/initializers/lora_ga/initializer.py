@@ -1,4 +1,4 @@
-"""LoRA-GA (arXiv 2407.05000): A and B start as singular vectors of the loss's gradient; s·B·A leaves the base."""
+"""LoRA-GA (arXiv 2407.05000): A and B start as singular vectors of the weight gradient; s·B·A is subtracted from the base weight."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from ..plain import uniform
 if TYPE_CHECKING:
     from ...config import LoraConfig
 
-#: attributes of a base layer under which `preprocess_loraga` leaves the mean gradient (None: none arrived) and whose scaling to follow
+#: attributes that `preprocess_loraga` sets on a base layer: the mean gradient (None: it received none), and "paper" or "peft" scaling
 GRADIENT, LIKE = "_peft_loraga_grad", "_peft_loraga_like"
 ITERATIONS = 4
 
 
 class LoraGA(Initializer):
-    """A and B take singular vectors of the gradient G = U S Vᵀ (out, in), so that the first step of both is one of full fine-tuning.
+    """Initialise A and B with singular vectors of the gradient G = U S Vᵀ (out, in); the first update then approximates full fine-tuning.
 
-    `direction` chooses among the first 2r: A takes rows of Vᵀ, B columns of U. `scale` multiplies: ``"stable"`` both by out^¼/√γ,
-    ``"weight_svd"`` both by the mean of √(σᵢ(W)/s) over i ≤ r, ``"gd_scale"`` both by 1/s, ``"unit"`` none. The base becomes W − s·B·A.
+    `direction` selects which of the first 2r singular vectors are used: rows of Vᵀ for A, columns of U for B. `scale` multiplies both A and B:
+    ``"stable"`` by out^¼/√γ, ``"weight_svd"`` by the mean of √(σᵢ(W)/s) over i ≤ r, ``"gd_scale"`` by 1/s, ``"unit"`` by 1. The base weight
+    becomes W − s·B·A.
 
-    With `like="peft"` in `preprocess_loraga` as the peer does it: B's columns are multiplied by their singular values of G and A is left
-    alone; ``"stable"`` multiplies B by n^¼/√γ, n being the first dimension of the stored weight (a Conv1D's inputs), and ``"weight_svd"``
-    by σ₁(W) over B's first singular value; ``"random"`` gives A and B the same indices instead of disjoint ones.
+    `preprocess_loraga(..., like="peft")` reproduces the reference implementation: each column of B is also multiplied by its singular value of G.
+    ``"stable"`` and ``"weight_svd"`` then scale only B: by n^¼/√γ, where n is the first dimension of the stored weight (in_features of a Conv1D),
+    and by σ₁(W) divided by the singular value of B's first column. ``"random"`` gives A and B the same indices instead of disjoint ones.
     """
 
     needs_base: ClassVar[bool] = True
@@ -55,11 +56,13 @@ class LoraGA(Initializer):
                 module.__dict__.pop(name, None)
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return singular vectors of the gradient; without a gradient what init_lora_weights=True gives, with a warning.
+        """Return scaled singular vectors of the gradient, or the init_lora_weights=True start if the layer has no gradient.
+
+        Warns if `preprocess_loraga` did not run on the layer.
 
         Raises:
-            ConfigError: 2r is more than there are singular vectors; or a file supplies A and B, and the gradient that says what was taken
-                out of the base is not there.
+            ConfigError: 2r exceeds min(out, in); the gradient's shape is not that of the weight; or A and B come from a file and the gradient
+                needed to recompute the subtracted s·B·A is missing.
         """
         base = layer.get_base_layer()
         gradient = getattr(base, GRADIENT, None)
