@@ -61,7 +61,7 @@ def test_calls_with_gradients_empty_it(model: Any) -> None:
 def test_training_closes_it(model: Any) -> None:
     with cached(model):
         call(model)
-        with pytest.warns(PeftWarning, match="inside of cached"):
+        with pytest.warns(PeftWarning, match="inside cached"):
             model.train()
         model.eval()
         call(model)
