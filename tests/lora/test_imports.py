@@ -1,4 +1,4 @@
-"""How the modules of peft_lora know each other: in no circle, annotations included; the tuner and the hooks know contracts, not methods."""
+"""The tuner of LoRA and its hooks know contracts, not methods. (Circles: tests/architecture/test_circles.py.)"""
 
 from __future__ import annotations
 
@@ -27,38 +27,6 @@ def imported(name: str, known: dict[str, Path]) -> Iterator[str]:
             origin = ".".join([*start, *filter(None, [node.module])])
             for alias in node.names:
                 yield from [each for each in (f"{origin}.{alias.name}", origin) if each in known][:1]
-
-
-def circular(source: Path) -> list[str]:
-    """Return the modules that are left when those are taken away, again and again, that import none of the rest or that none of the rest imports."""
-    known = modules(source)
-    edges = {name: set(imported(name, known)) - {name} for name in known}
-    while True:
-        used = set().union(*edges.values())
-        ends = {name for name, found in edges.items() if not found or name not in used}
-        if not ends:
-            return sorted(edges)
-        edges = {name: found - ends for name, found in edges.items() if name not in ends}
-        if not edges:
-            return []
-
-
-def test_no_module_imports_itself_by_way_of_others() -> None:
-    assert circular(SOURCE) == []
-
-
-def test_a_circle_is_seen(tmp_path: Path) -> None:
-    files = {
-        "__init__": "",
-        "a": "from .b import x",
-        "b": "def f():\n    from . import c",
-        "c": "if TYPE_CHECKING:\n    import p.a",
-        "d": "from .a import y",
-    }
-    (tmp_path / "p").mkdir()
-    for name, text in files.items():
-        (tmp_path / "p" / f"{name}.py").write_text(text)
-    assert circular(tmp_path) == ["p.a", "p.b", "p.c"]
 
 
 @pytest.mark.parametrize("name", ["tuner", "contracts", "extensions", "offers", "hookspecs"])

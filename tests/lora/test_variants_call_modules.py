@@ -138,12 +138,12 @@ class Bent(nn.Module):
 
 
 # ---- adapters that act on some tokens, and mixtures ------------------------------------------------------------------------
-def routed(folder: Path) -> tuple[PeftModel, Callable[[], Tensor]]:
+def routed(folder: Path, **fields: Any) -> tuple[PeftModel, Callable[[], Tensor]]:
     """Return a model with three experts and a router among them, and a call."""
     folders = []
     for number in range(3):
         folders.append(str(folder / str(number)))
-        made(torch.float32, seed=number + 5).save_pretrained(folders[-1])
+        made(torch.float32, seed=number + 5, **fields).save_pretrained(folders[-1])
     model = create_arrow_model(base(torch.float32), folders, arrow_config=ArrowConfig(top_k=2)).eval()
     return model, lambda: layer_of(model)(inputs(torch.float32))
 
@@ -161,6 +161,19 @@ def test_experts_of_a_router_are_called(part: str, tmp_path: Path) -> None:
     handle.remove()
     part_of(layer, part, name).register_forward_hook(lambda module, args, output: output * 3)
     assert not torch.allclose(call(), expected, atol=1e-4)
+
+
+def test_a_hooked_expert_drops_no_inputs_of_its_own_in_training(tmp_path: Path) -> None:
+    model, call = routed(tmp_path, lora_dropout=0.5)
+    layer = layer_of(model)
+    model.train()
+    for module in layer.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    expected = call()
+    name = next(name for name in layer.lora_A if name != layer.selection.names[0])
+    part_of(layer, "B", name).register_forward_hook(lambda *args: None)
+    close(call(), expected, 1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["", "lora_bias"])

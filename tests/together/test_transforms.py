@@ -472,6 +472,18 @@ def test_checkpointing_with_layers_of_their_own_choice() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     model(input_ids=IDS, labels=IDS).loss.backward()
+    for switch in (lambda: model.set_adapter("other"), lambda: layer.set_adapter("default"), model.enable_adapter_layers):
+        layer.set_adapter("other")
+        loss = model(input_ids=IDS, labels=IDS).loss
+        switch()
+        with pytest.raises(RoutingError, match="switched"):
+            loss.backward()
+        model.set_adapter("default")
+        layer.set_adapter("other")
     loss = model(input_ids=IDS, labels=IDS).loss
     with model.disable_adapter(), pytest.raises(RoutingError, match="switched"):
         loss.backward()
+    model.set_adapter("default")
+    loss = model(input_ids=IDS, labels=IDS).loss
+    layer.set_adapter("other")  # in the forward pass all layers followed the model: what they computed is known
+    loss.backward()

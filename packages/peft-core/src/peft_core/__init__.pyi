@@ -1,6 +1,7 @@
 """The public names, for type checkers, editors, and `lazy_loader`, which reads where each one is."""
 
 from .base.ops import BaseOps as BaseOps
+from .base.ops import LinearOps as LinearOps
 from .base.ops import is_conv1d as is_conv1d
 from .base.ops import ops_for as ops_for
 from .base.ops import with_weight as with_weight
@@ -168,6 +169,7 @@ __all__ = [
     "LayerConfig",
     "LayerTuner",
     "LeavesBehind",
+    "LinearOps",
     "MERGES",
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "Merge",

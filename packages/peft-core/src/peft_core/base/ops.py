@@ -47,33 +47,37 @@ class BaseOps(Protocol):
 
 @dataclass(frozen=True)
 class LinearOps:
-    """`nn.Linear`: weight (out, in)."""
+    """How an `nn.Linear` uses its weight (out, in); also for layers of other classes that compute the same.
+
+    Args:
+        kind: its name, for initialisers, variants and messages.
+    """
 
     kind: str = "linear"
 
     def matrix_shape(self, base: nn.Module) -> tuple[int, int]:
-        """Return (out_features, in_features); the weight's own shape may be packed."""
+        """Return (out_features, in_features) of `base`; the weight's own shape may be packed."""
         return int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
 
     def to_weight_layout(self, delta: Tensor) -> Tensor:
-        """Return `delta` as it is."""
+        """Return `delta` (out, in) as it is."""
         return delta
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return `weight` as it is."""
+        """Return `weight` (out, in) as it is."""
         return weight
 
     def features(self, vector: Tensor) -> Tensor:
-        """Return (out,): features are the last dimension."""
+        """Return `vector` (out,) as it is: features are the last dimension."""
         return vector
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-        """Return x deltaᵀ."""
+        """Return x·deltaᵀ (…, out) for `x` (…, in) and `delta` (out, in); `base` has no part in it."""
         return F.linear(x, delta)
 
 
 @dataclass(frozen=True)
-class Conv1DOps:
+class Conv1DOps(LinearOps):
     """transformers' `Conv1D`: a Linear whose weight lies as (in, out)."""
 
     kind: str = "conv1d"
@@ -90,14 +94,6 @@ class Conv1DOps:
     def matrix(self, weight: Tensor) -> Tensor:
         """Return weightᵀ."""
         return weight.T
-
-    def features(self, vector: Tensor) -> Tensor:
-        """Return (out,): features are the last dimension."""
-        return vector
-
-    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-        """Return x deltaᵀ."""
-        return F.linear(x, delta)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..errors import MergeError, ModelError
@@ -51,10 +52,14 @@ def without_offloading(module: nn.Module) -> Iterator[None]:
 def read_weight(base: nn.Module, name: str) -> Tensor:
     """Return the weight `name` as a call of `base` would use it now, in its own layout; not to be written to.
 
-    Weights that forward pre-hooks compute (`weight_norm`, pruning) are computed anew, and offloaded ones are brought into memory.
+    Weights that forward pre-hooks compute (`weight_norm`, `spectral_norm`, pruning) are computed anew, and offloaded ones are brought into memory.
     """
     for hook in base._forward_pre_hooks.values():
         computed: Any = hook
+        if isinstance(hook, SpectralNorm) and hook.name == name:
+            with torch.no_grad():  # without the power iteration of a call in training, which would change the module
+                found: Tensor = computed.compute_weight(base, do_power_iteration=False)
+            return found
         if (isinstance(hook, WeightNorm) and hook.name == name) or (isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name):
             computed(base, None)
     weight: Tensor = getattr(base, name)

@@ -1,7 +1,7 @@
 """Gradient checkpointing: layers run again in the backward pass, and have to meet then what they met in the forward pass.
 
 transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointHook` stands in the place of that function: it
-remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs recomputing, in whichever
+remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs again, in whichever
 thread that happens. Nothing is swapped per call.
 """
 
@@ -46,7 +46,8 @@ class CheckpointHook:
         if route is None:
             if torch.compiler.is_compiling():
                 return self.original(layer, *args, **kwargs)
-            return self.original(functools.partial(_as_before, self.selection, self.selection.default, layer), *args, **kwargs)
+            again = functools.partial(_as_before, self.selection, self.selection.default, self.selection.switches, layer)
+            return self.original(again, *args, **kwargs)
         cache = route.context.get(PREFIX)
         if cache is None or self.number is None:
             return self.original(functools.partial(_under, self.selection, route, layer), *args, **kwargs)
@@ -55,18 +56,23 @@ class CheckpointHook:
         return self.original(functools.partial(_with_prefix, self.selection, route, layer, cache, self.number), *pair, *args, **kwargs)
 
 
-def _as_before(selection: AdapterSelection, default: Route, layer: Callable[..., Any], *args: Any) -> Any:
-    """Run a layer under the adapters of the forward pass, `default`, whatever was switched since.
+def _as_before(selection: AdapterSelection, default: Route, switches: int | None, layer: Callable[..., Any], *args: Any) -> Any:
+    """Run a layer under the adapters of the forward pass, whatever was switched since.
+
+    Args:
+        selection: of the model.
+        default, switches: those of `selection` in the forward pass.
+        layer, args: what runs again.
 
     Raises:
-        RoutingError: adapters were switched, and some layers follow a choice of their own, which is not known any more.
+        RoutingError: adapters were switched, and some layers were switched individually in the forward pass.
     """
-    if selection.default.names == default.names:
+    if selection.default.names == default.names and selection.switches == switches:
         return layer(*args)
-    if default.used and selection.variants:
+    if switches is not None:
         raise RoutingError(
-            "adapters were switched between a forward pass and its backward pass under gradient checkpointing, and some layers were switched by "
-            "themselves",
+            "adapters were switched between a forward pass and its backward pass under gradient checkpointing, and some layers were switched "
+            "individually",
             hint="call backward() before switching adapters",
         )
     return _under(selection, default, layer, *args)

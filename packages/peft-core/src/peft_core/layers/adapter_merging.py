@@ -88,7 +88,7 @@ class AdapterMerging(AdapterWeights):
         if not own:
             return None
         base = self.get_base_layer()
-        require_writable(base, self.weight_name, "choose an initialisation that leaves the base weight as it is")
+        require_writable(base, self.weight_name)
         folds = [Fold(base, self.weight_name, self.change_of(own), shared=self.shared_weight)]
         bias = base._parameters.get(self.bias_name)
         with torch.no_grad():

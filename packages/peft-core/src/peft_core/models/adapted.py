@@ -176,7 +176,7 @@ class AdaptedModel(nn.Module, Saving):
             with index.selection.use(chosen):
                 return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
         if adapter_names is None and not index.call_tuners:
-            if self.training and not torch.compiler.is_compiling():
+            if index.base.training and not torch.compiler.is_compiling():
                 checkpointing.prepare(index)  # adapters may be switched before the backward pass
             if index.call_arguments:
                 kwargs = {name: value for name, value in kwargs.items() if name not in index.call_arguments}

@@ -148,7 +148,7 @@ def inject_adapter_in_model(
         `model`.
 
     Raises:
-        CapabilityError: the method takes part in calls (virtual tokens, facts for its layers), and those of a bare model are its own.
+        CapabilityError: the method takes part in calls (virtual tokens, context for its layers), and those of a bare model are its own.
         ConfigError: `peft_config` is no config.
         others: as `get_peft_model`; the model is as before.
     """

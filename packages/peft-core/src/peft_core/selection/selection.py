@@ -45,6 +45,8 @@ class AdapterSelection:
         self.local = threading.local()
         #: True inside `disabled()`: adapters are off in every layer, also in those that were switched individually
         self.suspended = False
+        #: how often layers were switched individually
+        self._switches = 0
         #: adapter → its number
         self.adapter_ids: dict[str, int] = {}
         #: mask of the active adapters, by index: compiled graphs read it, so that switching adapters does not recompile
@@ -61,6 +63,11 @@ class AdapterSelection:
         self.scope: CacheScope | None = None
         #: every open scope, those of single threads included
         self.scopes: weakref.WeakSet[CacheScope] = weakref.WeakSet()
+
+    @property
+    def switches(self) -> int | None:
+        """How often layers were switched individually; None where all layers follow the model now."""
+        return self._switches if self.variants and not self.suspended else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -244,6 +251,7 @@ class AdapterSelection:
             as_list: the names were given as a list, and are shown as one.
         """
         root = self.root
+        root._switches += 1
         key = (tuple(names), enabled, as_list)
         found = root.variants.get(key)
         if found is None:

@@ -1,4 +1,4 @@
-"""The index of a model: which adapter has weights in which module, and every operation that is a loop over that."""
+"""The index of a model: which adapter has weights in which module. Data and queries; `operations/` has what is done with it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class AdapterIndex:
         view: the base under its original names.
         selection: which adapters act.
         configs: adapter → config, in load order.
-        entries: (method, path) → the module there that holds weights; mounts have the path of the mount and no method.
+        modules: (method, path) → the module there that holds weights; mounts have the path of the mount and no method.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -68,7 +68,7 @@ class AdapterIndex:
                 )
 
     def modules_of(self, adapter: str) -> list[tuple[Key, AdapterModule]]:
-        """Return the entries in which an adapter has weights."""
+        """Return the modules in which an adapter has weights, by (method, path)."""
         return [(key, self.modules[key]) for key in self.keys_by_adapter.get(adapter, ())]
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:

@@ -172,9 +172,9 @@ class TunerBase:
         raise NotImplementedError(f"{type(self).__name__} must define plan(base, adapter, config)")
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with this tuner's virtual tokens or facts added. Only called while `takes_part_in_calls`.
+        """Return the call with this tuner's virtual tokens or context added. Only called while `takes_part_in_calls`.
 
-        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far, and finds the facts that it told before.
+        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far, and finds the context that it added before.
         """
         return call
 

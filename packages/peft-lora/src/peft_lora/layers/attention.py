@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, BaseOps, Route, RoutingError, Slot, UnsupportedModuleError
+from peft_core import AdapterLayer, BaseOps, LinearOps, Route, RoutingError, Slot, UnsupportedModuleError
 
 from ..contracts import LoraSettings
 from .common import LoraLayer
@@ -23,7 +23,7 @@ OUT = "out_proj"
 
 
 @dataclass(frozen=True)
-class AttentionOps:
+class AttentionOps(LinearOps):
     """`nn.MultiheadAttention`: the weight of the projections to queries, keys and values, one under the other (3·embed, embed)."""
 
     kind: str = "attention"
@@ -32,22 +32,6 @@ class AttentionOps:
         """Return (3·embed, embed)."""
         embed = int(base.embed_dim)  # type: ignore[arg-type]
         return 3 * embed, embed
-
-    def to_weight_layout(self, delta: Tensor) -> Tensor:
-        """Return `delta` as it is."""
-        return delta
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return `weight` as it is."""
-        return weight
-
-    def features(self, vector: Tensor) -> Tensor:
-        """Return (out,): features are the last dimension."""
-        return vector
-
-    def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-        """Return what `delta` adds to queries, keys and values of `x`, side by side."""
-        return nn.functional.linear(x, delta)
 
 
 @dataclass(frozen=True)

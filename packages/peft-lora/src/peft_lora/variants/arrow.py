@@ -103,11 +103,30 @@ class Arrow(Variant):
         weights = torch.zeros(score.shape[0], len(names), dtype=score.dtype, device=x.device).scatter(1, chosen, score)
         change = torch.zeros_like(y)
         for weight, name in zip(weights.unbind(1), names, strict=True):
-            change = change + weight.view(*y.shape[:-1], 1) * layer.contribute(name, x, torch.zeros_like(y))
+            change = change + weight.view(*y.shape[:-1], 1) * self._called(name, x, y)
         for name in general:
-            change = change - layer.contribute(name, x, torch.zeros_like(y)) / len(general)
+            change = change - self._called(name, x, y) / len(general)
         dropout = layer.dropout_of(self.adapter)
         return add_scaled(y, change if dropout is None else dropout(change), 1.0)
+
+    def _called(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """Return Δ·x of another adapter by calling its modules, without its own dropout: only the router's acts. `y`: shape and dtype of the result.
+
+        Raises:
+            RoutingError: it is a variant that drops inputs in this call.
+        """
+        layer: Any = self.layer
+        zeros = torch.zeros_like(y)
+        if name not in layer.variants:
+            found: Tensor = layer.low_rank(name, x, zeros, drop=False)
+            return found
+        if layer.drop_rate(name):
+            raise RoutingError(
+                f"{name!r} is {layer.variants[name].name} with hooks on its modules, and drops inputs, which the router {self.adapter!r} does not",
+                hint="set lora_dropout of the experts to 0, or call eval()",
+            )
+        found = layer.contribute(name, x, zeros)
+        return found
 
     def _experts(self) -> Experts:
         """Return the experts; in an open cache scope those that were computed first."""
