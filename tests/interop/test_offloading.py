@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def test_sequential_offloading(name: str) -> None:
         expected = model(input_ids=IDS).logits
         cpu_offload(model, execution_device=torch.device("cpu"))
         torch.testing.assert_close(model(input_ids=IDS).logits, expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(MergeError, match="offloaded.*or use the adapter unmerged"):
+    with pytest.raises(MergeError, match=r"offloaded.*or use the adapter unmerged"):
         model.merge_adapter()
 
 
@@ -87,13 +88,18 @@ def test_initialisations_that_change_an_offloaded_base_are_refused(fields: dict[
     assert torch.equal(logits(base), before)
 
 
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "weight_norm": nn.utils.weight_norm,
+    "spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("how", HOOKS)
 def test_weights_that_hooks_compute_are_read_as_they_are_now(how: str) -> None:
     base: Any = nn.Sequential(nn.Linear(6, 5))
-    {"weight_norm": nn.utils.weight_norm, "spectral_norm": nn.utils.spectral_norm}.get(
-        how, lambda layer: prune.l1_unstructured(layer, "weight", 0.5)
-    )(base[0])
+    HOOKS[how](base[0])
     base.eval()
     model: Any = get_peft_model(base, get_peft_config({"peft_type": "LORA", "r": 2, "target_modules": ["0"]}))
     layer = model.get_base_model()[0]
