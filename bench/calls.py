@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import LARGE, PROMPTS, SHALLOW, SMALL, TARGETS, VARIANTS, Size, Trio, libraries
-from timing import Report, compare, saved_mib
+from timing import Figures, Report, compare, saved_mib
 from torch import Tensor
 
 
@@ -29,11 +30,31 @@ def layers(name: str, report: Report, quick: bool) -> None:
             def call(model: Any, given: Tensor = given) -> Any:
                 return model(input_ids=given)
 
-            with torch.no_grad():
-                difference = trio.max_diff(call)
-                figures = compare(trio.calls(call), *turns(tokens, quick))
-            report.row(f"{name}/{what}/h{size.hidden}/{batch}×{tokens}", {**figures, "max_diff": difference})
+            report.row(f"{name}/{what}/h{size.hidden}/{batch}×{tokens}", _called(trio, call, *turns(tokens, quick)))
+        _generate(name, size, trio, report, quick)
         _train(name, size, trio, report, quick)
+
+
+def _called(trio: Trio, call: Callable[[Any], Any], rounds: int, seconds: float) -> Figures:
+    """Time a call, also in a cache scope of a copy of our model, which stays open."""
+    twin = copy.deepcopy(trio.ours)
+    with torch.no_grad(), twin.cached():
+        difference = trio.max_diff(call)
+        figures = compare({**trio.calls(call), "cached": lambda: call(twin)}, rounds, seconds)
+    return {**figures, "max_diff": difference}
+
+
+def _generate(name: str, size: Size, trio: Trio, report: Report, quick: bool) -> None:
+    """Time 32 greedy tokens after 16: `generate` opens a cache scope for itself."""
+    given = ids(1, 16)
+    options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+
+    def generate(model: Any) -> Tensor:
+        return model.generate(input_ids=given, attention_mask=torch.ones_like(given), **options)
+
+    same = bool(torch.equal(generate(trio.ours), generate(trio.peer)))
+    figures = compare(trio.calls(generate), 5 if quick else 15, batch_s=0.0)
+    report.row(f"{name}/generate/h{size.hidden}/1×16+32", {**figures, "same tokens": same})
 
 
 def turns(tokens: int, quick: bool) -> tuple[int, float]:
@@ -85,10 +106,7 @@ def mixed(report: Report, quick: bool) -> None:
             def call(model: Any, given: Tensor = given, base: Any = base, names: list[str] = names) -> Any:
                 return model(input_ids=given) if model is base else model(input_ids=given, adapter_names=names)
 
-            with torch.no_grad():
-                difference = trio.max_diff(call)
-                figures = compare(trio.calls(call), *turns(tokens, quick))
-            report.row(f"mixed batch/{len(names)} adapters/h{size.hidden}/{len(names)}×{tokens}", {**figures, "max_diff": difference})
+            report.row(f"mixed batch/{len(names)} adapters/h{size.hidden}/{len(names)}×{tokens}", _called(trio, call, *turns(tokens, quick)))
 
 
 def prompts(name: str, report: Report, quick: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -157,18 +158,23 @@ class ConvolutionOps:
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
         """Return the convolution of `x` with `delta`, strided, padded, dilated and grouped as the base does it."""
-        found: Tensor = with_weight(base, self.to_weight_layout(delta))(x)
-        return found
+        return with_weight(base, self.to_weight_layout(delta))(x)
 
 
-def with_weight(base: nn.Module, weight: Tensor) -> Any:
-    """Return a module that computes as `base` does, but with `weight`, of any shape that suits, and without a bias. `base` is not touched.
+def with_weight(base: nn.Module, weight: Tensor, **settings: Any) -> Callable[[Tensor], Tensor]:
+    """Return the `forward` of `base`, but with `weight`, of any shape that suits, and without a bias. `base` is not touched.
 
-    It is a shell of the same class with the same settings, so that subclasses with a constructor and a forward of their own keep theirs.
+    It is that of a shell of the same class with the same settings, so that subclasses with a constructor and a forward of their own keep theirs.
+
+    Args:
+        base: a layer with a `weight`.
+        weight: takes its place.
+        settings: attributes that differ from those of `base`, such as `padding_idx`.
     """
     shell = type(base).__new__(type(base))
-    shell.__dict__ = {**base.__dict__, "_parameters": {**base._parameters, "weight": weight, "bias": None}}
-    return shell.forward
+    shell.__dict__ = {**base.__dict__, "_parameters": {**base._parameters, "weight": weight, "bias": None}, **settings}
+    forward: Callable[[Tensor], Tensor] = shell.forward
+    return forward
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

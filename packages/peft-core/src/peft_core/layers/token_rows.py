@@ -332,7 +332,5 @@ def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor
     if type(base) is nn.Embedding:
         found = F.embedding(places, small, padding, base.max_norm, base.norm_type, base.scale_grad_by_freq)
     else:  # with a scale, or whatever else the class does
-        look_up = with_weight(base, small)
-        look_up.__self__.padding_idx, look_up.__self__.sparse = padding, False
-        found = look_up(places)
+        found = with_weight(base, small, padding_idx=padding, sparse=False)(places)
     return torch.where(hit.unsqueeze(-1), found.to(y.dtype), y)
