@@ -269,8 +269,10 @@ def quantised(bits: int) -> Any:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_quantised_base_under_autocast(bits: int, training: bool, hidden: torch.dtype) -> None:
-    model = peft.get_peft_model(quantised(bits), peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False))
+@pytest.mark.parametrize("fields", [{}, {"use_dora": True}, {"lora_dropout": 1e-6}], ids=["plain", "dora", "dropout"])
+def test_a_quantised_base_under_autocast(fields: dict[str, Any], bits: int, training: bool, hidden: torch.dtype) -> None:
+    """The plainest run of QLoRA: `bf16=True` without `prepare_model_for_kbit_training`."""
+    model = peft.get_peft_model(quantised(bits), peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False, **fields))
     model.train(training)
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(hidden)
     expected = model(x.float()).float()

@@ -379,6 +379,18 @@ def test_loading_over_an_adapter_that_started_in_another_way(tmp_path: Path) -> 
     assert worst(outputs(other), expected) < 1e-6
 
 
+def test_loading_over_a_loha_that_started_in_another_way(tmp_path: Path) -> None:
+    def made(start: bool) -> Any:
+        return peft.get_peft_model(llama(), peft.LoHaConfig(r=4, target_modules=["q_proj"], init_weights=start))
+
+    model = randomise(made(False))
+    expected = outputs(model)
+    model.save_pretrained(tmp_path)
+    other = made(True)
+    other.load_adapter(str(tmp_path), "default")
+    assert worst(outputs(other), expected) < 1e-6
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_loading_over_an_adapter_whose_start_changed_the_base(init: str, tmp_path: Path) -> None:
     """The Trainer's best model: the file of a conversion recipe (`init_lora_weights = True`) over the model that wrote it."""
