@@ -149,4 +149,3 @@ def test_statistics_that_are_named_as_saved_modules_are_saved(tmp_path: Path) ->
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(base(), tmp_path)
     assert worst(again(x), model(x)) < 1e-6
-

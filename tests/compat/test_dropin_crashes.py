@@ -156,18 +156,12 @@ def test_a_saved_module_that_is_called_with_keywords_alone(switch: str | None) -
 
 
 def test_rows_under_different_adapters_with_a_saved_module_that_is_called_with_keywords() -> None:
-    """Which modules a batch can be split for is said by the wrapper: the peer knows linear layers, embeddings and convolutions."""
+    """The peer splits linear layers, embeddings and convolutions alone; others raise a bare `TypeError` there."""
     fields = {"target_modules": ["gate_proj"], "modules_to_save": ["self_attn"], "task_type": "CAUSAL_LM"}
     model = randomise(peft.get_peft_model(llama(), peft.LoraConfig(**fields)))
     model.add_adapter("other", peft.LoraConfig(**fields))
     randomise(model, "other", seed=9)
-    model.eval()
-    try:
-        found = outputs(model, adapter_names=["default", "other"])
-    except (TypeError, ValueError) as error:
-        assert "self_attn" in str(error) or "LlamaAttention" in str(error)  # a refusal names it
-        assert isinstance(error, (ValueError, peft.PeftError)) or "support" in str(error)
-        return
+    found = outputs(model, adapter_names=["default", "other"], use_cache=False)
     assert worst(found[:1], outputs(model, IDS[:1])) < 1e-5
     model.set_adapter("other")
     assert worst(found[1:], outputs(model, IDS[1:])) < 1e-5
@@ -194,9 +188,7 @@ def test_a_saved_embedding_that_is_called_with_a_keyword() -> None:
 
 def test_both_tied_layers_show_their_own_factors() -> None:
     """`ensure_weight_tying`: the output layer has A and B of its own name, which are those of the embedding."""
-    model = peft.get_peft_model(
-        llama(tie_word_embeddings=True), lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
-    )
+    model = peft.get_peft_model(llama(tie_word_embeddings=True), lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True))
     head, words = model.get_base_model().lm_head, model.get_base_model().model.embed_tokens
     assert head.lora_A["default"].weight.shape == (4, 32)
     assert head.lora_B["default"].weight.shape == (64, 4)

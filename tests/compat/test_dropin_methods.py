@@ -99,7 +99,11 @@ def test_eva_gives_ranks_to_layers_as_the_peer_does() -> None:
     config = lora(init_lora_weights="eva", eva_config=peft.EvaConfig(rho=2.0), target_modules=["q_proj", "v_proj", "down_proj"])
     model = peft.get_peft_model(llama(), config, low_cpu_mem_usage=True)
     peft.initialize_lora_eva_weights(model, data, show_progress_bar=False)
-    ranks = {key.split("model.layers.")[1].removesuffix(".lora_A.weight"): value.shape[0] for key, value in peft.get_peft_model_state_dict(model).items() if "lora_A" in key}
+    ranks = {
+        key.split("model.layers.")[1].removesuffix(".lora_A.weight"): value.shape[0]
+        for key, value in peft.get_peft_model_state_dict(model).items()
+        if "lora_A" in key
+    }
     assert ranks == {
         "0.self_attn.q_proj": 5,
         "0.self_attn.v_proj": 5,
@@ -127,12 +131,12 @@ def four_bits(folder: Path, spoil: Any = None) -> tuple[Any, Path]:
     return base, folder / "other"
 
 
-
-
 def test_replacing_by_loftq_brings_a_quantised_model_nearer(tmp_path: Path) -> None:
     base, folder = four_bits(tmp_path)
     expected = outputs(transformers.AutoModelForCausalLM.from_pretrained(folder))
-    model = peft.get_peft_model(base, lora(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], lora_alpha=4))
+    model = peft.get_peft_model(
+        base, lora(target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], lora_alpha=4)
+    )
     before = float((outputs(model) - expected).abs().mean())
     peft.replace_lora_weights_loftq(model, model_path=str(folder))
     assert float((outputs(model) - expected).abs().mean()) < 0.9 * before

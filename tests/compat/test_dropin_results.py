@@ -156,7 +156,9 @@ CACHED = """
 
 def test_resized_embeddings_of_a_base_in_the_local_cache_are_saved(tmp_path: Path) -> None:
     code = textwrap.dedent(CACHED)
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True, text=True
+    )
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert json.loads(ran.stdout.splitlines()[-1]) == ["base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight"]
 
@@ -219,7 +221,11 @@ def test_names_in_a_file_of_a_compiled_base_are_those_of_the_plain_base(tmp_path
 
 
 def targets(model: nn.Module) -> set[str]:
-    return {name.removeprefix("base_model.model.").split(".lora_A")[0].replace(".base_layer", "") for name, _ in model.named_parameters() if ".lora_A" in name}
+    return {
+        name.removeprefix("base_model.model.").split(".lora_A")[0].replace(".base_layer", "")
+        for name, _ in model.named_parameters()
+        if ".lora_A" in name
+    }
 
 
 def test_all_linear_adapts_fused_experts() -> None:

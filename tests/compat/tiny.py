@@ -1,4 +1,4 @@
-"""Tiny models from configs, and what several of the tests of the drop-in compare. Only names of `peft`, so that these tests run on the peer as well."""
+"""Tiny models from configs, and what tests of the drop-in compare. Only names of `peft`: these tests run on the peer as well."""
 
 from __future__ import annotations
 
