@@ -59,6 +59,7 @@ from .merging.changes import Subtraction as Subtraction
 from .merging.exact import Fold as Fold
 from .merging.exact import Merge as Merge
 from .merging.exact import merges_of as merges_of
+from .merging.layer import LayerMerging as LayerMerging
 from .models.auto import AutoPeftModel as AutoPeftModel
 from .models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -167,6 +168,7 @@ __all__ = [
     "IncomingWeights",
     "IncompatiblePluginError",
     "LayerConfig",
+    "LayerMerging",
     "LayerTuner",
     "LeavesBehind",
     "LinearOps",

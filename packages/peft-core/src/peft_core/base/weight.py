@@ -69,6 +69,14 @@ def read_weight(base: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def execution_device(base: nn.Module, name: str) -> torch.device:
+    """Return the device on which `base` computes with its weight `name`: that of the weight, unless accelerate offloads it."""
+    weight: Tensor = getattr(base, name)
+    hook: Any = base.__dict__.get(HOOK) if weight.is_meta else None
+    device = getattr(hook, "execution_device", None)
+    return weight.device if device is None else torch.device(device)
+
+
 def require_writable(base: nn.Module, name: str, instead: str = "use the adapter unmerged") -> nn.Parameter:
     """Return the parameter `name` of a base, which may be written to. `instead`: what somebody can do otherwise, for the message.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,34 @@ class InitOptions:
     meta: bool = False
     autocast: bool = True
     initialise: bool = True
+
+    def parameter_dtype(self, base: torch.dtype) -> torch.dtype:
+        """Return the dtype of a new adapter's parameters around a base of dtype `base`: float32, or the base's where autocasting is off."""
+        return base if base == torch.float64 or (base in _HALF and not self.autocast) else torch.float32
+
+    def make(self, shape: Sequence[int], fill: Callable[[Tensor], Any], base: torch.dtype, device: torch.device) -> nn.Parameter:
+        """Return a frozen parameter: filled in float32, rounded to the base's dtype, then in that of the adapter.
+
+        Args:
+            shape: its shape.
+            fill: fills a tensor in place.
+            base: dtype of the base.
+            device: device of the base.
+        """
+        dtype = self.parameter_dtype(base)
+        if self.meta:
+            return nn.Parameter(torch.empty(tuple(shape), dtype=dtype, device="meta"), requires_grad=False)
+        tensor = torch.empty(tuple(shape), dtype=torch.float64 if base == torch.float64 else torch.float32, device=device)
+        if self.initialise:
+            with torch.no_grad():
+                fill(tensor)
+        return nn.Parameter(tensor.to(base).to(dtype) if base in _HALF else tensor, requires_grad=False)
+
+    def hold(self, value: Tensor, base: torch.dtype, device: torch.device) -> nn.Parameter:
+        """Return a frozen parameter with a computed `value`, in the adapter's dtype. `base` and `device` as in `make`."""
+        # strides of its own: a column cut out of a matrix counts as contiguous, but is multiplied, and rounded, in another way
+        tensor = torch.empty(value.shape, dtype=self.parameter_dtype(base), device="meta" if self.meta else device)
+        return nn.Parameter(tensor if self.meta else tensor.copy_(value.detach()), requires_grad=False)
 
 
 #: a new adapter with initial values

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..base.ops import with_weight
 from ..errors import ConfigError, ModelError, listed
 from ..merging.exact import Merge
+from ..merging.layer import LayerMerging
 from ..merging.rows import RowsChange, RowsFold
 from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
@@ -67,6 +68,30 @@ class _Table:
         return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
 
 
+class RowsMerging(LayerMerging):
+    """Merging of trainable rows: they overwrite those of the base weight, also for modules that have the weight in common."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
+        written = super().adapters
+        return [*written, *(adapter for adapter in self.layer.sources if adapter not in written and self.layer._holds(adapter))]
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those `adapters` whose rows are not in the weight yet; None if there is nothing to do."""
+        layer, mergeable = self.layer, self.mergeable(adapters)
+        if not mergeable:
+            return None
+        base = layer.get_base_layer()
+        alone = any(layer.alone[adapter] for adapter in mergeable)
+        return Merge(base, mergeable, [RowsFold(base, layer.weight_name, self.change_of(mergeable), shared=alone)])
+
+    def change_of(self, adapters: Sequence[str]) -> RowsChange:
+        """Return the change that writes the rows of `adapters`."""
+        rows = [(adapter, self.layer.rows_of(adapter)) for adapter in adapters]
+        return RowsChange([(self.layer.table(adapter, values.device).indices, values) for adapter, values in rows])
+
+
 class TrainableRowsLayer(AdapterLayer):
     """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
 
@@ -78,6 +103,7 @@ class TrainableRowsLayer(AdapterLayer):
 
     base_types = (nn.Embedding, nn.Linear)
     additive: ClassVar[bool] = False
+    merging_type = RowsMerging
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "alone")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
     other_param_names: ClassVar[tuple[str, ...]] = ("indices",)
@@ -148,7 +174,7 @@ class TrainableRowsLayer(AdapterLayer):
         rows = weight[indices]
         inner = self._modules["base_layer"]
         while isinstance(inner, AdapterLayer):
-            shift = inner.shift_of(adapter)
+            shift = inner.merging.shift_of(adapter)
             if shift is not None:
                 rows = (rows + self.ops.to_weight_layout(shift)[indices].to(weight.device)).to(weight.dtype)
             inner = inner._modules["base_layer"]
@@ -228,45 +254,25 @@ class TrainableRowsLayer(AdapterLayer):
     def weight(self) -> Tensor:
         """The weight with the rows of the adapters in use written over it, as whoever multiplies with it by hand needs it; else the base's."""
         weight = self.get_base_weight()
-        active = [adapter for adapter in self.selection.current().names if adapter in self.indices and not self.merges and not self._holds(adapter)]
+        active = [adapter for adapter in self.selection.current().names if adapter in self.indices and not self.merged and not self._holds(adapter)]
         for adapter in active:
             rows = self.rows_of(adapter)
             weight = weight.index_copy(0, self.table(adapter, weight.device).indices, rows.to(weight.dtype))
         return weight
 
     # ---- merging ---------------------------------------------------------------------------------------------------
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
-        own = [adapter for merge in self.merges for adapter in merge.adapters]
-        return [*own, *(adapter for adapter in self.sources if adapter not in own and self._holds(adapter))]
-
     def base_weight(self) -> Tensor:
         """Return the base weight as it is when nothing is merged, by this layer or by that with the same weight; not to be written to."""
         source = next((source for adapter, source in self.sources.items() if self._holds(adapter)), None)
         return super().base_weight() if source is None else source.base_weight()
 
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those adapters whose rows are not in the weight yet; None if there is nothing to do."""
-        already = self.merged_adapters
-        own = tuple(adapter for adapter in adapters if adapter in self.scaling and adapter not in already)
-        if not own:
-            return None
-        base = self.get_base_layer()
-        alone = any(self.alone[adapter] for adapter in own)
-        return Merge(base, own, [RowsFold(base, self.weight_name, self.change_of(own), shared=alone)])
-
-    def change_of(self, adapters: Sequence[str]) -> Any:
-        """Return the change that writes the rows of adapters."""
-        return RowsChange([(self.table(adapter, self.rows_of(adapter).device).indices, self.rows_of(adapter)) for adapter in adapters])
-
     def _holds(self, adapter: str) -> bool:
         """Return whether the layer that holds the rows has written them into the very weight that this layer uses."""
         source = self.sources.get(adapter)
-        if source is None or not source.merges:
+        if source is None or not source.merged:
             return False
         weight = self.get_base_layer()._parameters.get(self.weight_name)
-        folds = [fold for merge in source.merges if adapter in merge.adapters for fold in merge.folds]
+        folds = [fold for merge in source.merging.merges if adapter in merge.adapters for fold in merge.folds]
         return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
 
 

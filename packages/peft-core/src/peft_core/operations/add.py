@@ -228,7 +228,7 @@ def _prepare(index: AdapterIndex, path: str, module: Any) -> None:
     module.train(occupied.training)
     if isinstance(module, AdapterLayer):
         weight = occupied._parameters.get(module.weight_name)
-        module.shared_weight = weight is not None and id(weight) in index.view.shared_weights
+        module.merging.shared_weight = weight is not None and id(weight) in index.view.shared_weights
 
 
 def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:

@@ -67,7 +67,7 @@ class CapabilityChecks(SuiteBase):
             self._refuses_to_merge(model, name)
             return
         model.merge_adapter(safe_merge=True)
-        assert any(module.merges for module in layers_of(model)), "nothing was merged"
+        assert any(module.merged for module in layers_of(model)), "nothing was merged"
         self.close(self.output(model, name), expected, "merged, the outputs differ", 5)
         again = self.model(name)
         merged = again.merge_and_unload()

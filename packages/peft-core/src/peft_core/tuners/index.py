@@ -130,7 +130,7 @@ class AdapterIndex:
 
     def merged_adapters(self) -> list[str]:
         """Return the merged adapters, each once, in load order."""
-        merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
+        merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merged for name in module.merged_adapters}
         return [name for name in self.configs if name in merged]
 
 

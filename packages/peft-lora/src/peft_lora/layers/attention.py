@@ -265,7 +265,7 @@ def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, 
 
     Rounded once to the base's dtype, and differentiable. Empty where none of them acts.
     """
-    layers = [layer for layer in _around(outermost) if not layer.merges]
+    layers = [layer for layer in _around(outermost) if not layer.merged]
     acting = [(layer, name) for layer in reversed(layers) for name in names if name in layer.scaling]
     if not acting:
         return {}

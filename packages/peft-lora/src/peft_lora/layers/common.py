@@ -10,12 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import Merge, MergeError, ModelError, Product, Slot
+from peft_core import LayerMerging, Merge, MergeError, ModelError, Product, Slot
 from peft_core.errors import listed
 
 from .. import formulas
 from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
 from . import rank_padding
+
+
+class LoraMerging(LayerMerging):
+    """Merging of LoRA: a layer whose factors are those of another layer around the same weight shares the merged weight with it."""
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those `adapters` that have weights here; where they are those of another layer, they stay tied if they can."""
+        mergeable, tied = self.mergeable(adapters), self.layer.tied
+        merge = tied[mergeable[0]].plan_merge(self.layer, mergeable) if mergeable and all(adapter in tied for adapter in mergeable) else None
+        return super().plan(adapters) if merge is None else merge
 
 
 class LoraLayer(FactorLayer):
@@ -29,6 +39,7 @@ class LoraLayer(FactorLayer):
         variants: by adapter, where it is not plain LoRA.
     """
 
+    merging_type = LoraMerging
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
         *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),
@@ -213,12 +224,6 @@ class LoraLayer(FactorLayer):
                 hint="use it unmerged, or give the base a bias of zeros first",
             )
         return bias + self.scaling[adapter] * beta.to(bias.dtype)
-
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those adapters that have weights here; where they are those of another layer, they stay tied if they can."""
-        own = [adapter for adapter in adapters if adapter in self.scaling and adapter not in self.merged_adapters]
-        tied = self.tied[own[0]].plan_merge(self, own) if own and all(adapter in self.tied for adapter in own) else None
-        return super().plan_merge(adapters) if tied is None else tied
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base."""

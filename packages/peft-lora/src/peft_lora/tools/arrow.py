@@ -102,7 +102,7 @@ def _router_config(model: PeftModel, arrow_config: ArrowConfig, tasks: Sequence[
         if not isinstance(config, LoraConfig):
             raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
         for path, layer in layers.items():
-            if name in layer.scaling and (config.lora_bias or layer.shift_of(name) is not None or layer.low_rank_factors(name) is None):
+            if name in layer.scaling and (config.lora_bias or layer.merging.shift_of(name) is not None or layer.low_rank_factors(name) is None):
                 raise ConfigError(
                     f"the adapter {name!r} is more than a product B·A beside {path!r}", hint="Arrow routes among adapters such as plain LoRA"
                 )

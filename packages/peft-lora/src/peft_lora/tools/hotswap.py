@@ -215,7 +215,7 @@ def _check_start(present: LoraConfig, config: LoraConfig) -> None:
 
 def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str) -> None:
     """Check that what the initialisation took out of the base is the same for both."""
-    if layer.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
+    if layer.merging.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
             f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
             f"and the new adapter has r={r}, lora_alpha={alpha}",
@@ -262,7 +262,7 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
                 hint="was the adapter trained on another base?",
             )
         pairs.append((slot, rank_padding.padded(end, tensor, columns, padded_rank) if factor and columns < padded_rank else tensor))
-    if layer.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
+    if layer.merging.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
         raise AdapterWeightsError(
             f"{b_end!r} of {part.path!r} is {tuple(b.shape)}, and the config says that the rank is {r}",
             hint="give the config that belongs to these weights",

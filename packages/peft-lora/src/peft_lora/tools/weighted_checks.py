@@ -141,7 +141,7 @@ def _check_config(config: Any, name: str) -> None:
 
 
 def _check_layer(layer: LoraLayer, name: str, path: str, request: Request) -> None:
-    if layer.shift_of(name) is not None:
+    if layer.merging.shift_of(name) is not None:
         raise ConfigError(
             f"the initialisation of {name!r} took out of the base weight what it put into the adapter: it has no effect of its own to be weighted",
             hint="convert_to_lora makes plain LoRA of it; load that on the original base",
