@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,3 +77,16 @@ def _window(view: BaseView) -> int:
     if kinds is not None and not any("sliding" in str(kind) for kind in kinds):
         return 0
     return int(getattr(config, "sliding_window", None) or 0)
+
+
+def first_argument(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a module that was called with keywords alone.
+
+    Raises:
+        TypeError: none of the keywords is a parameter of its forward.
+    """
+    for name in inspect.signature(module.forward).parameters:
+        if name in kwargs:
+            found: Tensor = kwargs[name]
+            return found
+    raise TypeError(f"{type(module).__name__} was called without its input")

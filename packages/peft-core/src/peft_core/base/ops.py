@@ -211,3 +211,14 @@ def require_ops(module: nn.Module, name: str, supported: str) -> BaseOps:
             hint="target one of its children, or exclude it with exclude_modules",
         )
     return ops
+
+
+#: attributes that callers read from a layer and that an adapter layer around it has, too
+LAYER_ATTRIBUTES = frozenset(
+    [
+        *("in_features", "out_features"),  # Linear
+        *("nf", "nx"),  # transformers' Conv1D
+        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "embed_scale"),
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
+    ]
+)

@@ -157,6 +157,16 @@ def uninstall(base: nn.Module) -> None:
             module.__dict__[FUNCTION] = hook.original
 
 
+def prepare_inputs(model: nn.Module) -> None:
+    """Make the outputs of the input embeddings of `model` require gradients; a quantised model is left alone."""
+    if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(require_output_grad)  # type: ignore[operator]
+
+
 def require_output_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     """Make the output of `module` require gradients: a forward hook for embeddings, without which checkpointed layers of a frozen base get none."""
     output.requires_grad_(True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -10,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.ops import BaseOps, require_ops
+from ..base.forward import first_argument
+from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import MERGES, execution_device, in_memory, is_offloaded, read_weight, write_weight
 from ..errors import AdapterNotFoundError, MergeError, listed
@@ -178,7 +178,7 @@ class AdapterLayer(SelectionMixin):
             route = selection.default
         if active is None and not any(name in self.scaling for name in route.used):
             return y
-        x = args[0] if args else _first_argument(base, kwargs)
+        x = args[0] if args else first_argument(self.get_base_layer(), kwargs)
         if not returns_new_tensor(base):  # somebody may hold on to what it returns, or it is kept for gradients
             y = y.clone()
         if active is not None:
@@ -548,50 +548,10 @@ class AdapterLayer(SelectionMixin):
             if name in self.adapter_layer_names and name not in self.containers:  # a container that other layers of the method have
                 return nn.ParameterDict()
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name not in _FORWARDED:
+            if base is None or name not in LAYER_ATTRIBUTES:
                 raise
             return getattr(base, name)
 
     def extra_repr(self) -> str:
         """Return the names of the adapters."""
         return f"adapters={list(self.adapters())}"
-
-
-def _first_argument(base: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-    """Return the input of a base that was called with keywords alone."""
-    while isinstance(base, AdapterLayer):
-        base = base._modules["base_layer"]  # type: ignore[assignment]
-    for name in inspect.signature(base.forward).parameters:
-        if name in kwargs:
-            found: Tensor = kwargs[name]
-            return found
-    raise TypeError(f"{type(base).__name__} was called without its input")
-
-
-#: what callers read from the layer that they believe to have in hand
-_FORWARDED = frozenset(
-    [
-        "in_features",
-        "out_features",
-        "num_embeddings",
-        "embedding_dim",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-        "embed_scale",
-        "nf",
-        "nx",
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-        "transposed",
-        "output_padding",
-    ]
-)

@@ -42,7 +42,7 @@ def note_offload(config: PeftConfig, ephemeral: bool) -> None:
         return
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=4)
+        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=5)
     else:
         runtime.ephemeral_gpu_offload = True
 
@@ -61,11 +61,11 @@ def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def default_key_mapping(index: AdapterIndex, config: PeftConfig) -> Mapping[str, str] | None:
+def default_key_mapping(base: nn.Module, config: PeftConfig) -> Mapping[str, str] | None:
     """Return the base's own renaming of old checkpoints, if it has one."""
     if config.is_prompt_learning:
         return None
-    mapping = getattr(index.base, "_checkpoint_conversion_mapping", None)
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
     return mapping if isinstance(mapping, Mapping) and mapping else None
 
 

@@ -56,7 +56,7 @@ def hotswap_adapter(
     hub = take_hub_arguments(kwargs)
     config = read_config(model_name_or_path, hub)
     file = find_weights(model_name_or_path, **hub)
-    mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
+    mapping = key_mapping if key_mapping is not None else default_key_mapping(index.base, config)
     source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
     _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
