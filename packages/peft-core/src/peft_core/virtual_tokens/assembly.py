@@ -2,7 +2,7 @@
 
 The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
 positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
-An encoder-decoder model has two sequences: see `two_sequences`.
+An encoder-decoder model has two sequences: see `encoder_decoder`.
 """
 
 from __future__ import annotations
