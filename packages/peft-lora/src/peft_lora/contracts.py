@@ -186,7 +186,7 @@ class Initializer(Extension):
         config: the adapter's config.
 
     Attributes:
-        kinds: the base layers that it can start: ``"linear"``, ``"conv1d"``, ``"embedding"``, ``"convolution"``, ``"attention"``, ``"parameter"``.
+        kinds: the base layers that it can start, as their ops name them (`BaseOps.kind`); None: all, those of plugins too.
         needs_base: it is asked also when a file will supply A and B, because it shifts the base.
         frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; what depends on the layer: `InitialFactors.frozen`.
 
@@ -194,7 +194,7 @@ class Initializer(Extension):
         ConfigError: the config does not suit it.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d"})
     needs_base: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset()
 
@@ -241,7 +241,7 @@ class Initializer(Extension):
         Raises:
             ConfigError: it is not.
         """
-        if kind not in self.kinds:
+        if self.kinds is not None and kind not in self.kinds:
             raise ConfigError(
                 f"init_lora_weights={self.config.init_lora_weights!r} can't start {path!r}, which is of the kind {kind!r}",
                 hint=f"it knows {', '.join(sorted(self.kinds))}; target other modules, or use init_lora_weights=True",
@@ -260,7 +260,7 @@ class Variant(Extension):
 
     Attributes:
         name: for messages.
-        kinds: the base layers around which it works (`Initializer.kinds` lists the names).
+        kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
     """

@@ -26,7 +26,6 @@ from peft_core import (
     TunerSpec,
     Wrap,
     is_conv1d,
-    ops_for,
 )
 
 from . import offers
@@ -34,7 +33,7 @@ from .config import LoraConfig
 from .contracts import Extension, Initializer, LoraSettings, Variant
 from .experts import fused, loading
 from .extensions import initializer_of, variant_of
-from .layers.attention import Attention, AttentionOps
+from .layers.attention import Attention
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
@@ -89,7 +88,7 @@ class LoraTuner(LayerTuner):
         modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
         parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
         for wrap in modules:
-            kind = kind_of(base.modules[wrap.path], wrap)
+            kind = self._kind_of(base.modules[wrap.path], wrap)
             initializer.require_kind(kind, wrap.path)
             if variant is not None:
                 variant.require_kind(kind, wrap.path)
@@ -165,6 +164,12 @@ class LoraTuner(LayerTuner):
         """
         return plan_swap(adapter, self.configs[adapter], config, incoming)
 
+    def _kind_of(self, module: nn.Module, wrap: Wrap) -> str:
+        """Return the kind of a base layer, as initialisers and variants name it: as our layer for it says, or the plugin's that `wrap` makes."""
+        layer = next((layer for layer in self.layers if layer.accepts(module)), None)
+        ops: Any = getattr(wrap.build(module), "ops", None) if layer is None else layer.ops_of(module)
+        return ops.kind if ops is not None else "other"
+
     _chosen: tuple[Initializer, type[Variant] | None]
 
     def _fan_in_fan_out(self, base: BaseView, wraps: Sequence[Wrap], config: LoraConfig) -> bool:
@@ -179,11 +184,3 @@ class LoraTuner(LayerTuner):
             stacklevel=6,
         )
         return actual
-
-
-def kind_of(module: nn.Module, wrap: Wrap) -> str:
-    """Return the kind of a base layer, as initialisers and variants name it; of one that core does not know, what the layer of `wrap` says."""
-    ops: Any = AttentionOps() if Attention.accepts(module) else ops_for(module)
-    if ops is None:  # a plugin's
-        ops = getattr(wrap.build(module), "ops", None)
-    return ops.kind if ops is not None else "other"
