@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, BaseView, Call, ConfigError, Merge, PeftWarning, Slot
+from peft_core import AdapterLayer, BaseView, Call, CheckpointTranslation, ConfigError, Merge, PeftWarning, Slot
 from peft_core.errors import listed
 
 from . import formulas
@@ -347,3 +347,48 @@ class Variant(Extension):
 
     def drop(self) -> None:
         """Undo what `add` did besides creating parameters."""
+
+
+class CheckpointLayout:
+    """Base class of what reads adapters for bases in another layout. Class methods, which change nothing; each is asked for every base.
+
+    Arguments: `base` is the model under its original names, `config` the adapter's.
+    """
+
+    @classmethod
+    def adapted_config(cls, base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
+        """Return field → value of a config that names modules of the other layout, as this base needs them; empty if it is for this layout.
+
+        Args:
+            base, config: see the class.
+            shared: True for the config of a file: names that this base has, too, mean both. False for that of a new adapter: they mean
+                what the base has.
+
+        Raises:
+            ConfigError: it asks for what can't be expressed on this base.
+        """
+        return {}
+
+    @classmethod
+    def translate(cls, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
+        """Return how a file is read on this base; None: it is of this layout.
+
+        Args:
+            base, config: see the class.
+            shapes: the file's tensors: name, without what stands before a module's path → shape.
+
+        Raises:
+            ConfigError: it is of the other layout, and can't be translated.
+        """
+        return None
+
+    @classmethod
+    def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
+        """Return transformers' conversions of a base's own weights (`WeightRenaming`, `WeightConverter`) as an adapter needs them.
+
+        Args:
+            conversions: those of the base, perhaps changed by another layout already.
+            adapter: name of the adapter.
+            config: its config, as in the file or as `adapted_config` has it.
+        """
+        return list(conversions)

@@ -1,4 +1,4 @@
-"""All initialisers and variants that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
+"""All initialisers, variants and layouts that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from peft_core.errors import PluginError
 from peft_core.plugins import registry
 
-from .hookspecs import ExtensionSpec, InitializerSpec, VariantSpec
+from .hookspecs import ExtensionSpec, InitializerSpec, LayoutSpec, VariantSpec
 
 
 def initializer_specs() -> list[InitializerSpec]:
@@ -24,6 +24,12 @@ def variant_specs() -> list[VariantSpec]:
     """Return all variants, those of plugins first."""
     registry.resolve("LORA")
     return [spec for offer in registry.manager().hook.peft_lora_variants() for spec in offer]
+
+
+def layout_specs() -> list[LayoutSpec]:
+    """Return all other layouts of bases whose adapters can be read, those of plugins first."""
+    registry.resolve("LORA")
+    return [spec for offer in registry.manager().hook.peft_lora_layouts() for spec in offer]
 
 
 def extension_specs() -> list[ExtensionSpec]:
