@@ -29,7 +29,7 @@ def initializer_of(config: LoraConfig) -> Initializer:
 def initializer_class(config: LoraConfig) -> type[Initializer]:
     """Return the class of the initialiser that a config asks for. Errors as `initializer_of`."""
     word = config.init_lora_weights
-    specs = initializer_specs() if isinstance(word, str) else []
+    specs = initializer_specs() if isinstance(word, str) else ()
     place = next((spec.place for spec in specs if spec.matches(str(word))), PLAIN if isinstance(word, bool) else None)
     if place is None:
         known = [spec.key for spec in specs]

@@ -52,10 +52,11 @@ class LoraTuner(LayerTuner):
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
-        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments())))
+        extensions = offers.extension_specs()
+        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments(extensions))))
         super().__init__(dataclasses.replace(spec, call_arguments=arguments), selection)
         # of this model: what is offered depends on the plugins that there are
-        self.__dict__["operations"] = {**type(self).operations, **offers.operations()}
+        self.__dict__["operations"] = {**type(self).operations, **offers.operations(extensions)}
         #: initialiser and variant of each adapter that was planned, by name
         self._extensions: dict[str, tuple[type[Extension], ...]] = {}
 
