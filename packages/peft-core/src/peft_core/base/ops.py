@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
+from ..plugins import Capability
 
 
 class BaseOps(Protocol):
@@ -177,18 +178,42 @@ def with_weight(base: nn.Module, weight: Tensor, **settings: Any) -> Callable[[T
     return forward
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer of torch's own that tuners can wrap.
+
+    Args:
+        types: torch's classes of this kind; each call of one returns a new tensor.
+        ops: layer → how it uses its weight.
+        capability: what a tuner has to declare to wrap one.
+    """
+
+    types: tuple[type[nn.Module], ...]
+    ops: Callable[[Any], BaseOps]
+    capability: Capability = Capability.NONE
+
+
+#: what depends on the kind of a layer of torch's is said here and in its ops, and nowhere else in core
+LAYER_KINDS = (
+    LayerKind((nn.Linear,), lambda base: LinearOps()),
+    LayerKind((nn.Embedding,), lambda base: EmbeddingOps(), Capability.EMBEDDING),
+    LayerKind((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda base: ConvolutionOps(tuple(base.weight.shape)), Capability.CONV),
+)
+#: the classes of all kinds
+LAYER_TYPES = tuple(cls for kind in LAYER_KINDS for cls in kind.types)
 
 
 def ops_for(module: nn.Module) -> BaseOps | None:
     """Return how `module` uses its weight, or None if it is no layer we know."""
-    if isinstance(module, nn.Linear):
-        return LinearOps()
-    if isinstance(module, nn.Embedding):
-        return EmbeddingOps()
-    if isinstance(module, _CONVOLUTIONS):
-        return ConvolutionOps(tuple(module.weight.shape))
+    for kind in LAYER_KINDS:
+        if isinstance(module, kind.types):
+            return kind.ops(module)
     return Conv1DOps() if is_conv1d(module) else None
+
+
+def capability_for(module: nn.Module) -> Capability:
+    """Return what a tuner has to declare to wrap `module`; `Capability.NONE` for a Linear, and for a layer that core does not know."""
+    return next((kind.capability for kind in LAYER_KINDS if isinstance(module, kind.types)), Capability.NONE)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -229,15 +229,25 @@ class LayerConfig(PeftConfig):
     def check(self) -> None:
         """Check the targets; turns lists of names into sets."""
         super().check()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                setattr(self, name, set(value))
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset)) and not all(isinstance(each, str) for each in value):
-                raise ConfigError(f"{name}={value!r} has members that are no names", hint="give a list of names or one regular expression")
-            if value is not None and not isinstance(value, (str, set, frozenset)):
-                raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a list of names or one regular expression")
+        self._check_names("target_modules")
+        self._check_names("exclude_modules")
+        self._check_layer_numbers()
+        self._check_saved_names()
+        self._check_patterns()
+
+    def _check_names(self, name: str) -> None:
+        """Check the field `name`, names or an expression; a list becomes a set."""
+        value = getattr(self, name)
+        if isinstance(value, (list, tuple)):
+            value = set(value)
+            setattr(self, name, value)
+        if isinstance(value, (set, frozenset)) and not all(isinstance(each, str) for each in value):
+            raise ConfigError(f"{name}={value!r} has members that are no names", hint="give a list of names or one regular expression")
+        if value is not None and not isinstance(value, (str, set, frozenset)):
+            raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a list of names or one regular expression")
+
+    def _check_layer_numbers(self) -> None:
+        """Check what limits the targets to some layers."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -246,15 +256,21 @@ class LayerConfig(PeftConfig):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if self.layers_to_transform == []:
             self.layers_to_transform = None  # files have it, and mean all layers
+
+    def _check_saved_names(self) -> None:
+        saved: Any = self.modules_to_save
+        if isinstance(saved, str):
+            raise ConfigError(f"modules_to_save={saved!r} is a str", hint=f"write [{saved!r}]")
+        if saved is not None and not isinstance(saved, (list, tuple, set, frozenset)):
+            raise ConfigError(f"modules_to_save={saved!r} is a {type(saved).__name__}", hint="give a list of names")
+
+    def _check_patterns(self) -> None:
+        """Check the values for single modules."""
         for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", hint="give a dict: expression → value")
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (str, list, tuple, set, frozenset)):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a {type(self.modules_to_save).__name__}", hint="give a list of names")
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a str", hint=f"write [{self.modules_to_save!r}]")
-        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
-        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+            value = getattr(self, name)
+            if not isinstance(value, (dict, type(None))):
+                raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a dict: expression → value")
+            setattr(self, name, {} if value is None else value)  # old files have null
         for key, rank in self.rank_pattern.items():
             require_positive_integer(f"rank_pattern[{key!r}]", rank)
         for key, alpha in self.alpha_pattern.items():

@@ -139,9 +139,9 @@ def _incoming(
         # in memory, a vector may be the weight of a module of its own
         found[plain if plain in keys or not plain.endswith(".weight") else _vector(plain, keys)] = tensor
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
-    adapted_config = fitted_keys(found, {*keys, *embedded})
+    incoming = fitted_keys(found, {*keys, *embedded})
     # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
-    surplus = [key for key in adapted_config if key not in keys and not _equals(adapted_config[key], embedded.get(key))]
+    surplus = [key for key in incoming if key not in keys and not _equals(incoming[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
             f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
@@ -149,7 +149,7 @@ def _incoming(
         )
     parts: dict[str, list[IncomingWeights]] = {}
     for (kind, path), module in index.modules_of(adapter):
-        came = {end: adapted_config[key] for key, end in known[kind, path].items() if key in adapted_config}
+        came = {end: incoming[key] for key, end in known[kind, path].items() if key in incoming}
         parts.setdefault(kind, []).append(IncomingWeights(path, module, came))
     return parts
 

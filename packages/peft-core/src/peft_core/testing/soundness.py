@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import PeftError, PeftModel, RoutingError, cached
+from ..base.ops import LAYER_TYPES
 from ..plugins import Capability
 from .base import SuiteBase
 from .changes import CHANGES, MODULE_CHANGES, hidden_tensors
@@ -234,8 +235,6 @@ def _trained(model: PeftModel) -> None:
 
 #: changes after which a shared tensor is no longer shared
 UNTYING = ("another parameter in its place", "load_state_dict, assign=True")
-#: classes whose objects compute when they are called, and not otherwise
-_CALLED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def called_modules(model: PeftModel) -> tuple[list[str], list[str]]:
@@ -244,7 +243,7 @@ def called_modules(model: PeftModel) -> tuple[list[str], list[str]]:
     base: list[str] = []
     adapter: list[str] = []
     for path, module in model.named_modules():
-        if type(module) in _CALLED and isinstance(module._parameters.get("weight"), nn.Parameter):
+        if type(module) in LAYER_TYPES and isinstance(module._parameters.get("weight"), nn.Parameter):
             (adapter if id(module._parameters["weight"]) in own else base).append(path)
     return sorted(base, key=lambda path: not path.endswith(".base_layer")), adapter
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..base.ops import LAYER_TYPES, capability_for
 from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
@@ -310,9 +311,10 @@ class LayerTuner(TunerBase):
         Raises:
             UnsupportedModuleError: none fits.
         """
-        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class
+        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class; torch's own
+        # classes with a weight made of plain numbers are no plugin's
         quantised = _is_quantised(module)
-        if (quantised or type(module) not in _PLAIN) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
+        if (quantised or type(module) not in LAYER_TYPES) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
             if quantised:
                 self._require(Capability.QUANTISED, module, path)
             return _Builder(None, self.selection, self.spec.peft_type)
@@ -320,10 +322,7 @@ class LayerTuner(TunerBase):
             self._require(Capability.QUANTISED, module, path)
         for layer in self.layers:
             if layer.accepts(module):
-                if isinstance(module, nn.Embedding):
-                    self._require(Capability.EMBEDDING, module, path)
-                elif isinstance(module, _CONVOLUTIONS):
-                    self._require(Capability.CONV, module, path)
+                self._require(capability_for(module), module, path)
                 return _Builder(layer, self.selection, self.spec.peft_type)
         supported = sorted({kind.__name__ for layer in self.layers for kind in layer.base_types})
         raise UnsupportedModuleError(
@@ -378,11 +377,6 @@ def _is_packed(weight: Tensor) -> bool:
     """Return whether a weight can't be read as numbers: integers, or a tensor made of other tensors that is not one of torch's own classes."""
     foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
     return foreign or not weight.is_floating_point()
-
-
-#: torch's own classes, for which no plugin needs to be asked while their weight is made of plain numbers
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PLAIN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)

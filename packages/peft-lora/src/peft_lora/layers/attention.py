@@ -92,6 +92,7 @@ class Attention(LoraLayer):
 
     containers = ("lora_A", "lora_B")
     base_types = (nn.MultiheadAttention,)
+    hotswappable: ClassVar[bool] = False  # the out-projection has an A and a B of its own
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 

@@ -37,9 +37,12 @@ class LoraLayer(FactorLayer):
         r, lora_alpha, scaling: by adapter.
         lora_dropout: by adapter an `nn.Dropout`, or an `nn.Identity` where nothing is dropped.
         variants: by adapter, where it is not plain LoRA.
+        hotswappable: whether other weights can take the place of an adapter's: it has one A and one B, and B has r columns (r / groups on a
+            convolution). A class says so for its kind of base layer.
     """
 
     merging_type = LoraMerging
+    hotswappable: ClassVar[bool] = True
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
         *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),

@@ -39,8 +39,9 @@ class Linear(LoraLayer):
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
-        self.lora_A._modules[adapter] = plain_linear(a)
-        self.lora_B._modules[adapter] = plain_linear(b)
+        held = self._modules
+        held["lora_A"]._modules[adapter] = plain_linear(a)  # type: ignore[union-attr]
+        held["lora_B"]._modules[adapter] = plain_linear(b)  # type: ignore[union-attr]
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""

@@ -122,6 +122,7 @@ class Parameter(LoraLayer):
     containers = ("lora_A", "lora_B")
     base_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     merging_type = ParameterMerging
+    hotswappable: ClassVar[bool] = False  # B has r columns for each expert
 
     def __init__(self, base_layer: nn.Module, selection: Any, name: str, *, shared: bool = False) -> None:
         super().__init__(base_layer, selection)

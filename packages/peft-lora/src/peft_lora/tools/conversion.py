@@ -14,13 +14,10 @@ from peft_core.plugins import get_tuner_spec
 from peft_core.tuners.targeting import shortest_suffixes
 
 from ..config import LoraConfig
-from .factorisation import Decomposition, decompose
+from .factorisation import KINDS, Decomposition, decompose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-#: base layers that LoRA can wrap, so that an effect on them can be told by A and B
-_KINDS = ("linear", "conv1d", "embedding", "convolution")
 
 
 def convert_to_lora(
@@ -177,9 +174,9 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
         if kind != str(config.peft_type) and kind:
             whole.update({(path, end): slot.read().clone() for end, slot in module.slots(adapter).items()})
         elif isinstance(module, AdapterLayer):
-            if module.ops.kind not in _KINDS:
+            if module.ops.kind not in KINDS:
                 raise CapabilityError(
-                    f"{path!r} of the adapter {adapter!r} is of the kind {module.ops.kind!r}, which can't be converted", hint=f"known are {_KINDS}"
+                    f"{path!r} of the adapter {adapter!r} is of the kind {module.ops.kind!r}, which can't be converted", hint=f"known are {KINDS}"
                 )
             layers[path] = module
         else:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from peft_core import AdapterLayer
 
+#: kinds of base layers whose change can be told by one A and one B, or by one for each group of a convolution
+KINDS = ("linear", "conv1d", "embedding", "convolution")
+
 
 @dataclass(frozen=True)
 class Decomposition:

@@ -19,6 +19,7 @@ from ..config import LoraConfig
 from ..layers.common import LoraLayer
 from ..offers import variant_specs
 from . import combining
+from .factorisation import KINDS
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 #: those that combine A's with A's and B's with B's
@@ -75,7 +76,7 @@ def check(index: AdapterIndex, request: Request) -> Layers:
         for (kind, path), module in index.modules_of(name):
             if kind != "LORA":
                 continue
-            if not isinstance(module, LoraLayer) or module.ops.kind not in ("linear", "conv1d", "embedding", "convolution"):
+            if not isinstance(module, LoraLayer) or module.ops.kind not in KINDS:
                 raise ConfigError(f"{path!r} is a {type(module).__name__}, of which no weighted sum can be made", hint="leave it out of the targets")
             _check_layer(module, name, path, request)
             layers.setdefault(path, (module, []))[1].append(name)
