@@ -15,7 +15,8 @@ from peft_core import BaseView, Call, CapabilityError, ConfigError, InitOptions,
 from . import cpt_loss, dimensions
 from .config import CPTConfig
 from .cpt_loss import IGNORED
-from .encoders import OWN, TABLE, Encoder
+from .encoders import Encoder
+from .tensor_names import TABLE, encoder_key
 from .words import Words
 
 ARGUMENT = "input_type_mask"
@@ -77,8 +78,8 @@ class CPTEmbedding(Encoder):
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: P + δ, and each by itself."""
         own = {
-            f"{OWN}embedding.weight": Slot.of(self.embedding, "weight"),
-            f"{OWN}delta_embedding.weight": Slot.of(self.delta_embedding, "weight"),
+            encoder_key("embedding", "weight"): Slot.of(self.embedding, "weight"),
+            encoder_key("delta_embedding", "weight"): Slot.of(self.delta_embedding, "weight"),
         }
         shape = tuple(self.delta_embedding.weight.shape)
         table = Slot(shape, self._read, self._become, stands_for=tuple(own))

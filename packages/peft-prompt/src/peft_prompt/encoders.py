@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map_only
 
 from peft_core import InitOptions, Slot, module_slots
 
-#: key of what every reader of the format knows, and what stands before the keys that only we know
-TABLE, OWN = "prompt_embeddings", "prompt_encoder."
+from .tensor_names import TABLE, child_of, encoder_key
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -99,16 +99,16 @@ class TableEncoder(Encoder):
         if not self.parts:
             return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
         network = ("embedding", *self.parts)
-        own = {OWN + name: replace(slot, optional=True) for name, slot in module_slots(self).items() if name.partition(".")[0] in network}
+        own = {encoder_key(name): replace(slot, optional=True) for name, slot in module_slots(self).items() if child_of(name) in network}
         return {TABLE: Slot(self.shape, self._read, self._become_table, stands_for=tuple(own)), **own}
 
     def _network_keys(self) -> Iterator[str]:
         if self.network is None:
             return
         with torch.device("meta"):
-            yield f"{OWN}embedding.weight"
+            yield encoder_key("embedding", "weight")
             for name, part in self.network().items():
-                yield from (f"{OWN}{name}.{key}" for key in module_slots(part))
+                yield from (encoder_key(name, key) for key in module_slots(part))
 
     def _read(self) -> Tensor:
         with torch.no_grad():

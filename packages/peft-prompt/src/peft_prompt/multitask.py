@@ -13,8 +13,9 @@ from peft_core import BaseView, Call, InitOptions, Plan, RoutingError, Site, Slo
 
 from . import dimensions
 from .config import MultitaskPromptTuningConfig
-from .encoders import TABLE, Encoder
-from .sources import COLS, ROWS, read_source
+from .encoders import Encoder
+from .sources import read_source
+from .tensor_names import COLS, ROWS, TABLE
 from .words import Words, needs_words, starting_table
 
 ARGUMENT = "task_ids"

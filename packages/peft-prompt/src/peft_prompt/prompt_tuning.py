@@ -13,7 +13,8 @@ from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, Virtua
 
 from . import dimensions
 from .config import PromptTuningConfig
-from .encoders import TABLE, Encoder
+from .encoders import Encoder
+from .tensor_names import TABLE
 from .words import Words, needs_words, starting_table
 
 

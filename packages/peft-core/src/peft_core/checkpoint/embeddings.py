@@ -13,6 +13,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
 from ..layers.token_rows import TrainableRowsLayer
+from ..tensor_names import embedding_key, file_key
 from ..tuners.index import AdapterIndex
 from ..tuners.saved_modules import SAVED
 from ..tuners.targeting import target_matcher
@@ -69,9 +70,9 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
             continue
         if targeted and path not in wrappers:
             continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects
-        outer = ".token_adapter" if path in rows and rows[path][0] == TOKENS else ""
-        middle = f"{outer}.base_layer" if path in wrappers or path in rows else ""
-        found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
+        in_token_adapter = path in rows and rows[path][0] == TOKENS
+        key = embedding_key(prefix, path, wrapped=path in wrappers or path in rows, in_token_adapter=in_token_adapter)
+        found[key] = Slot.of(module, "weight")
     return found
 
 
@@ -79,10 +80,10 @@ def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) ->
     """Return key → slot of the trained rows of tied output layers, which the reference implementation writes again under their own key."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {
-        f"{prefix}{path}.{key}": slot
+        file_key(prefix, path, end): slot
         for (_, path), module in index.modules_of(adapter)
         if isinstance(module, TrainableRowsLayer)
-        for key, slot in module.further_slots(adapter).items()
+        for end, slot in module.further_slots(adapter).items()
     }
 
 

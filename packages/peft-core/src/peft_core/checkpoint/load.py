@@ -13,10 +13,11 @@ from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, PeftWarning, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import hooks, registry
+from ..tensor_names import is_duplicate_of_saved, key_renamer, with_expected_prefix, without_wrapper
 from ..tuners.index import AdapterIndex
 from . import embeddings
 from .files import WeightFile
-from .state_dict import WRAPPER_PREFIX, fitted_keys, key_renamer, keyed_slots, names_in_memory
+from .state_dict import keyed_slots, names_in_memory
 
 Strict = bool | str
 
@@ -71,12 +72,12 @@ def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) ->
         ConfigError: they were written for a layout that can't be translated.
     """
     tuner = index.tuner_for(registry.resolve(str(config.peft_type)))
-    found = tuner.translate(index.view, config, {key.removeprefix(WRAPPER_PREFIX): shape for key, shape in source.shapes.items()})
+    found = tuner.translate(index.view, config, without_wrapper(source.shapes))
     if found is None:
         return source
     for name, value in found.fields.items():
         setattr(config, name, value)
-    tensors = found.convert({key.removeprefix(WRAPPER_PREFIX): tensor for key, tensor in source.read().items()})
+    tensors = found.convert(without_wrapper(source.read()))
     return replace(TensorSource.of(tensors, source.origin), writer=source.writer)
 
 
@@ -120,7 +121,7 @@ def write_tensors(
         warnings.warn(f"{source.origin} has unexpected tensors for the adapter {adapter!r}: {listed(surplus)}", PeftWarning, stacklevel=4)
     if misshapen:
         warnings.warn(f"skipped tensors with mismatched shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
-    _write(slots, fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
+    _write(slots, with_expected_prefix({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
     index.selection.drop_cached()
     return LoadResult(missing, surplus)
 
@@ -134,16 +135,14 @@ def _matched(
     """
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
-    shapes, renamed = fitted_keys(source.shapes, expected), {}
+    shapes, renamed = with_expected_prefix(source.shapes, expected), {}
     if not shapes.keys() <= expected:
         # the state dict of a whole model has the names of parameters in memory, which include the adapter's
         found = names_in_memory(index, adapter, slots, source.shapes)
         renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
         shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
-    # the reference implementation saves duplicates of some `modules_to_save` tensors under the names of its wrapper
-    doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
-    return {key: shape for key, shape in shapes.items() if key not in doubled}, renamed
+    return {key: shape for key, shape in shapes.items() if not is_duplicate_of_saved(key, slots)}, renamed
 
 
 def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:
@@ -158,9 +157,6 @@ def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: 
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
-
-
-_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
 
 
 def _faults(

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..tensor_names import is_weight_in
 from ..tuners.tasks import task_of
 
 AUTO = {
@@ -126,7 +127,7 @@ def _set_labels(config: Any, adapter: Mapping[str, Any], shapes: Mapping[str, tu
     task = AUTO.get(str(adapter.get("task_type")), "").removeprefix("AutoModel")
     if "classifier" not in heads or any(str(name).endswith(task) for name in getattr(config, "architectures", None) or ()):
         return
-    rows = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight") and set(heads) & set(key.split("."))]
+    rows = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and is_weight_in(key, heads)]
     if rows:
         config.num_labels = rows[-1]
 

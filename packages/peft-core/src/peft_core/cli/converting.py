@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder
 from ..checkpoint.stack import MANIFEST_NAME
-from ..checkpoint.state_dict import key_renamer
 from ..config import CONFIG_NAME
 from ..errors import AdapterFileError, ConfigError, did_you_mean, listed
+from ..tensor_names import key_renamer
 from .folders import Adapter, adapters_in, raw_config, weights_of
 from .output import Report
 

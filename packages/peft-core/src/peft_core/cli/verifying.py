@@ -13,6 +13,7 @@ from ..config import get_peft_config
 from ..config.reading import LEGACY_KEYS
 from ..errors import PeftError, UnknownTunerError, listed
 from ..plugins import TunerSpec, registry
+from ..tensor_names import split_at_parameter
 from .folders import Adapter, adapters_in, changed_fields, raw_config, tensors_of, weights_of
 from .output import Report
 
@@ -121,10 +122,9 @@ def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
         return "fault", "the file holds no tensors"
     ends: dict[str, set[str]] = defaultdict(set)
     for key in file.shapes:
-        parts = key.split(".")
-        cut = next((i for i, part in enumerate(parts) if part.startswith(spec.parameter_prefix)), None)
-        if cut:
-            ends[".".join(parts[:cut])].add(".".join(parts[cut:]))
+        split = split_at_parameter(key, spec.parameter_prefix)
+        if split is not None:
+            ends[split[0]].add(split[1])
     faults = []
     for path, own in ends.items():
         fuller = next((other for other in ends.values() if own < other), None)

@@ -16,6 +16,7 @@ from ..errors import RoutingError
 from ..selection.route import ALL
 from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
+from ..tensor_names import join
 from .adapter_layer import AdapterLayer
 from .init_options import InitOptions
 from .slots import Slot, module_slots, write_tensor
@@ -129,7 +130,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Return key in an adapter's file → key in memory, both behind the path of this module."""
         if adapter_name not in self.modules_to_save:
             return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in module_slots(self.modules_to_save[adapter_name])}
+        return {key: join("modules_to_save", adapter_name, key) for key in module_slots(self.modules_to_save[adapter_name])}
 
     @property
     def active_copy(self) -> nn.Module:

@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..tensor_names import join
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -112,10 +114,9 @@ class LeavesBehind(Protocol):
 def module_slots(module: nn.Module) -> dict[str, Slot]:
     """Return a slot for every parameter and persistent buffer of a whole module, by its name in the state dict."""
     found = {}
-    for prefix, part in module.named_modules():
-        dot = f"{prefix}." if prefix else ""
+    for path, part in module.named_modules():
         names = [name for name, p in part._parameters.items() if p is not None]
         names += [name for name, b in part._buffers.items() if b is not None and name not in part._non_persistent_buffers_set]
         for name in names:
-            found[dot + name] = Slot.of(part, name)
+            found[join(path, name)] = Slot.of(part, name)
     return found

@@ -16,6 +16,7 @@ from ..merging.exact import Merge
 from ..merging.rows import RowsChange, RowsFold
 from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
+from ..tensor_names import TOKEN_ADAPTER, duplicates_of_token_adapter, join, restored_from_token_adapter
 from .adapter_layer import AdapterLayer
 from .slots import Slot
 from .token_adapter import InitialRows, TokenAdapter
@@ -276,7 +277,7 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
     Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
 
-    key = f"token_adapter.{TrainableRowsLayer.key}"
+    key = join(TOKEN_ADAPTER, TrainableRowsLayer.key)
     written_twice = False
 
     def hold(self, base_layer: nn.Module) -> None:
@@ -303,20 +304,18 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
-        return {self.key: f"{self.key}.{adapter_name}"} if adapter_name in self.tables else {}
+        return {self.key: join(self.key, adapter_name)} if adapter_name in self.tables else {}
 
     # ---- names in state dicts: the base stands under token_adapter only ----------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors, each once, as the reference implementation names them."""
         found = super().state_dict(*args, **kwargs)
-        twice = f"{kwargs.get('prefix', '')}base_layer."
-        for key in [key for key in found if key.startswith(twice)]:
-            del found[key]
+        for name in duplicates_of_token_adapter(found, kwargs.get("prefix", "")):
+            del found[name]
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        inside = f"{prefix}token_adapter.base_layer."
-        state_dict.update({f"{prefix}base_layer.{key.removeprefix(inside)}": value for key, value in state_dict.items() if key.startswith(inside)})
+        state_dict.update({outside: state_dict[inside] for inside, outside in restored_from_token_adapter(state_dict, prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

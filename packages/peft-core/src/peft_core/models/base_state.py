@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterWeightsError, did_you_mean, listed
+from ..tensor_names import join
 from ..tuners.index import index_of
 from .configs import require_adapter
 
@@ -65,9 +66,8 @@ def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     index = require_adapter(index_of(model), model)
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in index.view.modules.items():
-        prefix = f"{path}." if path else ""
         for holder in (module._parameters, module._buffers):
             for key, tensor in holder.items():
                 if tensor is not None and key not in module._non_persistent_buffers_set:
-                    found[prefix + key] = (holder, key)
+                    found[join(path, key)] = (holder, key)
     return found

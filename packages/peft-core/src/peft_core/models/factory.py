@@ -14,13 +14,14 @@ from ..checkpoint import embeddings
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, TensorSource
-from ..checkpoint.state_dict import adapter_tensors, key_renamer
+from ..checkpoint.state_dict import adapter_tensors
 from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning
 from ..layers.init_options import InitOptions
 from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
+from ..tensor_names import key_renamer
 from ..tuners.index import ATTRIBUTE, index_of, uncompiled
 from .adapted import AdaptedModel
 from .chosen_modules import chosen_by

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from ..checkpoint import embeddings
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import TensorSource
-from ..checkpoint.state_dict import file_key, fitted_keys, without_adapter
 from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
+from ..tensor_names import file_key, with_expected_prefix, without_adapter, without_weight
 from ..tuners.index import AdapterIndex, require_index
 from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
@@ -133,15 +133,13 @@ def _incoming(
         for (kind, path), module in index.modules_of(adapter)
     }
     keys = {key for ends in known.values() for key in ends}
-    found = {}
-    for key, tensor in tensors.items():
-        plain = without_adapter(key, adapter, parameter_prefix or spec.parameter_prefix)
-        # in memory, a vector may be the weight of a module of its own
-        found[plain if plain in keys or not plain.endswith(".weight") else _vector(plain, keys)] = tensor
+    named = {
+        without_weight(without_adapter(name, adapter, parameter_prefix or spec.parameter_prefix), keys): tensor for name, tensor in tensors.items()
+    }
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
-    adapted_config = fitted_keys(found, {*keys, *embedded})
+    incoming = with_expected_prefix(named, {*keys, *embedded})
     # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
-    surplus = [key for key in adapted_config if key not in keys and not _equals(adapted_config[key], embedded.get(key))]
+    surplus = [key for key in incoming if key not in keys and not _equals(incoming[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
             f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
@@ -149,7 +147,7 @@ def _incoming(
         )
     parts: dict[str, list[IncomingWeights]] = {}
     for (kind, path), module in index.modules_of(adapter):
-        came = {end: adapted_config[key] for key, end in known[kind, path].items() if key in adapted_config}
+        came = {end: incoming[key] for key, end in known[kind, path].items() if key in incoming}
         parts.setdefault(kind, []).append(IncomingWeights(path, module, came))
     return parts
 
@@ -159,8 +157,3 @@ def _equals(tensor: Tensor, slot: Slot | None) -> bool:
         return False
     present = slot.read()
     return torch.equal(tensor.to(present.device, present.dtype), present)
-
-
-def _vector(key: str, keys: set[str]) -> str:
-    stem = key.removesuffix(".weight")
-    return stem if fitted_keys({stem: None}, keys).keys() <= keys else key

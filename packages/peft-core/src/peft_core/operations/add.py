@@ -18,7 +18,7 @@ from ..layers.mounted import MountedModules
 from ..layers.slots import LeavesBehind
 from ..layers.token_rows import TrainableRowsLayer
 from ..plugins import TunerSpec, hooks, registry
-from ..tuners import builtin, names
+from ..tuners import adapter_names, builtin
 from ..tuners.index import AdapterIndex, Key, index_of
 from ..tuners.tuner import Plan, TunerBase, Wrap
 from . import reshape
@@ -131,7 +131,7 @@ def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
         AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
     """
     prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in index.tuners.values())}
-    names.check_name(adapter, index.configs, prefixes)
+    adapter_names.check_name(adapter, index.configs, prefixes)
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:

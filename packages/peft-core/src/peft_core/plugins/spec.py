@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from ..tensor_names import WRAPPER_PREFIX
 
 
 class Capability(enum.Flag):
@@ -48,7 +49,7 @@ class TunerSpec:
     config: str | type
     tuner: str | type
     parameter_prefix: str
-    base_prefix: str = "base_model.model."
+    base_prefix: str = WRAPPER_PREFIX
     call_arguments: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     capabilities: Capability = Capability.NONE

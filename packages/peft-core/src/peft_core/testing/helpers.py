@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import AdapterLayer, PeftModel
+from ..tensor_names import join
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 
 
@@ -41,7 +42,7 @@ def in_one_precision(base: nn.Module) -> nn.Module:
 def parameters_of(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """Return an adapter's parameters under unique names."""
     index: AdapterIndex = model.__dict__[ATTRIBUTE]
-    return {f"{path}.{key}": p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
+    return {join(path, key): p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
 
 
 def method_parameters(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
@@ -85,7 +86,7 @@ Kept = list[tuple[str, nn.Module, str, Tensor]]
 def tensors_of(base: nn.Module) -> Kept:
     """Return a copy of each parameter and buffer of a model, with the module that holds it: found again there when it is wrapped."""
     return [
-        (f"{path}.{name}", module, name, tensor.detach().clone())
+        (join(path, name), module, name, tensor.detach().clone())
         for path, module in base.named_modules()
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     ]

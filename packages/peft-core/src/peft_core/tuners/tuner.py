@@ -18,6 +18,7 @@ from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
 from ..selection.selection import AdapterSelection
+from ..tensor_names import parameter_rule
 from . import targeting
 from .call import Call, Output
 from .reshape import Reshape
@@ -142,7 +143,7 @@ class TunerBase:
             spec: the tuner's.
             adapter: name of the adapter.
         """
-        return [(rf"({spec.parameter_prefix}[^\.]*)", rf"\1.{adapter}")]
+        return [parameter_rule(spec.parameter_prefix, adapter)]
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
