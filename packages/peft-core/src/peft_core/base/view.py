@@ -155,6 +155,11 @@ def innermost(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_inside(path: str, modules: Iterable[str]) -> bool:
+    """Return whether a module, by its path, is one of `modules` or inside one of them."""
+    return any(path == outer or path.startswith(f"{outer}.") for outer in modules)
+
+
 def checkpointed(base: nn.Module) -> bool:
     """Return whether a transformers model recomputes activations in the backward pass (the attribute has two names)."""
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):

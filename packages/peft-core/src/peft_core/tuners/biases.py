@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import AdapterNameError
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec
@@ -72,7 +72,7 @@ class Biases(TunerBase):
         targets = frozenset(config.targets)
         found: dict[str, tuple[nn.Module, str]] = {}
         for path, module in base.modules.items():
-            if (not config.every and path not in targets) or any(path == saved or path.startswith(f"{saved}.") for saved in config.saved):
+            if (not config.every and path not in targets) or is_inside(path, config.saved):
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and "bias" in name:

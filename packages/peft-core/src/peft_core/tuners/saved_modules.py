@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.init_options import InitOptions
@@ -77,7 +77,7 @@ class SavedModules(TunerBase):
         brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []
         for path in base.modules:
-            if path and (path in brought or named(path)) and not any(path.startswith(f"{outer}.") for outer in found):
+            if path and (path in brought or named(path)) and not is_inside(path, found):
                 found.append(path)
         return found
 

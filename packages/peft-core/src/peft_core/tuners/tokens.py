@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
 from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule
@@ -70,7 +70,7 @@ def plan_token_rows(
     """
     named = {path: checked(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
     for path in named:
-        if _inside(path, config.saved):
+        if is_inside(path, config.saved):
             raise ConfigError(f"trainable_token_indices and modules_to_save both have {path!r}", hint="train some rows of it, or the whole module")
     wraps: list[Wrap] = []
     done: set[str] = set()
@@ -78,7 +78,7 @@ def plan_token_rows(
         if path in done:
             continue
         group = base.sharing(path) if isinstance(base.modules[path], nn.Embedding) else (path,)
-        followers = [other for other in group if other != path and not _inside(other, config.saved) and named.get(other, indices) == indices]
+        followers = [other for other in group if other != path and not is_inside(other, config.saved) and named.get(other, indices) == indices]
         done.update(followers)
         alone = len({path, *followers}) < len(base.sharing(path))
         settings = RowSettings(path, indices, alone=alone, random=config.random)
@@ -86,10 +86,6 @@ def plan_token_rows(
         wraps.append(Wrap(path, build, owner))
         wraps += [Wrap(other, build, _Filler(adapter, replace(settings, path=other), owner)) for other in followers]
     return Plan(wraps=tuple(wraps))
-
-
-def _inside(path: str, saved: Sequence[str]) -> bool:
-    return any(path == whole or path.startswith(f"{whole}.") for whole in saved)
 
 
 def checked(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:
