@@ -28,24 +28,13 @@ class BaseForward:
         #: a layer was seen to read what a prefix put into a cache
         self.reads_cache = False
         #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
-        self.first_position = 0
-        for name, module in view.modules.items():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                self.first_position = int(module.padding_idx) + 1
-                break
+        self.first_position = _first_position(view)
         #: there is an encoder, whose tokens a decoder of its own looks at
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
         #: its decoder numbers tokens by the length of the cache, for all rows alike, and nobody can say otherwise
         self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
         #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
-        says = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), None)
-        if says is None:  # modules of older versions do not say
-            says = (
-                not view.is_transformers_model
-                or hasattr(view.base, "prepare_inputs_for_generation")
-                or bool(getattr(view.config, "is_decoder", False))
-            )
-        self.causal = says and not self.encoder_decoder
+        self.causal = not self.encoder_decoder and _is_causal(view)
         #: it has a head that predicts the next token
         self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
         #: how far back layers look that do not look at everything; 0: all look at everything
@@ -68,6 +57,21 @@ class BaseForward:
         else:
             embedded = module.get_input_embeddings()(ids)
         return embedded
+
+
+def _first_position(view: BaseView) -> int:
+    for name, module in view.modules.items():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def _is_causal(view: BaseView) -> bool:
+    for module in view.modules.values():
+        if hasattr(module, "is_causal"):
+            return bool(module.is_causal)
+    # modules of older versions do not say
+    return not view.is_transformers_model or hasattr(view.base, "prepare_inputs_for_generation") or bool(getattr(view.config, "is_decoder", False))
 
 
 def _window(view: BaseView) -> int:

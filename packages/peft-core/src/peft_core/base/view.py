@@ -56,14 +56,16 @@ class BaseView:
                 if child is not None:
                     self.sites.setdefault(first_name[id(child)], []).append((module, attribute))
         self.shared_weights = frozenset(key for key, count in owners.items() if count > 1)
-        tied: dict[int, list[str]] = defaultdict(list)
+        self.tied = {name: group for group in self._tied_groups() for name in group}
+
+    def _tied_groups(self) -> list[tuple[str, ...]]:
+        """Return the names of modules that share a weight, where one of them is an embedding: copies of whole layers are not tied in this sense."""
+        names: dict[int, list[str]] = defaultdict(list)
         for name, module in self.modules.items():
             weight = module._parameters.get("weight")
             if weight is not None and id(weight) in self.shared_weights:
-                tied[id(weight)].append(name)
-        # copies of layers that share all their weights are no such pair: one of the modules has to be an embedding
-        groups = [tuple(names) for names in tied.values() if any(isinstance(self.modules[name], nn.Embedding) for name in names)]
-        self.tied = {name: group for group in groups for name in group}
+                names[id(weight)].append(name)
+        return [tuple(group) for group in names.values() if any(isinstance(self.modules[name], nn.Embedding) for name in group)]
 
     def sharing(self, path: str) -> tuple[str, ...]:
         """Return the modules whose weight is the weight of the module `path` (an embedding and its output layer), it included; () if there are none.

@@ -58,20 +58,19 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         layers = [layer for layer in (index.view.embeddings, index.view.output_embeddings) if layer is not None]
     except ModelError:
         return {}
-    own = index.keys_by_adapter[adapter]
-    rows = {path: key for key in own for path in [key[1]] if isinstance(index.modules[key], TrainableRowsLayer)}
-    wrappers = {path for (method, path) in own if method and not method.startswith("@") and path not in rows}
-    saved = {path for (method, path) in own if method == SAVED}
+    keys = index.keys_by_adapter[adapter]
+    rows = {key[1]: key[0] for key in keys if isinstance(index.modules[key], TrainableRowsLayer)}
+    wrapped_paths = {path for (method, path) in keys if method and not method.startswith("@") and path not in rows}
+    saved = {path for (method, path) in keys if method == SAVED}
     prefix = index.prefix(adapter) if wrapped else ""
-    targeted = any(index.view.modules[path] is layer for path in wrappers for layer in layers)
+    targeted = any(index.view.modules[path] is layer for path in wrapped_paths for layer in layers)
     found: dict[str, Slot] = {}
     for path, module in index.view.modules.items():
         if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
             continue
-        if targeted and path not in wrappers:
+        if targeted and path not in wrapped_paths:
             continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects
-        in_token_adapter = path in rows and rows[path][0] == TOKENS
-        key = embedding_key(prefix, path, wrapped=path in wrappers or path in rows, in_token_adapter=in_token_adapter)
+        key = embedding_key(prefix, path, wrapped=path in wrapped_paths or path in rows, in_token_adapter=rows.get(path) == TOKENS)
         found[key] = Slot.of(module, "weight")
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,9 +103,7 @@ def write_tensors(
         )
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     shapes, renamed = _matched(index, adapter, slots, source, wrapped)
-    # optional tensors that other writers do not store: a file has all of them, or none, and then the tensor computed from them (`Slot.stands_for`)
-    needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
-    missing = [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
+    missing = _missing(slots, shapes)
     surplus = [key for key in shapes if key not in slots]
     misshapen = [key for key, slot in slots.items() if key in shapes and shapes[key] != slot.shape and not slot.unread]
     refused = (missing, surplus) if strict is True else ([], [])
@@ -143,6 +141,12 @@ def _matched(
         shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
     return {key: shape for key, shape in shapes.items() if not is_duplicate_of_saved(key, slots)}, renamed
+
+
+def _missing(slots: Mapping[str, Slot], shapes: Collection[str]) -> list[str]:
+    """Return the keys that a file lacks. Of optional tensors from which another one is computed (`Slot.stands_for`), it has all or none."""
+    needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
+    return [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
 
 
 def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:

@@ -15,7 +15,7 @@ from ..errors import ConfigError, ConfigFileError, did_you_mean
 from ..plugins import registry
 from .names import PeftType, TaskType, jsonable, plain
 from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
-from .values import require_number, require_positive_integer
+from .values import require_list_of_names, require_names_or_expression, require_number, require_pattern, require_positive_integer
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            names = [task.value for task in TaskType]
-            if str(self.task_type) not in names:
-                raise ConfigError(
-                    f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(names)}",
-                    hint=did_you_mean(str(self.task_type), names) or None,
-                )
-            self.task_type = TaskType(str(self.task_type))
+            self.task_type = _task_type(self.task_type)
         if self.default_peft_type is not None:
             if self.peft_type is not None and str(self.peft_type).upper() != self.default_peft_type:
                 raise ConfigError(
@@ -201,6 +195,16 @@ class PeftConfig:
         return typing.cast(PeftConfig, target(**kwargs))
 
 
+def _task_type(given: str | TaskType) -> TaskType:
+    names = [task.value for task in TaskType]
+    if str(given) not in names:
+        raise ConfigError(
+            f"Invalid task type: {str(given)!r}. Must be one of the following task types: {', '.join(names)}",
+            hint=did_you_mean(str(given), names) or None,
+        )
+    return TaskType(str(given))
+
+
 @dataclass
 class LayerConfig(PeftConfig):
     """What the configs of methods that wrap layers share: which layers. Rules: `peft_core.tuners.targeting`.
@@ -227,17 +231,22 @@ class LayerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     def check(self) -> None:
-        """Check the targets; turns lists of names into sets."""
+        """Check the targets, the patterns and the saved modules; turns lists of names into sets."""
         super().check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset)) and not all(isinstance(each, str) for each in value):
-                raise ConfigError(f"{name}={value!r} has members that are no names", hint="give a list of names or one regular expression")
-            if value is not None and not isinstance(value, (str, set, frozenset)):
-                raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a list of names or one regular expression")
+            require_names_or_expression(name, getattr(self, name))
+        self._check_layers()
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        require_pattern("rank_pattern", self.rank_pattern, require_positive_integer)
+        require_pattern("alpha_pattern", self.alpha_pattern, require_number)
+        require_list_of_names("modules_to_save", self.modules_to_save)
+
+    def _check_layers(self) -> None:
+        """Check `layers_to_transform` and `layers_pattern`, which need each other and a list of targets."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -246,19 +255,6 @@ class LayerConfig(PeftConfig):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if self.layers_to_transform == []:
             self.layers_to_transform = None  # files have it, and mean all layers
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", hint="give a dict: expression → value")
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (str, list, tuple, set, frozenset)):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a {type(self.modules_to_save).__name__}", hint="give a list of names")
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a str", hint=f"write [{self.modules_to_save!r}]")
-        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
-        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
-        for key, rank in self.rank_pattern.items():
-            require_positive_integer(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            require_number(f"alpha_pattern[{key!r}]", alpha)
 
     def shared_options(self) -> SharedOptions:
         """Return the saved modules."""

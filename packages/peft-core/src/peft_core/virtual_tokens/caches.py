@@ -33,41 +33,45 @@ def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: A
     Raises:
         CapabilityError: the cache is too short.
     """
-    two = bool(getattr(view.config, "is_encoder_decoder", False))
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if own is None or recomputing:
-        config = decoder_config(view)
-        layers = len(tokens[0].keys_values or ())
-        if two and getattr(config, "num_hidden_layers", layers) != layers:
-            config = None  # T5's config counts the layers of its encoder
-        own = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
-        if two:
-            other = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
-            cache = EncoderDecoderCache(own, other)
-            if recomputing:
-                cache.is_updated = _Never()
-        else:
-            cache = own
-    length = sum(part.length for part in tokens)
-    for layer in own.layers:
-        room = getattr(layer, "max_cache_len", None)
-        if room is not None and room < length:
-            raise CapabilityError(
-                f"the cache has room for {room} tokens, but {length} virtual ones come first", hint="make it longer by their number"
-            )
+    if cache is None or recomputing:
+        cache = _new_cache(view, len(tokens[0].keys_values or ()), recomputing)
+    own = getattr(cache, "self_attention_cache", cache)
+    _check_size(own, sum(part.length for part in tokens))
+    write = own.begin if recomputing else own.update
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
         keys = [spread(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [spread(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
-        if recomputing:
-            own.begin(k, v, layer)
-        else:
-            own.update(k, v, layer)
+        write(k, v, layer)
     return cache
+
+
+def _new_cache(view: BaseView, layers: int, recomputing: bool) -> Any:
+    """Return an empty cache that grows, for a decoder with so many layers; of an encoder-decoder model for both kinds of attention."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
+    config = decoder_config(view)
+    if encoder_decoder and getattr(config, "num_hidden_layers", layers) != layers:
+        config = None  # T5's config counts the layers of its encoder
+    kind = _recomputing_class() if recomputing else DynamicCache
+    if not encoder_decoder:
+        return kind(config=config)
+    cache = EncoderDecoderCache(kind(config=config), kind(config=config))
+    if recomputing:
+        cache.is_updated = _NeverUpdated()
+    return cache
+
+
+def _check_size(cache: Any, length: int) -> None:
+    for layer in cache.layers:
+        size = getattr(layer, "max_cache_len", None)
+        if size is not None and size < length:
+            raise CapabilityError(
+                f"the cache has room for {size} tokens, but {length} virtual ones come first", hint="make it longer by their number"
+            )
 
 
 def newer() -> bool:
@@ -135,7 +139,7 @@ def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
     return two
 
 
-class _Never(dict[int, bool]):
+class _NeverUpdated(dict[int, bool]):
     """Says of no layer that its keys and values of the encoder are there: they are computed recomputing, with a graph."""
 
     def __setitem__(self, key: int, value: bool) -> None:
