@@ -46,7 +46,7 @@ class WeightFile:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """What the writer noted: the tuner's distribution, the base (see `passport`)."""
+        """What the writer recorded in the header: the tuner's distribution, the base (see `passport`)."""
         if not self.is_safetensors:
             return {}
         with self._open("cpu") as handle:

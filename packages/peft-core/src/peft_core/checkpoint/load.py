@@ -54,15 +54,15 @@ class TensorSource:
     def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> TensorSource:
         """Return the tensors of a file, renamed and converted as the caller and plugins want."""
         rename = key_renamer(key_mapping)
-        noted = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
+        writer = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
 
         def read() -> dict[str, Tensor]:
             return hooks.convert_state_dict(peft_type, {rename(name): tensor for name, tensor in file.tensors(device).items()}, config)
 
         if hooks.converts():
             tensors = read()
-            return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, str(file.path), noted)
-        return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), noted)
+            return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, str(file.path), writer)
+        return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), writer)
 
 
 def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) -> TensorSource:

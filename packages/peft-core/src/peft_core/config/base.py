@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError, ConfigFileError, did_you_mean
 from ..plugins import registry
-from .names import PeftType, TaskType, jsonable, plain
+from .names import PeftType, TaskType, jsonable, to_builtin
 from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
 from .values import require_list_of_names, require_names_or_expression, require_number, require_pattern, require_positive_integer
 
@@ -98,18 +98,18 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False: kept for code that asks."""
+        """Always False; for code written for upstream."""
         return False
 
     def shared_options(self) -> SharedOptions:
-        """Return what this adapter wants of core besides its own method; a config without such fields wants nothing."""
+        """Return what this adapter asks of core besides its own method; nothing where the config has no such fields."""
         return SharedOptions()
 
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
         """Return every field that belongs in a file, enums and sets still as they are."""
         return {
-            f.name: plain(getattr(self, f.name))
+            f.name: to_builtin(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.init and f.name not in self.transient and not (f.name in self.additional and getattr(self, f.name) == f.default)
         }

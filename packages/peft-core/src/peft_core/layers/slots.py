@@ -23,7 +23,7 @@ class Slot:
         owner: the module and attribute that hold it, where it is a tensor of the model and not computed.
         optional: a file may lack it: other readers and writers of the format do not know it.
         stands_for: ends of the keys of optional tensors from which this one is computed. A file that has them all is read without this one;
-            one that has none of them gives this one alone, which then takes their place.
+            one that has none of them gives this one alone, which then replaces them.
         unread: a file may hold it, of whatever shape, but this module has no use for it and does not write it.
     """
 
@@ -50,10 +50,10 @@ class Slot:
 
     @classmethod
     def of_no_use(cls) -> Slot:
-        """Return the slot of a tensor that files may hold and that the module does not take."""
+        """Return the slot of a tensor that files may hold and that the module ignores."""
 
         def read() -> Tensor:
-            raise LookupError("this tensor is not kept")
+            raise LookupError("this tensor is not stored")
 
         return cls((), read, lambda value: None, optional=True, unread=True)
 
@@ -100,14 +100,14 @@ class AdapterModule(Protocol):
 
 @runtime_checkable
 class LeavesBehind(Protocol):
-    """In addition, where something other than the original takes the wrapper's place when adapters are unloaded."""
+    """An `AdapterModule` that is replaced by something other than the original when adapters are unloaded."""
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that have weights here."""
         ...
 
-    def remains(self, kept: tuple[str, ...]) -> nn.Module:
-        """Return that module, when the adapters `kept` are to stay in effect."""
+    def remains(self, adapters: tuple[str, ...]) -> nn.Module:
+        """Return that module, when `adapters` are to stay in effect."""
         ...
 
 

@@ -37,7 +37,7 @@ def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> Pef
 
 
 def note_offload(config: PeftConfig, ephemeral: bool) -> None:
-    """Write down in a config that has room for it that computations may move to an accelerator for a while; warn elsewhere."""
+    """Set `runtime_config.ephemeral_gpu_offload` of a config if `ephemeral`; warn where the config has no such field."""
     if not ephemeral:
         return
     runtime = getattr(config, "runtime_config", None)

@@ -72,7 +72,7 @@ def get_peft_model(
         adapter_name: the adapter's name.
         mixed: make a `PeftMixedModel`, whatever the task.
         autocast_adapter_dtype: half-precision adapter weights are kept in float32.
-        revision: revision of the base, noted in the config.
+        revision: revision of the base, stored in the config.
         low_cpu_mem_usage: weights on the meta device, to be loaded later.
 
     Raises:
@@ -164,7 +164,13 @@ def inject_adapter_in_model(
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
     add_adapter(
-        index, adapter_name, peft_config, init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True
+        index,
+        adapter_name,
+        peft_config,
+        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False),
+        view=view,
+        mount_on=model,
+        adapt_config=True,
     )
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs

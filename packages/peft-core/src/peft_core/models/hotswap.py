@@ -22,7 +22,7 @@ from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
 
-#: fields that choose modules: an adapter on fewer modules may take the place of one on more
+#: fields that choose modules: an adapter on fewer modules may replace one on more
 _TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
 
@@ -42,7 +42,7 @@ def hotswap_adapter(
     Args:
         model: a `PeftModel`, or a model with injected adapters.
         model_name_or_path: folder, or repository id.
-        adapter_name: whose place the new one takes.
+        adapter_name: the adapter that the new weights replace.
         torch_device: where tensors are read to before they are copied.
         key_mapping: as `PeftModel.load_adapter`.
         **kwargs: download options (`revision`, `subfolder`, `token`, ...).
@@ -70,7 +70,7 @@ def hotswap_adapter_from_state_dict(
     Args:
         model: a `PeftModel`, or a model with injected adapters.
         state_dict: named as in a file, or as in the model (with the adapter's name in them).
-        adapter_name: whose place they take.
+        adapter_name: the adapter whose weights they replace.
         config: belongs to the tensors; its rank and scale become the adapter's.
         parameter_prefix: what the names of parameters begin with; default: as the tuner says.
 
@@ -142,8 +142,8 @@ def _incoming(
     surplus = [key for key in incoming if key not in keys and not _equals(incoming[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
-            f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
-            hint=did_you_mean(surplus[0], keys) or "an adapter can only take the place of one on the same modules, or on more",
+            f"{origin} can't replace the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
+            hint=did_you_mean(surplus[0], keys) or "an adapter can only replace one on the same modules, or on more",
         )
     parts: dict[str, list[IncomingWeights]] = {}
     for (kind, path), module in index.modules_of(adapter):

@@ -30,8 +30,8 @@ class TunerSpec:
 
     Args:
         peft_type: upper-case name, as in `adapter_config.json`.
-        config: `PeftConfig` subclass, or its place as ``"package.module:Class"`` (then nothing is imported until needed).
-        tuner: `TunerBase` subclass, or its place.
+        config: `PeftConfig` subclass, or its import path ``"package.module:Class"`` (then nothing is imported until needed).
+        tuner: `TunerBase` subclass, or its import path.
         parameter_prefix: prefix of the tuner's parameter names (``"lora_"``); must not collide with an adapter's name.
         base_prefix: prefix of base module paths in weight files: ``"base_model.model."`` for tuners that wrap
             layers, ``"base_model."`` for those that don't modify the base.
@@ -42,7 +42,7 @@ class TunerSpec:
             The extra key ``"base"`` names a model of `peft_core.testing.BASES`.
 
     Raises:
-        ConfigError: a malformed name, place or example.
+        ConfigError: a malformed name, import path or example.
     """
 
     peft_type: str
@@ -61,11 +61,11 @@ class TunerSpec:
         if not self.parameter_prefix:
             raise ConfigError(f"the tuner {self.peft_type} has an empty parameter_prefix", hint="write for example 'my_'")
         for attribute in ("config", "tuner"):
-            place = getattr(self, attribute)
-            if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
+            given = getattr(self, attribute)
+            if isinstance(given, str) and not re.fullmatch(r"[\w.]+:\w+", given):
                 raise ConfigError(
-                    f"{attribute}={place!r} of the tuner {self.peft_type} is no place of a class",
-                    hint="write 'package.module:Class'",
+                    f"{attribute}={given!r} of the tuner {self.peft_type} must be 'package.module:Class'",
+                    hint="write where its class is imported from",
                 )
         for name, example in self.examples.items():
             if not isinstance(example, Mapping):

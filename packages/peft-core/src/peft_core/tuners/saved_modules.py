@@ -94,11 +94,11 @@ class _SavedBuilder:
 class _SavedFiller:
     adapter: str
     owner: _SavedFiller | None = None
-    filled: list[ModulesToSaveWrapper] = field(default_factory=list)
+    wrappers: list[ModulesToSaveWrapper] = field(default_factory=list)
 
     def __call__(self, module: ModulesToSaveWrapper, init_options: InitOptions) -> None:
-        module.attach(self.adapter, init_options, None if self.owner is None else self.owner.filled[0])
-        self.filled.append(module)
+        module.attach(self.adapter, init_options, None if self.owner is None else self.owner.wrappers[0])
+        self.wrappers.append(module)
 
 
 SAVED = "@saved"

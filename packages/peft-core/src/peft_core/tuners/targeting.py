@@ -299,7 +299,7 @@ class Patterns(Mapping[str, _V]):
         self._patterns = dict(patterns)
         self._values = list(self._patterns.values())
         self._used: set[int] = set()
-        #: (length, places of the dots, whole name) → key → position
+        #: (length, positions of the dots, whole name) → key → position
         self._simple: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for position, key in enumerate(self._patterns):
@@ -333,8 +333,8 @@ class Patterns(Mapping[str, _V]):
             if start < 0 or (start and (whole or name[start - 1] != ".")):
                 continue
             end = list(name[start:])
-            for place in dots:
-                end[place] = "."
+            for dot in dots:
+                end[dot] = "."
             position = keys.get("".join(end))
             if position is not None:
                 yield position

@@ -47,7 +47,7 @@ class Plan:
         wraps: modules of the base to wrap.
         mounts: modules to put beside the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
         adopts: objects that stand for parameters of the base itself (trained biases).
-        resolved: fields of the config that the model decided (default targets, dimensions); noted there when the plan is done.
+        resolved: fields of the config that the model decided (default targets, dimensions); written to it when the plan is performed.
     """
 
     wraps: tuple[Wrap, ...] = ()
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class IncomingWeights:
-    """What is to take the place of an adapter's weights in one module.
+    """New weights of an adapter in one module, which are to replace the present ones.
 
     Args:
         path: the module's original name in the base.
@@ -103,10 +103,10 @@ class TunerBase:
     Attributes:
         spec: what the tuner says about itself.
         selection: which adapters act; handed to the layers.
-        mounted: for each mount the modules of this tuner's adapters, kept by core: ``mounted["prompt_encoder"]["french"]``.
-        configs: the configs of this tuner's adapters, in load order, kept by core.
+        mounted: for each mount the modules of this tuner's adapters, set by core: ``mounted["prompt_encoder"]["french"]``.
+        configs: the configs of this tuner's adapters, in load order, set by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
-        swappable: fields of a config in which an adapter may differ from the one whose place it takes (`Capability.HOTSWAP`).
+        swappable: fields of a config in which an adapter may differ from the one that it replaces (`Capability.HOTSWAP`).
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
@@ -184,7 +184,7 @@ class TunerBase:
         return output
 
     def swap(self, adapter: str, config: Any, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
-        """Check that new weights fit in the place of an adapter's, and return what writes them there. Changes nothing itself.
+        """Check that new weights can replace an adapter's, and return the function that writes them. Changes nothing itself.
 
         By default every tensor must have come in the shape that is there.
 
@@ -291,7 +291,7 @@ class LayerTuner(TunerBase):
         return ()
 
     def settings(self, config: Any, module: ModuleValues) -> Any:
-        """Return what the layer of one module is told (the `config` of its `add`): by default the adapter's config.
+        """Return the settings of the layer of one module (the `config` of its `add`): by default the adapter's config.
 
         Args:
             config: the adapter's config.
