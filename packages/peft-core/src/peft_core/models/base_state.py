@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import AdapterWeightsError, did_you_mean, listed
 from ..tensor_names import join
-from ..tuners.index import index_of
-from .configs import require_adapter
+from ..tuners.index import require_index
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -63,7 +62,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
 
 def _holders(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Return name → (the dict that holds the tensor, its key there), for what a state dict of the base would have."""
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in index.view.modules.items():
         for tensors in (module._parameters, module._buffers):

@@ -1,4 +1,4 @@
-"""What loading asks of configs: reading them with a good error, comparing them, and the options of a download."""
+"""Configs when an adapter is loaded: reading, comparing, and the options of a download."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..checkpoint.files import find_weights
 from ..config import HUB_KEYS, PeftConfig
-from ..errors import AdapterFileError, AdapterNotFoundError, ConfigError, PeftWarning, UnknownTunerError, did_you_mean
+from ..errors import AdapterFileError, ConfigError, PeftWarning, UnknownTunerError, did_you_mean
 from ..tuners.index import AdapterIndex
 
 
@@ -100,14 +98,3 @@ def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str, all
             hint="load it under another name, or delete_adapter the existing one first",
             code="other-config",
         )
-
-
-def require_adapter(index: AdapterIndex | None, model: nn.Module) -> AdapterIndex:
-    """Return the index.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapters.
-    """
-    if index is None:
-        raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
-    return index

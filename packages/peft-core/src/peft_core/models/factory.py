@@ -22,10 +22,10 @@ from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
 from ..tensor_names import key_renamer
-from ..tuners.index import ATTRIBUTE, index_of, uncompiled
+from ..tuners.index import ATTRIBUTE, require_index, uncompiled
 from .adapted import AdaptedModel
 from .chosen_modules import chosen_by
-from .configs import require_adapter, take_hub_arguments
+from .configs import take_hub_arguments
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
@@ -201,7 +201,7 @@ def get_peft_model_state_dict(
         AdapterNotFoundError: the model has no such adapter.
     """
     model = uncompiled(model)
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     index.require(adapter_name)
     wrapped = isinstance(model, AdaptedModel)
     tensors = adapter_tensors(index, adapter_name, wrapped=wrapped, state_dict=state_dict, model=model)
@@ -237,7 +237,7 @@ def set_peft_model_state_dict(
         ConfigError: the tensors are no mapping.
     """
     model = uncompiled(model)
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     index.require(adapter_name)
     if not isinstance(peft_model_state_dict, Mapping):
         raise ConfigError(f"peft_model_state_dict is a {type(peft_model_state_dict).__name__}", hint="give a dict: name → tensor")

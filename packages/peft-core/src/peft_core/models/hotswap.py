@@ -17,7 +17,7 @@ from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
 from ..tensor_names import file_key, with_expected_prefix, without_adapter, without_weight
-from ..tuners.index import AdapterIndex, require_index
+from ..tuners.index import AdapterIndex, require_index, uncompiled
 from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
@@ -58,7 +58,7 @@ def hotswap_adapter(
     file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
     source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
-    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
+    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(uncompiled(model), AdaptedModel))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
 
@@ -88,14 +88,9 @@ def hotswap_adapter_from_state_dict(
         config,
         lambda: state_dict,
         "the given state dict",
-        wrapped=isinstance(_inner(model), AdaptedModel),
+        wrapped=isinstance(uncompiled(model), AdaptedModel),
         parameter_prefix=parameter_prefix,
     )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
 
 
 def _swap(
