@@ -1,4 +1,4 @@
-"""What transformers' own loader of weights is told, so that it fills adapters in a model that is not wrapped."""
+"""Conversions with which transformers' own loader writes adapters into a model that is not wrapped."""
 
 from __future__ import annotations
 

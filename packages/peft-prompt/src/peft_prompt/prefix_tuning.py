@@ -85,7 +85,7 @@ class PrefixEncoder(TableEncoder):
 
 
 def _values_alone(width: int, table: Tensor) -> Tensor:
-    """Fill the values of a table (tokens, 2·layers·width) with noise, and its keys with zeros."""
+    """Initialise the values of a table (tokens, 2·layers·width) with noise, and its keys with zeros, in place."""
     table.normal_().view(table.shape[0], -1, width)[:, 0::2] = 0
     return table
 
@@ -108,7 +108,7 @@ class PrefixTuner(TunerBase):
         """Mount a `PrefixEncoder`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config, keys_values=True)
         resolved = {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}

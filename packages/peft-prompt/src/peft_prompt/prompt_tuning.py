@@ -57,7 +57,7 @@ class PromptTuner(TunerBase):
         """Mount a `PromptEmbedding`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config)
         words = Words.of(base) if needs_words(config) and not config.inference_mode else None

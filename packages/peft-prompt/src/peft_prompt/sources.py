@@ -17,7 +17,7 @@ from .tensor_names import COLS, ROWS, TABLE
 
 @dataclass(frozen=True)
 class Source:
-    """What a prompt starts from.
+    """Starting values of a prompt, from a file.
 
     Args:
         table: the shared prompt (tokens, hidden).
@@ -30,7 +30,7 @@ class Source:
 
 
 def read_source(config: MultitaskPromptTuningConfig, size: tuple[int, int]) -> Source:
-    """Return what the file of a config says of the start.
+    """Return the prompt in the file that a config names.
 
     Args:
         config: one that starts from a source.

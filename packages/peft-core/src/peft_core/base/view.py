@@ -22,7 +22,7 @@ class BaseView:
 
     Attributes:
         modules: every module by its original name (a module with several names under the first).
-        sites: for each name the places (parent, attribute) where the module hangs: several where modules are shared.
+        sites: for each name the (parent, attribute) pairs that hold the module: several where modules are shared.
         chosen: if set, these modules are adapted, whatever the targets of a config say.
         heads: names of modules that the task saves whole; never targets.
         shared_weights: ids of parameters that belong to more than one module (tied embeddings).
@@ -146,7 +146,7 @@ class BaseView:
 
     @property
     def is_transformers_model(self) -> bool:
-        """Whether the base is a transformers `PreTrainedModel` (by name: no import for a question)."""
+        """Whether the base is a transformers `PreTrainedModel` (by name: importing transformers is slow)."""
         return any(cls.__name__ == "PreTrainedModel" for cls in type(self.base).__mro__)
 
 

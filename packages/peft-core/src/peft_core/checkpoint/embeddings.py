@@ -1,4 +1,4 @@
-"""Whether the base's embeddings go into an adapter's file, decided from local data alone."""
+"""The base's embeddings in an adapter's file: whether they are saved, decided from local data alone, and their slots."""
 
 from __future__ import annotations
 

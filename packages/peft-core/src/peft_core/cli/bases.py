@@ -107,7 +107,7 @@ def _builder(config: Any, adapter: Mapping[str, Any]) -> nn.Module:
 
 
 def _classes(config: Any, adapter: Mapping[str, Any]) -> list[Any]:
-    """Return the classes to try, best first: by the task, by the class that the adapter notes, by the base's config."""
+    """Return the classes to try, best first: by the task, by the class in the adapter's `auto_mapping`, by the base's config."""
     import transformers
 
     names = [AUTO.get(str(adapter.get("task_type"))), (adapter.get("auto_mapping") or {}).get("base_model_class")]

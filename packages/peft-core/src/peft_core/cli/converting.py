@@ -73,8 +73,8 @@ def _rule(text: str) -> tuple[str, str]:
 
 
 def _converted(adapter: Adapter, dtype: str | None, mapping: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Return an adapter's tensors under their new names, what the header notes, and how many names changed."""
-    raw_config(adapter)  # a folder that nobody could load is not written again
+    """Return an adapter's tensors under their new names, the header's metadata, and how many names changed."""
+    raw_config(adapter)  # a folder that can't be loaded is not rewritten
     file = weights_of(adapter)
     rename = key_renamer(mapping)
     tensors: dict[str, Tensor] = {}

@@ -47,7 +47,7 @@ def merge(
         out: the new folder; it appears whole or not at all.
         safe: refuse results that are not finite.
         progress: show a bar while weights are merged.
-        stage: told what is being done.
+        stage: called with what is being done.
 
     Raises:
         AdapterFileError: `out` is not empty, or there is no single adapter in `directory`.

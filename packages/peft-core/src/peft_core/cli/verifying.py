@@ -20,7 +20,7 @@ from .output import Report
 #: (state, detail); ``"note"`` and ``"skipped"`` are no faults
 Result = tuple[str, str]
 PASSED: Result = ("ok", "")
-#: told after each tensor that was looked at
+#: called after each tensor that was checked
 Step = Callable[[], None]
 
 
@@ -89,7 +89,7 @@ def _with_header(adapter: Adapter) -> WeightFile:
 
 def _config(raw: Mapping[str, Any]) -> Result:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unknown fields are noted below
+        warnings.simplefilter("ignore")  # unknown fields are reported below
         try:
             get_peft_config(raw)
         except UnknownTunerError as error:
@@ -126,10 +126,10 @@ def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
         if split is not None:
             ends[split[0]].add(split[1])
     faults = []
-    for path, own in ends.items():
-        fuller = next((other for other in ends.values() if own < other), None)
+    for path, present in ends.items():
+        fuller = next((other for other in ends.values() if present < other), None)
         if fuller:
-            faults.append(f"{path} has {listed(sorted(own))} but not {listed(sorted(fuller - own))}, as others have")
+            faults.append(f"{path} has {listed(sorted(present))} but not {listed(sorted(fuller - present))}, as others have")
     try:
         stray = _outside_targets(raw, spec, list(ends))
     except PeftError as error:

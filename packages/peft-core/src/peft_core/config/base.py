@@ -20,7 +20,7 @@ from .values import require_list_of_names, require_names_or_expression, require_
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What a config asks of core besides its own method: see `PeftConfig.extras`.
+    """Parts of an adapter that core supplies for every method, as a config asks for them: see `PeftConfig.shared_options`.
 
     Args:
         modules_to_save: modules of the base that are trained and saved as whole copies, by the end of their names.
@@ -38,7 +38,7 @@ class SharedOptions:
 
 @dataclass
 class PeftConfig:
-    """What every adapter's config has. Saved as `adapter_config.json`.
+    """Base class of adapter configs. Saved as `adapter_config.json`.
 
     Args:
         task_type: a `TaskType` or its name; selects the task class. None: the plain `PeftModel`.
@@ -107,7 +107,7 @@ class PeftConfig:
 
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """Return every field that belongs in a file, enums and sets still as they are."""
+        """Return every field that belongs in a file; enum members as their values, sets as sets."""
         return {
             f.name: to_builtin(getattr(self, f.name))
             for f in dataclasses.fields(self)
@@ -207,7 +207,7 @@ def _task_type(given: str | TaskType) -> TaskType:
 
 @dataclass
 class LayerConfig(PeftConfig):
-    """What the configs of methods that wrap layers share: which layers. Rules: `peft_core.tuners.targeting`.
+    """Base class of configs of methods that wrap layers. Rules for choosing the layers: `peft_core.tuners.targeting`.
 
     Args:
         target_modules: names (each matches a module called so, or ending in ``.name``), one regular expression for whole
@@ -263,7 +263,7 @@ class LayerConfig(PeftConfig):
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """What the configs of methods with virtual tokens share. Dimensions left at None are read from the base model.
+    """Base class of configs of methods with virtual tokens. Dimensions left at None are read from the base model.
 
     Args:
         num_virtual_tokens: how many virtual tokens the prompt has.

@@ -1,4 +1,4 @@
-"""The names that configs speak in: tasks and methods; and how values look in a file."""
+"""Names of tasks and methods, and the conversion of values to JSON."""
 
 from __future__ import annotations
 

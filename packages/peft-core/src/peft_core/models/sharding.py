@@ -1,4 +1,4 @@
-"""What libraries that spread a model over devices ask."""
+"""FSDP's auto-wrap policy for adapted models."""
 
 from __future__ import annotations
 

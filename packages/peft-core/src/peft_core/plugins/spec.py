@@ -1,4 +1,4 @@
-"""What a tuner says about itself before any of its code runs."""
+"""The declaration of a tuner, read before its code is imported."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..tensor_names import WRAPPER_PREFIX
 
 
 class Capability(enum.Flag):
-    """What a tuner can do besides forward, training, saving and loading. Core refuses what is not declared."""
+    """Abilities of a tuner besides forward, training, saving and loading. Core refuses what is not declared."""
 
     NONE = 0
     MERGE = enum.auto()  #: its effect can be folded into the base weight

@@ -33,10 +33,10 @@ class BehaviourChecks(SuiteBase):
         _same_fields(config, self.config_from_keywords(name), "made of a dict, not with keywords")
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            again = PeftConfig.from_pretrained(folder)
-        assert type(again) is type(config), f"read back as {type(again).__name__}"
-        assert again.to_json() == config.to_json(), "the config changes when it is written and read"
-        _same_fields(again, config, "written and read")
+            reloaded = PeftConfig.from_pretrained(folder)
+        assert type(reloaded) is type(config), f"read back as {type(reloaded).__name__}"
+        assert reloaded.to_json() == config.to_json(), "the config changes when it is written and read"
+        _same_fields(reloaded, config, "written and read")
 
     def test_save_and_load(self, name: str) -> None:
         """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device.
@@ -112,12 +112,12 @@ class BehaviourChecks(SuiteBase):
         found = self.output(model, name)
         assert found.shape != base.shape or not torch.equal(found, base), "the adapter has no effect"
         for key, parameter in parameters_of(model, "default").items():
-            kept = parameter.detach().clone()
+            before = parameter.detach().clone()
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(parameter.dtype))
             assert not torch.equal(self.output(model, name), found), f"the parameter {key} has no effect"
             with torch.no_grad():
-                parameter.copy_(kept)
+                parameter.copy_(before)
 
     def test_disable(self, name: str) -> None:
         """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included.
@@ -134,7 +134,7 @@ class BehaviourChecks(SuiteBase):
     def test_two_adapters(self, name: str) -> None:
         """Adapters of one model do not see one another; the one in use trains, the other does not.
 
-        Protects from one adapter answering, or being trained, in the place of another.
+        Protects from one adapter answering, or being trained, instead of another.
         """
         model = self.model(name, "one", "two")
         alone = {adapter: self.output(self.model(name, "x", seed=seed, second=adapter == "two"), name) for adapter, seed in (("one", 1), ("two", 2))}
@@ -170,7 +170,7 @@ class BehaviourChecks(SuiteBase):
         model = self.model(name, base=base)
         restored = model.unload()
         assert restored is base, "unload returned another object"
-        if not model.task.heads:  # a saved head stays in the place of the original
+        if not model.task.heads:  # a saved head replaces the original
             assert {key: id(module) for key, module in base.named_modules()} == modules, "unload left other modules behind"
             assert torch.equal(self.output(base, name), self.output(self.base(name), name)), "after unload the base computes something else"
 

@@ -80,10 +80,10 @@ def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
     return found
 
 
-Kept = list[tuple[str, nn.Module, str, Tensor]]
+Snapshot = list[tuple[str, nn.Module, str, Tensor]]
 
 
-def tensors_of(base: nn.Module) -> Kept:
+def tensors_of(base: nn.Module) -> Snapshot:
     """Return a copy of each parameter and buffer of a model, with the module that holds it: found again there when it is wrapped."""
     return [
         (join(path, name), module, name, tensor.detach().clone())
@@ -92,15 +92,15 @@ def tensors_of(base: nn.Module) -> Kept:
     ]
 
 
-def as_they_are(kept: Kept) -> Kept:
-    """Return the same tensors with copies of what they are now: adding an adapter may change the base for as long as it is there."""
-    return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in kept]
+def retaken(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot of the same tensors as they are now: adding an adapter may change the base while it is there."""
+    return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in snapshot]
 
 
-def changed_tensors(kept: Kept) -> list[str]:
+def changed_tensors(snapshot: Snapshot) -> list[str]:
     """Return the names of those tensors that are no longer what they were, bit for bit."""
     found = []
-    for key, module, name, before in kept:
+    for key, module, name, before in snapshot:
         now = getattr(module, name)
         if now.dtype != before.dtype or now.shape != before.shape or not torch.equal(bits(now), bits(before)):
             found.append(key)

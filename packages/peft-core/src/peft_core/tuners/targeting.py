@@ -1,4 +1,4 @@
-"""From the targets of a config to names of modules, with every way to go wrong named."""
+"""Resolves the targets of a config to modules of the base; each kind of failure has its message."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Wrap:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a tuner wants done for one adapter. Making it changes nothing.
+    """The changes that a tuner wants for one adapter. Making a plan changes nothing.
 
     Args:
         wraps: modules of the base to wrap.
@@ -73,7 +73,7 @@ class IncomingWeights:
 
 @dataclass(frozen=True)
 class AdapterCheckpoint:
-    """What the file of an adapter holds.
+    """The content of an adapter's file.
 
     Args:
         config: its config.
@@ -90,7 +90,7 @@ class CheckpointTranslation:
 
     Args:
         fields: fields of its config → their values here.
-        convert: makes the file's tensors those that belong here; names are without what stands before a module's path in the file.
+        convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
     """
 
     fields: Mapping[str, Any]
@@ -98,10 +98,10 @@ class CheckpointTranslation:
 
 
 class TunerBase:
-    """What core knows of a method, with the defaults. One object per model and method, shared by its adapters.
+    """Base class of tuners. One object per model and method, shared by its adapters.
 
     Attributes:
-        spec: what the tuner says about itself.
+        spec: its declaration.
         selection: which adapters act; handed to the layers.
         mounted: for each mount the modules of this tuner's adapters, set by core: ``mounted["prompt_encoder"]["french"]``.
         configs: the configs of this tuner's adapters, in load order, set by core.
@@ -124,7 +124,7 @@ class TunerBase:
         Args:
             base: the base model.
             config: the file's.
-            shapes: the file's tensors: name, without what stands before a module's path → shape.
+            shapes: name, beginning with a module's path in the base → shape.
 
         Raises:
             ConfigError: it was written for a layout that can't be translated.

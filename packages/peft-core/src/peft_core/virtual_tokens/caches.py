@@ -16,28 +16,28 @@ from ..errors import CapabilityError
 from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 
-#: the fact of a route under which the keys and values of prefixes wait for layers that run again
+#: key in `Route.context` of the cache with the prefixes, for layers that are recomputed
 PREFIX = "peft_core.prefix"
 
 
-def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, recomputing: bool = False) -> Any:
-    """Return a cache that begins with keys and values; rows that do not use them have zeros there, which the mask hides.
+def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, recomputing: bool = False) -> Any:
+    """Return a cache that begins with the keys and values of prefixes; rows without a prefix have zeros there, which the mask hides.
 
     Args:
         call: the call.
         tokens: keys and values, in the order in which they stand.
         view: the base.
-        cache: an empty cache to fill; None: a new one.
-        recomputing: layers run again in the backward pass: what is added to the cache is not kept, so that they find it as it was.
+        cache: an empty cache; None: a new one.
+        recomputing: layers are recomputed in the backward pass, so the cache does not store what they add.
 
     Raises:
         CapabilityError: the cache is too short.
     """
     if cache is None or recomputing:
         cache = _new_cache(view, len(tokens[0].keys_values or ()), recomputing)
-    own = getattr(cache, "self_attention_cache", cache)
-    _check_size(own, sum(part.length for part in tokens))
-    write = own.begin if recomputing else own.update
+    decoder_cache = self_attention_cache(cache)
+    _check_size(decoder_cache, sum(part.length for part in tokens))
+    write = decoder_cache.begin if recomputing else decoder_cache.update
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
@@ -74,6 +74,11 @@ def _check_size(cache: Any, length: int) -> None:
             )
 
 
+def self_attention_cache(cache: Any) -> Any:
+    """Return the part of a cache for the decoder's own tokens; of decoder-only models it is the cache itself."""
+    return getattr(cache, "self_attention_cache", cache)
+
+
 def newer() -> bool:
     """Return whether transformers is of version 5 or later."""
     import transformers
@@ -81,14 +86,15 @@ def newer() -> bool:
     return int(transformers.__version__.partition(".")[0]) >= 5
 
 
-def empty(view: BaseView, room: int) -> Any:
-    """Return an empty cache of fixed size, for `room` tokens."""
+def empty(view: BaseView, max_length: int) -> Any:
+    """Return an empty cache of fixed size, for `max_length` tokens."""
     from transformers import EncoderDecoderCache, StaticCache
 
     config = decoder_config(view)
-    own = StaticCache(config=config, max_cache_len=room)
-    two = bool(getattr(view.config, "is_encoder_decoder", False))
-    return EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=room)) if two else own
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    if not getattr(view.config, "is_encoder_decoder", False):
+        return cache
+    return EncoderDecoderCache(cache, StaticCache(config=config, max_cache_len=max_length))
 
 
 def decoder_config(view: BaseView) -> Any:
@@ -110,7 +116,7 @@ def spread(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
 
 
 def ids_of(tokens: VirtualTokens) -> Tensor:
-    """Return the numbers of the rows that use some tokens, where not all do."""
+    """Return the indices of the rows that use some virtual tokens, where not all rows do."""
     assert isinstance(tokens.rows, Tensor)
     return tokens.rows
 
@@ -122,25 +128,25 @@ def dtype_of(base: nn.Module) -> torch.dtype:
 
 def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Return the keys and values (batch, heads, n, head_dim) with which a layer's cache begins."""
-    own = getattr(cache, "self_attention_cache", cache).layers[layer]
-    return own.keys, own.values
+    found = self_attention_cache(cache).layers[layer]
+    return found.keys, found.values
 
 
 def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
-    """Return a cache for one layer that is to run recomputing, with these keys and values."""
-    own = getattr(cache, "self_attention_cache", cache)
-    one, other = copy.copy(own), copy.copy(own.layers[layer])
-    other.keys, other.values = keys, values
-    one.layers = [*own.layers[:layer], other, *own.layers[layer + 1 :]]
-    if not hasattr(cache, "self_attention_cache"):
-        return one
-    two = copy.copy(cache)
-    two.self_attention_cache = one
-    return two
+    """Return a copy of a cache in which one layer, which is to be recomputed, has these keys and values."""
+    original = self_attention_cache(cache)
+    changed, changed_layer = copy.copy(original), copy.copy(original.layers[layer])
+    changed_layer.keys, changed_layer.values = keys, values
+    changed.layers = [*original.layers[:layer], changed_layer, *original.layers[layer + 1 :]]
+    if original is cache:
+        return changed
+    both = copy.copy(cache)
+    both.self_attention_cache = changed
+    return both
 
 
 class _NeverUpdated(dict[int, bool]):
-    """Says of no layer that its keys and values of the encoder are there: they are computed recomputing, with a graph."""
+    """Marks no layer's cross-attention as cached: its keys and values are recomputed, with a graph."""
 
     def __setitem__(self, key: int, value: bool) -> None:
         pass
@@ -150,12 +156,12 @@ _classes: list[type[Any]] = []
 
 
 def _recomputing_class() -> type[Any]:
-    """Return the class of caches that layers may use twice; made when transformers is there."""
+    """Return the class of caches that recomputed layers may use twice; created on first use, since it needs transformers."""
     if not _classes:
         from transformers import DynamicCache
 
-        class Again(DynamicCache):
-            """A cache that keeps nothing but what it began with, and whether a layer read that; copies of it say it here."""
+        class RecomputingCache(DynamicCache):
+            """A cache that stores the prefix only, and which layers read it; copies share `readers`."""
 
             def __init__(self, config: Any = None) -> None:
                 super().__init__(config=config)
@@ -171,12 +177,12 @@ def _recomputing_class() -> type[Any]:
                 self.readers.add(layer_idx)
                 return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
-        _classes.append(Again)
+        _classes.append(RecomputingCache)
     return _classes[0]
 
 
-class _NoFalseAlarm(logging.Filter):
-    """transformers says that it takes the cache away under checkpointing; here it comes back through the hook."""
+class _CacheWarningFilter(logging.Filter):
+    """Drops transformers' warning that caches are removed under checkpointing: the hook passes the cache on."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))
@@ -184,5 +190,5 @@ class _NoFalseAlarm(logging.Filter):
 
 @functools.cache
 def silence_cache_warning() -> None:
-    """Keep transformers from saying so, from now on."""
-    logging.getLogger("transformers.modeling_layers").addFilter(_NoFalseAlarm())
+    """Silence transformers' warning that caches are removed under checkpointing, for this process."""
+    logging.getLogger("transformers.modeling_layers").addFilter(_CacheWarningFilter())

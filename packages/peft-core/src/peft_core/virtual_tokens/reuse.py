@@ -19,7 +19,7 @@ from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
 from .sequence import cached_in
 
-#: what a call may have besides its text; with anything else it goes the usual way
+#: inputs with which virtual tokens may be computed apart from the text; any other input prevents it
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
@@ -86,7 +86,7 @@ def _same_for_all_rows(tokens: VirtualTokens) -> bool:
 
 
 def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
-    """Return the call with keys and values in the place of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
+    """Return the call with keys and values instead of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
 
     Args:
         index: the adapters.
