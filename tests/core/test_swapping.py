@@ -30,7 +30,7 @@ from peft_core import (
     require_index,
     write_adapter,
 )
-from peft_core.checkpoint.state_dict import without_adapter
+from peft_core.tensor_names import without_adapter
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 

@@ -11,7 +11,6 @@ from .base.plain import is_observed as is_observed
 from .base.view import BaseView as BaseView
 from .base.weight import MERGES as MERGES
 from .checkpoint.save import write_adapter as write_adapter
-from .checkpoint.state_dict import file_key as file_key
 from .config import LayerConfig as LayerConfig
 from .config import PeftConfig as PeftConfig
 from .config import PeftType as PeftType
@@ -112,6 +111,7 @@ from .selection.route import BASE as BASE
 from .selection.route import Route as Route
 from .selection.selection import AdapterSelection as AdapterSelection
 from .selection.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+from .tensor_names import file_key as file_key
 from .tuners.call import Call as Call
 from .tuners.call import Site as Site
 from .tuners.call import VirtualTokens as VirtualTokens

@@ -1,4 +1,4 @@
-"""What a base layer is, said once: how its weight lies, how a change of that weight acts on an input."""
+"""Kinds of base layers: the layout of the weight, and the effect of a change of it on the output."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def with_weight(base: nn.Module, weight: Tensor, **settings: Any) -> Callable[[T
 
     Args:
         base: a layer with a `weight`.
-        weight: takes its place.
+        weight: used instead of it.
         settings: attributes that differ from those of `base`, such as `padding_idx`.
     """
     shell = type(base).__new__(type(base))
@@ -218,7 +218,7 @@ def capability_for(module: nn.Module) -> Capability:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether `module` is transformers' `Conv1D` (the transposed Linear of GPT-2) or a subclass of it."""
-    # by name: importing transformers for a question about a model that does not use it costs a second
+    # by name: importing transformers takes a second, and the model may not use it
     return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing the weight of a base: one that its module computes, one that accelerate keeps elsewhere, or an ordinary one."""
+"""Reading and writing the weight of a base, which may be computed by its module or offloaded by accelerate."""
 
 from __future__ import annotations
 

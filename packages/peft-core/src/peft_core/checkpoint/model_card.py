@@ -66,9 +66,9 @@ def _base_name(index: AdapterIndex) -> str | None:
 
 def _base_tags(index: AdapterIndex) -> set[str]:
     tags = {"transformers"} if index.view.is_transformers_model else set()
-    own = getattr(index.base, "model_tags", None)
-    if isinstance(own, (list, tuple)):
-        tags.update(own)
+    base_tags = getattr(index.base, "model_tags", None)
+    if isinstance(base_tags, (list, tuple)):
+        tags.update(base_tags)
     for adapter in index.configs:
         tags.update(index.spec(adapter).tags)
     return tags

@@ -60,7 +60,7 @@ INITIAL = InitOptions()
 
 
 def filler(std: float | None, bound: float | None, init: Callable[[Tensor], Any] | None) -> Callable[[Tensor], Any]:
-    """Return what fills a tensor: `init` itself, uniform on ±bound, normal with a standard deviation, or zeros."""
+    """Return the function that initialises a tensor in place: `init` itself, uniform on ±bound, normal with a standard deviation, or zeros."""
     if init is not None:
         return init
     if bound is not None:

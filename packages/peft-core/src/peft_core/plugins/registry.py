@@ -281,19 +281,19 @@ class Registry:
         self._loaded[name] = offered[name]
 
     def _class_of(self, spec: TunerSpec, field: str) -> type:
-        place = getattr(spec, field)
-        if isinstance(place, type):
-            return place
-        module, _, attribute = place.partition(":")
+        given = getattr(spec, field)
+        if isinstance(given, type):
+            return given
+        module, _, attribute = given.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             owner = self.owner(spec.peft_type) or "registered in this process"
             raise PluginError(
-                f"the {field} class {place!r} of the tuner {spec.peft_type} ({owner}) can't be imported: {type(error).__name__}: {error}"
+                f"the {field} class {given!r} of the tuner {spec.peft_type} ({owner}) can't be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(found, type):
-            raise PluginError(f"{place!r}, the {field} of the tuner {spec.peft_type}, is no class")
+            raise PluginError(f"{given!r}, the {field} of the tuner {spec.peft_type}, is no class")
         return found
 
     def _unknown(self, given: str, name: str) -> UnknownTunerError:
@@ -348,7 +348,7 @@ def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
 
     Args:
         spec: the tuner.
-        replace: take the place of one of this name.
+        replace: replace one of this name.
 
     Raises:
         DuplicateTunerError: the name is taken and `replace` is False.

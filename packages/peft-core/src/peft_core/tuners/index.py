@@ -92,7 +92,7 @@ class AdapterIndex:
         return self._adding if self._adding is not None else self.tuners[str(self.configs[adapter].peft_type)]
 
     def tuner_for(self, spec: TunerSpec) -> TunerBase:
-        """Return this model's tuner of the method `spec`; a new one, not kept yet, if it has none."""
+        """Return this model's tuner of the method `spec`; a new one, not stored yet, if it has none."""
         return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.selection)
 
     def prefix(self, adapter: str) -> str:
