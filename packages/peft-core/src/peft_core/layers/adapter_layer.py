@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from ..merging.layer import LayerMerging
 from ..selection.route import ALL, Route
 from ..selection.selection import AdapterSelection
 from ..selection.switching import SelectionMixin
-from .init_options import InitOptions, filler
+from .init_options import INITIAL, InitOptions, filler
 from .slots import Slot
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
@@ -73,7 +74,8 @@ class AdapterLayer(SelectionMixin):
     ops: BaseOps
     merging: LayerMerging
     scaling: dict[str, float]
-    _init_options: InitOptions
+    #: how the adapter that is being added is to be made; for `add`
+    init_options: InitOptions
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class AdapterLayer(SelectionMixin):
             merging=self.merging_type(self, type(self).merged_weight is not AdapterLayer.merged_weight),
             ops=ops,
             matrix_shape=(out, inp),
-            _init_options=InitOptions(),
+            init_options=INITIAL,
         )
 
     @classmethod
@@ -299,16 +301,19 @@ class AdapterLayer(SelectionMixin):
 
     def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
         """Add an adapter's weights as `init_options` says. A failure leaves no trace of it."""
-        self._init_options = init_options
+        weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        device = execution_device(self.get_base_layer(), self.weight_name)
+        self.__dict__["init_options"] = replace(init_options, base_dtype=dtype, device=device)
         try:
             self.scaling[adapter] = 1.0
-            self.selection.register_adapter(adapter, execution_device(self.get_base_layer(), self.weight_name))
+            self.selection.register_adapter(adapter, device)
             self.add(adapter, config)
         except BaseException:
             self.drop(adapter)
             raise
         finally:
-            self._init_options = InitOptions()
+            self.__dict__["init_options"] = INITIAL
 
     def new(
         self,
@@ -334,31 +339,9 @@ class AdapterLayer(SelectionMixin):
         if holder is None:
             holder = nn.ParameterDict()
             self.add_module(container, holder)
-        parameter = self.make_parameter(shape, filler(std, bound, init))
+        parameter = self.init_options.new_parameter(shape, filler(std, bound, init))
         holder[adapter] = parameter  # type: ignore[operator]
         return parameter
-
-    @property
-    def init_options(self) -> InitOptions:
-        """How the adapter that is being added is to be made; for `add`."""
-        return self._init_options
-
-    @property
-    def parameter_dtype(self) -> torch.dtype:
-        """The dtype of the parameters of the adapter that is being added: float32, or the base's where autocasting is off."""
-        return self._init_options.parameter_dtype(self._base_dtype())
-
-    def make_parameter(self, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> nn.Parameter:
-        """Return a frozen parameter on the base's device: filled in float32, rounded to the base's dtype, then as autocast wants it."""
-        return self._init_options.make(shape, fill, self._base_dtype(), execution_device(self.get_base_layer(), self.weight_name))
-
-    def keep_parameter(self, value: Tensor) -> nn.Parameter:
-        """Return a frozen parameter with a computed value, with as many of its bits as `parameter_dtype` has."""
-        return self._init_options.hold(value, self._base_dtype(), execution_device(self.get_base_layer(), self.weight_name))
-
-    def _base_dtype(self) -> torch.dtype:
-        weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
-        return weight.dtype if weight.is_floating_point() else torch.float32
 
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield (end of the file key, module, attribute) for each tensor of an adapter."""

@@ -166,7 +166,7 @@ class TrainableRowsLayer(AdapterLayer):
         rows = self._initial_rows(adapter)
         start = rows.new_empty(rows.shape).normal_() if config.random and self.init_options.initialise else rows
         container_module.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
-        container_module.trainable_tokens_delta[adapter] = self.keep_parameter(start)
+        container_module.trainable_tokens_delta[adapter] = self.init_options.parameter_of(start)
 
     def _initial_rows(self, adapter: str) -> Tensor:
         """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""

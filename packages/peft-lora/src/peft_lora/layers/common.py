@@ -125,14 +125,14 @@ class LoraLayer(FactorLayer):
 
     def _factor(self, shape: tuple[int, ...], value: Any) -> nn.Parameter:
         if not isinstance(value, Tensor):
-            return self.make_parameter(shape, value)
+            return self.init_options.new_parameter(shape, value)
         rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
-        return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
+        return self.init_options.parameter_of(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
     def _product(self, adapter: str, start: InitialFactors) -> Product:
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
-        kept = self.parameter_dtype
+        kept = self.init_options.dtype
         wide = torch.promote_types(kept, torch.float32)
         device = self.weight.device
         return Product(start.a.to(kept).to(device, wide), start.b.to(kept).to(device, wide), self.scaling[adapter])
@@ -140,7 +140,11 @@ class LoraLayer(FactorLayer):
     def _add_bias(self, adapter: str, settings: LoraSettings) -> None:
         out = self.matrix_shape[0]
         bound = 1 / settings.r**0.5 if settings.config.init_lora_weights is False else 0.0
-        self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
+
+        def fill(tensor: Tensor) -> None:
+            tensor.uniform_(-bound, bound) if bound else tensor.zero_()
+
+        self.bias_holder(adapter).bias = self.init_options.new_parameter((out,), fill)
 
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:

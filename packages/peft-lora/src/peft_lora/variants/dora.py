@@ -60,9 +60,9 @@ class Dora(Variant):
         shape = self._shape()
         init_options = layer.init_options
         if init_options.meta or not init_options.initialise or layer.base_weight().is_meta:
-            weight = layer.make_parameter(shape, torch.Tensor.zero_)
+            weight = layer.init_options.new_parameter(shape, torch.Tensor.zero_)
         else:
-            weight = layer.keep_parameter(self.norms().reshape(shape))
+            weight = layer.init_options.parameter_of(self.norms().reshape(shape))
         holder[self.adapter] = Magnitude(weight)
 
     def _shape(self) -> tuple[int, ...]:
