@@ -76,31 +76,45 @@ class LoraTuner(LayerTuner):
             config = copy.copy(config)
             for name, value in fields.items():
                 setattr(config, name, value)
-        self._chosen = initializer_of(config), variant_of(config)
-        initializer, variant = self._chosen
+        self._choose_extensions(base, adapter, config)
+        plan = super().plan(base, adapter, config)
+        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
+        parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
+        self._require_kinds(base, modules)
+        fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
+        if parameters:
+            self._require_plain(base, modules, config)
+        if config.ensure_weight_tying:
+            modules = list(with_ties(self, base, adapter, config, modules))
+        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
+        return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
+
+    def _choose_extensions(self, base: BaseView, adapter: str, config: LoraConfig) -> None:
+        """Choose initialiser and variant of a new adapter, and check that they suit the model and its other adapters."""
+        self._chosen = initializer, variant = initializer_of(config), variant_of(config)
         self._extensions[adapter] = (type(initializer),) if variant is None else (type(initializer), variant)
         others = {name: other for name, other in self.configs.items() if name != adapter}
         for extension in dict.fromkeys(each for name in (adapter, *others) for each in self._extensions[name]):
             extension.refuse_mixture(config, others)
         if variant is not None:
             variant.require_base(base)
-        plan = super().plan(base, adapter, config)
-        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
-        parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
+
+    def _require_kinds(self, base: BaseView, modules: Sequence[Wrap]) -> None:
+        """Check that initialiser and variant know the kinds of all modules."""
+        initializer, variant = self._chosen
         for wrap in modules:
             kind = self._kind_of(base.modules[wrap.path], wrap)
             initializer.require_kind(kind, wrap.path)
             if variant is not None:
                 variant.require_kind(kind, wrap.path)
-        fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
-        if parameters and variant is not None:
+
+    def _require_plain(self, base: BaseView, modules: Sequence[Wrap], config: LoraConfig) -> None:
+        """Check that nothing is asked for that does not work on parameters, which are adapted beside `modules`."""
+        _, variant = self._chosen
+        if variant is not None:
             raise ConfigError(f"{variant.name} does not work with target_parameters", hint="target modules only, or use plain LoRA")
-        if parameters and config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
+        if config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
             raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
-        if config.ensure_weight_tying:
-            modules = list(with_ties(self, base, adapter, config, modules))
-        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
-        return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
         """Return how a file that was written for another layout of the base is read on this one: as the first layout says that knows it."""

@@ -14,7 +14,7 @@ from peft_core import LayerMerging, Merge, MergeError, ModelError, Product, Slot
 from peft_core.errors import listed
 
 from .. import formulas
-from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
+from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors, Variant
 from . import rank_padding
 
 
@@ -74,37 +74,47 @@ class LoraLayer(FactorLayer):
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
         self.record_settings(adapter, config)
-        init_options = self.init_options
         variant = config.variant(self, adapter, config) if config.variant is not None else None
-        draws = init_options.initialise and not init_options.meta
-        start: InitialFactors | None = None
-        if draws or config.initializer.needs_base:
-            if draws and config.config.init_lora_weights is not False:
-                self.draw_as_plain_layers(config.r)
-                if config.config.lora_bias:
-                    torch.empty(self.matrix_shape[0]).uniform_()
-            start = config.initializer.start(self, config)
-            if variant is not None:
-                start = variant.start(start)
+        start = self._start(config, variant)
         shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
         self.store_factors(adapter, *parameters)
-        self.frozen[adapter] = config.initializer.frozen
+        self.frozen[adapter] = config.initializer.frozen if start is None else config.initializer.frozen | start.frozen
         if start is not None:
-            self.frozen[adapter] |= start.frozen
-            if start.base_offset is not False and not self.base_weight().is_meta:
-                config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
-                self.shift_base(adapter, self._product(adapter, start) if start.base_offset is True else start.base_offset)
+            self._take_out_of_base(adapter, config, start)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
-            self.variants[adapter] = variant
-            # of this layer: which containers there are depends on the variants of its adapters
-            self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
-            variant.add()
+            self._add_variant(adapter, variant)
         if variant is not None or config.config.lora_bias:
             self.has_variant_or_bias[adapter] = True
+
+    def _start(self, settings: LoraSettings, variant: Variant | None) -> InitialFactors | None:
+        """Return what A and B start with; None where a file will supply them, and the base stays as it is."""
+        draws = self.init_options.initialise and not self.init_options.meta
+        if not (draws or settings.initializer.needs_base):
+            return None
+        if draws and settings.config.init_lora_weights is not False:
+            self.draw_as_plain_layers(settings.r)
+            if settings.config.lora_bias:
+                torch.empty(self.matrix_shape[0]).uniform_()
+        start = settings.initializer.start(self, settings)
+        return start if variant is None else variant.start(start)
+
+    def _take_out_of_base(self, adapter: str, settings: LoraSettings, start: InitialFactors) -> None:
+        """Subtract from the base what the initialiser says, for as long as the adapter exists."""
+        offset = start.base_offset
+        if offset is False or self.base_weight().is_meta:
+            return
+        settings.initializer.tell_others([name for name in self.scaling if name != adapter], settings.path)
+        self.shift_base(adapter, self._product(adapter, start) if offset is True else offset)
+
+    def _add_variant(self, adapter: str, variant: Variant) -> None:
+        self.variants[adapter] = variant
+        # of this layer: which containers there are depends on the variants of its adapters
+        self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
+        variant.add()
 
     def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""

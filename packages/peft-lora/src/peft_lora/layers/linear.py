@@ -73,6 +73,10 @@ class Linear(LoraLayer):
         if adapter in self.has_variant_or_bias:
             variant = self.variants.get(adapter)
             return None if variant is None else variant.fused_forward(x, base)
+        return self._fused_plain(adapter, x, base)
+
+    def _fused_plain(self, adapter: str, x: Tensor, base: Any) -> Tensor | None:
+        """Return base(x) + s·B(A·drop(x)) (…, out) for `x` (…, in), where all modules are plain, and W and its bias frozen; None elsewhere."""
         down, up = self.ends(adapter)
         dropout = self.dropout_of(adapter)
         if not (can_fuse(x, base, down, up) if dropout is None else can_fuse(x, base, down, up, dropout)):
@@ -85,12 +89,11 @@ class Linear(LoraLayer):
             return None
         s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
         p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad):
+        if torch.is_grad_enabled():
             if weight.requires_grad or (bias is not None and bias.requires_grad):
                 return None
-            return kernels.low_rank_linear(x, weight, bias, a, b, s, float(p))
-        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
+            if a.requires_grad or b.requires_grad or x.requires_grad:
+                return kernels.low_rank_linear(x, weight, bias, a, b, s, float(p))
         if not p:
             found = self.cached_merged_linear(adapter, x)
             if found is not None:
