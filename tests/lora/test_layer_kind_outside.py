@@ -38,7 +38,7 @@ class Bag(Embedding):
 
     def forward(self, ids: Tensor, offsets: Tensor) -> Tensor:
         y: Tensor = self.base_layer(ids, offsets)
-        for adapter in () if self.merges else self.selection.current().names:
+        for adapter in () if self.merged else self.selection.current().names:
             if adapter in self.scaling:
                 a, b = self.factors(adapter)
                 y = y + self.scaling[adapter] * F.embedding_bag(ids, a.T.contiguous(), offsets, mode="sum") @ b.T
