@@ -161,7 +161,8 @@ class AdapterLayer(SelectionMixin):
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
-        if not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # a graph must not depend on the adapters in use
             if torch.is_grad_enabled() and self.selection.root.scope is not None:
                 self.selection.cache()  # empties it: an optimiser may follow
             fused = self.fused_forward(args[0]) if len(args) == 1 and not kwargs else None
@@ -169,26 +170,26 @@ class AdapterLayer(SelectionMixin):
                 return fused
         base: Any = self._modules["base_layer"]
         y: Tensor = base(*args, **kwargs)
-        if self.merging.merges:
-            return y
-        selection = self.selection
-        route = getattr(selection.local, "route", None)
-        active = None
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
-            active = selection.active_mask if route is None else route.active_mask
-        if route is None:
-            route = selection.default
-        if active is None and not any(name in self.scaling for name in route.used):
+        route = self.selection.current()
+        mask = self._active_mask() if compiling else None
+        if self.merging.merges or (mask is None and not any(name in self.scaling for name in route.used)):
             return y
         x = args[0] if args else first_argument(self.get_base_layer(), kwargs)
         if not returns_new_tensor(base):  # somebody may hold on to what it returns, or it is kept for gradients
             y = y.clone()
-        if active is not None:
-            return self.contribute_masked(active, x, y)
+        if mask is not None:
+            return self.contribute_masked(mask, x, y)
         if is_offloaded(base):
             with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
         return self._contribute_all(route, x, y)
+
+    def _active_mask(self) -> Tensor | None:
+        """Return the mask by which a compiled graph without gradients chooses among the adapters; None in a graph with gradients."""
+        if torch.is_grad_enabled() or self.training:
+            return None
+        route: Route | None = getattr(self.selection.local, "route", None)
+        return self.selection.active_mask if route is None else route.active_mask
 
     def _contribute_all(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         if route.per_row is not None:
