@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -78,7 +79,7 @@ def demo_vision(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def dev(session: nox.Session) -> None:
     """An environment for an editor, in .venv: all packages editable, test tools, ruff, mypy, and the hooks of pre-commit."""
-    session.run("python", "-m", "venv", ".venv")
+    session.run(sys.executable, "-m", "venv", ".venv", external=True)  # some systems have no `python`
     python = Path(".venv") / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     tools = (*PYTEST, IMPORT_LINTER, "ruff==0.17.6", "mypy==2.4.1", "pre-commit==4.6.0", "nox")
     session.run(str(python), "-m", "pip", "install", *PINS, *editable(*PACKAGES), *CLI, *tools, external=True)

@@ -125,16 +125,16 @@ class MergesSomethingElse(SoundLayer):
 
 class UnmergesByArithmetic(SoundLayer):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        plan = self.plan_merge(self.selection.names if adapter_names is None else adapter_names)
+        plan = self.merging.plan(self.selection.names if adapter_names is None else adapter_names)
         assert plan is not None
-        self.merges.append(plan)
+        self.merging.merges.append(plan)
         with torch.no_grad():
             self.weight.add_(sum(self.delta_weight(name) for name in plan.adapters))
 
     def unmerge(self) -> None:
         with torch.no_grad():
             self.weight.sub_(sum(self.delta_weight(name) for name in self.merged_adapters))
-        self.merges.clear()
+        self.merging.merges.clear()
 
 
 class IsNeverSafe(SoundLayer):
@@ -305,7 +305,7 @@ class ActsWhileMerged(SoundLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         y = super().forward(*args, **kwargs)
-        return self.contribute("default", args[0], y) if self.merges and self.selection.cache() is not None else y
+        return self.contribute("default", args[0], y) if self.merged and self.selection.cache() is not None else y
 
 
 BROKEN: dict[str, type] = {

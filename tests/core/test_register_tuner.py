@@ -70,7 +70,7 @@ def test_a_malformed_name_is_refused(name: str) -> None:
 @pytest.mark.parametrize("field", ["config", "tuner"])
 def test_a_malformed_place_is_refused(field: str, place: str) -> None:
     fields: dict[str, Any] = {"peft_type": "MINE", "config": "m:C", "tuner": "m:T", "parameter_prefix": "mine_", field: place}
-    with pytest.raises(ConfigError, match=f"{field}=.*is no place of a class"):
+    with pytest.raises(ConfigError, match=f"{field}=.*must be 'package.module:Class'"):
         TunerSpec(**fields)
 
 

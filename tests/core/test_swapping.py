@@ -30,7 +30,7 @@ from peft_core import (
     require_index,
     write_adapter,
 )
-from peft_core.checkpoint.state_dict import without_adapter
+from peft_core.tensor_names import without_adapter
 
 X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 
@@ -177,6 +177,6 @@ def test_an_adapter_of_no_model_is_written_whole_or_not_at_all(tmp_path: Path) -
 def test_layers_have_no_low_rank_factors_unless_they_say_so() -> None:
     layer = made().base_model.model.last
     assert layer.low_rank_factors("default") is None
-    assert layer.shift_of("default") is None
+    assert layer.merging.shift_of("default") is None
     layer.shift_base("default", torch.ones(4, 4))
-    assert torch.equal(layer.shift_of("default"), torch.ones(4, 4))
+    assert torch.equal(layer.merging.shift_of("default"), torch.ones(4, 4))

@@ -177,7 +177,7 @@ def test_a_start_taken_out_of_codes_is_given_back_under_a_merge_and_after_it() -
     start = layer.get_delta_weight("second").detach()
     torch.testing.assert_close(base.matrix(), matrix - start, rtol=0, atol=0.02)
     torch.testing.assert_close(layer.base_weight(), base.matrix())
-    torch.testing.assert_close(layer.shift_of("second"), start)
+    torch.testing.assert_close(layer.merging.shift_of("second"), start)
     shifted = base.weight.clone()
     with pytest.warns(PeftWarning, match="rounded again"):
         model.merge_adapter(["default"])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from peft_core import ConfigError, NoMatchingPeftModuleError, PeftConfig, PeftModel, PeftWarning, PluginError, get_peft_model, hookimpl
 from peft_core.plugins import registry
 from peft_lora import InitialFactors, Initializer, InitializerSpec, LoraConfig, LoraLayer, LoraSettings, Variant, VariantSpec
+from peft_lora.offers import variant_specs
 from support import distribution, features, net, run_python
 
 
@@ -113,6 +114,31 @@ def test_an_initialiser_from_outside(plugin: None, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "plain")(x), model(x))
     torch.testing.assert_close(model.unload()(x), expected)
+
+
+def test_plugins_are_asked_once_and_anew_after_one_came_or_went() -> None:
+    class Counting:
+        asked = 0
+
+        @hookimpl
+        def peft_lora_variants(self) -> list[VariantSpec]:
+            self.asked += 1
+            return [VariantSpec("counted", f"{__name__}:Gated")]
+
+    counting, another = Counting(), Plugin()
+    registry.register_plugin(counting)
+    try:
+        for _ in range(3):
+            assert "counted" in {spec.name for spec in variant_specs()}
+        assert counting.asked == 1
+        registry.register_plugin(another)
+        assert {"counted", "gated"} <= {spec.name for spec in variant_specs()}
+        registry.unregister_plugin(another)
+        assert "gated" not in {spec.name for spec in variant_specs()}
+        assert counting.asked == 3
+    finally:
+        registry.unregister_plugin(counting)
+    assert "counted" not in {spec.name for spec in variant_specs()}
 
 
 def marked() -> nn.Module:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from . import _absent, _place
+from . import _absent, _conflict
 from ._names import names
 
-_place.check()
+_conflict.check()
 
 __version__ = "0.21.2"
 

@@ -45,8 +45,8 @@ def bloom_model_postprocess_past_key_value(past_key_values: Any) -> tuple[tuple[
 def infer_device() -> str:
     """Return the kind of the best device that is there: ``"cuda"``, ``"mps"``, ``"xpu"``, … or ``"cpu"``."""
     for kind in ("cuda", "mps", "npu", "xpu", "mlu"):
-        room = getattr(torch.backends if kind == "mps" else torch, kind, None)
-        if room is not None and getattr(room, "is_available", bool)():
+        backend = getattr(torch.backends if kind == "mps" else torch, kind, None)
+        if backend is not None and getattr(backend, "is_available", bool)():
             return kind
     return "cpu"
 

@@ -28,7 +28,7 @@ def names(module: str, table: str, absent: str = "") -> tuple[Callable[[str], An
 
     def __getattr__(name: str) -> Any:
         if name in missing:
-            return _absent.stand_in(name)  # not kept: a plugin may come and take its place
+            return _absent.stand_in(name)  # not cached: a plugin may be installed and replace it
         if name in found:
             home, there = found[name]
             source = importlib.import_module(home)

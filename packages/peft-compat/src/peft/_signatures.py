@@ -48,13 +48,13 @@ def update_signature(model: Any, method: Literal["all", "forward", "generate"] =
 
 def _update(model: Any, name: str) -> None:
     original = getattr(type(model.get_base_model()), name, None)
-    own = getattr(type(model), name)
-    if original is None or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in _parameters(own)[1:]):
+    wrapper = getattr(type(model), name)
+    if original is None or any(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.KEYWORD_ONLY) for p in _parameters(wrapper)[1:]):
         return
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return own(self, *args, **kwargs)
+        return wrapper(self, *args, **kwargs)
 
     method.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
     model.__dict__[name] = types.MethodType(method, model)

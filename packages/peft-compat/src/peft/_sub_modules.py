@@ -1,4 +1,4 @@
-"""Small questions about modules that libraries ask of a PEFT framework."""
+"""Small helpers on modules that other libraries import."""
 
 from __future__ import annotations
 
@@ -93,11 +93,11 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
     finally:
         for module in away:
             hook: Any = module._hf_hook
-            kept = getattr(hook.weights_map, "dataset", hook.weights_map)
+            stored = getattr(hook.weights_map, "dataset", hook.weights_map)
             for name, parameter in module._parameters.items():
                 key = f"{getattr(hook.weights_map, 'prefix', '')}{name}"
-                if parameter is not None and isinstance(kept, dict) and key in kept:
-                    kept[key] = parameter.data.cpu()
+                if parameter is not None and isinstance(stored, dict) and key in stored:
+                    stored[key] = parameter.data.cpu()
             hook.post_forward(module, torch.tensor([]))
 
 

@@ -1,4 +1,4 @@
-"""What transformers' own loader of weights is told, so that it fills adapters in a model that is not wrapped."""
+"""Conversions with which transformers' own loader writes adapters into a model that is not wrapped."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from peft_core.base.view import BaseView
 from peft_core.config import PeftConfig
 from peft_core.plugins.registry import registry
 from peft_core.selection.selection import AdapterSelection
+from peft_core.tensor_names import WRAPPER_PREFIX
 
 
 def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None) -> list[Any]:
@@ -33,7 +34,7 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
     from transformers.core_model_loading import WeightRenaming
 
     names = registry.names() if peft_config is None else [str(peft_config.peft_type)]
-    found = [WeightRenaming("base_model.model.model.", "model."), WeightRenaming("base_model.model.", "")]
+    found = [WeightRenaming(f"{WRAPPER_PREFIX}model.", "model."), WeightRenaming(WRAPPER_PREFIX, "")]
     known: dict[tuple[str, str], None] = {}
     for name in names:
         tuner: Any = registry.tuner_class(name)

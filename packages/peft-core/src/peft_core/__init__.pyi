@@ -11,7 +11,6 @@ from .base.plain import is_observed as is_observed
 from .base.view import BaseView as BaseView
 from .base.weight import MERGES as MERGES
 from .checkpoint.save import write_adapter as write_adapter
-from .checkpoint.state_dict import file_key as file_key
 from .config import LayerConfig as LayerConfig
 from .config import PeftConfig as PeftConfig
 from .config import PeftType as PeftType
@@ -59,6 +58,7 @@ from .merging.changes import Subtraction as Subtraction
 from .merging.exact import Fold as Fold
 from .merging.exact import Merge as Merge
 from .merging.exact import merges_of as merges_of
+from .merging.layer import LayerMerging as LayerMerging
 from .models.auto import AutoPeftModel as AutoPeftModel
 from .models.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from .models.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -111,6 +111,7 @@ from .selection.route import BASE as BASE
 from .selection.route import Route as Route
 from .selection.selection import AdapterSelection as AdapterSelection
 from .selection.switching import AuxiliaryTrainingWrapper as AuxiliaryTrainingWrapper
+from .tensor_names import file_key as file_key
 from .tuners.call import Call as Call
 from .tuners.call import Site as Site
 from .tuners.call import VirtualTokens as VirtualTokens
@@ -167,6 +168,7 @@ __all__ = [
     "IncomingWeights",
     "IncompatiblePluginError",
     "LayerConfig",
+    "LayerMerging",
     "LayerTuner",
     "LeavesBehind",
     "LinearOps",

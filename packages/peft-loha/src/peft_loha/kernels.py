@@ -92,44 +92,74 @@ def _linear_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return found
 
 
+#: of B₁, A₁, B₂, A₂
+_FactorGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _gradients(
     x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, want_x: bool, want_factors: bool
-) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-    b1, a1, b2, a2 = factors
-    costs, tokens, wide = _costs(factors), _tokens(x), b1.dtype
+) -> tuple[Tensor | None, _FactorGradients]:
+    """Return the gradients of x and of the factors, in the way that costs least.
+
+    Args:
+        x, weight, factors, s: as for `linear`.
+        g: gradient of the output (…, out).
+        hidden: K_A·xᵀ (r², tokens), if the forward has kept it.
+        want_x, want_factors: whether they are needed; None is returned for what is not.
+    """
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    whole = costs.prefer_whole_gradient(tokens) and may_sum(x, factors) and want_factors
-    merged = want_x and (whole or (costs.prefer_whole_weight(tokens) and may_sum(x, factors)))  # with dL/dW its parts are there anyway
-    w1, w2 = _halves(factors) if whole or merged else (None, None)
+    costs, tokens, summed = _costs(factors), _tokens(x), may_sum(x, factors)
     gx: Tensor | None = None
-    if want_x:
-        gx = g2.mm(_merged(weight, w1.clone() if whole else w1, w2, s) if merged else weight)  # type: ignore[union-attr, arg-type]
-    if whole:
-        assert w1 is not None
-        assert w2 is not None
-        change = g2.t().mm(x2).mul_(s)
-        w1.mul_(change)
-        w2.mul_(change)
-        return None if gx is None else gx.view(x.shape), (w2.mm(a1.t()), b1.t().mm(w2), w1.mm(a2.t()), b2.t().mm(w1))
-    found: tuple[Tensor | None, ...] = (None,) * 4
-    if want_factors or (want_x and not merged):
-        r = a1.shape[0]
-        b1t, b2t = _across(b1).mul_(s), _across(b2)
-        g2 = g2.to(wide)
-        g_hidden = columns(b1t, b2t).mm(g2.t())
-        if gx is not None and not merged:
-            gx = gx.to(wide).addmm_(g_hidden.t(), columns(a1, a2)).to(x.dtype)
+    found: _FactorGradients = (None,) * 4
+    if want_factors and summed and costs.prefer_whole_gradient(tokens):
+        gx, found = _by_whole_matrices(x2, weight, factors, s, g2, want_x)
+    elif want_x and summed and costs.prefer_whole_weight(tokens):
+        gx = g2.mm(whole_weight(weight, factors, s))
         if want_factors:
-            x2 = x2.to(wide)
-            if hidden is None:
-                hidden = columns(a1, a2).mm(x2.t())
-            g_ka = g_hidden.mm(x2).view(r, r, -1)
-            g_kb = hidden.mm(g2).view(r, r, -1)
-            # sums over the other factor's component
-            g_b1, g_b2 = (g_kb * b2t).sum(1).mul_(s), (g_kb * b1t.unsqueeze(1)).sum(0)
-            g_a1, g_a2 = (g_ka * a2).sum(1), (g_ka * a1.unsqueeze(1)).sum(0)
-            found = (g_b1.t().contiguous(), g_a1, g_b2.t().contiguous(), g_a2)
+            _, found = _by_columns(x2, factors, s, g2, hidden, None, want_factors)
+    elif want_x or want_factors:
+        gx, found = _by_columns(x2, factors, s, g2, hidden, g2.mm(weight) if want_x else None, want_factors)
     return None if gx is None else gx.view(x.shape), found
+
+
+def _by_whole_matrices(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, want_x: bool) -> tuple[Tensor | None, _FactorGradients]:
+    """Return the gradients of x (tokens, in) and of the factors by way of dL/dΔW (out, in), for `g` (tokens, out)."""
+    b1, a1, b2, a2 = factors
+    w1, w2 = _halves(factors)
+    gx = g.mm(_merged(weight, w1.clone(), w2, s)) if want_x else None
+    change = g.t().mm(x).mul_(s)
+    w1.mul_(change)
+    w2.mul_(change)
+    return gx, (w2.mm(a1.t()), b1.t().mm(w2), w1.mm(a2.t()), b2.t().mm(w1))
+
+
+def _by_columns(
+    x: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, gx: Tensor | None, want_factors: bool
+) -> tuple[Tensor | None, _FactorGradients]:
+    """Return the gradients of x (tokens, in) and of the factors by way of the Khatri–Rao factors, for `g` (tokens, out).
+
+    `gx` (tokens, in) is what comes through the base, to which that of x is added; None: it is not wanted.
+    """
+    b1, a1, b2, a2 = factors
+    b1t, b2t = _across(b1).mul_(s), _across(b2)
+    wide = b1.dtype
+    g = g.to(wide)
+    g_hidden = columns(b1t, b2t).mm(g.t())
+    if gx is not None:
+        gx = gx.to(wide).addmm_(g_hidden.t(), columns(a1, a2)).to(x.dtype)
+    if not want_factors:
+        return gx, (None,) * 4
+    x = x.to(wide)
+    hidden = columns(a1, a2).mm(x.t()) if hidden is None else hidden
+    g_b1, g_b2 = _of_pair(hidden.mm(g), b1t, b2t)
+    g_a1, g_a2 = _of_pair(g_hidden.mm(x), a1, a2)
+    return gx, (g_b1.mul_(s).t().contiguous(), g_a1, g_b2.t().contiguous(), g_a2)
+
+
+def _of_pair(g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of two matrices (r, n) for that of their column-wise Khatri–Rao product, `g` (r², n)."""
+    g = g.view(first.shape[0], first.shape[0], -1)
+    return (g * second).sum(1), (g * first.unsqueeze(1)).sum(0)
 
 
 def _differentiable(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, needed: Any) -> Any:

@@ -1,12 +1,14 @@
 """The public names, for type checkers, editors, and `lazy_loader`, which reads where each one is."""
 
 from .config import LoraConfig as LoraConfig
+from .contracts import CheckpointLayout as CheckpointLayout
 from .contracts import FactorLayer as FactorLayer
 from .contracts import InitialFactors as InitialFactors
 from .contracts import Initializer as Initializer
 from .contracts import LoraSettings as LoraSettings
 from .contracts import Variant as Variant
 from .hookspecs import InitializerSpec as InitializerSpec
+from .hookspecs import LayoutSpec as LayoutSpec
 from .hookspecs import VariantSpec as VariantSpec
 from .initializers.corda.preparation import preprocess_corda as preprocess_corda
 from .initializers.eva.preparation import get_eva_state_dict as get_eva_state_dict
@@ -57,6 +59,7 @@ __all__ = [
     "ArrowConfig",
     "Attention",
     "BdLoraConfig",
+    "CheckpointLayout",
     "Convolution",
     "CordaConfig",
     "DoraCaching",
@@ -67,6 +70,7 @@ __all__ = [
     "Initializer",
     "InitializerSpec",
     "KasaConfig",
+    "LayoutSpec",
     "Linear",
     "LoftQConfig",
     "LoraConfig",

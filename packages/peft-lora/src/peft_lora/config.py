@@ -164,34 +164,39 @@ class LoraConfig(LayerConfig):
                 raise ConfigError(f"{name}={value!r} is not supported by this release of peft-lora", hint=f"leave {name} at its default")
 
     def _check_init(self) -> None:
+        self._check_word()
+        for name, (init, settings) in SETTINGS_OF_INITS.items():
+            if self.init_lora_weights == init:
+                self._check_init_settings(name, init, settings)
+            elif getattr(self, name):
+                warnings.warn(f"`{name}` is ignored: init_lora_weights is {self.init_lora_weights!r}, not {init!r}", PeftWarning, stacklevel=5)
+                setattr(self, name, {} if name == "loftq_config" else None)
+
+    def _check_word(self) -> None:
+        """Check that somebody offers the initialiser."""
         word = self.init_lora_weights
         if not isinstance(word, (bool, str)):
             raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
         if isinstance(word, str) and word.lower() in _OWN_INITS:  # files have these in capitals, too; names of others are as they are
             word = self.init_lora_weights = word.lower()
-        for name, (init, settings) in SETTINGS_OF_INITS.items():
-            given = getattr(self, name)
-            if word != init:
-                if given:
-                    warnings.warn(f"`{name}` is ignored: init_lora_weights is {word!r}, not {init!r}", PeftWarning, stacklevel=5)
-                    setattr(self, name, {} if name == "loftq_config" else None)
-            elif isinstance(given, dict) and given:
-                setattr(self, name, _settings(name, given, settings))
-            elif not given:
-                if init == "loftq":
-                    raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'", hint="pass LoftQConfig(loftq_bits=4)")
-                warnings.warn(
-                    f"init_lora_weights is {init!r} but `{name}` is not specified. Using the default configuration.", PeftWarning, stacklevel=5
-                )
-                setattr(self, name, settings())
-        if isinstance(word, str):
-            specs = initializer_specs()
-            if not any(spec.matches(word) for spec in specs):
-                known = [spec.key for spec in specs]
-                raise ConfigError(
-                    f"init_lora_weights={word!r} is unknown",
-                    hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}",
-                )
+        specs = initializer_specs() if isinstance(word, str) else ()
+        if isinstance(word, str) and not any(spec.matches(word) for spec in specs):
+            known = [spec.key for spec in specs]
+            raise ConfigError(
+                f"init_lora_weights={word!r} is unknown",
+                hint=did_you_mean(word, known) or f"write True, False or one of {', '.join(map(repr, known))}",
+            )
+
+    def _check_init_settings(self, name: str, init: str, settings: Callable[..., Any]) -> None:
+        """Make the field `name`, of the initialiser `init` that the config asks for, an object of the class `settings`."""
+        given = getattr(self, name)
+        if isinstance(given, dict) and given:
+            setattr(self, name, _settings(name, given, settings))
+        elif not given:
+            if init == "loftq":
+                raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'", hint="pass LoftQConfig(loftq_bits=4)")
+            warnings.warn(f"init_lora_weights is {init!r} but `{name}` is not specified. Using the default configuration.", PeftWarning, stacklevel=6)
+            setattr(self, name, settings())
 
     def _check_variants(self) -> None:
         for name, settings in SETTINGS_OF_VARIANTS.items():
@@ -212,14 +217,12 @@ class LoraConfig(LayerConfig):
         if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
             raise ConfigError(f"plugin_settings={given!r} is a {type(given).__name__}", hint="give a dict: name of a plugin's variant → its settings")
         asked = self._asked()
-        found: dict[str, Any] = {}
-        for name, value in (given or {}).items():
-            if name == self.variant and name not in asked:
-                found[name] = value  # nobody offers it here: said when an adapter is made
-            elif name not in asked:
-                near = did_you_mean(name, asked)
-                why = f"the config asks for no variant or initialiser of this name{'; ' + near if near else ''}"
-                warnings.warn(f"plugin_settings[{name!r}] is ignored: {why}", PeftWarning, stacklevel=5)
+        # what nobody offers here is kept: it is said when an adapter is made
+        found: dict[str, Any] = {name: value for name, value in (given or {}).items() if name == self.variant and name not in asked}
+        for name in [name for name in given or {} if name not in asked and name not in found]:
+            near = did_you_mean(name, asked)
+            why = f"the config asks for no variant or initialiser of this name{'; ' + near if near else ''}"
+            warnings.warn(f"plugin_settings[{name!r}] is ignored: {why}", PeftWarning, stacklevel=5)
         for name, spec in asked.items():
             value = (given or {}).get(name)
             if spec.settings is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from peft_core import AdapterLayer, BaseView, Call, ConfigError, Merge, PeftWarning, Slot
+from peft_core import AdapterLayer, BaseView, Call, CheckpointTranslation, ConfigError, Merge, PeftWarning, Slot
 from peft_core.errors import listed
 
 from . import formulas
@@ -186,7 +186,7 @@ class Initializer(Extension):
         config: the adapter's config.
 
     Attributes:
-        kinds: the base layers that it can start: ``"linear"``, ``"conv1d"``, ``"embedding"``, ``"convolution"``, ``"attention"``, ``"parameter"``.
+        kinds: the base layers that it can start, as their ops name them (`BaseOps.kind`); None: all, those of plugins too.
         needs_base: it is asked also when a file will supply A and B, because it shifts the base.
         frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; what depends on the layer: `InitialFactors.frozen`.
 
@@ -194,7 +194,7 @@ class Initializer(Extension):
         ConfigError: the config does not suit it.
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d"})
     needs_base: ClassVar[bool] = False
     frozen: ClassVar[frozenset[str]] = frozenset()
 
@@ -241,7 +241,7 @@ class Initializer(Extension):
         Raises:
             ConfigError: it is not.
         """
-        if kind not in self.kinds:
+        if self.kinds is not None and kind not in self.kinds:
             raise ConfigError(
                 f"init_lora_weights={self.config.init_lora_weights!r} can't start {path!r}, which is of the kind {kind!r}",
                 hint=f"it knows {', '.join(sorted(self.kinds))}; target other modules, or use init_lora_weights=True",
@@ -260,7 +260,7 @@ class Variant(Extension):
 
     Attributes:
         name: for messages.
-        kinds: the base layers around which it works (`Initializer.kinds` lists the names).
+        kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
     """
@@ -347,3 +347,48 @@ class Variant(Extension):
 
     def drop(self) -> None:
         """Undo what `add` did besides creating parameters."""
+
+
+class CheckpointLayout:
+    """Base class of what reads adapters for bases in another layout. Class methods, which change nothing; each is asked for every base.
+
+    Arguments: `base` is the model under its original names, `config` the adapter's.
+    """
+
+    @classmethod
+    def adapted_config(cls, base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
+        """Return field → value of a config that names modules of the other layout, as this base needs them; empty if it is for this layout.
+
+        Args:
+            base, config: see the class.
+            shared: True for the config of a file: names that this base has, too, mean both. False for that of a new adapter: they mean
+                what the base has.
+
+        Raises:
+            ConfigError: it asks for what can't be expressed on this base.
+        """
+        return {}
+
+    @classmethod
+    def translate(cls, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
+        """Return how a file is read on this base; None: it is of this layout.
+
+        Args:
+            base, config: see the class.
+            shapes: the file's tensors: name, without what stands before a module's path → shape.
+
+        Raises:
+            ConfigError: it is of the other layout, and can't be translated.
+        """
+        return None
+
+    @classmethod
+    def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
+        """Return transformers' conversions of a base's own weights (`WeightRenaming`, `WeightConverter`) as an adapter needs them.
+
+        Args:
+            conversions: those of the base, perhaps changed by another layout already.
+            adapter: name of the adapter.
+            config: its config, as in the file or as `adapted_config` has it.
+        """
+        return list(conversions)

@@ -1,4 +1,4 @@
-"""Finding the initialiser and the variant that a config asks for, among ours and those of plugins."""
+"""Finding the initialiser and the variant that a config asks for, and the layouts that are known, among ours and those of plugins."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from peft_core.errors import ConfigError, did_you_mean
 
-from .offers import initializer_specs, load, variant_specs
+from .offers import initializer_specs, layout_specs, load, variant_specs
 
 if TYPE_CHECKING:
     from .config import LoraConfig
-    from .contracts import Extension, Initializer, Variant
+    from .contracts import CheckpointLayout, Extension, Initializer, Variant
 
 #: what `init_lora_weights=True` and `False` mean
 PLAIN = "peft_lora.initializers.plain:Plain"
@@ -29,7 +29,7 @@ def initializer_of(config: LoraConfig) -> Initializer:
 def initializer_class(config: LoraConfig) -> type[Initializer]:
     """Return the class of the initialiser that a config asks for. Errors as `initializer_of`."""
     word = config.init_lora_weights
-    specs = initializer_specs() if isinstance(word, str) else []
+    specs = initializer_specs() if isinstance(word, str) else ()
     place = next((spec.place for spec in specs if spec.matches(str(word))), PLAIN if isinstance(word, bool) else None)
     if place is None:
         known = [spec.key for spec in specs]
@@ -76,3 +76,12 @@ def extensions_of(config: LoraConfig) -> tuple[type[Extension], ...]:
     """Return the classes of both, unchecked. Errors as `initializer_of` and `variant_of`."""
     initializer, variant = initializer_class(config), variant_class(config)
     return (initializer,) if variant is None else (initializer, variant)
+
+
+def layouts() -> tuple[type[CheckpointLayout], ...]:
+    """Return the classes that read adapters for bases in another layout, those of plugins first.
+
+    Raises:
+        PluginError: one can't be imported.
+    """
+    return tuple(load(spec.place) for spec in layout_specs())

@@ -1,4 +1,4 @@
-"""The hooks that peft-lora owns: what a new adapter starts as, and variants of its formula. Imports no torch.
+"""The hooks that peft-lora owns: what a new adapter starts as, variants of its formula, other layouts of bases. Imports no torch.
 
 Implement them in a module with an entry point in the group `peft_core.plugins`, as for any hook of core; peft-lora's own are in `plugin.py`.
 """
@@ -83,6 +83,25 @@ class VariantSpec(ExtensionSpec):
         return config.variant == self.name or bool(self.field and getattr(config, self.field, None))
 
 
+@dataclass(frozen=True)
+class LayoutSpec:
+    """Adapters for bases in another layout, and where the `CheckpointLayout` subclass is that reads them.
+
+    Args:
+        name: for messages.
+        place: the class, or its place as ``"package.module:Class"``; then it is imported when it is used.
+
+    Raises:
+        ConfigError: the place is not written as ``"package.module:Class"``.
+    """
+
+    name: str
+    place: str | type
+
+    def __post_init__(self) -> None:
+        _check_place(self.place)
+
+
 def _check_place(place: Any) -> None:
     if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
         raise ConfigError(f"{place!r} must be written as 'package.module:Name'")
@@ -107,4 +126,15 @@ def peft_lora_variants() -> Iterable[VariantSpec]:  # type: ignore[empty-body]
         >>> @hookimpl
         ... def peft_lora_variants():
         ...     yield VariantSpec("gated", "my_package.gated:Gated")
+    """
+
+
+@hookspec
+def peft_lora_layouts() -> Iterable[LayoutSpec]:  # type: ignore[empty-body]
+    """Offer readers of adapters that were written for a base in another layout: each expert a module, say, where all are one parameter now.
+
+    Example:
+        >>> @hookimpl
+        ... def peft_lora_layouts():
+        ...     yield LayoutSpec("packed attention", "my_package.packed:PackedAttention")
     """

@@ -1,44 +1,47 @@
-"""All initialisers and variants that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
+"""All initialisers, variants and layouts that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peft_core.errors import PluginError
 from peft_core.plugins import registry
 
-from .hookspecs import ExtensionSpec, InitializerSpec, VariantSpec
+from .hookspecs import ExtensionSpec, InitializerSpec, LayoutSpec, VariantSpec
 
 
-def initializer_specs() -> list[InitializerSpec]:
+def initializer_specs() -> tuple[InitializerSpec, ...]:
     """Return all initialisers, those of plugins first: a plugin may replace one of ours."""
-    registry.resolve("LORA")  # ours are known when the plugin is
-    return [spec for offer in registry.manager().hook.peft_lora_initializers() for spec in offer]
+    return registry.offers("peft_lora_initializers", "LORA")
 
 
-def variant_specs() -> list[VariantSpec]:
+def variant_specs() -> tuple[VariantSpec, ...]:
     """Return all variants, those of plugins first."""
-    registry.resolve("LORA")
-    return [spec for offer in registry.manager().hook.peft_lora_variants() for spec in offer]
+    return registry.offers("peft_lora_variants", "LORA")
 
 
-def extension_specs() -> list[ExtensionSpec]:
-    """Return both; where several have a name for something, the first counts."""
-    return [*initializer_specs(), *variant_specs()]
+def layout_specs() -> tuple[LayoutSpec, ...]:
+    """Return all other layouts of bases whose adapters can be read, those of plugins first."""
+    return registry.offers("peft_lora_layouts", "LORA")
 
 
-def operations() -> dict[str, Callable[..., Any]]:
-    """Return the functions that are added to models, by name; each is imported when it is called."""
-    return {name: Operation(place) for spec in reversed(extension_specs()) for name, place in spec.operations.items()}
+def extension_specs() -> tuple[ExtensionSpec, ...]:
+    """Return initialisers and variants; where several have a name for something, the first counts."""
+    return (*initializer_specs(), *variant_specs())
 
 
-def call_arguments() -> tuple[str, ...]:
+def operations(specs: Sequence[ExtensionSpec]) -> dict[str, Callable[..., Any]]:
+    """Return the functions that initialisers and variants add to models, by name; each is imported when it is called."""
+    return {name: Operation(place) for spec in reversed(specs) for name, place in spec.operations.items()}
+
+
+def call_arguments(specs: Sequence[ExtensionSpec]) -> tuple[str, ...]:
     """Return the keywords of a model call that are for initialisers and variants."""
-    return tuple(dict.fromkeys(name for spec in extension_specs() for name in spec.call_arguments))
+    return tuple(dict.fromkeys([name for spec in specs for name in spec.call_arguments]))
 
 
 @dataclass(frozen=True)

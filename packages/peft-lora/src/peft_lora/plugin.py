@@ -1,4 +1,4 @@
-"""What peft-lora offers: the tuner, and, through hooks of its own, initialisers and variants. Imports no torch."""
+"""What peft-lora offers: the tuner, and, through hooks of its own, initialisers, variants and layouts of bases. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_core.plugins import Capability, TunerSpec, hookimpl
 
 from .config import LoraConfig
 from .extensions import extensions_of
-from .hookspecs import InitializerSpec, VariantSpec
+from .hookspecs import InitializerSpec, LayoutSpec, VariantSpec
 
 
 @hookimpl
@@ -75,6 +75,12 @@ def peft_lora_variants() -> Iterable[VariantSpec]:
         operations={"_get_monteclora_loss": "peft_lora.variants.monteclora:monteclora_loss"},
     )
     yield VariantSpec("arrow", "peft_lora.variants.arrow:Arrow", field="arrow_config")
+
+
+@hookimpl(trylast=True)
+def peft_lora_layouts() -> Iterable[LayoutSpec]:
+    """Offer the reader of adapters that were written when each expert was a module."""
+    yield LayoutSpec("experts as modules", "peft_lora.experts.layout:ExpertsAsModules")
 
 
 @hookimpl

@@ -26,15 +26,13 @@ from peft_core import (
     TunerSpec,
     Wrap,
     is_conv1d,
-    ops_for,
 )
 
 from . import offers
 from .config import LoraConfig
 from .contracts import Extension, Initializer, LoraSettings, Variant
-from .experts import fused, loading
-from .extensions import initializer_of, variant_of
-from .layers.attention import Attention, AttentionOps
+from .extensions import initializer_of, layouts, variant_of
+from .layers.attention import Attention
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
@@ -54,10 +52,11 @@ class LoraTuner(LayerTuner):
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
-        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments())))
+        extensions = offers.extension_specs()
+        arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments(extensions))))
         super().__init__(dataclasses.replace(spec, call_arguments=arguments), selection)
         # of this model: what is offered depends on the plugins that there are
-        self.__dict__["operations"] = {**type(self).operations, **offers.operations()}
+        self.__dict__["operations"] = {**type(self).operations, **offers.operations(extensions)}
         #: initialiser and variant of each adapter that was planned, by name
         self._extensions: dict[str, tuple[type[Extension], ...]] = {}
 
@@ -67,54 +66,71 @@ class LoraTuner(LayerTuner):
         return [(r"(lora_magnitude_vector)", rf"\1.{adapter}.weight"), (r"(lora_(?!magnitude_vector)[^\.]*)", rf"\1.{adapter}")]
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are, and names of single experts those of all.
+        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are, and names of another layout those of this base.
 
         Raises:
             ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
         """
-        fields = loading.adapted_config(base, config, shared=False)
+        fields = _adapted_config(base, config, shared=False)
         if fields:
             config = copy.copy(config)
             for name, value in fields.items():
                 setattr(config, name, value)
-        self._chosen = initializer_of(config), variant_of(config)
-        initializer, variant = self._chosen
+        self._choose_extensions(base, adapter, config)
+        plan = super().plan(base, adapter, config)
+        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
+        parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
+        self._require_kinds(base, modules)
+        fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
+        if parameters:
+            self._require_plain(base, modules, config)
+        if config.ensure_weight_tying:
+            modules = list(with_ties(self, base, adapter, config, modules))
+        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
+        return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
+
+    def _choose_extensions(self, base: BaseView, adapter: str, config: LoraConfig) -> None:
+        """Choose initialiser and variant of a new adapter, and check that they suit the model and its other adapters."""
+        self._chosen = initializer, variant = initializer_of(config), variant_of(config)
         self._extensions[adapter] = (type(initializer),) if variant is None else (type(initializer), variant)
         others = {name: other for name, other in self.configs.items() if name != adapter}
         for extension in dict.fromkeys(each for name in (adapter, *others) for each in self._extensions[name]):
             extension.refuse_mixture(config, others)
         if variant is not None:
             variant.require_base(base)
-        plan = super().plan(base, adapter, config)
-        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
-        parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
+
+    def _require_kinds(self, base: BaseView, modules: Sequence[Wrap]) -> None:
+        """Check that initialiser and variant know the kinds of all modules."""
+        initializer, variant = self._chosen
         for wrap in modules:
-            kind = kind_of(base.modules[wrap.path], wrap)
+            kind = self._kind_of(base.modules[wrap.path], wrap)
             initializer.require_kind(kind, wrap.path)
             if variant is not None:
                 variant.require_kind(kind, wrap.path)
-        fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
-        if parameters and variant is not None:
+
+    def _require_plain(self, base: BaseView, modules: Sequence[Wrap], config: LoraConfig) -> None:
+        """Check that nothing is asked for that does not work on parameters, which are adapted beside `modules`."""
+        _, variant = self._chosen
+        if variant is not None:
             raise ConfigError(f"{variant.name} does not work with target_parameters", hint="target modules only, or use plain LoRA")
-        if parameters and config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
+        if config.fan_in_fan_out and not any(is_conv1d(base.modules[wrap.path]) for wrap in modules):
             raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
-        if config.ensure_weight_tying:
-            modules = list(with_ties(self, base, adapter, config, modules))
-        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
-        return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how a file with one module for each expert is read on a base that has all experts in one parameter."""
-        return fused.translation(base, config, shapes)
+        """Return how a file that was written for another layout of the base is read on this one: as the first layout says that knows it."""
+        return next((found for layout in layouts() if (found := layout.translate(base, config, shapes)) is not None), None)
 
     def adapted_config(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
-        """Return the fields of a config that names projections of single experts, for a base that has all experts in one parameter."""
-        return loading.adapted_config(base, config)
+        """Return the fields of a file's config that was written for another layout of the base, as this one needs them."""
+        return _adapted_config(base, config, shared=True)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
-        """Return transformers' conversions with those of experts replaced by what joins factors."""
-        return loading.conversions(conversions, adapter, config)
+        """Return transformers' conversions of the base's own weights as all layouts need them for adapters."""
+        found = list(conversions)
+        for layout in layouts():
+            found = layout.loading_conversions(found, adapter, config)
+        return found
 
     def reshape(self, base: BaseView, config: LoraConfig) -> Reshape | None:
         """Return the replication of layers that the config asks for."""
@@ -150,7 +166,7 @@ class LoraTuner(LayerTuner):
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
 
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
-        """Return a PiSSA, OLoRA, CorDA or LoRA-GA adapter as plain LoRA of twice the rank for the base as it was before.
+        """Return an adapter whose initialiser took its first values out of the base as plain LoRA of twice the rank for the original base.
 
         Raises:
             ConfigError, AdapterWeightsError: `initial` is no such adapter in its first state, or the initialisation can't be converted.
@@ -164,6 +180,12 @@ class LoraTuner(LayerTuner):
             ConfigError, AdapterWeightsError: they do not fit.
         """
         return plan_swap(adapter, self.configs[adapter], config, incoming)
+
+    def _kind_of(self, module: nn.Module, wrap: Wrap) -> str:
+        """Return the kind of a base layer, as initialisers and variants name it: as our layer for it says, or the plugin's that `wrap` makes."""
+        layer = next((layer for layer in self.layers if layer.accepts(module)), None)
+        ops: Any = getattr(wrap.build(module), "ops", None) if layer is None else layer.ops_of(module)
+        return ops.kind if ops is not None else "other"
 
     _chosen: tuple[Initializer, type[Variant] | None]
 
@@ -181,9 +203,6 @@ class LoraTuner(LayerTuner):
         return actual
 
 
-def kind_of(module: nn.Module, wrap: Wrap) -> str:
-    """Return the kind of a base layer, as initialisers and variants name it; of one that core does not know, what the layer of `wrap` says."""
-    ops: Any = AttentionOps() if Attention.accepts(module) else ops_for(module)
-    if ops is None:  # a plugin's
-        ops = getattr(wrap.build(module), "ops", None)
-    return ops.kind if ops is not None else "other"
+def _adapted_config(base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
+    """Return what the first layout says that changes the config; empty if it is for this base."""
+    return next((fields for layout in layouts() if (fields := layout.adapted_config(base, config, shared=shared))), {})

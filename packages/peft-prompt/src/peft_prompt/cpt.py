@@ -15,7 +15,8 @@ from peft_core import BaseView, Call, CapabilityError, ConfigError, InitOptions,
 from . import cpt_loss, dimensions
 from .config import CPTConfig
 from .cpt_loss import IGNORED
-from .encoders import OWN, TABLE, Encoder
+from .encoders import Encoder
+from .tensor_names import TABLE, encoder_key
 from .words import Words
 
 ARGUMENT = "input_type_mask"
@@ -76,13 +77,13 @@ class CPTEmbedding(Encoder):
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: P + δ, and each by itself."""
-        own = {
-            f"{OWN}embedding.weight": Slot.of(self.embedding, "weight"),
-            f"{OWN}delta_embedding.weight": Slot.of(self.delta_embedding, "weight"),
+        parts = {
+            encoder_key("embedding", "weight"): Slot.of(self.embedding, "weight"),
+            encoder_key("delta_embedding", "weight"): Slot.of(self.delta_embedding, "weight"),
         }
         shape = tuple(self.delta_embedding.weight.shape)
-        table = Slot(shape, self._read, self._become, stands_for=tuple(own))
-        return {TABLE: table, **{key: replace(slot, optional=True) for key, slot in own.items()}}
+        table = Slot(shape, self._read, self._become, stands_for=tuple(parts))
+        return {TABLE: table, **{key: replace(slot, optional=True) for key, slot in parts.items()}}
 
     def _read(self) -> Tensor:
         with torch.no_grad():
@@ -116,7 +117,7 @@ class CPTTuner(TunerBase):
 
         Raises:
             CapabilityError: the base has an encoder.
-            ConfigError, ModelError: a token that the base does not have; dimensions that can't be told.
+            ConfigError, ModelError: a token that the base does not have; unknown dimensions.
         """
         if dimensions.is_encoder_decoder(base):
             raise CapabilityError(f"CPT is for decoder-only models, {base.name} has an encoder", hint="use PROMPT_TUNING")
@@ -149,8 +150,8 @@ class CPTTuner(TunerBase):
         weights = torch.ones(full.shape, device=labels.device)
         for adapter, rows, start in used:
             config: CPTConfig = self.configs[adapter]
-            own = rows if isinstance(rows, Tensor) else torch.arange(call.batch, device=labels.device)
-            full[own], weights[own] = _contextual(config, labels[own], types[own], lead, start)
+            ids = rows if isinstance(rows, Tensor) else torch.arange(call.batch, device=labels.device)
+            full[ids], weights[ids] = _contextual(config, labels[ids], types[ids], lead, start)
         if not torch.compiler.is_compiling() and not bool((full[:, 1:] != IGNORED).any()):
             raise RoutingError(
                 f"no label counts in the loss of {', '.join(repr(name) for name, _, _ in used)}: all are {IGNORED} or of a type that is no label",
@@ -178,7 +179,7 @@ class CPTTuner(TunerBase):
             )
         labels, weights = pending.labels, pending.weights
         if behind:
-            labels, weights = (_widened(value, filler, text, behind) for value, filler in ((labels, IGNORED), (weights, 1)))
+            labels, weights = (_widened(value, padding, text, behind) for value, padding in ((labels, IGNORED), (weights, 1)))
         last = _last_virtual(call, logits)
         if last is not None:
             # what stands right before the text may belong to other rows: each row's own last virtual token predicts its first token
@@ -242,7 +243,7 @@ def _last_virtual(call: Call, logits: Tensor) -> Tensor | None:
     return last if mixed else None
 
 
-def _widened(values: Tensor, filler: float, text: int, count: int) -> Tensor:
+def _widened(values: Tensor, padding: float, text: int, count: int) -> Tensor:
     """Return (rows, …, text) with `count` more positions before the text."""
     lead = values.shape[1] - text
-    return torch.cat([values[:, :lead], values.new_full((values.shape[0], count), filler), values[:, lead:]], dim=1)
+    return torch.cat([values[:, :lead], values.new_full((values.shape[0], count), padding), values[:, lead:]], dim=1)

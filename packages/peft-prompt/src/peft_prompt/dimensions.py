@@ -72,14 +72,14 @@ class _Decoder:
 
     def __init__(self, base: BaseView) -> None:
         config = base.config
-        own = getattr(config, "decoder", None)  # some have a config of its own
-        self.config = config if own is None or isinstance(own, dict) else own
+        decoder = getattr(config, "decoder", None)  # some have a config of its own
+        self.config = config if decoder is None or isinstance(decoder, dict) else decoder
         values = {field: _first(self.config, names) for field, names in _DECODERS.items()}
-        self.own = {name: value for field, value in values.items() if value is not None for name in _SOURCES[field]}
+        self.renamed = {name: value for field, value in values.items() if value is not None for name in _SOURCES[field]}
 
     def __getattr__(self, name: str) -> Any:
-        own = self.__dict__["own"]
-        return own[name] if name in own else getattr(self.__dict__["config"], name)
+        renamed = self.__dict__["renamed"]
+        return renamed[name] if name in renamed else getattr(self.__dict__["config"], name)
 
 
 def _first(source: Any, names: tuple[str, ...]) -> Any:

@@ -12,31 +12,31 @@ from torch.utils._pytree import tree_map_only
 
 from peft_core import InitOptions, Slot, module_slots
 
-#: key of what every reader of the format knows, and what stands before the keys that only we know
-TABLE, OWN = "prompt_embeddings", "prompt_encoder."
+from .tensor_names import TABLE, child_of, encoder_key
+
 _M = TypeVar("_M", bound=nn.Module)
 
 
 class Encoder(nn.Module):
     """A module that computes virtual tokens from parameters.
 
-    A tuner calls the module with the name of what it asks for, so that whoever keeps parameters elsewhere (FullyShardedDataParallel, hooks) has them
-    in place when they are read.
+    A tuner calls the module with the name of a method, so that sharded or offloaded parameters (FullyShardedDataParallel, hooks) are in memory when
+    they are read.
 
     Example:
-        >>> encoder("tokens")  # encoder.tokens(), with the parameters in place
+        >>> encoder("tokens")  # encoder.tokens(), with the parameters in memory
     """
 
-    def forward(self, question: str, *arguments: Any) -> Any:
-        """Return the answer of the method `question` to `arguments`; tensors of its own where parameters are only lent for this call."""
-        answer = getattr(self, question)
+    def forward(self, method: str, *arguments: Any) -> Any:
+        """Return the result of the method called `method`; copies where parameters are sharded or offloaded."""
+        compute = getattr(self, method)
         if type(self.trained) is nn.Parameter and not self._forward_pre_hooks:
-            return answer(*arguments)
-        return tree_map_only(Tensor, torch.clone, answer(*arguments))
+            return compute(*arguments)
+        return tree_map_only(Tensor, torch.clone, compute(*arguments))
 
     @property
     def trained(self) -> Tensor:
-        """A parameter, of whatever shape, that every answer reads; no `nn.Parameter` where it is a piece of something larger."""
+        """A parameter, of any shape, that every method reads; while it is sharded, this is no `nn.Parameter`."""
         weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
         return weight
 
@@ -99,16 +99,16 @@ class TableEncoder(Encoder):
         if not self.parts:
             return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
         network = ("embedding", *self.parts)
-        own = {OWN + name: replace(slot, optional=True) for name, slot in module_slots(self).items() if name.partition(".")[0] in network}
-        return {TABLE: Slot(self.shape, self._read, self._become_table, stands_for=tuple(own)), **own}
+        inputs = {encoder_key(name): replace(slot, optional=True) for name, slot in module_slots(self).items() if child_of(name) in network}
+        return {TABLE: Slot(self.shape, self._read, self._become_table, stands_for=tuple(inputs)), **inputs}
 
     def _network_keys(self) -> Iterator[str]:
         if self.network is None:
             return
         with torch.device("meta"):
-            yield f"{OWN}embedding.weight"
+            yield encoder_key("embedding", "weight")
             for name, part in self.network().items():
-                yield from (f"{OWN}{name}.{key}" for key in module_slots(part))
+                yield from (encoder_key(name, key) for key in module_slots(part))
 
     def _read(self) -> Tensor:
         with torch.no_grad():

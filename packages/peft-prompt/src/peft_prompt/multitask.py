@@ -13,8 +13,9 @@ from peft_core import BaseView, Call, InitOptions, Plan, RoutingError, Site, Slo
 
 from . import dimensions
 from .config import MultitaskPromptTuningConfig
-from .encoders import TABLE, Encoder
-from .sources import COLS, ROWS, read_source
+from .encoders import Encoder
+from .sources import read_source
+from .tensor_names import COLS, ROWS, TABLE
 from .words import Words, needs_words, starting_table
 
 ARGUMENT = "task_ids"
@@ -31,18 +32,20 @@ class MultitaskPromptEmbedding(Encoder):
         config: how it starts, how many tasks and ranks.
         size: (tokens, hidden) of P; with two submodules the tokens of the encoder, then those of the decoder.
         words: the base's vocabulary, for starting values; None: the config needs none.
-        two: the base has an encoder and a decoder.
+        encoder_decoder: the base has an encoder and a decoder.
         init_options: whether starting values are needed.
 
     Raises:
         AdapterFileError, AdapterWeightsError: the source can't be used.
     """
 
-    def __init__(self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, two: bool, init_options: InitOptions) -> None:
+    def __init__(
+        self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, encoder_decoder: bool, init_options: InitOptions
+    ) -> None:
         super().__init__()
         self.count = int(config.num_virtual_tokens or 0)
         self.tasks, ranks = config.num_tasks, config.num_ranks
-        self.for_decoder = two and size[0] > self.count
+        self.for_decoder = encoder_decoder and size[0] > self.count
         device = "meta" if init_options.meta else "cpu"
         table = torch.empty(size, device=device)
         cols, rows = torch.empty(self.tasks, size[0], ranks, device=device), torch.empty(self.tasks, ranks, size[1], device=device)
@@ -96,12 +99,12 @@ class MultitaskPromptTuner(TunerBase):
         """Mount a `MultitaskPromptEmbedding`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config)
         words = Words.of(base) if needs_words(config) and not config.inference_mode else None
-        two = dimensions.is_encoder_decoder(base)
-        return Plan(mounts={"prompt_encoder": partial(MultitaskPromptEmbedding, config, dimensions.size(config, found), words, two)}, resolved=found)
+        build = partial(MultitaskPromptEmbedding, config, dimensions.size(config, found), words, dimensions.is_encoder_decoder(base))
+        return Plan(mounts={"prompt_encoder": build}, resolved=found)
 
     def prepare(self, call: Call) -> Call:
         """Offer the prompts of the tasks that `task_ids` (batch,) names; entries of rows that use no such prompt are not looked at.
@@ -115,9 +118,9 @@ class MultitaskPromptTuner(TunerBase):
             encoder = encoders[adapter]
             if task_ids is None:
                 task_ids = _read(call, adapter)
-            own = task_ids[rows] if isinstance(rows, Tensor) else task_ids
-            same = None if torch.compiler.is_compiling() else _check(own, encoder.tasks, adapter)
-            compute = partial(encoder, "tokens", own, same)
+            row_tasks = task_ids[rows] if isinstance(rows, Tensor) else task_ids
+            same = None if torch.compiler.is_compiling() else _check(row_tasks, encoder.tasks, adapter)
+            compute = partial(encoder, "tokens", row_tasks, same)
             for site, embeds in compute() if same is None else self.selection.cached_result("tokens", encoder, compute, key=same):
                 call = call.adding(VirtualTokens(rows, site=site, embeds=embeds))
         return call

@@ -80,15 +80,15 @@ class BidirectionalLSTM(nn.Module):
         start = x.new_zeros(2 * self.layers, 1, self.hidden)
         weights = [getattr(self, name) for name in self.names]  # by name: sharding replaces parameters by tensors while the module runs
         # cuDNN has no backward pass in evaluation
-        plain = x.is_cuda and not self.training and torch.is_grad_enabled()
-        with torch.backends.cudnn.flags(enabled=False) if plain else contextlib.nullcontext(), _hushed(x.is_cuda):
+        without_cudnn = x.is_cuda and not self.training and torch.is_grad_enabled()
+        with torch.backends.cudnn.flags(enabled=False) if without_cudnn else contextlib.nullcontext(), _silence_contiguity_warning(x.is_cuda):
             found = torch.lstm(x.unsqueeze(0), (start, start), weights, True, self.layers, self.dropout, self.training, True, batch_first=True)
         return found[0].squeeze(0)
 
 
 @contextlib.contextmanager
-def _hushed(cuda: bool) -> Iterator[None]:
-    """Nothing is said of weights that do not lie in one piece: these few are put together faster than they are kept so."""
+def _silence_contiguity_warning(cuda: bool) -> Iterator[None]:
+    """Ignore cuDNN's warning that weights are not one contiguous chunk: compacting weights this small in each call is cheap."""
     if not cuda or torch.compiler.is_compiling():
         yield
         return
@@ -114,7 +114,7 @@ class PromptEncoderTuner(PromptTuner):
         """Mount a `PromptEncoder`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config)
         mlp = config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP

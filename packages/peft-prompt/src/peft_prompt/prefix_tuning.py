@@ -14,9 +14,10 @@ from peft_core import BaseView, Call, InitOptions, Plan, Site, Slot, TunerBase, 
 from . import dimensions
 from .config import PrefixTuningConfig
 from .encoders import TableEncoder
+from .tensor_names import GATE
 
 #: the gates of a neutral prefix at first: so small that nothing is seen of it, and large enough for the logarithm's gradient in float32
-GATE, SMALLEST = 1e-7, 1e-20
+INITIAL_GATE, SMALLEST = 1e-7, 1e-20
 
 KeysValues = tuple[tuple[Tensor, Tensor], ...]
 
@@ -57,7 +58,7 @@ class PrefixEncoder(TableEncoder):
         super().__init__((self.count, total), network, width, config.inference_mode, init_options, starts.get(how or "", torch.Tensor.normal_))
         self.gate: nn.Parameter | None = None
         if how == "neutral":
-            self.gate = nn.Parameter(torch.full((self.count,), GATE, device="meta" if init_options.meta else "cpu"))
+            self.gate = nn.Parameter(torch.full((self.count,), INITIAL_GATE, device="meta" if init_options.meta else "cpu"))
 
     def compute(self, weight: Tensor) -> Tensor:
         """Return all keys and values (tokens, 2·layers·width) from `weight`, the table that the network reads (tokens, width)."""
@@ -79,12 +80,12 @@ class PrefixEncoder(TableEncoder):
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: the table, the network behind it, the gates."""
-        gates = {} if self.gate is None else {"prefix_gate": Slot.of(self, "gate")}
+        gates = {} if self.gate is None else {GATE: Slot.of(self, "gate")}
         return {**super().slots(), **gates}
 
 
 def _values_alone(width: int, table: Tensor) -> Tensor:
-    """Fill the values of a table (tokens, 2·layers·width) with noise, and its keys with zeros."""
+    """Initialise the values of a table (tokens, 2·layers·width) with noise, and its keys with zeros, in place."""
     table.normal_().view(table.shape[0], -1, width)[:, 0::2] = 0
     return table
 
@@ -107,7 +108,7 @@ class PrefixTuner(TunerBase):
         """Mount a `PrefixEncoder`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config, keys_values=True)
         resolved = {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}

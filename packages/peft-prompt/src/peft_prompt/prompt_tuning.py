@@ -13,7 +13,8 @@ from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, Virtua
 
 from . import dimensions
 from .config import PromptTuningConfig
-from .encoders import TABLE, Encoder
+from .encoders import Encoder
+from .tensor_names import TABLE
 from .words import Words, needs_words, starting_table
 
 
@@ -56,7 +57,7 @@ class PromptTuner(TunerBase):
         """Mount a `PromptEmbedding`.
 
         Raises:
-            ConfigError, ModelError: the dimensions can't be told, or do not fit.
+            ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config)
         words = Words.of(base) if needs_words(config) and not config.inference_mode else None

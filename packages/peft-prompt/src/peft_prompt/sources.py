@@ -12,13 +12,12 @@ from torch import Tensor
 from peft_core import AdapterFileError, AdapterWeightsError
 
 from .config import MultitaskPromptTuningConfig
-
-COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
+from .tensor_names import COLS, ROWS, TABLE
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a prompt starts from.
+    """Starting values of a prompt, from a file.
 
     Args:
         table: the shared prompt (tokens, hidden).
@@ -31,7 +30,7 @@ class Source:
 
 
 def read_source(config: MultitaskPromptTuningConfig, size: tuple[int, int]) -> Source:
-    """Return what the file of a config says of the start.
+    """Return the prompt in the file that a config names.
 
     Args:
         config: one that starts from a source.
@@ -43,7 +42,7 @@ def read_source(config: MultitaskPromptTuningConfig, size: tuple[int, int]) -> S
     """
     path = Path(str(config.prompt_tuning_init_state_dict_path)).expanduser()
     tensors = _tensors(path)
-    names = ["prompt_embeddings"] if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else ["prompt_embeddings", COLS, ROWS]
+    names = [TABLE] if config.prompt_tuning_init == "ONLY_SOURCE_SHARED" else [TABLE, COLS, ROWS]
     lacking = [name for name in names if not isinstance(tensors.get(name), Tensor)]
     if lacking:
         raise AdapterWeightsError(
@@ -51,8 +50,8 @@ def read_source(config: MultitaskPromptTuningConfig, size: tuple[int, int]) -> S
             f"it has {', '.join(sorted(map(str, tensors))) or 'nothing'}",
             hint="give the weights of a multitask prompt; 'ONLY_SOURCE_SHARED' takes those of any prompt",
         )
-    table = tensors["prompt_embeddings"].detach().float()
-    _check(path, "prompt_embeddings", table, size, "num_virtual_tokens and the base's hidden width")
+    table = tensors[TABLE].detach().float()
+    _check(path, TABLE, table, size, "num_virtual_tokens and the base's hidden width")
     if len(names) == 1:
         return Source(table.clone())
     cols, rows = tensors[COLS].detach().float(), tensors[ROWS].detach().float()

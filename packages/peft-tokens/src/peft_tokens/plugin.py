@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from peft_core.plugins import Capability, TunerSpec, hookimpl
 
-#: of the rows that the inputs of the conformance suite use
+#: some of the token ids in the inputs of the conformance suite
 ROWS, OTHERS = [52, 35, 11, 13, 4], [45, 54, 16, 38, 6]
 
 

@@ -1,4 +1,4 @@
-"""What trainable tokens do to a model."""
+"""The tuner of trainable tokens."""
 
 from __future__ import annotations
 

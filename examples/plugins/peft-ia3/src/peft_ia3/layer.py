@@ -55,7 +55,7 @@ class IA3Layer(AdapterLayer):
     # ---- forward ---------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output for the scaled input, scaled."""
-        return super().forward(x if self.merges else self.scaled_input(x), *args, **kwargs)
+        return super().forward(x if self.merged else self.scaled_input(x), *args, **kwargs)
 
     def scaled_input(self, x: Tensor) -> Tensor:
         """Return x ⊙ l for each feed-forward adapter in use, on the rows that use it."""

@@ -7,7 +7,7 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_core.checkpoint.names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME
+    peft._constants: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME
     peft_core: AuxiliaryTrainingWrapper ModulesToSaveWrapper PeftType TaskType cast_mixed_precision_params get_peft_model_state_dict load_peft_weights
     peft_core: prepare_model_for_kbit_training set_peft_model_state_dict fsdp_auto_wrap_policy
     peft._helpers: bloom_model_postprocess_past_key_value infer_device shift_tokens_right transpose

@@ -7,7 +7,7 @@ import inspect
 from torch import nn
 
 
-def own_decoder(base: nn.Module) -> nn.Module | None:
+def separate_decoder(base: nn.Module) -> nn.Module | None:
     """Return the decoder of a model that runs its encoder and its decoder itself, and hands the latter a cache of its own choice (or none)."""
     children = dict(base.named_children())
     decoder = children.get("decoder")
@@ -16,8 +16,8 @@ def own_decoder(base: nn.Module) -> nn.Module | None:
 
 
 def find(base: nn.Module) -> nn.Module | None:
-    """Return the part that takes a cache: the model's own decoder, or its first child that is a transformers model; None if there is none."""
-    decoder = own_decoder(base)
+    """Return the part that takes a cache: its separate decoder, or its first child that is a transformers model; None if there is none."""
+    decoder = separate_decoder(base)
     if decoder is not None:
         return decoder
     for child in base.children():

@@ -1,8 +1,9 @@
-"""What the forward of a base takes, and how its tokens see one another; asked once per model."""
+"""The parameters of a base's forward, and its kind of attention; read once per model."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,43 +13,32 @@ from .view import BaseView
 
 
 class BaseForward:
-    """What assembling a call must know of a base's forward; asked once per model."""
+    """Properties of a base's forward that assembling a call depends on; read once per model."""
 
     def __init__(self, view: BaseView) -> None:
         self.view = view
         found = inspect.signature(type(view.base).forward).parameters
         #: the names of the forward's parameters, in order
         self.parameters = tuple(found)[1:]  # without the model itself, whatever it is called
-        #: keys and values can be handed in: by name, or through keywords that the model passes on to its backbone
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.own_decoder(view.base) is None
+        #: it takes a cache of keys and values: by name, or through keywords that the model passes on to its backbone
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.separate_decoder(view.base) is None
         keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
         self.takes_cache = "past_key_values" in found or keywords
-        #: where keys and values go if the forward takes none: a model inside, before its head
+        #: the inner model that takes a cache if the forward takes none
         self.backbone = None if self.takes_cache else backbone.find(view.base)
-        #: a layer was seen to read what a prefix put into a cache
+        #: a layer has read the keys and values of a prefix from a cache
         self.reads_cache = False
         #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
-        self.first_position = 0
-        for name, module in view.modules.items():
-            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-                self.first_position = int(module.padding_idx) + 1
-                break
-        #: there is an encoder, whose tokens a decoder of its own looks at
+        self.first_position = _first_position(view)
+        #: it is an encoder-decoder model
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
-        #: its decoder numbers tokens by the length of the cache, for all rows alike, and nobody can say otherwise
+        #: its decoder derives positions from the length of the cache, the same for all rows, and takes no others
         self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
-        #: tokens see only what stands before them; else the first token of a row may stand for the whole (BERT's pooler)
-        says = next((bool(m.is_causal) for m in view.modules.values() if hasattr(m, "is_causal")), None)
-        if says is None:  # modules of older versions do not say
-            says = (
-                not view.is_transformers_model
-                or hasattr(view.base, "prepare_inputs_for_generation")
-                or bool(getattr(view.config, "is_decoder", False))
-            )
-        self.causal = says and not self.encoder_decoder
+        #: its attention is causal; otherwise the first token of a row may stand for the sequence (BERT's pooler)
+        self.causal = not self.encoder_decoder and _is_causal(view)
         #: it has a head that predicts the next token
         self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
-        #: how far back layers look that do not look at everything; 0: all look at everything
+        #: size of the sliding window of layers that have one; 0: none has
         self.window = _window(view)
 
     def accepts(self, name: str) -> bool:
@@ -70,9 +60,37 @@ class BaseForward:
         return embedded
 
 
+def _first_position(view: BaseView) -> int:
+    for name, module in view.modules.items():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+def _is_causal(view: BaseView) -> bool:
+    for module in view.modules.values():
+        if hasattr(module, "is_causal"):
+            return bool(module.is_causal)
+    # modules of older versions do not say
+    return not view.is_transformers_model or hasattr(view.base, "prepare_inputs_for_generation") or bool(getattr(view.config, "is_decoder", False))
+
+
 def _window(view: BaseView) -> int:
     config = view.text_config
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and not any("sliding" in str(kind) for kind in kinds):
         return 0
     return int(getattr(config, "sliding_window", None) or 0)
+
+
+def first_argument(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return the input of a module that was called with keywords alone.
+
+    Raises:
+        TypeError: none of the keywords is a parameter of its forward.
+    """
+    for name in inspect.signature(module.forward).parameters:
+        if name in kwargs:
+            found: Tensor = kwargs[name]
+            return found
+    raise TypeError(f"{type(module).__name__} was called without its input")

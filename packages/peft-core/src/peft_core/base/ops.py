@@ -1,4 +1,4 @@
-"""What a base layer is, said once: how its weight lies, how a change of that weight acts on an input."""
+"""Kinds of base layers: the layout of the weight, and the effect of a change of it on the output."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModuleError
+from ..plugins import Capability
 
 
 class BaseOps(Protocol):
@@ -168,7 +169,7 @@ def with_weight(base: nn.Module, weight: Tensor, **settings: Any) -> Callable[[T
 
     Args:
         base: a layer with a `weight`.
-        weight: takes its place.
+        weight: used instead of it.
         settings: attributes that differ from those of `base`, such as `padding_idx`.
     """
     shell = type(base).__new__(type(base))
@@ -177,23 +178,47 @@ def with_weight(base: nn.Module, weight: Tensor, **settings: Any) -> Callable[[T
     return forward
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+@dataclass(frozen=True)
+class LayerKind:
+    """A kind of layer of torch's own that tuners can wrap.
+
+    Args:
+        types: torch's classes of this kind; each call of one returns a new tensor.
+        ops: layer → how it uses its weight.
+        capability: what a tuner has to declare to wrap one.
+    """
+
+    types: tuple[type[nn.Module], ...]
+    ops: Callable[[Any], BaseOps]
+    capability: Capability = Capability.NONE
+
+
+#: what depends on the kind of a layer of torch's is said here and in its ops, and nowhere else in core
+LAYER_KINDS = (
+    LayerKind((nn.Linear,), lambda base: LinearOps()),
+    LayerKind((nn.Embedding,), lambda base: EmbeddingOps(), Capability.EMBEDDING),
+    LayerKind((nn.Conv1d, nn.Conv2d, nn.Conv3d), lambda base: ConvolutionOps(tuple(base.weight.shape)), Capability.CONV),
+)
+#: the classes of all kinds
+LAYER_TYPES = tuple(cls for kind in LAYER_KINDS for cls in kind.types)
 
 
 def ops_for(module: nn.Module) -> BaseOps | None:
     """Return how `module` uses its weight, or None if it is no layer we know."""
-    if isinstance(module, nn.Linear):
-        return LinearOps()
-    if isinstance(module, nn.Embedding):
-        return EmbeddingOps()
-    if isinstance(module, _CONVOLUTIONS):
-        return ConvolutionOps(tuple(module.weight.shape))
+    for kind in LAYER_KINDS:
+        if isinstance(module, kind.types):
+            return kind.ops(module)
     return Conv1DOps() if is_conv1d(module) else None
+
+
+def capability_for(module: nn.Module) -> Capability:
+    """Return what a tuner has to declare to wrap `module`; `Capability.NONE` for a Linear, and for a layer that core does not know."""
+    return next((kind.capability for kind in LAYER_KINDS if isinstance(module, kind.types)), Capability.NONE)
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether `module` is transformers' `Conv1D` (the transposed Linear of GPT-2) or a subclass of it."""
-    # by name: importing transformers for a question about a model that does not use it costs a second
+    # by name: importing transformers takes a second, and the model may not use it
     return any(cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils" for cls in type(module).__mro__)
 
 
@@ -211,3 +236,14 @@ def require_ops(module: nn.Module, name: str, supported: str) -> BaseOps:
             hint="target one of its children, or exclude it with exclude_modules",
         )
     return ops
+
+
+#: attributes that callers read from a layer and that an adapter layer around it has, too
+LAYER_ATTRIBUTES = frozenset(
+    [
+        *("in_features", "out_features"),  # Linear
+        *("nf", "nx"),  # transformers' Conv1D
+        *("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse", "embed_scale"),
+        *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
+    ]
+)

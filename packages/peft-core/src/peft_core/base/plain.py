@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
+from .ops import LAYER_TYPES
+
 #: the classes whose forward is known here, with that forward: a subclass, or a class whose forward somebody has replaced, is called
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Dropout, nn.Identity)}
 _TENSORS = (Tensor, nn.Parameter)
-#: bases that return a new tensor in each call
-_FRESH = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
@@ -75,7 +75,7 @@ def is_observed(module: nn.Module) -> bool:
 
 def returns_new_tensor(module: nn.Module) -> bool:
     """Return whether the output of a base belongs to whoever called it: a plain layer that nobody observes."""
-    return type(module) in _FRESH and not is_observed(module)
+    return type(module) in LAYER_TYPES and not is_observed(module)
 
 
 def _hooked_globally() -> bool:

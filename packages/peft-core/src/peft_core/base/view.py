@@ -22,7 +22,7 @@ class BaseView:
 
     Attributes:
         modules: every module by its original name (a module with several names under the first).
-        sites: for each name the places (parent, attribute) where the module hangs: several where modules are shared.
+        sites: for each name the (parent, attribute) pairs that hold the module: several where modules are shared.
         chosen: if set, these modules are adapted, whatever the targets of a config say.
         heads: names of modules that the task saves whole; never targets.
         shared_weights: ids of parameters that belong to more than one module (tied embeddings).
@@ -56,14 +56,16 @@ class BaseView:
                 if child is not None:
                     self.sites.setdefault(first_name[id(child)], []).append((module, attribute))
         self.shared_weights = frozenset(key for key, count in owners.items() if count > 1)
-        tied: dict[int, list[str]] = defaultdict(list)
+        self.tied = {name: group for group in self._tied_groups() for name in group}
+
+    def _tied_groups(self) -> list[tuple[str, ...]]:
+        """Return the names of modules that share a weight, where one of them is an embedding: copies of whole layers are not tied in this sense."""
+        names: dict[int, list[str]] = defaultdict(list)
         for name, module in self.modules.items():
             weight = module._parameters.get("weight")
             if weight is not None and id(weight) in self.shared_weights:
-                tied[id(weight)].append(name)
-        # copies of layers that share all their weights are no such pair: one of the modules has to be an embedding
-        groups = [tuple(names) for names in tied.values() if any(isinstance(self.modules[name], nn.Embedding) for name in names)]
-        self.tied = {name: group for group in groups for name in group}
+                names[id(weight)].append(name)
+        return [tuple(group) for group in names.values() if any(isinstance(self.modules[name], nn.Embedding) for name in group)]
 
     def sharing(self, path: str) -> tuple[str, ...]:
         """Return the modules whose weight is the weight of the module `path` (an embedding and its output layer), it included; () if there are none.
@@ -144,7 +146,7 @@ class BaseView:
 
     @property
     def is_transformers_model(self) -> bool:
-        """Whether the base is a transformers `PreTrainedModel` (by name: no import for a question)."""
+        """Whether the base is a transformers `PreTrainedModel` (by name: importing transformers is slow)."""
         return any(cls.__name__ == "PreTrainedModel" for cls in type(self.base).__mro__)
 
 
@@ -153,6 +155,11 @@ def innermost(module: nn.Module) -> nn.Module:
     while (inside := module._modules.get("base_layer")) is not None:
         module = inside
     return module
+
+
+def is_inside(path: str, modules: Iterable[str]) -> bool:
+    """Return whether a module, by its path, is one of `modules` or inside one of them."""
+    return any(path == outer or path.startswith(f"{outer}.") for outer in modules)
 
 
 def checkpointed(base: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Reading and writing the weight of a base: one that its module computes, one that accelerate keeps elsewhere, or an ordinary one."""
+"""Reading and writing the weight of a base, which may be computed by its module or offloaded by accelerate."""
 
 from __future__ import annotations
 
@@ -67,6 +67,14 @@ def read_weight(base: nn.Module, name: str) -> Tensor:
         with in_memory((base,)):
             weight = getattr(base, name)
     return weight
+
+
+def execution_device(base: nn.Module, name: str) -> torch.device:
+    """Return the device on which `base` computes with its weight `name`: that of the weight, unless accelerate offloads it."""
+    weight: Tensor = getattr(base, name)
+    hook: Any = base.__dict__.get(HOOK) if weight.is_meta else None
+    device = getattr(hook, "execution_device", None)
+    return weight.device if device is None else torch.device(device)
 
 
 def require_writable(base: nn.Module, name: str, instead: str = "use the adapter unmerged") -> nn.Parameter:

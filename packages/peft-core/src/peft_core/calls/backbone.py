@@ -38,7 +38,7 @@ def install(index: AdapterIndex, undo: Undo) -> None:
 
 
 def uninstall(index: AdapterIndex) -> None:
-    """Take it away."""
+    """Remove the hook."""
     backbone = index.forward.backbone
     if backbone is None:
         return

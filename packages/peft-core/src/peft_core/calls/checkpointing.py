@@ -1,8 +1,8 @@
-"""Gradient checkpointing: layers run again in the backward pass, and have to meet then what they met in the forward pass.
+"""Gradient checkpointing: layers are recomputed in the backward pass, with the adapters, keys and values of the forward pass.
 
-transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointHook` stands in the place of that function: it
-remembers the route of the call (which adapters, which keys and values of a prefix), and goes back to it when the layer runs again, in whichever
-thread that happens. Nothing is swapped per call.
+transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointHook` replaces that function: it
+stores the route of the call (which adapters, which keys and values of a prefix), and uses it when the layer is recomputed, in whichever thread.
+Nothing is swapped per call.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class CheckpointHook:
-    """Stands in for the function that runs a layer under checkpointing.
+    """Replaces the function that runs a layer under checkpointing.
 
     Args:
         selection: of the model.
@@ -46,8 +46,8 @@ class CheckpointHook:
         if route is None:
             if torch.compiler.is_compiling():
                 return self.original(layer, *args, **kwargs)
-            again = functools.partial(_as_before, self.selection, self.selection.default, self.selection.switches, layer)
-            return self.original(again, *args, **kwargs)
+            run = functools.partial(_with_same_adapters, self.selection, self.selection.default, self.selection.switches, layer)
+            return self.original(run, *args, **kwargs)
         cache = route.context.get(PREFIX)
         if cache is None or self.number is None:
             return self.original(functools.partial(_under, self.selection, route, layer), *args, **kwargs)
@@ -56,13 +56,13 @@ class CheckpointHook:
         return self.original(functools.partial(_with_prefix, self.selection, route, layer, cache, self.number), *pair, *args, **kwargs)
 
 
-def _as_before(selection: AdapterSelection, default: Route, switches: int | None, layer: Callable[..., Any], *args: Any) -> Any:
-    """Run a layer under the adapters of the forward pass, whatever was switched since.
+def _with_same_adapters(selection: AdapterSelection, default: Route, switches: int | None, layer: Callable[..., Any], *args: Any) -> Any:
+    """Recompute a layer with the adapters of the forward pass, whatever was switched since.
 
     Args:
         selection: of the model.
         default, switches: those of `selection` in the forward pass.
-        layer, args: what runs again.
+        layer, args: what is recomputed.
 
     Raises:
         RoutingError: adapters were switched, and some layers were switched individually in the forward pass.
@@ -88,16 +88,16 @@ def _with_prefix(
 ) -> Any:
     """Run a layer with a cache that begins with keys and values (batch, heads, n, head_dim).
 
-    transformers takes caches away under checkpointing, as one that grows would grow again in the backward pass; this one does not.
+    transformers removes caches under checkpointing, since one that grows would grow twice; this one does not grow.
     """
     cache = caches.with_pair(cache, number, keys, values)
     if isinstance(layer, functools.partial):
         for name in _CACHES:
             if name in layer.keywords:
                 return _under(selection, route, functools.partial(layer.func, *layer.args, **{**layer.keywords, name: cache}), *args)
-        place = _place(layer.func) - len(layer.args)
-        if 0 <= place < len(args):
-            return _under(selection, route, layer, *args[:place], cache, *args[place + 1 :])
+        position = _cache_position(layer.func) - len(layer.args)
+        if 0 <= position < len(args):
+            return _under(selection, route, layer, *args[:position], cache, *args[position + 1 :])
     raise ModelError(
         "keys and values can't be prepended while gradient checkpointing is on: this model's layers can't be given a cache then",
         hint="call gradient_checkpointing_disable() on the base",
@@ -105,22 +105,22 @@ def _with_prefix(
 
 
 @functools.lru_cache(maxsize=64)
-def _names(function: Callable[..., Any]) -> tuple[str, ...]:
+def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
 
-def _place(function: Callable[..., Any]) -> int:
-    """Return the place of the cache among the arguments of a function; -1 if it takes none."""
+def _cache_position(function: Callable[..., Any]) -> int:
+    """Return the position of the cache among the parameters of a function; -1 if it takes none."""
     owner = getattr(function, "__self__", None)
     if isinstance(owner, nn.Module):  # `super().__call__` of a layer: what it takes is what its forward takes
-        names = _names(type(owner).forward)[1:]
+        names = _parameter_names(type(owner).forward)[1:]
     else:
-        names = _names(function)
+        names = _parameter_names(function)
     return next((names.index(name) for name in _CACHES if name in names), -1)
 
 
 def prepare(index: AdapterIndex) -> bool:
-    """Return whether layers will run again in the backward pass, and see to it that they meet the same adapters then."""
+    """Return whether layers will be recomputed in the backward pass, and install hooks so that they use the same adapters then."""
     if not (index.base.training and torch.is_grad_enabled()):
         return False
     waiting = []
@@ -132,7 +132,7 @@ def prepare(index: AdapterIndex) -> bool:
             waiting.append((module, function))
     encoder = _encoder(index) if waiting else frozenset()
     for module, function in waiting:
-        module.__dict__[FUNCTION] = CheckpointHook(index.selection, function, None if module in encoder else _number(module))
+        module.__dict__[FUNCTION] = CheckpointHook(index.selection, function, None if module in encoder else _layer_number(module))
     return bool(waiting)
 
 
@@ -144,17 +144,27 @@ def _encoder(index: AdapterIndex) -> frozenset[nn.Module]:
     return frozenset(module for encoder in encoders for module in encoder.modules())
 
 
-def _number(layer: nn.Module) -> int | None:
+def _layer_number(layer: nn.Module) -> int | None:
     numbers = (getattr(module, "layer_idx", None) for module in layer.modules())
     return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def uninstall(base: nn.Module) -> None:
-    """Put back what doors replaced."""
+    """Restore what the hooks replaced."""
     for module in base.modules():
         hook = module.__dict__.get(FUNCTION)
         if isinstance(hook, CheckpointHook):
             module.__dict__[FUNCTION] = hook.original
+
+
+def prepare_inputs(model: nn.Module) -> None:
+    """Make the outputs of the input embeddings of `model` require gradients; a quantised model is left alone."""
+    if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+        return
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(require_output_grad)  # type: ignore[operator]
 
 
 def require_output_grad(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -1,13 +1,14 @@
-"""The hook in `generate`: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
+"""`generate`, and the hook in it: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
 
 Outside a `generate` of ours it defers to what it replaced; nothing is swapped per call, so that threads don't meet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.undo import Undo
-from ..errors import CapabilityError, PeftWarning, RoutingError
+from ..errors import CapabilityError, MissingMethodError, PeftWarning, RoutingError
 from ..tuners.call import Call, Site, batch_of
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec, task_of
@@ -23,12 +24,62 @@ from ..virtual_tokens import reuse
 from ..virtual_tokens.assembly import assemble
 from ..virtual_tokens.caches import decoder_config, newer
 from ..virtual_tokens.encoder_decoder import encoder_inputs
+from .routing import route_for
 from .run import prepared
 
 METHOD = "prepare_inputs_for_generation"
 #: what the base's own preparation says that assembling says anew
 _OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 _OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
+
+
+def generate(index: AdapterIndex, task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None) -> Any:
+    """Do what `PeftModel.generate` does: let the base generate with the adapters in use, in a cache scope of this thread.
+
+    Args:
+        index: the adapters.
+        task: what the model is for.
+        args, kwargs: of the base's `generate`, and what tuners take from a call.
+        names: per-sample adapters, or None.
+
+    Raises:
+        AdapterNotFoundError, CapabilityError, RoutingError: `names` can't be followed.
+        MissingMethodError: the base can't generate.
+    """
+    base: Any = index.base
+    if not hasattr(base, "generate"):
+        raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
+    chosen = index.selection.task_route()
+    with contextlib.nullcontext() if chosen is None else index.selection.use(chosen), index.selection.cached(thread=True):
+        arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
+        if names is None and not index.call_tuners:
+            return base.generate(*args, **kwargs)
+        if names is not None:
+            given = (*args[:1], *(kwargs[name] for name in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(name) is not None))
+            if given and isinstance(given[0], Tensor):
+                route_for(index, names, given[0].shape[0])  # checks the length
+        with generating(index, task, names, arguments):
+            check_assisted(index, task, arguments, kwargs)
+            if index.forward.encoder_decoder:
+                args, kwargs = encoder_arguments(index, task, arguments, args, kwargs)
+            try:
+                return base.generate(*args, **kwargs)
+            finally:
+                base.__dict__.pop("_cache", None)  # older versions keep a cache of fixed size, which virtual tokens made larger
+
+
+@contextlib.contextmanager
+def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Let the hook see this thread's steps of `generate` as ours, until the block ends."""
+    local = index.selection.local
+    before = getattr(local, "generating", None), getattr(local, "task", None)
+    route = route_for(index, names)
+    local.generating, local.task = arguments, task.name or None
+    try:
+        with index.selection.use(route):
+            yield
+    finally:
+        local.generating, local.task = before
 
 
 class GenerationHook:

@@ -74,9 +74,9 @@ def _checked(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
     """Return the route on which adapters act in load order, whatever the order in which a caller names them."""
-    place = {name: number for number, name in enumerate(index.configs)}
-    ordered = {row: tuple(sorted(set(row), key=place.__getitem__)) for row in set(per_row)}
+    load_order = {name: number for number, name in enumerate(index.configs)}
+    ordered = {row: tuple(sorted(set(row), key=load_order.__getitem__)) for row in set(per_row)}
     if len(ordered) == 1:
         return Route(names=ordered[per_row[0]])
-    used = sorted({name for row in ordered for name in row}, key=place.__getitem__)
+    used = sorted({name for row in ordered for name in row}, key=load_order.__getitem__)
     return Route(tuple(used), tuple(ordered[row] for row in per_row))

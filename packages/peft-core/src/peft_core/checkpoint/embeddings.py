@@ -1,4 +1,4 @@
-"""Whether the base's embeddings go into an adapter's file, decided from local data alone."""
+"""The base's embeddings in an adapter's file: whether they are saved, decided from local data alone, and their slots."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
 from ..layers.token_rows import TrainableRowsLayer
+from ..tensor_names import embedding_key, file_key
 from ..tuners.index import AdapterIndex
 from ..tuners.saved_modules import SAVED
 from ..tuners.targeting import target_matcher
@@ -57,21 +58,20 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         layers = [layer for layer in (index.view.embeddings, index.view.output_embeddings) if layer is not None]
     except ModelError:
         return {}
-    own = index.keys_by_adapter[adapter]
-    rows = {path: key for key in own for path in [key[1]] if isinstance(index.modules[key], TrainableRowsLayer)}
-    wrappers = {path for (method, path) in own if method and not method.startswith("@") and path not in rows}
-    saved = {path for (method, path) in own if method == SAVED}
+    keys = index.keys_by_adapter[adapter]
+    rows = {key[1]: key[0] for key in keys if isinstance(index.modules[key], TrainableRowsLayer)}
+    wrapped_paths = {path for (method, path) in keys if method and not method.startswith("@") and path not in rows}
+    saved = {path for (method, path) in keys if method == SAVED}
     prefix = index.prefix(adapter) if wrapped else ""
-    targeted = any(index.view.modules[path] is layer for path in wrappers for layer in layers)
+    targeted = any(index.view.modules[path] is layer for path in wrapped_paths for layer in layers)
     found: dict[str, Slot] = {}
     for path, module in index.view.modules.items():
         if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
             continue
-        if targeted and path not in wrappers:
+        if targeted and path not in wrapped_paths:
             continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects
-        outer = ".token_adapter" if path in rows and rows[path][0] == TOKENS else ""
-        middle = f"{outer}.base_layer" if path in wrappers or path in rows else ""
-        found[f"{prefix}{path}{middle}.weight"] = Slot.of(module, "weight")
+        key = embedding_key(prefix, path, wrapped=path in wrapped_paths or path in rows, in_token_adapter=rows.get(path) == TOKENS)
+        found[key] = Slot.of(module, "weight")
     return found
 
 
@@ -79,10 +79,10 @@ def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) ->
     """Return key → slot of the trained rows of tied output layers, which the reference implementation writes again under their own key."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {
-        f"{prefix}{path}.{key}": slot
+        file_key(prefix, path, end): slot
         for (_, path), module in index.modules_of(adapter)
         if isinstance(module, TrainableRowsLayer)
-        for key, slot in module.further_slots(adapter).items()
+        for end, slot in module.further_slots(adapter).items()
     }
 
 

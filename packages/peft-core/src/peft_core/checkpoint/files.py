@@ -46,7 +46,7 @@ class WeightFile:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """What the writer noted: the tuner's distribution, the base (see `passport`)."""
+        """What the writer recorded in the header: the tuner's distribution, the base (see `passport`)."""
         if not self.is_safetensors:
             return {}
         with self._open("cpu") as handle:
@@ -152,34 +152,42 @@ class AtomicFolder:
         return path
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        replaced: list[tuple[Path, Path | None]] = []
+        backups: list[tuple[Path, Path | None]] = []
         try:
             if kind is None:
-                for path, target in self._staged:
-                    kept = target.with_name(f".{target.name}.{os.getpid()}.before")
-                    had = target.exists()
-                    if had:
-                        os.replace(target, kept)
-                    replaced.append((target, kept if had else None))
-                    os.replace(path, target)
-                for target in self._removed:
-                    if target.exists():
-                        kept = target.with_name(f".{target.name}.{os.getpid()}.before")
-                        os.replace(target, kept)
-                        replaced.append((target, kept))
+                self._commit(backups)
         except BaseException:
-            for target, before in reversed(replaced):
+            for target, backup in reversed(backups):
                 target.unlink(missing_ok=True)
-                if before is not None:
-                    os.replace(before, target)
-            replaced.clear()
+                if backup is not None:
+                    os.replace(backup, target)
+            backups.clear()
             raise
         finally:
             for path, _ in self._staged:
                 path.unlink(missing_ok=True)
-            for _, before in replaced:
-                if before is not None:
-                    before.unlink(missing_ok=True)
+            for _, backup in backups:
+                if backup is not None:
+                    backup.unlink(missing_ok=True)
+
+    def _commit(self, backups: list[tuple[Path, Path | None]]) -> None:
+        """Put all files in place; `backups` gets (target, its old content under a temporary name, or None) before each is written."""
+        for path, target in self._staged:
+            backups.append((target, _moved_aside(target)))
+            os.replace(path, target)
+        for target in self._removed:
+            backup = _moved_aside(target)
+            if backup is not None:
+                backups.append((target, backup))
+
+
+def _moved_aside(target: Path) -> Path | None:
+    """Rename a file so that it can be restored, and return its new path; None if there is no such file."""
+    if not target.exists():
+        return None
+    backup = target.with_name(f".{target.name}.{os.getpid()}.before")
+    os.replace(target, backup)
+    return backup
 
 
 def _sort_metadata(path: Path) -> None:

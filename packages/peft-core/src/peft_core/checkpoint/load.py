@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, PeftWarning, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import hooks, registry
+from ..tensor_names import is_duplicate_of_saved, key_renamer, with_expected_prefix, without_wrapper
 from ..tuners.index import AdapterIndex
 from . import embeddings
 from .files import WeightFile
-from .state_dict import WRAPPER_PREFIX, fitted_keys, key_renamer, keyed_slots, names_in_memory
+from .state_dict import keyed_slots, names_in_memory
 
 Strict = bool | str
 
@@ -53,15 +54,15 @@ class TensorSource:
     def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> TensorSource:
         """Return the tensors of a file, renamed and converted as the caller and plugins want."""
         rename = key_renamer(key_mapping)
-        noted = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
+        writer = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
 
         def read() -> dict[str, Tensor]:
             return hooks.convert_state_dict(peft_type, {rename(name): tensor for name, tensor in file.tensors(device).items()}, config)
 
         if hooks.converts():
             tensors = read()
-            return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, str(file.path), noted)
-        return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), noted)
+            return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, str(file.path), writer)
+        return cls({rename(name): shape for name, shape in file.shapes.items()}, read, str(file.path), writer)
 
 
 def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) -> TensorSource:
@@ -71,12 +72,12 @@ def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) ->
         ConfigError: they were written for a layout that can't be translated.
     """
     tuner = index.tuner_for(registry.resolve(str(config.peft_type)))
-    found = tuner.translate(index.view, config, {key.removeprefix(WRAPPER_PREFIX): shape for key, shape in source.shapes.items()})
+    found = tuner.translate(index.view, config, without_wrapper(source.shapes))
     if found is None:
         return source
     for name, value in found.fields.items():
         setattr(config, name, value)
-    tensors = found.convert({key.removeprefix(WRAPPER_PREFIX): tensor for key, tensor in source.read().items()})
+    tensors = found.convert(without_wrapper(source.read()))
     return replace(TensorSource.of(tensors, source.origin), writer=source.writer)
 
 
@@ -102,9 +103,7 @@ def write_tensors(
         )
     slots = keyed_slots(index, adapter, wrapped=wrapped)
     shapes, renamed = _matched(index, adapter, slots, source, wrapped)
-    # optional tensors that other writers do not store: a file has all of them, or none, and then the tensor computed from them (`Slot.stands_for`)
-    needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
-    missing = [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
+    missing = _missing(slots, shapes)
     surplus = [key for key in shapes if key not in slots]
     misshapen = [key for key, slot in slots.items() if key in shapes and shapes[key] != slot.shape and not slot.unread]
     refused = (missing, surplus) if strict is True else ([], [])
@@ -120,7 +119,7 @@ def write_tensors(
         warnings.warn(f"{source.origin} has unexpected tensors for the adapter {adapter!r}: {listed(surplus)}", PeftWarning, stacklevel=4)
     if misshapen:
         warnings.warn(f"skipped tensors with mismatched shapes: {listed(misshapen)}", PeftWarning, stacklevel=4)
-    _write(slots, fitted_keys({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
+    _write(slots, with_expected_prefix({renamed.get(key, key): tensor for key, tensor in source.read().items()}, slots), misshapen)
     index.selection.drop_cached()
     return LoadResult(missing, surplus)
 
@@ -134,16 +133,20 @@ def _matched(
     """
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
-    shapes, renamed = fitted_keys(source.shapes, expected), {}
+    shapes, renamed = with_expected_prefix(source.shapes, expected), {}
     if not shapes.keys() <= expected:
         # the state dict of a whole model has the names of parameters in memory, which include the adapter's
         found = names_in_memory(index, adapter, slots, source.shapes)
         renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
         shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
     slots.update((key, slot) for key, slot in embedded.items() if key in shapes)
-    # the reference implementation saves duplicates of some `modules_to_save` tensors under the names of its wrapper
-    doubled = {key for key in shapes if key not in slots and any(key.replace(part, ".") in slots for part in _WRAPPER_PARTS)}
-    return {key: shape for key, shape in shapes.items() if key not in doubled}, renamed
+    return {key: shape for key, shape in shapes.items() if not is_duplicate_of_saved(key, slots)}, renamed
+
+
+def _missing(slots: Mapping[str, Slot], shapes: Collection[str]) -> list[str]:
+    """Return the keys that a file lacks. Of optional tensors from which another one is computed (`Slot.stands_for`), it has all or none."""
+    needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
+    return [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
 
 
 def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:
@@ -158,9 +161,6 @@ def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: 
     for key, slot in slots.items():
         if key in tensors and key not in skipped:
             slot.write(tensors[key])
-
-
-_WRAPPER_PARTS = (".original_module.", ".modules_to_save.")
 
 
 def _faults(

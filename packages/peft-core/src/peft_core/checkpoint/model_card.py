@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
 from ..config import FORMAT_VERSION
 from ..tuners.index import AdapterIndex
+from .files import AtomicFolder
 
 _FRAMEWORK = "### Framework versions"
 _QUANTISED = "The following `bitsandbytes` quantization config was used during training:"
+
+
+def write(index: AdapterIndex, directory: str | os.PathLike[str]) -> None:
+    """Write or update `README.md` in a folder, which is created if missing. Doing it twice changes nothing."""
+    target = Path(directory) / "README.md"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with AtomicFolder() as folder:
+        folder.text(target, render(index, target))
 
 
 def render(index: AdapterIndex, existing: Path) -> str:
@@ -56,9 +66,9 @@ def _base_name(index: AdapterIndex) -> str | None:
 
 def _base_tags(index: AdapterIndex) -> set[str]:
     tags = {"transformers"} if index.view.is_transformers_model else set()
-    own = getattr(index.base, "model_tags", None)
-    if isinstance(own, (list, tuple)):
-        tags.update(own)
+    base_tags = getattr(index.base, "model_tags", None)
+    if isinstance(base_tags, (list, tuple)):
+        tags.update(base_tags)
     for adapter in index.configs:
         tags.update(index.spec(adapter).tags)
     return tags

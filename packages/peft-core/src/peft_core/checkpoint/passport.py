@@ -1,4 +1,4 @@
-"""What a weight file says about its writer, as extra strings in the header that other readers ignore."""
+"""Metadata of a weight file: its writer and its base. Other readers ignore it."""
 
 from __future__ import annotations
 

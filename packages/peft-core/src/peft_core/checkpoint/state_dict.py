@@ -1,24 +1,18 @@
-"""Names on disk ⇄ tensors in the model, made from slots and paths. No other file builds or cuts a key."""
+"""The tensors of an adapter by their keys in its file, and by their names in the model's own state dict."""
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
 from ..layers.slots import Slot
 from ..plugins.registry import registry
+from ..tensor_names import file_key, has_part, in_base, join
 from ..tuners.index import AdapterIndex
 from ..tuners.saved_modules import SAVED
-
-#: what wrapped models put before the path of a base module; removed where there is no wrapper
-WRAPPER_PREFIX = "base_model.model."
-_T = TypeVar("_T")
 
 
 def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
@@ -43,19 +37,6 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
     return keyed
 
 
-def file_key(prefix: str, path: str | None, end: str) -> str:
-    """Return the key of one tensor in a file.
-
-    Args:
-        prefix: what stands before paths in the base (`TunerSpec.base_prefix`); empty without a wrapper.
-        path: of the module in the base; None for what is mounted beside it.
-        end: the end of the key, as the module's slots name it.
-    """
-    if path is None:
-        return end
-    return f"{prefix}{path}.{end}" if path else f"{prefix}{end}"
-
-
 def adapter_tensors(
     index: AdapterIndex, adapter: str, *, wrapped: bool = True, state_dict: Mapping[str, Any] | None = None, model: nn.Module | None = None
 ) -> dict[str, Tensor]:
@@ -74,8 +55,7 @@ def adapter_tensors(
     for key, slot in slots.items():
         found = None
         if slot.owner is not None and id(slot.owner[0]) in names:
-            prefix = names[id(slot.owner[0])]
-            found = state_dict.get(f"{prefix}.{slot.owner[1]}" if prefix else slot.owner[1])
+            found = state_dict.get(join(names[id(slot.owner[0])], slot.owner[1]))
         tensors[key] = slot.read() if found is None else found.detach()
     return tensors
 
@@ -88,62 +68,10 @@ def names_in_memory(index: AdapterIndex, adapter: str, slots: Mapping[str, Slot]
         slots: key on disk → slot.
         names: to look for.
     """
-    unsure = {name: name.replace("_orig_mod.", "").removeprefix(WRAPPER_PREFIX) for name in names}
-    if not any(adapter in stem.split(".") for stem in unsure.values()):
+    base_names = {name: in_base(name) for name in names}
+    if not any(has_part(base_name, adapter) for base_name in base_names.values()):
         return {}
     paths = {id(module): path for path, module in index.base.named_modules()}
-    keys = {
-        f"{paths[id(slot.owner[0])]}.{slot.owner[1]}": key for key, slot in slots.items() if slot.owner is not None and id(slot.owner[0]) in paths
-    }
-    return {name: keys[stem] for name, stem in unsure.items() if stem in keys}
-
-
-def key_renamer(key_mapping: Mapping[str, str] | None) -> Callable[[str], str]:
-    """Return what renames the keys of a file: each pattern is applied behind `base_model.model.`, which is put back.
-
-    Raises:
-        ConfigError: a pattern is no regular expression.
-    """
-    if not key_mapping:
-        return lambda key: key
-    try:
-        rules = [(re.compile(pattern), replacement) for pattern, replacement in key_mapping.items()]
-    except re.error as error:
-        raise ConfigError(f"key_mapping: {error}", hint="keys are regular expressions, values replacements") from error
-
-    def rename(key: str) -> str:
-        stem = key.removeprefix(WRAPPER_PREFIX)
-        for pattern, replacement in rules:
-            stem, count = pattern.subn(replacement, stem)
-            if count:
-                break
-        return WRAPPER_PREFIX + stem if key.startswith(WRAPPER_PREFIX) else stem
-
-    return rename
-
-
-def without_adapter(key: str, adapter: str, prefix: str) -> str:
-    """Return a name of a tensor in memory as files have it: without the adapter's name behind a parameter with this prefix.
-
-    ``torch.compile``'s own part of the name goes, too.
-    """
-    parts = [part for part in key.split(".") if part != "_orig_mod"]
-    for place, (part, following) in enumerate(itertools.pairwise(parts)):
-        if part.startswith(prefix) and following == adapter:
-            del parts[place + 1]
-            break
-    return ".".join(parts)
-
-
-def fitted_keys(tensors: Mapping[str, _T], expected: Iterable[str]) -> dict[str, _T]:
-    """Return the tensors under the names that are expected, where only the wrapper's prefix differs (bare and wrapped models)."""
-    expected = set(expected)
-    renamed = {}
-    for key, value in tensors.items():
-        for candidate in (key, WRAPPER_PREFIX + key, key.removeprefix(WRAPPER_PREFIX)):
-            if candidate in expected:
-                renamed[candidate] = value
-                break
-        else:
-            renamed[key] = value
-    return renamed
+    owners = {key: slot.owner for key, slot in slots.items() if slot.owner is not None}
+    keys = {join(paths[id(module)], attribute): key for key, (module, attribute) in owners.items() if id(module) in paths}
+    return {name: keys[base_name] for name, base_name in base_names.items() if base_name in keys}

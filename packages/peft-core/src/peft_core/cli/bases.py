@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..tensor_names import is_weight_in
 from ..tuners.tasks import task_of
 
 AUTO = {
@@ -106,7 +107,7 @@ def _builder(config: Any, adapter: Mapping[str, Any]) -> nn.Module:
 
 
 def _classes(config: Any, adapter: Mapping[str, Any]) -> list[Any]:
-    """Return the classes to try, best first: by the task, by the class that the adapter notes, by the base's config."""
+    """Return the classes to try, best first: by the task, by the class in the adapter's `auto_mapping`, by the base's config."""
     import transformers
 
     names = [AUTO.get(str(adapter.get("task_type"))), (adapter.get("auto_mapping") or {}).get("base_model_class")]
@@ -126,7 +127,7 @@ def _set_labels(config: Any, adapter: Mapping[str, Any], shapes: Mapping[str, tu
     task = AUTO.get(str(adapter.get("task_type")), "").removeprefix("AutoModel")
     if "classifier" not in heads or any(str(name).endswith(task) for name in getattr(config, "architectures", None) or ()):
         return
-    rows = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and key.endswith(".weight") and set(heads) & set(key.split("."))]
+    rows = [shape[0] for key, shape in shapes.items() if len(shape) == 2 and is_weight_in(key, heads)]
     if rows:
         config.num_labels = rows[-1]
 

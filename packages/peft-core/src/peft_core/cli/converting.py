@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..checkpoint.files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder
 from ..checkpoint.stack import MANIFEST_NAME
-from ..checkpoint.state_dict import key_renamer
 from ..config import CONFIG_NAME
 from ..errors import AdapterFileError, ConfigError, did_you_mean, listed
+from ..tensor_names import key_renamer
 from .folders import Adapter, adapters_in, raw_config, weights_of
 from .output import Report
 
@@ -73,8 +73,8 @@ def _rule(text: str) -> tuple[str, str]:
 
 
 def _converted(adapter: Adapter, dtype: str | None, mapping: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Return an adapter's tensors under their new names, what the header notes, and how many names changed."""
-    raw_config(adapter)  # a folder that nobody could load is not written again
+    """Return an adapter's tensors under their new names, the header's metadata, and how many names changed."""
+    raw_config(adapter)  # a folder that can't be loaded is not rewritten
     file = weights_of(adapter)
     rename = key_renamer(mapping)
     tensors: dict[str, Tensor] = {}

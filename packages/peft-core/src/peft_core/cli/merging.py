@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from ..checkpoint.stack import MANIFEST_NAME
-from ..checkpoint.state_dict import WRAPPER_PREFIX
 from ..errors import AdapterFileError, ModelError, listed
 from ..models.peft_model import PeftModel
+from ..tensor_names import without_wrapper
 from . import bases
 from .folders import Adapter, adapters_in, raw_config, weights_of
 from .output import Report
@@ -47,7 +47,7 @@ def merge(
         out: the new folder; it appears whole or not at all.
         safe: refuse results that are not finite.
         progress: show a bar while weights are merged.
-        stage: told what is being done.
+        stage: called with what is being done.
 
     Raises:
         AdapterFileError: `out` is not empty, or there is no single adapter in `directory`.
@@ -88,7 +88,7 @@ def _base(adapters: list[Adapter], base: Path) -> nn.Module:
     if not base.is_dir():
         raise AdapterFileError(f"there is no folder {str(base)!r}", hint="--base is a local folder with a whole model; the network is never asked")
     model, absent = bases.load(base, raws[at], dict(sorted(weights_of(adapters[at]).shapes.items())))
-    brought = {key.removeprefix(WRAPPER_PREFIX) for adapter in adapters for key in weights_of(adapter).shapes}
+    brought = {key for adapter in adapters for key in without_wrapper(weights_of(adapter).shapes)}
     random = [name for name in absent if name not in brought]
     if random:
         raise ModelError(

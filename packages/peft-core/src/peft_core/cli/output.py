@@ -82,5 +82,5 @@ def _print(parts: Iterable[Any]) -> None:
     with console.capture() as captured:
         for part in parts:
             console.print(part)
-    for line in captured.get().splitlines():  # rich fills lines up with blanks
+    for line in captured.get().splitlines():  # rich pads lines with blanks
         print(line.rstrip())

@@ -18,8 +18,6 @@ from ..tuners import targeting
 from .bases import build_empty
 from .output import Report
 
-_CONVOLUTIONS: dict[type[nn.Module], str] = {nn.Conv1d: "convolution 1d", nn.Conv2d: "convolution 2d", nn.Conv3d: "convolution 3d"}
-
 
 def targets(model: Path) -> Report:
     """Return the adaptable modules of a model by their leaf names, and the defaults of each tuner.
@@ -58,12 +56,7 @@ def _modules(view: BaseView) -> list[dict[str, Any]]:
 
 def _kind(module: nn.Module) -> tuple[str | None, list[int]]:
     ops = ops_for(module)
-    if ops is not None:
-        return ops.kind, list(ops.matrix_shape(module))
-    for cls, kind in _CONVOLUTIONS.items():
-        if isinstance(module, cls):
-            return kind, list(module.get_parameter("weight").shape)
-    return None, []
+    return (None, []) if ops is None else (ops.kind, list(ops.matrix_shape(module)))
 
 
 def _defaults(view: BaseView, peft_type: str) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from ..config import get_peft_config
 from ..config.reading import LEGACY_KEYS
 from ..errors import PeftError, UnknownTunerError, listed
 from ..plugins import TunerSpec, registry
+from ..tensor_names import split_at_parameter
 from .folders import Adapter, adapters_in, changed_fields, raw_config, tensors_of, weights_of
 from .output import Report
 
 #: (state, detail); ``"note"`` and ``"skipped"`` are no faults
 Result = tuple[str, str]
 PASSED: Result = ("ok", "")
-#: told after each tensor that was looked at
+#: called after each tensor that was checked
 Step = Callable[[], None]
 
 
@@ -88,7 +89,7 @@ def _with_header(adapter: Adapter) -> WeightFile:
 
 def _config(raw: Mapping[str, Any]) -> Result:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unknown fields are noted below
+        warnings.simplefilter("ignore")  # unknown fields are reported below
         try:
             get_peft_config(raw)
         except UnknownTunerError as error:
@@ -121,15 +122,14 @@ def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
         return "fault", "the file holds no tensors"
     ends: dict[str, set[str]] = defaultdict(set)
     for key in file.shapes:
-        parts = key.split(".")
-        cut = next((i for i, part in enumerate(parts) if part.startswith(spec.parameter_prefix)), None)
-        if cut:
-            ends[".".join(parts[:cut])].add(".".join(parts[cut:]))
+        split = split_at_parameter(key, spec.parameter_prefix)
+        if split is not None:
+            ends[split[0]].add(split[1])
     faults = []
-    for path, own in ends.items():
-        fuller = next((other for other in ends.values() if own < other), None)
+    for path, present in ends.items():
+        fuller = next((other for other in ends.values() if present < other), None)
         if fuller:
-            faults.append(f"{path} has {listed(sorted(own))} but not {listed(sorted(fuller - own))}, as others have")
+            faults.append(f"{path} has {listed(sorted(present))} but not {listed(sorted(fuller - present))}, as others have")
     try:
         stray = _outside_targets(raw, spec, list(ends))
     except PeftError as error:

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError, ConfigFileError, did_you_mean
 from ..plugins import registry
-from .names import PeftType, TaskType, jsonable, plain
+from .names import PeftType, TaskType, jsonable, to_builtin
 from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
-from .values import require_number, require_positive_integer
+from .values import require_list_of_names, require_names_or_expression, require_number, require_pattern, require_positive_integer
 
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """What a config asks of core besides its own method: see `PeftConfig.extras`.
+    """Parts of an adapter that core supplies for every method, as a config asks for them: see `PeftConfig.shared_options`.
 
     Args:
         modules_to_save: modules of the base that are trained and saved as whole copies, by the end of their names.
@@ -38,7 +38,7 @@ class SharedOptions:
 
 @dataclass
 class PeftConfig:
-    """What every adapter's config has. Saved as `adapter_config.json`.
+    """Base class of adapter configs. Saved as `adapter_config.json`.
 
     Args:
         task_type: a `TaskType` or its name; selects the task class. None: the plain `PeftModel`.
@@ -69,13 +69,7 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.task_type is not None:
-            names = [task.value for task in TaskType]
-            if str(self.task_type) not in names:
-                raise ConfigError(
-                    f"Invalid task type: {str(self.task_type)!r}. Must be one of the following task types: {', '.join(names)}",
-                    hint=did_you_mean(str(self.task_type), names) or None,
-                )
-            self.task_type = TaskType(str(self.task_type))
+            self.task_type = _task_type(self.task_type)
         if self.default_peft_type is not None:
             if self.peft_type is not None and str(self.peft_type).upper() != self.default_peft_type:
                 raise ConfigError(
@@ -104,18 +98,18 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False: kept for code that asks."""
+        """Always False; for code written for upstream."""
         return False
 
     def shared_options(self) -> SharedOptions:
-        """Return what this adapter wants of core besides its own method; a config without such fields wants nothing."""
+        """Return what this adapter asks of core besides its own method; nothing where the config has no such fields."""
         return SharedOptions()
 
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """Return every field that belongs in a file, enums and sets still as they are."""
+        """Return every field that belongs in a file; enum members as their values, sets as sets."""
         return {
-            f.name: plain(getattr(self, f.name))
+            f.name: to_builtin(getattr(self, f.name))
             for f in dataclasses.fields(self)
             if f.init and f.name not in self.transient and not (f.name in self.additional and getattr(self, f.name) == f.default)
         }
@@ -201,9 +195,19 @@ class PeftConfig:
         return typing.cast(PeftConfig, target(**kwargs))
 
 
+def _task_type(given: str | TaskType) -> TaskType:
+    names = [task.value for task in TaskType]
+    if str(given) not in names:
+        raise ConfigError(
+            f"Invalid task type: {str(given)!r}. Must be one of the following task types: {', '.join(names)}",
+            hint=did_you_mean(str(given), names) or None,
+        )
+    return TaskType(str(given))
+
+
 @dataclass
 class LayerConfig(PeftConfig):
-    """What the configs of methods that wrap layers share: which layers. Rules: `peft_core.tuners.targeting`.
+    """Base class of configs of methods that wrap layers. Rules for choosing the layers: `peft_core.tuners.targeting`.
 
     Args:
         target_modules: names (each matches a module called so, or ending in ``.name``), one regular expression for whole
@@ -227,17 +231,22 @@ class LayerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     def check(self) -> None:
-        """Check the targets; turns lists of names into sets."""
+        """Check the targets, the patterns and the saved modules; turns lists of names into sets."""
         super().check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
-            value = getattr(self, name)
-            if isinstance(value, (set, frozenset)) and not all(isinstance(each, str) for each in value):
-                raise ConfigError(f"{name}={value!r} has members that are no names", hint="give a list of names or one regular expression")
-            if value is not None and not isinstance(value, (str, set, frozenset)):
-                raise ConfigError(f"{name}={value!r} is a {type(value).__name__}", hint="give a list of names or one regular expression")
+            require_names_or_expression(name, getattr(self, name))
+        self._check_layers()
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
+        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
+        require_pattern("rank_pattern", self.rank_pattern, require_positive_integer)
+        require_pattern("alpha_pattern", self.alpha_pattern, require_number)
+        require_list_of_names("modules_to_save", self.modules_to_save)
+
+    def _check_layers(self) -> None:
+        """Check `layers_to_transform` and `layers_pattern`, which need each other and a list of targets."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -246,19 +255,6 @@ class LayerConfig(PeftConfig):
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if self.layers_to_transform == []:
             self.layers_to_transform = None  # files have it, and mean all layers
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is a {type(getattr(self, name)).__name__}", hint="give a dict: expression → value")
-        if self.modules_to_save is not None and not isinstance(self.modules_to_save, (str, list, tuple, set, frozenset)):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a {type(self.modules_to_save).__name__}", hint="give a list of names")
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(f"modules_to_save={self.modules_to_save!r} is a str", hint=f"write [{self.modules_to_save!r}]")
-        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
-        self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
-        for key, rank in self.rank_pattern.items():
-            require_positive_integer(f"rank_pattern[{key!r}]", rank)
-        for key, alpha in self.alpha_pattern.items():
-            require_number(f"alpha_pattern[{key!r}]", alpha)
 
     def shared_options(self) -> SharedOptions:
         """Return the saved modules."""
@@ -267,7 +263,7 @@ class LayerConfig(PeftConfig):
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """What the configs of methods with virtual tokens share. Dimensions left at None are read from the base model.
+    """Base class of configs of methods with virtual tokens. Dimensions left at None are read from the base model.
 
     Args:
         num_virtual_tokens: how many virtual tokens the prompt has.

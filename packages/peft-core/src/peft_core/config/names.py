@@ -1,4 +1,4 @@
-"""The names that configs speak in: tasks and methods; and how values look in a file."""
+"""Names of tasks and methods, and the conversion of values to JSON."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class PeftType(str, metaclass=_OpenEnum):
         return f"PeftType.{self.value}"
 
 
-def plain(value: Any) -> Any:
-    """Convert dataclasses to dicts and enum members to their values; other values as they are."""
+def to_builtin(value: Any) -> Any:
+    """Convert dataclasses to dicts and enum members to their values; return other values as they are."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+        return {f.name: to_builtin(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, PeftType):
@@ -89,4 +89,4 @@ def jsonable(value: Any) -> Any:
         return sorted(jsonable(item) for item in value)
     if isinstance(value, (list, tuple)):
         return [jsonable(item) for item in value]
-    return plain(value)
+    return to_builtin(value)

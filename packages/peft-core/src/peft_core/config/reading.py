@@ -7,7 +7,7 @@ import os
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +48,23 @@ def config_from_dict(
     known = {key: value for key, value in config_dict.items() if key in fields and key not in cls.transient}
     dropped = sorted(key for key in config_dict if key not in known and key not in optional)
     if dropped:
-        legacy = all(key in LEGACY_KEYS for key in dropped)
-        why = "old releases wrote them and they have no effect" if legacy else "perhaps it was written by a newer release"
-        warnings.warn(
-            f"Unexpected keyword arguments {dropped} for class {cls.__name__}{f' in {origin}' if origin else ''}, these are ignored: {why}.",
-            PeftWarning,
-            stacklevel=3,
-        )
+        _warn_dropped(dropped, cls, origin)
     try:
         return cls(**{key: _restored(fields[key], value, cls) for key, value in known.items()})
     except ConfigError:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin or cls.__name__}: {error}") from error
+
+
+def _warn_dropped(dropped: Sequence[str], cls: type, origin: str | None) -> None:
+    legacy = all(key in LEGACY_KEYS for key in dropped)
+    why = "old releases wrote them and they have no effect" if legacy else "perhaps it was written by a newer release"
+    warnings.warn(
+        f"Unexpected keyword arguments {list(dropped)} for class {cls.__name__}{f' in {origin}' if origin else ''}, these are ignored: {why}.",
+        PeftWarning,
+        stacklevel=4,
+    )
 
 
 def find_config(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:

@@ -145,10 +145,10 @@ def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> 
     requires_grad: dict[str, bool | str] = {}
     devices: dict[str, list[str]] = {}
     for adapter in module.adapters():
-        own = list(module.parameters_of(adapter).values())
-        if own:  # what has no parameters says nothing about what trains
-            requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in own])
-        devices[adapter] = sorted({parameter.device.type for parameter in own})
+        adapter_parameters = list(module.parameters_of(adapter).values())
+        if adapter_parameters:  # what has no parameters says nothing about what trains
+            requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in adapter_parameters])
+        devices[adapter] = sorted({parameter.device.type for parameter in adapter_parameters})
     return TunerLayerStatus(
         name=name,
         module_type=_module_type(kind, module),

@@ -1,28 +1,34 @@
-"""The base class of adapter layers: forward and routing; weights and merging are in its two parents."""
+"""The base class of adapter layers: the base with the weights of any number of adapters around it."""
 
 from __future__ import annotations
 
-import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base.ops import BaseOps, require_ops
+from ..base.forward import first_argument
+from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
-from ..base.weight import in_memory, is_offloaded, read_weight, write_weight
-from ..errors import MergeError, listed
+from ..base.weight import MERGES, execution_device, in_memory, is_offloaded, read_weight, write_weight
+from ..errors import AdapterNotFoundError, MergeError, listed
+from ..merging.changes import Product
+from ..merging.exact import pristine
+from ..merging.layer import LayerMerging
 from ..selection.route import ALL, Route
 from ..selection.selection import AdapterSelection
-from .adapter_merging import AdapterMerging
-from .init_options import InitOptions
+from ..selection.switching import SelectionMixin
+from .init_options import INITIAL, InitOptions, filler
+from .slots import Slot
 
 #: entries of the largest weight of which a cache scope holds a merged copy for each adapter: 1 MiB in float32
 CACHED_WEIGHT_UP_TO = 1 << 18
 
 
-class AdapterLayer(AdapterMerging):
+class AdapterLayer(SelectionMixin):
     """A module of the base with the weights of any number of adapters around it.
 
     A subclass names its `containers`, adds parameters in `add`, and says its formula in `delta_weight`; forward, routing per
@@ -37,6 +43,7 @@ class AdapterLayer(AdapterMerging):
         selection: which adapters act, shared by all layers of a model.
 
     Attributes:
+        merging: what is folded into the base weight now, and the way back.
         scaling: for each adapter the factor of its effect.
         matrix_shape: (out, in) of the base weight; for an embedding (dim, vocabulary).
 
@@ -46,11 +53,29 @@ class AdapterLayer(AdapterMerging):
 
     #: classes of base layers that this layer can wrap
     base_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    #: attributes that hold per-adapter weights: `nn.ParameterDict` or `nn.ModuleDict`, keyed by adapter
+    containers: ClassVar[tuple[str, ...]] = ()
+    #: plain dicts keyed by adapter that `drop` clears
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling",)
+    #: names of the base's own parameters, where those are adapted and not the module as a whole
+    targeted_parameters: tuple[str, ...] = ()
+    #: names of the base's parameters that adapters change
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+    #: the effect is a sum W + ΔW
+    additive: ClassVar[bool] = True
+    #: how adapters are folded into the base weight
+    merging_type: ClassVar[type[LayerMerging]] = LayerMerging
     #: whether `cast_input` does anything
     casts_input: bool = True
 
     base_layer: nn.Module
     matrix_shape: tuple[int, int]
+    ops: BaseOps
+    merging: LayerMerging
+    scaling: dict[str, float]
+    #: how the adapter that is being added is to be made; for `add`
+    init_options: InitOptions
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
         super().__init__()
@@ -62,12 +87,10 @@ class AdapterLayer(AdapterMerging):
         self.__dict__.update(
             selection=selection,
             scaling={},
-            merges=[],
-            shifts={},
-            shared_weight=False,
+            merging=self.merging_type(self, type(self).merged_weight is not AdapterLayer.merged_weight),
             ops=ops,
             matrix_shape=(out, inp),
-            _init_options=InitOptions(),
+            init_options=INITIAL,
         )
 
     @classmethod
@@ -91,16 +114,55 @@ class AdapterLayer(AdapterMerging):
             if cls.adapter_layer_names in follows:  # else a class above has names for all its kinds
                 cls.adapter_layer_names = cls.containers
 
-    # ---- what a tuner writes (and `add`, `delta_weight`, for effects that are no sum `weight_factor`) -----------------
+    # ---- what a tuner writes --------------------------------------------------------------------------------------
+    def add(self, adapter: str, config: Any) -> None:
+        """Create the weights of a new adapter with `new`, and set its `scaling` (1.0 otherwise). `config`: what the tuner's `settings` say."""
+        raise NotImplementedError(f"{type(self).__name__} must define add(adapter, config)")
+
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return the output `y` of the base for `x` with the adapter's effect. `y` may be overwritten, `x` may not."""
         delta = self.delta_weight(adapter)
         return y + self.ops.apply(self.get_base_layer(), self.cast_input(x, delta.dtype), delta).to(y.dtype)
 
+    def delta_weight(self, adapter: str) -> Tensor:
+        """Return scaling · ΔW (out, in) in the parameters' dtype. Must depend on the adapter's parameters and scaling alone."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta_weight(adapter)")
+
+    def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
+        """Return (B, A) with B (out, R), A (R, in) and B·A = `delta_weight`, where R is small; None if there are none.
+
+        What decomposes an effect is then as cheap as they are, and never forms (out, in).
+        """
+        return None
+
+    def weight_factor(self, adapter: str) -> Tensor | None:
+        """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum.
+
+        It is asked once, when the adapter is merged, and may depend on the base weight (`base_weight`).
+        """
+        return None
+
+    def merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
+        """Return the base weight with the adapter folded in, for effects that are no factor ⊙ (W + ΔW). Unmerging then needs a copy of W."""
+        return weight + self.ops.to_weight_layout(self.delta_weight(adapter)).to(weight.dtype)
+
+    def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
+        """Return the base's bias with the adapter folded in; `bias` itself where the adapter does not change it.
+
+        Raises:
+            MergeError: it would have to be changed, but the base has none.
+        """
+        return bias
+
+    def is_additive(self, adapter: str) -> bool:
+        """Return whether the adapter's effect is a sum, which does not care what else is added."""
+        return self.additive
+
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base's output with the effect of the adapters in use on each row. Arguments are those of the base, its input first."""
-        if not torch.compiler.is_compiling():  # a graph must not depend on the adapters in use
+        compiling = torch.compiler.is_compiling()
+        if not compiling:  # a graph must not depend on the adapters in use
             if torch.is_grad_enabled() and self.selection.root.scope is not None:
                 self.selection.cache()  # empties it: an optimiser may follow
             fused = self.fused_forward(args[0]) if len(args) == 1 and not kwargs else None
@@ -108,26 +170,26 @@ class AdapterLayer(AdapterMerging):
                 return fused
         base: Any = self._modules["base_layer"]
         y: Tensor = base(*args, **kwargs)
-        if self.merges:
+        route = self.selection.current()
+        mask = self._active_mask() if compiling else None
+        if self.merging.merges or (mask is None and not any(name in self.scaling for name in route.used)):
             return y
-        selection = self.selection
-        route = getattr(selection.local, "route", None)
-        active = None
-        if torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
-            active = selection.active_mask if route is None else route.active_mask
-        if route is None:
-            route = selection.default
-        if active is None and not any(name in self.scaling for name in route.used):
-            return y
-        x = args[0] if args else _first_argument(base, kwargs)
+        x = args[0] if args else first_argument(self.get_base_layer(), kwargs)
         if not returns_new_tensor(base):  # somebody may hold on to what it returns, or it is kept for gradients
             y = y.clone()
-        if active is not None:
-            return self.contribute_masked(active, x, y)
+        if mask is not None:
+            return self.contribute_masked(mask, x, y)
         if is_offloaded(base):
             with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
         return self._contribute_all(route, x, y)
+
+    def _active_mask(self) -> Tensor | None:
+        """Return the mask by which a compiled graph without gradients chooses among the adapters; None in a graph with gradients."""
+        if torch.is_grad_enabled() or self.training:
+            return None
+        route: Route | None = getattr(self.selection.local, "route", None)
+        return self.selection.active_mask if route is None else route.active_mask
 
     def _contribute_all(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         if route.per_row is not None:
@@ -150,7 +212,7 @@ class AdapterLayer(AdapterMerging):
         route = getattr(selection.local, "route", None)
         if route is None:
             route = selection.default
-        if route.per_row is not None or self.merges:
+        if route.per_row is not None or self.merging.merges:
             return None
         names = route.names
         if len(names) == 1:
@@ -197,23 +259,6 @@ class AdapterLayer(AdapterMerging):
         changed = changed if factor is None else changed * self.ops.to_weight_layout(factor)
         return changed.to(weight.dtype), None if changed_bias is None else changed_bias.detach()
 
-    def train(self, mode: bool = True) -> AdapterLayer:
-        """Switch between training and evaluation; inside a cache scope, training closes it."""
-        if mode:
-            self.selection.begin_training()
-        self.selection.drop_cached()
-        super().train(mode)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.selection.drop_cached()
-
-    def drop(self, adapter: str) -> None:
-        """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
-        super().drop(adapter)
-        self.selection.drop_cached()
-
     def contribute_masked(self, active: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` under the adapters that a tensor chooses: what a compiled graph does, which stays the same whichever they are.
 
@@ -249,6 +294,184 @@ class AdapterLayer(AdapterMerging):
         if x.dtype == dtype or not self.casts_input or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(dtype)
+
+    # ---- weights ---------------------------------------------------------------------------------------------------
+    def adapters(self) -> tuple[str, ...]:
+        """Return the adapters that have weights here, in the order in which they came."""
+        return tuple(self.scaling)
+
+    def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
+        """Add an adapter's weights as `init_options` says. A failure leaves no trace of it."""
+        weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        device = execution_device(self.get_base_layer(), self.weight_name)
+        self.__dict__["init_options"] = replace(init_options, base_dtype=dtype, device=device)
+        try:
+            self.scaling[adapter] = 1.0
+            self.selection.register_adapter(adapter, device)
+            self.add(adapter, config)
+        except BaseException:
+            self.drop(adapter)
+            raise
+        finally:
+            self.__dict__["init_options"] = INITIAL
+
+    def new(
+        self,
+        container: str,
+        adapter: str,
+        shape: Sequence[int],
+        *,
+        std: float | None = None,
+        bound: float | None = None,
+        init: Callable[[Tensor], Any] | None = None,
+    ) -> nn.Parameter:
+        """Create a parameter in the `nn.ParameterDict` called `container`, frozen until the adapter is activated.
+
+        Args:
+            container: one of `containers`.
+            adapter: name of the adapter.
+            shape: shape of the parameter.
+            std: normal with this standard deviation (0: zeros).
+            bound: uniform on ±bound.
+            init: a function that fills the tensor in place. Without any of the three: zeros.
+        """
+        holder = self._modules.get(container)
+        if holder is None:
+            holder = nn.ParameterDict()
+            self.add_module(container, holder)
+        parameter = self.init_options.new_parameter(shape, filler(std, bound, init))
+        holder[adapter] = parameter  # type: ignore[operator]
+        return parameter
+
+    def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
+        """Yield (end of the file key, module, attribute) for each tensor of an adapter."""
+        for container in self.containers:
+            holder = self._modules.get(container)
+            if isinstance(holder, nn.ParameterDict):
+                if adapter in holder._parameters or adapter in holder._buffers:
+                    yield container, holder, adapter
+            elif holder is not None and adapter in holder._modules:
+                part = holder._modules[adapter]
+                assert part is not None
+                for name, parameter in part._parameters.items():
+                    if parameter is not None:
+                        yield f"{container}.{name}", part, name
+
+    def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
+        """Return the adapter's parameters by the end of their file key."""
+        return {key: parameter for key, module, name in self.holders(adapter) if (parameter := module._parameters.get(name)) is not None}
+
+    def slots(self, adapter: str) -> Mapping[str, Slot]:
+        """Return what a file holds of the adapter, by the end of its key."""
+        return {key: Slot.of(module, name) for key, module, name in self.holders(adapter)}
+
+    def drop(self, adapter: str) -> None:
+        """Take the adapter's weights out, and undo what its creation did to the base; a name that is not here is ignored."""
+        self.merging.restore(adapter)
+        for container in self.containers:
+            holder: Any = self._modules.get(container)
+            if holder is not None and adapter in holder:
+                del holder[adapter]
+        for name in self.per_adapter:
+            getattr(self, name).pop(adapter, None)
+        self.selection.drop_cached()
+
+    # ---- switching, and what empties a cache scope -------------------------------------------------------------------
+    def train(self, mode: bool = True) -> AdapterLayer:
+        """Switch between training and evaluation; inside a cache scope, training closes it."""
+        if mode:
+            self.selection.begin_training()
+        self.selection.drop_cached()
+        super().train(mode)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.selection.drop_cached()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch adapters on or off in this layer; merged ones are taken out first. Which of them train does not change."""
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
+        waiting = self.selection.root.switched_off
+        if enabled and waiting:  # whoever switches layer by layer may know of layers only
+            self.selection.root.switched_off = []
+            for module in waiting:
+                module.enable_adapters(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter's weights out of this layer; a name without weights here is ignored.
+
+        If no adapter in use remains, the first that has weights here takes over.
+
+        Raises:
+            MergeError: it is merged.
+        """
+        if adapter_name in self.merged_adapters:
+            raise MergeError(f"cannot delete the adapter {adapter_name!r} while it is merged", hint="unmerge() first")
+        super().delete_adapter(adapter_name)
+
+    # ---- merging ---------------------------------------------------------------------------------------------------
+    @property
+    def merged(self) -> bool:
+        """Whether some adapter is folded into the base weight."""
+        return bool(self.merging.merges)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters folded into the base weight, in that order."""
+        return self.merging.adapters
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters into the base weight.
+
+        Args:
+            safe_merge: refuse results that are not finite.
+            adapter_names: which; None: those in use. Those without weights here, and those that are merged already, are left out.
+
+        Raises:
+            MergeError: the order of nested layers is wrong, or (`safe_merge`) the result is not finite; nothing is changed then.
+        """
+        self.merging.merge(self.selection.names if adapter_names is None else tuple(adapter_names), check_finite=safe_merge)
+
+    def unmerge(self) -> None:
+        """Take every merged adapter out again; the base weight returns bit for bit.
+
+        What other layers around the same weight merged later is taken out first, and folded in again.
+        """
+        self.merging.unmerge()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
+
+        Raises:
+            AdapterNotFoundError: the adapter has no weights here.
+            MergeError: the effect is no change of this weight.
+        """
+        if adapter not in self.scaling:
+            raise AdapterNotFoundError(f"this {type(self).__name__} has no adapter {adapter!r}", hint=f"it has {self.adapters()}")
+        if self.is_additive(adapter):
+            return self.ops.to_weight_layout(self.delta_weight(adapter))
+        change = self.merging.change_of((adapter,))
+        weight = self.base_weight()
+        with torch.no_grad():
+            return change.apply(weight) - weight
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether what the adapter does here is a sum W + ΔW, so that a low-rank product can stand for it."""
+        return adapter_name in self.scaling and self.is_additive(adapter_name)
+
+    def shift_base(self, adapter: str, delta: Tensor | Product) -> None:
+        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists, so that a new adapter may start elsewhere than at 0.
+
+        A weight that belongs to other modules too (tied embeddings) becomes one of this module's own meanwhile.
+
+        Raises:
+            MergeError: something is merged into the weight, or it can't be written to.
+        """
+        self.merging.shift(adapter, delta)
 
     # ---- the base --------------------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
@@ -286,69 +509,33 @@ class AdapterLayer(AdapterMerging):
             MergeError: something is merged into it, and could not be taken out again; or it is computed, sharded or offloaded.
             ModelError: the shape is another.
         """
-        if self.merges:
+        if self.merging.merges:
             raise MergeError(f"{listed(self.merged_adapters)} are merged into the base weight", hint="unmerge() first")
         write_weight(self.get_base_layer(), self.weight_name, weight_data)
         self.selection.drop_cached()
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether what the adapter does here is a sum W + ΔW, so that a low-rank product can stand for it."""
-        return adapter_name in self.scaling and self.is_additive(adapter_name)
+    def base_weight(self) -> Tensor:
+        """Return the base weight as it is when nothing is merged, in its own layout, not to be written to.
+
+        A weight that its module computes is computed anew, one that accelerate offloads is brought into memory.
+        """
+        base = self.get_base_layer()
+        return pristine(base, self.weight_name) if MERGES in base.__dict__ else read_weight(base, self.weight_name)
 
     def __getattr__(self, name: str) -> Any:
         # code that looks at a Linear's in_features, an Embedding's padding_idx, ... finds them on the wrapper, too
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("base_layer", "selection", "scaling", "ops") or name.startswith("__"):
+            if name in ("base_layer", "selection", "scaling", "ops", "merging") or name.startswith("__"):
                 raise
             if name in self.adapter_layer_names and name not in self.containers:  # a container that other layers of the method have
                 return nn.ParameterDict()
             base = self.__dict__.get("_modules", {}).get("base_layer")
-            if base is None or name not in _FORWARDED:
+            if base is None or name not in LAYER_ATTRIBUTES:
                 raise
             return getattr(base, name)
 
     def extra_repr(self) -> str:
         """Return the names of the adapters."""
         return f"adapters={list(self.adapters())}"
-
-
-def _first_argument(base: nn.Module, kwargs: dict[str, Any]) -> Tensor:
-    """Return the input of a base that was called with keywords alone."""
-    while isinstance(base, AdapterLayer):
-        base = base._modules["base_layer"]  # type: ignore[assignment]
-    for name in inspect.signature(base.forward).parameters:
-        if name in kwargs:
-            found: Tensor = kwargs[name]
-            return found
-    raise TypeError(f"{type(base).__name__} was called without its input")
-
-
-#: what callers read from the layer that they believe to have in hand
-_FORWARDED = frozenset(
-    [
-        "in_features",
-        "out_features",
-        "num_embeddings",
-        "embedding_dim",
-        "padding_idx",
-        "max_norm",
-        "norm_type",
-        "scale_grad_by_freq",
-        "sparse",
-        "embed_scale",
-        "nf",
-        "nx",
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-        "transposed",
-        "output_padding",
-    ]
-)

@@ -1,4 +1,4 @@
-"""What libraries ask of a module with `isinstance`: whether it is a layer of a method."""
+"""A class for `isinstance` checks in other libraries: whether a module is a layer of a method."""
 
 from __future__ import annotations
 

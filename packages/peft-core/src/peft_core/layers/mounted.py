@@ -12,7 +12,7 @@ from .slots import Slot
 class MountedModules(nn.ModuleDict):
     """Modules beside the base, one per adapter: `<mount>.<adapter>`, whatever tuner made them. Each has `slots()`.
 
-    Who puts another module in the place of one, as FullyShardedDataParallel does, reaches the tuner with it: `TunerBase.mounted` follows.
+    If one of them is replaced, as FullyShardedDataParallel does, `TunerBase.mounted` follows.
     """
 
     def __init__(self) -> None:

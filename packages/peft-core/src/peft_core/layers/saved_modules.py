@@ -16,6 +16,7 @@ from ..errors import RoutingError
 from ..selection.route import ALL
 from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
+from ..tensor_names import join
 from .adapter_layer import AdapterLayer
 from .init_options import InitOptions
 from .slots import Slot, module_slots, write_tensor
@@ -49,7 +50,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
     def attach(self, adapter: str, init_options: InitOptions, tied_to: ModulesToSaveWrapper | None = None) -> None:
         """Add a copy for `adapter` as `init_options` says, in the dtype of the original; its weight may be that of the copy in `tied_to`."""
-        duplicate = _plain_copy(self.original_module)
+        duplicate = _copy_without_wrappers(self.original_module)
         self.modules_to_save[adapter] = (duplicate.to("meta") if init_options.meta else duplicate).requires_grad_(False)
         if tied_to is not None:
             self.tied[adapter] = tied_to
@@ -87,8 +88,8 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             if rows is ALL:
                 output = copied(*args, **kwargs)
             elif isinstance(rows, Tensor):
-                taken, named = tree_map(partial(_taken, rows, batch), (args, kwargs))
-                output = tree_map(partial(_written, rows, batch), output, copied(*taken, **named))
+                row_args, row_kwargs = tree_map(partial(_select_rows, rows, batch), (args, kwargs))
+                output = tree_map(partial(_replace_rows, rows, batch), output, copied(*row_args, **row_kwargs))
         return output
 
     def adapters(self) -> tuple[str, ...]:
@@ -118,9 +119,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
-    def remains(self, kept: Sequence[str]) -> nn.Module:
-        """Return what takes the wrapper's place when adapters are unloaded and `kept` stay: the copy of the last of them, else the original."""
-        for adapter in reversed(kept):
+    def remains(self, adapters: Sequence[str]) -> nn.Module:
+        """Return what replaces the wrapper when it is unloaded and `adapters` stay in effect: the copy of the last of them, else the original."""
+        for adapter in reversed(adapters):
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
         return self.original_module
@@ -129,7 +130,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Return key in an adapter's file → key in memory, both behind the path of this module."""
         if adapter_name not in self.modules_to_save:
             return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in module_slots(self.modules_to_save[adapter_name])}
+        return {key: join("modules_to_save", adapter_name, key) for key in module_slots(self.modules_to_save[adapter_name])}
 
     @property
     def active_copy(self) -> nn.Module:
@@ -148,7 +149,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             return getattr(self.active_copy, name)
 
 
-def _plain_copy(module: nn.Module) -> nn.Module:
+def _copy_without_wrappers(module: nn.Module) -> nn.Module:
     """Return a deep copy without the wrappers of other adapters."""
 
     def bare(part: nn.Module) -> nn.Module:
@@ -156,25 +157,25 @@ def _plain_copy(module: nn.Module) -> nn.Module:
             part = part.get_base_layer() if isinstance(part, AdapterLayer) else part.original_module
         return part
 
-    # wrappers hold the model's selection, which a copy must not drag along: take them off before copying
+    # wrappers refer to the model's selection, which must not be copied: take them off first
     wrapped = [(parent, name, child) for parent in bare(module).modules() for name, child in parent.named_children() if bare(child) is not child]
     try:
         for parent, name, child in wrapped:
             parent._modules[name] = bare(child)
-        plain = bare(module)
-        with without_offloading(plain):  # the copy trains: it stays in memory
-            return copy.deepcopy(plain)
+        unwrapped = bare(module)
+        with without_offloading(unwrapped):  # the copy trains: it stays in memory
+            return copy.deepcopy(unwrapped)
     finally:
         for parent, name, child in wrapped:
             parent._modules[name] = child
 
 
-def _taken(rows: Tensor, batch: int, value: Any) -> Any:
+def _select_rows(rows: Tensor, batch: int, value: Any) -> Any:
     """Return some rows of a tensor (batch, …); anything else as it is."""
     return value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
 
 
-def _written(rows: Tensor, batch: int, whole: Any, part: Any) -> Any:
+def _replace_rows(rows: Tensor, batch: int, whole: Any, part: Any) -> Any:
     """Return a tensor (batch, …) with some rows replaced by those of `part`; anything else as it is."""
     if not (isinstance(whole, Tensor) and whole.dim() and whole.shape[0] == batch):
         return whole

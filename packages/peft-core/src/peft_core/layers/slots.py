@@ -9,6 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..tensor_names import join
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -21,7 +23,7 @@ class Slot:
         owner: the module and attribute that hold it, where it is a tensor of the model and not computed.
         optional: a file may lack it: other readers and writers of the format do not know it.
         stands_for: ends of the keys of optional tensors from which this one is computed. A file that has them all is read without this one;
-            one that has none of them gives this one alone, which then takes their place.
+            one that has none of them gives this one alone, which then replaces them.
         unread: a file may hold it, of whatever shape, but this module has no use for it and does not write it.
     """
 
@@ -48,10 +50,10 @@ class Slot:
 
     @classmethod
     def of_no_use(cls) -> Slot:
-        """Return the slot of a tensor that files may hold and that the module does not take."""
+        """Return the slot of a tensor that files may hold and that the module ignores."""
 
         def read() -> Tensor:
-            raise LookupError("this tensor is not kept")
+            raise LookupError("this tensor is not stored")
 
         return cls((), read, lambda value: None, optional=True, unread=True)
 
@@ -98,24 +100,23 @@ class AdapterModule(Protocol):
 
 @runtime_checkable
 class LeavesBehind(Protocol):
-    """In addition, where something other than the original takes the wrapper's place when adapters are unloaded."""
+    """An `AdapterModule` that is replaced by something other than the original when adapters are unloaded."""
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that have weights here."""
         ...
 
-    def remains(self, kept: tuple[str, ...]) -> nn.Module:
-        """Return that module, when the adapters `kept` are to stay in effect."""
+    def remains(self, adapters: tuple[str, ...]) -> nn.Module:
+        """Return that module, when `adapters` are to stay in effect."""
         ...
 
 
 def module_slots(module: nn.Module) -> dict[str, Slot]:
     """Return a slot for every parameter and persistent buffer of a whole module, by its name in the state dict."""
     found = {}
-    for prefix, part in module.named_modules():
-        dot = f"{prefix}." if prefix else ""
+    for path, part in module.named_modules():
         names = [name for name, p in part._parameters.items() if p is not None]
         names += [name for name, b in part._buffers.items() if b is not None and name not in part._non_persistent_buffers_set]
         for name in names:
-            found[dot + name] = Slot.of(part, name)
+            found[join(path, name)] = Slot.of(part, name)
     return found

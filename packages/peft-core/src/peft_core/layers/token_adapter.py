@@ -1,4 +1,4 @@
-"""What holds trained rows of a table inside their wrapper."""
+"""The module inside `TokenRows` that holds the rows."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class InitialRows(nn.Module):
 
 
 class TokenAdapter(SelectionMixin):
-    """What `TokenRows` hold, under the names that the reference implementation has in memory; switched with it.
+    """The parameters of a `TokenRows`, under the names that the reference implementation has in memory; switched with it.
 
     Args:
-        base_layer: what the rows are written over.
-        rows: whose part this is.
+        base_layer: the module whose output the rows overwrite.
+        rows: the wrapper that this belongs to.
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
@@ -30,7 +30,7 @@ class TokenAdapter(SelectionMixin):
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
         self.trainable_tokens_original = InitialRows()
-        self.__dict__["rows"] = rows  # not a part of this one, but the other way round
+        self.__dict__["rows"] = rows  # not a child of this module: it is the parent
 
     @property
     def selection(self) -> AdapterSelection:
@@ -56,7 +56,7 @@ class TokenAdapter(SelectionMixin):
         self.__dict__["rows"].delete_adapter(adapter_name)
 
 
-#: what callers of layers ask, and the whole wrapper knows
+#: attributes that are those of the wrapper
 _OF_ROWS = frozenset(
     [
         "adapters",

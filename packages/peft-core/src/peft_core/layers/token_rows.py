@@ -1,4 +1,4 @@
-"""Rows of a table that train by themselves: they take the place of rows of the output, and no table is copied."""
+"""Trainable rows of an embedding, applied to its output without copying the weight."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from ..base.ops import with_weight
 from ..errors import ConfigError, ModelError, listed
 from ..merging.exact import Merge
+from ..merging.layer import LayerMerging
 from ..merging.rows import RowsChange, RowsFold
 from ..selection.selection import AdapterSelection
 from ..selection.switching import AuxiliaryTrainingWrapper
+from ..tensor_names import TOKEN_ADAPTER, duplicates_of_token_adapter, join, restored_from_token_adapter
 from .adapter_layer import AdapterLayer
 from .slots import Slot
 from .token_adapter import InitialRows, TokenAdapter
@@ -26,20 +28,20 @@ SMALL = 2**16
 
 @dataclass(frozen=True)
 class RowSettings:
-    """What a layer is told of one adapter's rows.
+    """The settings of one adapter's rows in one layer.
 
     Args:
         path: of the module in the base, for messages.
         indices: which rows; each once, from 0.
         source: the layer that holds them, where the module has its weight in common with another one; None: this one.
-        alone: the base's weight also belongs to a module that does not get these rows.
+        partly_tied: the base's weight also belongs to a module that does not get these rows.
         random: the rows start as normal random numbers instead of the base's.
     """
 
     path: str
     indices: tuple[int, ...]
     source: TrainableRowsLayer | None = None
-    alone: bool = False
+    partly_tied: bool = False
     random: bool = False
 
 
@@ -50,12 +52,12 @@ class _Table:
     Args:
         indices: (n,), in the order of the rows.
         ascending: (n + 1,), sorted; the last is larger than every id.
-        places: (n + 1,), at which row each of `ascending` is; n for the last.
+        positions: (n + 1,), the row of each of `ascending`; n for the last.
     """
 
     indices: Tensor
     ascending: Tensor
-    places: Tensor
+    positions: Tensor
 
     @classmethod
     def of(cls, indices: Sequence[int]) -> _Table:
@@ -64,7 +66,31 @@ class _Table:
         return cls(torch.tensor(indices, dtype=torch.int64), torch.tensor(ascending), torch.tensor([*order, len(indices)]))
 
     def on(self, device: torch.device) -> _Table:
-        return _Table(self.indices.to(device), self.ascending.to(device), self.places.to(device))
+        return _Table(self.indices.to(device), self.ascending.to(device), self.positions.to(device))
+
+
+class RowsMerging(LayerMerging):
+    """Merging of trainable rows: they overwrite those of the base weight, also for modules that have the weight in common."""
+
+    @property
+    def adapters(self) -> list[str]:
+        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
+        written = super().adapters
+        return [*written, *(adapter for adapter in self.layer.sources if adapter not in written and self.layer._is_merged_by_source(adapter))]
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those `adapters` whose rows are not in the weight yet; None if there is nothing to do."""
+        layer, mergeable = self.layer, self.mergeable(adapters)
+        if not mergeable:
+            return None
+        base = layer.get_base_layer()
+        partly_tied = any(layer.partly_tied[adapter] for adapter in mergeable)
+        return Merge(base, mergeable, [RowsFold(base, layer.weight_name, self.change_of(mergeable), shared=partly_tied)])
+
+    def change_of(self, adapters: Sequence[str]) -> RowsChange:
+        """Return the change that writes the rows of `adapters`."""
+        rows = [(adapter, self.layer.rows_of(adapter)) for adapter in adapters]
+        return RowsChange([(self.layer.table(adapter, values.device).indices, values) for adapter, values in rows])
 
 
 class TrainableRowsLayer(AdapterLayer):
@@ -78,7 +104,8 @@ class TrainableRowsLayer(AdapterLayer):
 
     base_types = (nn.Embedding, nn.Linear)
     additive: ClassVar[bool] = False
-    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "alone")
+    merging_type = RowsMerging
+    per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "partly_tied")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
     other_param_names: ClassVar[tuple[str, ...]] = ("indices",)
     #: what files call the rows, behind the path of the module
@@ -90,26 +117,26 @@ class TrainableRowsLayer(AdapterLayer):
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
         super().__init__(base_layer, selection)
-        self.hold(base_layer)
+        self.create_containers(base_layer)
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tables: dict[str, _Table] = {}
         #: adapter → the layer that holds its rows, where it is another one
         self.sources: dict[str, TrainableRowsLayer] = {}
-        self.alone: dict[str, bool] = {}
+        self.partly_tied: dict[str, bool] = {}
         self._borrows = False
 
-    def hold(self, base_layer: nn.Module) -> None:
-        """Make the places for rows of `base_layer`."""
+    def create_containers(self, base_layer: nn.Module) -> None:
+        """Create the empty containers for rows of `base_layer`."""
         self.trainable_tokens_delta = nn.ParameterDict()
         self.trainable_tokens_original = InitialRows()
 
     @property
-    def part(self) -> Any:
-        """The module that has these places."""
+    def container_module(self) -> Any:
+        """The module that has the containers of the rows."""
         return self
 
     def put_inside(self, module: nn.Module) -> None:
-        """Set what the rows are written over: `module`, the base or a wrapper around it."""
+        """Set the module whose output the rows overwrite: the base or a wrapper around it."""
         self._modules["base_layer"] = module
 
     # ---- weights ---------------------------------------------------------------------------------------------------
@@ -126,20 +153,20 @@ class TrainableRowsLayer(AdapterLayer):
                     f"the tokens {common} of {config.path!r} train in {other!r} already, so that they can't in {adapter!r}",
                     hint="give each adapter tokens of its own, or delete_adapter the other one",
                 )
-        self.indices[adapter], self.alone[adapter] = config.indices, config.alone
-        part = self.part
+        self.indices[adapter], self.partly_tied[adapter] = config.indices, config.partly_tied
+        container_module = self.container_module
         if config.source is not None:
             self.sources[adapter] = config.source
-            if not part.trainable_tokens_delta:  # as in the reference implementation, both have the rows under their names
-                self._borrows, part.trainable_tokens_delta = True, config.source.part.trainable_tokens_delta
+            if not container_module.trainable_tokens_delta:  # as in the reference implementation, both have the rows under their names
+                self._borrows, container_module.trainable_tokens_delta = True, config.source.container_module.trainable_tokens_delta
             return
         if self._borrows:
-            self._borrows, part.trainable_tokens_delta = False, nn.ParameterDict()
+            self._borrows, container_module.trainable_tokens_delta = False, nn.ParameterDict()
         self.tables[adapter] = _Table.of(config.indices)
         rows = self._initial_rows(adapter)
         start = rows.new_empty(rows.shape).normal_() if config.random and self.init_options.initialise else rows
-        part.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
-        part.trainable_tokens_delta[adapter] = self.keep_parameter(start)
+        container_module.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
+        container_module.trainable_tokens_delta[adapter] = self.init_options.parameter_of(start)
 
     def _initial_rows(self, adapter: str) -> Tensor:
         """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""
@@ -148,7 +175,7 @@ class TrainableRowsLayer(AdapterLayer):
         rows = weight[indices]
         inner = self._modules["base_layer"]
         while isinstance(inner, AdapterLayer):
-            shift = inner.shift_of(adapter)
+            shift = inner.merging.shift_of(adapter)
             if shift is not None:
                 rows = (rows + self.ops.to_weight_layout(shift)[indices].to(weight.device)).to(weight.dtype)
             inner = inner._modules["base_layer"]
@@ -156,7 +183,7 @@ class TrainableRowsLayer(AdapterLayer):
 
     def rows_of(self, adapter: str) -> Tensor:
         """Return D (|T|, dim)."""
-        found: Tensor = self.sources.get(adapter, self).part.trainable_tokens_delta._parameters[adapter]
+        found: Tensor = self.sources.get(adapter, self).container_module.trainable_tokens_delta._parameters[adapter]
         return found
 
     def table(self, adapter: str, device: torch.device) -> _Table:
@@ -170,7 +197,7 @@ class TrainableRowsLayer(AdapterLayer):
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield (end of the file key, module, attribute) of the rows, if they are this layer's own."""
         if adapter in self.indices and (adapter not in self.sources or self.written_twice):
-            yield self.key, self.sources.get(adapter, self).part.trainable_tokens_delta, adapter
+            yield self.key, self.sources.get(adapter, self).container_module.trainable_tokens_delta, adapter
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
         """Return what a file holds of the rows; those of another layer may be missing in it."""
@@ -179,15 +206,15 @@ class TrainableRowsLayer(AdapterLayer):
     def further_slots(self, adapter: str) -> dict[str, Slot]:
         """Return what a file may hold besides: the reference implementation also writes rows for modules that have their weight in common."""
         source = self.sources.get(adapter)
-        return {} if source is None else {self.key: Slot.of(source.part.trainable_tokens_delta, adapter)}
+        return {} if source is None else {self.key: Slot.of(source.container_module.trainable_tokens_delta, adapter)}
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's rows out; a name that is not here is ignored."""
-        part = self.part
+        container_module = self.container_module
         if adapter in self.tables:  # its own
-            if adapter in part.trainable_tokens_delta:
-                del part.trainable_tokens_delta[adapter]
-            part.trainable_tokens_original._buffers.pop(adapter, None)
+            if adapter in container_module.trainable_tokens_delta:
+                del container_module.trainable_tokens_delta[adapter]
+            container_module.trainable_tokens_original._buffers.pop(adapter, None)
         super().drop(adapter)
 
     def _replicate_for_data_parallel(self) -> Any:
@@ -202,7 +229,7 @@ class TrainableRowsLayer(AdapterLayer):
     # ---- forward ---------------------------------------------------------------------------------------------------
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with what the rows say: an embedding's where ids are in T, an output layer's in the columns T (with its bias)."""
-        if self._holds(adapter):
+        if self._is_merged_by_source(adapter):
             return y
         base: Any = self.get_base_layer()
         rows = self.rows_of(adapter).to(base.weight.dtype)
@@ -218,7 +245,7 @@ class TrainableRowsLayer(AdapterLayer):
 
     def delta_weight(self, adapter: str) -> Tensor:
         """Return E' − E as a matrix (out, in), for E as it was when the adapter was made; all but the rows is 0."""
-        original = self.sources.get(adapter, self).part.trainable_tokens_original._buffers[adapter]
+        original = self.sources.get(adapter, self).container_module.trainable_tokens_original._buffers[adapter]
         assert original is not None
         rows = self.rows_of(adapter) - original
         table = self.table(adapter, rows.device)
@@ -228,45 +255,29 @@ class TrainableRowsLayer(AdapterLayer):
     def weight(self) -> Tensor:
         """The weight with the rows of the adapters in use written over it, as whoever multiplies with it by hand needs it; else the base's."""
         weight = self.get_base_weight()
-        active = [adapter for adapter in self.selection.current().names if adapter in self.indices and not self.merges and not self._holds(adapter)]
+        active = [
+            adapter
+            for adapter in self.selection.current().names
+            if adapter in self.indices and not self.merged and not self._is_merged_by_source(adapter)
+        ]
         for adapter in active:
             rows = self.rows_of(adapter)
             weight = weight.index_copy(0, self.table(adapter, weight.device).indices, rows.to(weight.dtype))
         return weight
 
     # ---- merging ---------------------------------------------------------------------------------------------------
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
-        own = [adapter for merge in self.merges for adapter in merge.adapters]
-        return [*own, *(adapter for adapter in self.sources if adapter not in own and self._holds(adapter))]
-
     def base_weight(self) -> Tensor:
         """Return the base weight as it is when nothing is merged, by this layer or by that with the same weight; not to be written to."""
-        source = next((source for adapter, source in self.sources.items() if self._holds(adapter)), None)
+        source = next((source for adapter, source in self.sources.items() if self._is_merged_by_source(adapter)), None)
         return super().base_weight() if source is None else source.base_weight()
 
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those adapters whose rows are not in the weight yet; None if there is nothing to do."""
-        already = self.merged_adapters
-        own = tuple(adapter for adapter in adapters if adapter in self.scaling and adapter not in already)
-        if not own:
-            return None
-        base = self.get_base_layer()
-        alone = any(self.alone[adapter] for adapter in own)
-        return Merge(base, own, [RowsFold(base, self.weight_name, self.change_of(own), shared=alone)])
-
-    def change_of(self, adapters: Sequence[str]) -> Any:
-        """Return the change that writes the rows of adapters."""
-        return RowsChange([(self.table(adapter, self.rows_of(adapter).device).indices, self.rows_of(adapter)) for adapter in adapters])
-
-    def _holds(self, adapter: str) -> bool:
+    def _is_merged_by_source(self, adapter: str) -> bool:
         """Return whether the layer that holds the rows has written them into the very weight that this layer uses."""
         source = self.sources.get(adapter)
-        if source is None or not source.merges:
+        if source is None or not source.merged:
             return False
         weight = self.get_base_layer()._parameters.get(self.weight_name)
-        folds = [fold for merge in source.merges if adapter in merge.adapters for fold in merge.folds]
+        folds = [fold for merge in source.merging.merges if adapter in merge.adapters for fold in merge.folds]
         return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
 
 
@@ -276,19 +287,19 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
     Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
 
-    key = f"token_adapter.{TrainableRowsLayer.key}"
+    key = join(TOKEN_ADAPTER, TrainableRowsLayer.key)
     written_twice = False
 
-    def hold(self, base_layer: nn.Module) -> None:
-        """Make the places for rows: in a module around the base."""
+    def create_containers(self, base_layer: nn.Module) -> None:
+        """Create the empty containers for rows, in a module around the base."""
         # in this order parameters get the names that begin with token_adapter
         del self._modules["base_layer"]
         self.token_adapter = TokenAdapter(base_layer, self)
         self._modules["base_layer"] = base_layer
 
     @property
-    def part(self) -> Any:
-        """The module that has these places."""
+    def container_module(self) -> Any:
+        """The module that has the containers of the rows."""
         return self.token_adapter
 
     @property
@@ -297,26 +308,24 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
         return self.get_base_layer()
 
     def put_inside(self, module: nn.Module) -> None:
-        """Set what the rows are written over: the base, or a wrapper around it."""
+        """Set the module whose output the rows overwrite: the base, or a wrapper around it."""
         super().put_inside(module)
         self.token_adapter._modules["base_layer"] = module
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
-        return {self.key: f"{self.key}.{adapter_name}"} if adapter_name in self.tables else {}
+        return {self.key: join(self.key, adapter_name)} if adapter_name in self.tables else {}
 
     # ---- names in state dicts: the base stands under token_adapter only ----------------------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the tensors, each once, as the reference implementation names them."""
         found = super().state_dict(*args, **kwargs)
-        twice = f"{kwargs.get('prefix', '')}base_layer."
-        for key in [key for key in found if key.startswith(twice)]:
-            del found[key]
+        for name in duplicates_of_token_adapter(found, kwargs.get("prefix", "")):
+            del found[name]
         return found
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        inside = f"{prefix}token_adapter.base_layer."
-        state_dict.update({f"{prefix}base_layer.{key.removeprefix(inside)}": value for key, value in state_dict.items() if key.startswith(inside)})
+        state_dict.update({outside: state_dict[inside] for inside, outside in restored_from_token_adapter(state_dict, prefix)})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -327,10 +336,10 @@ def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor
     """
     at = torch.searchsorted(table.ascending, ids)
     hit = table.ascending[at] == ids
-    places = torch.where(hit, table.places[at], len(rows))
+    positions = torch.where(hit, table.positions[at], len(rows))
     small = F.pad(rows, (0, 0, 0, 1))
     if type(base) is nn.Embedding:
-        found = F.embedding(places, small, padding, base.max_norm, base.norm_type, base.scale_grad_by_freq)
+        found = F.embedding(positions, small, padding, base.max_norm, base.norm_type, base.scale_grad_by_freq)
     else:  # with a scale, or whatever else the class does
-        found = with_weight(base, small, padding_idx=padding, sparse=False)(places)
+        found = with_weight(base, small, padding_idx=padding, sparse=False)(positions)
     return torch.where(hit.unsqueeze(-1), found.to(y.dtype), y)

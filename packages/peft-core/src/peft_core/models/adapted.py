@@ -1,40 +1,45 @@
-"""The wrapped model: what `PeftModel` and `PeftMixedModel` share. A view of an index, with forward, generate, save and load."""
+"""The wrapped model: what `PeftModel` and `PeftMixedModel` are, apart from prompts. Each method delegates to functions over the index."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..base.view import checkpointed
-from ..calls import checkpointing, generation
-from ..calls import run as runner
-from ..calls.routing import route_for
-from ..checkpoint import load as loading
-from ..checkpoint.files import find_weights
+from ..calls import checkpointing, generation, run
+from ..checkpoint import model_card, save
 from ..checkpoint.load import LoadResult, Strict, TensorSource
+from ..checkpoint.stack import read_stack
 from ..config import PeftConfig
-from ..errors import ConfigError, MissingMethodError, PeftWarning
+from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
-from ..layers.init_options import InitOptions
-from ..operations.activate import activate, disabled, set_trainable
-from ..operations.add import add_adapter, check_name, get_or_create_index
+from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+from ..operations.activate import activate, disabled
+from ..operations.add import check_name, get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
-from .configs import check_same_effect, default_key_mapping, note_offload, read_config, take_hub_arguments
-from .saving import Saving
+from . import loading
+from .adapter_operations import AdapterOperations
+from .configs import take_hub_arguments
+from .loading import LoadOptions
 from .tuner_model import TunerModel
+from .uploading import hub_options, upload_folder
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python 3.11
 
 CHECKPOINTED = "is_gradient_checkpointing"
 
 
-class AdaptedModel(nn.Module, Saving):
+class AdaptedModel(nn.Module, AdapterOperations):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
@@ -66,14 +71,121 @@ class AdaptedModel(nn.Module, Saving):
         check_name(index, adapter_name, spec)
         self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
-        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
+        options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
         model.__dict__[ATTRIBUTE] = index
         activate(index, [*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
-        # one that can't say counts as checkpointed; the class is asked, since transformers warns whoever asks the model
+        # without the attribute, assume checkpointing; read from the class, since the property warns
         if checkpointed(model) or not (hasattr(type(model), CHECKPOINTED) or CHECKPOINTED in model.__dict__):
             self.prepare_model_for_gradient_checkpointing(model)
+
+    # ---- making one ------------------------------------------------------------------------------------------------
+    @classmethod
+    def class_for(cls, task: str) -> type[Any]:
+        """Return the class of models for a `task`, as in `TaskType`."""
+        return cls
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        torch_device: str | None = None,
+        strict: Strict | None = None,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
+    ) -> Self:
+        """Wrap a base with an adapter from a folder or the Hub. Everything is compared before the base is touched.
+
+        Args:
+            model: the base.
+            model_id: folder, or repository id.
+            adapter_name: its name in this model; the files do not hold one.
+            is_trainable: it goes on training; default frozen and in eval mode.
+            config: use this config instead of the file's.
+            autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, torch_device, strict, ignore_mismatched_sizes:
+                as `load_adapter`.
+            **kwargs: download options (`revision`, `subfolder`, `token`, ...).
+
+        Raises:
+            ConfigFileError, AdapterFileError: there is no adapter.
+            AdapterWeightsError: its tensors do not fit; the base is as before.
+            ConfigError: `config` is no config, or its values do not suit the base.
+        """
+        options = LoadOptions(
+            is_trainable,
+            torch_device,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            low_cpu_mem_usage,
+            key_mapping,
+            cls.strict_loading if strict is None else strict,
+            ignore_mismatched_sizes,
+            take_hub_arguments(kwargs),
+        )
+        config = options.config(model_id, config)
+        before, config.inference_mode = config.inference_mode, not is_trainable
+        target = cls.class_for(str(config.task_type) if config.task_type is not None else "")
+        try:
+            file, source = options.source(model_id, config, model)
+            wrapped = target(
+                model,
+                config,
+                adapter_name,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                source=source,
+                strict=options.strict,
+                ignore_mismatched_sizes=ignore_mismatched_sizes,
+            )
+        except BaseException:
+            config.inference_mode = before
+            raise
+        hooks.adapter_loaded(model, adapter_name, file.path.parent, str(model_id))
+        found: Self = wrapped if is_trainable else wrapped.eval()
+        return found
+
+    @classmethod
+    def from_stack(cls, model: nn.Module, directory: str | os.PathLike[str], is_trainable: bool = False, *, strict: Strict | None = None) -> Self:
+        """Wrap a base with all adapters that `save_pretrained` of a model with several wrote, in their order, those in use in use again.
+
+        Args:
+            model: the base.
+            directory: the folder with `peft_stack.json`.
+            is_trainable: the adapters in use go on training; default frozen and in eval mode.
+            strict: as `load_adapter`.
+
+        Raises:
+            AdapterFileError: there is no manifest, or it names what is not there.
+            others: as `from_pretrained`; the base is as before.
+        """
+        stack = read_stack(directory)
+        root = Path(directory)
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        was_training = model.training
+        first, *others = stack.members
+        wrapped = cls.from_pretrained(model, root / first.folder, first.name, is_trainable, strict=strict)
+        try:
+            for member in others:
+                wrapped.load_adapter(root / member.folder, member.name, is_trainable, strict=strict)
+            wrapped.set_adapter(stack.active, inference_mode=not is_trainable)
+        except BaseException:
+            wrapped.unload()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            model.train(was_training)
+            raise
+        return wrapped
 
     # ---- adapters --------------------------------------------------------------------------------------------------
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True) -> None:
@@ -89,36 +201,8 @@ class AdaptedModel(nn.Module, Saving):
             AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: the model is as before.
         """
         self._check_config(peft_config)
-        self._add(adapter_name, peft_config, autocast_adapter_dtype, low_cpu_mem_usage)
-
-    def _add(
-        self,
-        name: str,
-        config: PeftConfig,
-        autocast: bool,
-        meta: bool,
-        source: TensorSource | None = None,
-        strict: Strict = True,
-        ignore: bool = False,
-    ) -> LoadResult | None:
-        index = self._peft_index
-        if source is not None:
-            source = loading.translated(index, config, source)
-        whole = strict is True and not ignore
-        init_options = InitOptions(meta=meta and (source is None or whole), autocast=autocast, initialise=source is None or not whole)
-        result: list[LoadResult] = []
-        add_adapter(
-            index,
-            name,
-            config,
-            init_options=init_options,
-            heads=self.task.heads,
-            mount_on=self,
-            before_commit=None
-            if source is None
-            else lambda: result.append(loading.write_tensors(index, name, source, strict=strict, ignore_mismatched_sizes=ignore)),
-        )
-        return result[0] if result else None
+        options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage)
+        loading.add(self._peft_index, adapter_name, peft_config, options, heads=self.task.heads, mount_on=self)
 
     def _check_config(self, config: PeftConfig) -> None:
         if not isinstance(config, PeftConfig):
@@ -134,15 +218,7 @@ class AdaptedModel(nn.Module, Saving):
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside the block the model computes exactly what the base computes. Merged adapters are taken out first and stay out."""
-        index = self._peft_index
-        if any(config.shared_options().bias != "none" for config in index.configs.values()):
-            warnings.warn(
-                "Careful, disabling adapter layers with bias configured to be trained does not produce the same output as the base "
-                "model would without adaption: the biases were trained in place.",
-                PeftWarning,
-                stacklevel=3,
-            )
-        with disabled(index):
+        with disabled(self._peft_index):
             yield
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
@@ -151,12 +227,7 @@ class AdaptedModel(nn.Module, Saving):
         Args:
             model: the base; left alone if it is quantised.
         """
-        if getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_quantized", False):
-            return model
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(checkpointing.require_output_grad)  # type: ignore[operator]
+        checkpointing.prepare_inputs(model)
         return model
 
     # ---- calls -----------------------------------------------------------------------------------------------------
@@ -170,18 +241,7 @@ class AdaptedModel(nn.Module, Saving):
         Raises:
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
         """
-        index = self._peft_index
-        chosen = index.selection.task_route()
-        if chosen is not None:
-            with index.selection.use(chosen):
-                return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
-        if adapter_names is None and not index.call_tuners:
-            if index.base.training and not torch.compiler.is_compiling():
-                checkpointing.prepare(index)  # adapters may be switched before the backward pass
-            if index.call_arguments:
-                kwargs = {name: value for name, value in kwargs.items() if name not in index.call_arguments}
-            return self.base_model(*args, **kwargs)
-        return runner.run(index, self.base_model, self.task, args, kwargs, adapter_names)
+        return run.forward(self._peft_index, self.base_model, self.task, args, kwargs, adapter_names)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the base with its adapters in place, and leave to Python what chooses among them.
@@ -230,34 +290,7 @@ class AdaptedModel(nn.Module, Saving):
             AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
             MissingMethodError: the base can't generate.
         """
-        index = self._peft_index
-        base = self.get_base_model()
-        chosen = index.selection.task_route()
-        if chosen is not None and chosen is not getattr(index.selection.local, "route", None):
-            with index.selection.use(chosen):
-                return self.generate(*args, adapter_names=adapter_names, **kwargs)
-        if not hasattr(base, "generate"):
-            raise MissingMethodError(f"{type(base).__name__} can't generate", hint="use a model with a language-modelling head")
-        arguments = {name: kwargs.pop(name) for name in index.call_arguments if name in kwargs}
-        if adapter_names is None and not index.call_tuners:
-            with index.selection.cached(thread=True):
-                return base.generate(*args, **kwargs)  # type: ignore[operator]
-        if adapter_names is not None:
-            some = (
-                args[0]
-                if args
-                else next((v for v in (kwargs.get("inputs"), kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None), None)
-            )
-            if isinstance(some, Tensor):
-                route_for(index, adapter_names, some.shape[0])  # checks the length
-        with index.selection.cached(thread=True), runner.generating(index, self.task, adapter_names, arguments):
-            generation.check_assisted(index, self.task, arguments, kwargs)
-            if index.forward.encoder_decoder:
-                args, kwargs = generation.encoder_arguments(index, self.task, arguments, args, kwargs)
-            try:
-                return base.generate(*args, **kwargs)  # type: ignore[operator]
-            finally:
-                base.__dict__.pop("_cache", None)  # older versions keep a cache of fixed size, which virtual tokens made larger
+        return generation.generate(self._peft_index, self.task, args, kwargs, adapter_names)
 
     # ---- saving and loading ----------------------------------------------------------------------------------------
     def load_adapter(
@@ -301,30 +334,125 @@ class AdaptedModel(nn.Module, Saving):
             AdapterWeightsError: its tensors do not fit.
             ConfigError: an adapter of this name has another config.
         """
-        hub = take_hub_arguments(kwargs)
-        strict = self.strict_loading if strict is None else strict
-        config = read_config(model_id, hub)
-        config.inference_mode = not is_trainable
-        note_offload(config, ephemeral_gpu_offload)
-        index = self._peft_index
-        mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
-        file = find_weights(model_id, **hub)
-        source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
-        if adapter_name in index.configs:
-            source = loading.translated(index, config, source)
-            check_same_effect(index.configs[adapter_name], config, adapter_name)
-            result = loading.write_tensors(index, adapter_name, source, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
-        else:
-            added = self._add(adapter_name, config, autocast_adapter_dtype, low_cpu_mem_usage, source, strict, ignore_mismatched_sizes)
-            assert added is not None
-            result = added
-            set_trainable(index, adapter_name, is_trainable)
-            if not is_trainable:
-                self.eval()  # but not where only the weights of an adapter in training are replaced
-        hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_id))
-        return result
+        options = LoadOptions(
+            is_trainable,
+            torch_device,
+            autocast_adapter_dtype,
+            ephemeral_gpu_offload,
+            low_cpu_mem_usage,
+            key_mapping,
+            self.strict_loading if strict is None else strict,
+            ignore_mismatched_sizes,
+            take_hub_arguments(kwargs),
+        )
+        return loading.load(self._peft_index, model_id, adapter_name, options, heads=self.task.heads, mount_on=self)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
+        *,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters: ``default`` into the directory, every other one into a folder of its name; and a model card.
+
+        All files appear together or not at all, and the network is asked only with `push_to_hub`.
+
+        Args:
+            save_directory: created if missing.
+            safe_serialization: safetensors; False: a pickled dict of tensors.
+            selected_adapters: which; default all.
+            save_embedding_layers: also write the base's embeddings: True, False, or ``"auto"`` (if targeted or resized).
+            is_main_process: False: only make the folders.
+            path_initial_model_for_weight_conversion: folder of the adapter as it was saved when it had just been created. An adapter that took
+                its first values out of the base (PiSSA, ...) is then written as one for the original base; this model stays as it is.
+            state_dict: take the tensors from here (names of this model) instead of from the model.
+            push_to_hub: upload the folder afterwards, to `repo_id` or a repository that is called as the folder.
+            **kwargs: of the upload (`repo_id`, `private`, `token`, `revision`, `commit_message`); what only saving a whole model needs
+                (`save_function`, `max_shard_size`, `variant`) has no effect.
+
+        Raises:
+            TypeError: another keyword.
+            AdapterFileError: `save_directory` is a file.
+            AdapterNotFoundError: `selected_adapters` names one that the model lacks.
+            CapabilityError: there is nothing to convert in adapters of this method.
+        """
+        upload = hub_options(kwargs, push_to_hub, save_directory)
+        save.save_adapters(
+            self._peft_index,
+            save_directory,
+            model=self,
+            safe_serialization=safe_serialization,
+            selected_adapters=[selected_adapters] if isinstance(selected_adapters, str) else selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            state_dict=state_dict,
+            initial=path_initial_model_for_weight_conversion,
+        )
+        if upload is not None and is_main_process:
+            upload_folder(save_directory, **upload)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        **save_options: Any,
+    ) -> Any:
+        """Save the adapters (never the base) and upload the folder to the Hub.
+
+        Args:
+            repo_id: the repository; created if it does not exist.
+            private, token, revision, commit_message: as in huggingface_hub.
+            **save_options: as `save_pretrained`.
+
+        Returns:
+            What `huggingface_hub.HfApi.upload_folder` returns.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **save_options)
+            return upload_folder(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write or update `README.md` in the folder `output_dir`, which is created if missing. Doing it twice changes nothing."""
+        model_card.write(self._peft_index, output_dir)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """Return the status of every module that holds adapter weights."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """Return the status of the adapters as a whole."""
+        return get_model_status(self)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the adapter in use (of the first, if there are several).
+
+        Raises:
+            ModelError: none is in use.
+        """
+        index = self._peft_index
+        if not index.active:
+            raise ModelError("no adapter is active", hint="set_adapter one")
+        return index.configs[index.active[0]]
+
+    @property
+    def peft_type(self) -> str | None:
+        """The method of the first adapter."""
+        first = next(iter(self._peft_index.configs.values()), None)
+        return first.peft_type if first is not None else None
+
     def get_base_model(self) -> nn.Module:
         """Return the object that was wrapped; its layers still are."""
         base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model

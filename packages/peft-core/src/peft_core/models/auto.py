@@ -62,15 +62,15 @@ class AutoPeftModel:
             others: as `PeftModel.from_pretrained`.
         """
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS or name == "subfolder"}
-        own = {**hub, **({"revision": revision} if revision is not None else {})}
+        download_options = {**hub, **({"revision": revision} if revision is not None else {})}
         if config is None:
-            config = read_config(pretrained_model_name_or_path, own)
+            config = read_config(pretrained_model_name_or_path, download_options)
         if not config.base_model_name_or_path:
             raise ConfigError(
                 f"the adapter in {str(pretrained_model_name_or_path)!r} does not say which base it was trained on (base_model_name_or_path is empty)",
                 hint="load the base yourself, then use PeftModel.from_pretrained(base, folder)",
             )
-        # writers that know layers and no task (transformers' own) leave it out; then the class says it
+        # writers that know layers and no task (transformers' download_options) leave it out; then the class says it
         task = str(config.task_type) if config.task_type is not None else cls.task
         if cls.task is not None and task != cls.task:
             raise ConfigError(
@@ -80,8 +80,8 @@ class AutoPeftModel:
             )
         base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
         base: Any = _base_class(config, task).from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **base_options)
-        _fit_vocabulary(base, pretrained_model_name_or_path, own, bool(kwargs.get("trust_remote_code", False)))
-        return cls.class_for(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **own)
+        _fit_vocabulary(base, pretrained_model_name_or_path, download_options, bool(kwargs.get("trust_remote_code", False)))
+        return cls.class_for(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **download_options)
 
     @classmethod
     def class_for(cls, task: str | None) -> type[PeftModel]:
@@ -125,8 +125,8 @@ def _has_tokenizer(folder: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
         return local.is_file()
     from huggingface_hub import file_exists
 
-    place = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
-    return bool(file_exists(str(folder), place, revision=hub.get("revision"), token=hub.get("token")))
+    path_in_repo = f"{hub['subfolder']}/{name}" if hub.get("subfolder") else name
+    return bool(file_exists(str(folder), path_in_repo, revision=hub.get("revision"), token=hub.get("token")))
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterWeightsError, did_you_mean, listed
-from ..tuners.index import index_of
-from .configs import require_adapter
+from ..tensor_names import join
+from ..tuners.index import require_index
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         AdapterNotFoundError: the model has no adapters.
     """
-    return {name: holder[key] for name, (holder, key) in _places(model).items()}
+    return {name: tensors[key] for name, (tensors, key) in _holders(model).items()}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -40,34 +40,33 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
         AdapterNotFoundError: the model has no adapters.
         AdapterWeightsError: names or shapes do not fit; nothing was written.
     """
-    places = _places(model)
-    missing = [name for name in places if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in places]
+    holders = _holders(model)
+    missing = [name for name in holders if name not in state_dict]
+    unexpected = [name for name in state_dict if name not in holders]
     if strict and (missing or unexpected):
         raise AdapterWeightsError(
             f"the tensors do not fit the base: missing {listed(missing) or 'none'}, unknown {listed(unexpected) or 'none'}",
-            hint=(did_you_mean(unexpected[0], places) if unexpected else None) or "strict=False takes what fits",
+            hint=(did_you_mean(unexpected[0], holders) if unexpected else None) or "strict=False takes what fits",
         )
-    fitting = {name: state_dict[name] for name in places if name in state_dict}
+    fitting = {name: state_dict[name] for name in holders if name in state_dict}
     for name, value in fitting.items():
-        holder, key = places[name]
-        if holder[key].shape != value.shape:
-            raise AdapterWeightsError(f"{name} has the shape {tuple(value.shape)}, but the base's is {tuple(holder[key].shape)}")
+        tensors, key = holders[name]
+        if tensors[key].shape != value.shape:
+            raise AdapterWeightsError(f"{name} has the shape {tuple(value.shape)}, but the base's is {tuple(tensors[key].shape)}")
     with torch.no_grad():
         for name, value in fitting.items():
-            holder, key = places[name]
-            holder[key].copy_(value)
+            tensors, key = holders[name]
+            tensors[key].copy_(value)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _places(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
+def _holders(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
     """Return name → (the dict that holds the tensor, its key there), for what a state dict of the base would have."""
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     found: dict[str, tuple[dict[str, Any], str]] = {}
     for path, module in index.view.modules.items():
-        prefix = f"{path}." if path else ""
-        for holder in (module._parameters, module._buffers):
-            for key, tensor in holder.items():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
                 if tensor is not None and key not in module._non_persistent_buffers_set:
-                    found[prefix + key] = (holder, key)
+                    found[join(path, key)] = (tensors, key)
     return found

@@ -8,14 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.view import BaseView
-from ..checkpoint.state_dict import WRAPPER_PREFIX
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftWarning, did_you_mean, listed
 from ..plugins.registry import registry
+from ..tensor_names import adapted_module
 from ..tuners.index import AdapterIndex
-
-#: how keys begin of what stands beside the base and is no module of it (`base_model.vera_A`)
-_BESIDE = ["base_model"]
 
 
 def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
@@ -33,12 +30,7 @@ def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict:
 
 
 def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
-    paths = set()
-    for key in state_dict:
-        parts = key.removeprefix(WRAPPER_PREFIX).split(".")
-        cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(prefix)), None)
-        if cut and parts[:cut] != _BESIDE:
-            paths.add(".".join(part for part in parts[:cut] if part != "base_layer"))  # wrappers inside others
+    paths = {path for key in state_dict if (path := adapted_module(key, prefix)) is not None}
     if not paths:
         raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
     unknown = sorted(paths - index.view.modules.keys())

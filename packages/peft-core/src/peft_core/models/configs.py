@@ -1,4 +1,4 @@
-"""What loading asks of configs: reading them with a good error, comparing them, and the options of a download."""
+"""Configs when an adapter is loaded: reading, comparing, and the options of a download."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import nn
 
 from ..checkpoint.files import find_weights
 from ..config import HUB_KEYS, PeftConfig
-from ..errors import AdapterFileError, AdapterNotFoundError, ConfigError, PeftWarning, UnknownTunerError, did_you_mean
-from ..tuners.index import AdapterIndex
+from ..errors import AdapterFileError, ConfigError, PeftWarning, UnknownTunerError, did_you_mean
 
 
 def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> PeftConfig:
@@ -37,12 +36,12 @@ def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> Pef
 
 
 def note_offload(config: PeftConfig, ephemeral: bool) -> None:
-    """Write down in a config that has room for it that computations may move to an accelerator for a while; warn elsewhere."""
+    """Set `runtime_config.ephemeral_gpu_offload` of a config if `ephemeral`; warn where the config has no such field."""
     if not ephemeral:
         return
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=4)
+        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=5)
     else:
         runtime.ephemeral_gpu_offload = True
 
@@ -61,11 +60,11 @@ def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(kwargs)
 
 
-def default_key_mapping(index: AdapterIndex, config: PeftConfig) -> Mapping[str, str] | None:
+def default_key_mapping(base: nn.Module, config: PeftConfig) -> Mapping[str, str] | None:
     """Return the base's own renaming of old checkpoints, if it has one."""
     if config.is_prompt_learning:
         return None
-    mapping = getattr(index.base, "_checkpoint_conversion_mapping", None)
+    mapping = getattr(base, "_checkpoint_conversion_mapping", None)
     return mapping if isinstance(mapping, Mapping) and mapping else None
 
 
@@ -100,14 +99,3 @@ def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str, all
             hint="load it under another name, or delete_adapter the existing one first",
             code="other-config",
         )
-
-
-def require_adapter(index: AdapterIndex | None, model: nn.Module) -> AdapterIndex:
-    """Return the index.
-
-    Raises:
-        AdapterNotFoundError: the model has no adapters.
-    """
-    if index is None:
-        raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="wrap it with get_peft_model first")
-    return index

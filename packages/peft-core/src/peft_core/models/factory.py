@@ -14,17 +14,18 @@ from ..checkpoint import embeddings
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import LoadResult, Strict, TensorSource
-from ..checkpoint.state_dict import adapter_tensors, key_renamer
+from ..checkpoint.state_dict import adapter_tensors
 from ..config import PeftConfig
 from ..errors import CapabilityError, ConfigError, PeftWarning
 from ..layers.init_options import InitOptions
 from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
-from ..tuners.index import ATTRIBUTE, index_of, uncompiled
+from ..tensor_names import key_renamer
+from ..tuners.index import ATTRIBUTE, require_index, uncompiled
 from .adapted import AdaptedModel
 from .chosen_modules import chosen_by
-from .configs import require_adapter, take_hub_arguments
+from .configs import take_hub_arguments
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
@@ -71,7 +72,7 @@ def get_peft_model(
         adapter_name: the adapter's name.
         mixed: make a `PeftMixedModel`, whatever the task.
         autocast_adapter_dtype: half-precision adapter weights are kept in float32.
-        revision: revision of the base, noted in the config.
+        revision: revision of the base, stored in the config.
         low_cpu_mem_usage: weights on the meta device, to be loaded later.
 
     Raises:
@@ -163,7 +164,13 @@ def inject_adapter_in_model(
     view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
     add_adapter(
-        index, adapter_name, peft_config, init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False), view=view, mount_on=model, fit=True
+        index,
+        adapter_name,
+        peft_config,
+        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False),
+        view=view,
+        mount_on=model,
+        adapt_config=True,
     )
     model.__dict__[ATTRIBUTE] = index
     model.__dict__["peft_config"] = index.configs
@@ -194,7 +201,7 @@ def get_peft_model_state_dict(
         AdapterNotFoundError: the model has no such adapter.
     """
     model = uncompiled(model)
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     index.require(adapter_name)
     wrapped = isinstance(model, AdaptedModel)
     tensors = adapter_tensors(index, adapter_name, wrapped=wrapped, state_dict=state_dict, model=model)
@@ -230,7 +237,7 @@ def set_peft_model_state_dict(
         ConfigError: the tensors are no mapping.
     """
     model = uncompiled(model)
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     index.require(adapter_name)
     if not isinstance(peft_model_state_dict, Mapping):
         raise ConfigError(f"peft_model_state_dict is a {type(peft_model_state_dict).__name__}", hint="give a dict: name → tensor")

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..operations.activate import activate, set_trainable
 from ..operations.delete import delete
-from ..tuners.index import AdapterIndex, index_of, require_index
-from .configs import require_adapter
+from ..tuners.index import AdapterIndex, require_index
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -82,7 +81,7 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 
 
 def _index(model: nn.Module, *names: str) -> AdapterIndex:
-    index = require_adapter(index_of(model), model)
+    index = require_index(model)
     index.require(*names)
     return index
 

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from ..checkpoint import embeddings
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import TensorSource
-from ..checkpoint.state_dict import file_key, fitted_keys, without_adapter
 from ..config import PeftConfig
 from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
-from ..tuners.index import AdapterIndex, require_index
+from ..tensor_names import file_key, with_expected_prefix, without_adapter, without_weight
+from ..tuners.index import AdapterIndex, require_index, uncompiled
 from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
 
-#: fields that choose modules: an adapter on fewer modules may take the place of one on more
+#: fields that choose modules: an adapter on fewer modules may replace one on more
 _TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
 
@@ -42,7 +42,7 @@ def hotswap_adapter(
     Args:
         model: a `PeftModel`, or a model with injected adapters.
         model_name_or_path: folder, or repository id.
-        adapter_name: whose place the new one takes.
+        adapter_name: the adapter that the new weights replace.
         torch_device: where tensors are read to before they are copied.
         key_mapping: as `PeftModel.load_adapter`.
         **kwargs: download options (`revision`, `subfolder`, `token`, ...).
@@ -56,9 +56,9 @@ def hotswap_adapter(
     hub = take_hub_arguments(kwargs)
     config = read_config(model_name_or_path, hub)
     file = find_weights(model_name_or_path, **hub)
-    mapping = key_mapping if key_mapping is not None else default_key_mapping(index, config)
+    mapping = key_mapping if key_mapping is not None else default_key_mapping(index.base, config)
     source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
-    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(_inner(model), AdaptedModel))
+    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(uncompiled(model), AdaptedModel))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
 
@@ -70,7 +70,7 @@ def hotswap_adapter_from_state_dict(
     Args:
         model: a `PeftModel`, or a model with injected adapters.
         state_dict: named as in a file, or as in the model (with the adapter's name in them).
-        adapter_name: whose place they take.
+        adapter_name: the adapter whose weights they replace.
         config: belongs to the tensors; its rank and scale become the adapter's.
         parameter_prefix: what the names of parameters begin with; default: as the tuner says.
 
@@ -88,14 +88,9 @@ def hotswap_adapter_from_state_dict(
         config,
         lambda: state_dict,
         "the given state dict",
-        wrapped=isinstance(_inner(model), AdaptedModel),
+        wrapped=isinstance(uncompiled(model), AdaptedModel),
         parameter_prefix=parameter_prefix,
     )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    found: nn.Module = getattr(model, "_orig_mod", model)
-    return found
 
 
 def _swap(
@@ -133,23 +128,21 @@ def _incoming(
         for (kind, path), module in index.modules_of(adapter)
     }
     keys = {key for ends in known.values() for key in ends}
-    found = {}
-    for key, tensor in tensors.items():
-        plain = without_adapter(key, adapter, parameter_prefix or spec.parameter_prefix)
-        # in memory, a vector may be the weight of a module of its own
-        found[plain if plain in keys or not plain.endswith(".weight") else _vector(plain, keys)] = tensor
+    named = {
+        without_weight(without_adapter(name, adapter, parameter_prefix or spec.parameter_prefix), keys): tensor for name, tensor in tensors.items()
+    }
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
-    adapted_config = fitted_keys(found, {*keys, *embedded})
+    incoming = with_expected_prefix(named, {*keys, *embedded})
     # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
-    surplus = [key for key in adapted_config if key not in keys and not _equals(adapted_config[key], embedded.get(key))]
+    surplus = [key for key in incoming if key not in keys and not _equals(incoming[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(
-            f"{origin} does not fit in the place of the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
-            hint=did_you_mean(surplus[0], keys) or "an adapter can only take the place of one on the same modules, or on more",
+            f"{origin} can't replace the adapter {adapter!r} on {index.view.name}: unexpected keys: {listed(surplus, 4)}",
+            hint=did_you_mean(surplus[0], keys) or "an adapter can only replace one on the same modules, or on more",
         )
     parts: dict[str, list[IncomingWeights]] = {}
     for (kind, path), module in index.modules_of(adapter):
-        came = {end: adapted_config[key] for key, end in known[kind, path].items() if key in adapted_config}
+        came = {end: incoming[key] for key, end in known[kind, path].items() if key in incoming}
         parts.setdefault(kind, []).append(IncomingWeights(path, module, came))
     return parts
 
@@ -159,8 +152,3 @@ def _equals(tensor: Tensor, slot: Slot | None) -> bool:
         return False
     present = slot.read()
     return torch.equal(tensor.to(present.device, present.dtype), present)
-
-
-def _vector(key: str, keys: set[str]) -> str:
-    stem = key.removesuffix(".weight")
-    return stem if fitted_keys({stem: None}, keys).keys() <= keys else key

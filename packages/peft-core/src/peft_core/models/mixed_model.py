@@ -9,10 +9,10 @@ from torch import nn
 
 from ..config import PeftConfig
 from ..tuners.tasks import task_of
-from .loadable import LoadableModel
+from .adapted import AdaptedModel
 
 
-class PeftMixedModel(LoadableModel):
+class PeftMixedModel(AdaptedModel):
     """A base model with adapters of any methods, several of which are in use at a time.
 
     Adapters act in the order in which they were loaded, and this order is kept in the saved stack. Any method may take part: those that wrap

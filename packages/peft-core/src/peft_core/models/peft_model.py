@@ -11,10 +11,10 @@ from ..config import PeftConfig, TaskType
 from ..errors import CapabilityError
 from ..tuners.call import Call
 from ..tuners.tasks import TASKS
-from .loadable import LoadableModel
+from .adapted import AdaptedModel
 
 
-class PeftModel(LoadableModel):
+class PeftModel(AdaptedModel):
     """A base model with adapters.
 
     The base is modified in place: layers are wrapped, its parameters are frozen, the adapter's train (unless the config is for

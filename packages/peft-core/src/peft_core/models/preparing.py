@@ -46,20 +46,23 @@ def prepare_model_for_kbit_training(
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
     if (loaded_in_k_bits or name) and use_gradient_checkpointing:
-        options = dict(gradient_checkpointing_kwargs or {})
-        if options.get("use_reentrant", True):
-            if hasattr(model, "enable_input_require_grads"):
-                model.enable_input_require_grads()  # type: ignore[operator]
-            else:
-                model.get_input_embeddings().register_forward_hook(require_output_grad)  # type: ignore[operator]
-        enable: Any = model.gradient_checkpointing_enable
-        if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
-            enable(gradient_checkpointing_kwargs=options or None)
-        else:
-            if options:
-                warnings.warn("gradient_checkpointing_kwargs is not supported by this model. The kwargs will be ignored.", PeftWarning, stacklevel=2)
-            enable()
+        _enable_checkpointing(model, dict(gradient_checkpointing_kwargs or {}))
     return model
+
+
+def _enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
+    if options.get("use_reentrant", True):
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # type: ignore[operator]
+        else:
+            model.get_input_embeddings().register_forward_hook(require_output_grad)  # type: ignore[operator]
+    enable: Any = model.gradient_checkpointing_enable
+    if "gradient_checkpointing_kwargs" in inspect.signature(enable).parameters:
+        enable(gradient_checkpointing_kwargs=options or None)
+        return
+    if options:
+        warnings.warn("gradient_checkpointing_kwargs is not supported by this model. The kwargs will be ignored.", PeftWarning, stacklevel=3)
+    enable()
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What libraries that spread a model over devices ask."""
+"""FSDP's auto-wrap policy for adapted models."""
 
 from __future__ import annotations
 
@@ -28,21 +28,7 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     Raises:
         ModelError: the model has no module of a named class.
     """
-    default: Any = getattr(model, "_no_split_modules", None) or ()
-    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = [name.strip() for name in named.split(",") if name.strip()] if named is not None else sorted(default)
-    found = {type(module).__name__: type(module) for module in model.modules()}
-    for name in names:
-        if name not in found:
-            raise ModelError(
-                f"Could not find the transformer layer class {name!r} in {type(model).__name__}",
-                hint=did_you_mean(name, found) or "set the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP to the classes of its blocks",
-            )
-    blocks = {found[name] for name in names}
-    index = index_of(model)
-    mounts = [] if index is None else [module for (kind, _), module in index.modules.items() if not kind and isinstance(module, nn.Module)]
-    # a prompt is one unit: what computes it reads weights of its parts without calling them
-    prompts = {prompt for mount in mounts for prompt in mount.children()}
+    blocks, prompts = _block_classes(model), _prompts(model)
     inside = {part for prompt in prompts for part in prompt.modules()} - prompts
 
     def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int, **kwargs: Any) -> bool:
@@ -55,3 +41,24 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
         return alone and bool(weight.requires_grad) and module not in inside
 
     return policy
+
+
+def _block_classes(model: nn.Module) -> set[type]:
+    default: Any = getattr(model, "_no_split_modules", None) or ()
+    named = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = [name.strip() for name in named.split(",") if name.strip()] if named is not None else sorted(default)
+    found = {type(module).__name__: type(module) for module in model.modules()}
+    for name in names:
+        if name not in found:
+            raise ModelError(
+                f"Could not find the transformer layer class {name!r} in {type(model).__name__}",
+                hint=did_you_mean(name, found) or "set the environment variable FSDP_TRANSFORMER_CLS_TO_WRAP to the classes of its blocks",
+            )
+    return {found[name] for name in names}
+
+
+def _prompts(model: nn.Module) -> set[nn.Module]:
+    """Return the modules of prompts. Each is one unit: it reads weights of its parts without calling them."""
+    index = index_of(model)
+    mounts = [] if index is None else [module for (kind, _), module in index.modules.items() if not kind and isinstance(module, nn.Module)]
+    return {prompt for mount in mounts for prompt in mount.children()}

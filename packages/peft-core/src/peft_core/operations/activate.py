@@ -48,7 +48,14 @@ def set_trainable(index: AdapterIndex, adapter: str, trainable: bool) -> None:
 
 @contextlib.contextmanager
 def disabled(index: AdapterIndex) -> Iterator[None]:
-    """The plain base inside: merged adapters are taken out first; which parameters train does not change."""
+    """Inside the block the plain base computes. Merged adapters are taken out first; which parameters train does not change."""
+    if any(config.shared_options().bias != "none" for config in index.configs.values()):
+        warnings.warn(
+            "Careful, disabling adapter layers with bias configured to be trained does not produce the same output as the base "
+            "model would without adaption: the biases were trained in place.",
+            PeftWarning,
+            stacklevel=5,
+        )
     if index.merged_adapters():
         merge.unmerge(index)
     checkpointing.prepare(index)

@@ -18,7 +18,7 @@ from ..layers.mounted import MountedModules
 from ..layers.slots import LeavesBehind
 from ..layers.token_rows import TrainableRowsLayer
 from ..plugins import TunerSpec, hooks, registry
-from ..tuners import builtin, names
+from ..tuners import adapter_names, builtin
 from ..tuners.index import AdapterIndex, Key, index_of
 from ..tuners.tuner import Plan, TunerBase, Wrap
 from . import reshape
@@ -35,20 +35,20 @@ def add_adapter(
     mount_on: nn.Module | None = None,
     view: BaseView | None = None,
     before_commit: Callable[[], None] | None = None,
-    fit: bool = False,
+    adapt_config: bool = False,
 ) -> None:
     """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
 
     Args:
         index: the adapters of a model.
         adapter: its name.
-        config: its config; kept, not copied.
+        config: its config; stored, not copied.
         init_options: how its weights are made.
         heads: modules that the task wants saved whole where they exist.
         mount_on: where modules beside the base go; None refuses plans that mount something.
         view: the view to plan with; default the model's own.
-        fit: rewrite a config that was made for another layout of the base; who reads a file knows more and has done it.
-        before_commit: called when everything is built (to fill in a file's tensors); if it raises, all is undone.
+        adapt_config: rewrite a config that was made for another layout of the base; loading a file has done so already.
+        before_commit: called when everything is built (to write a file's tensors); if it raises, all is undone.
 
     Raises:
         AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
@@ -59,7 +59,7 @@ def add_adapter(
     tuner = index.tuner_for(spec)
     with collector_paused(), Undo() as undo:
         reshape.reshape(index, tuner, adapter, config, undo)
-        for name, value in (tuner.adapted_config(index.view, config) if fit else {}).items():
+        for name, value in (tuner.adapted_config(index.view, config) if adapt_config else {}).items():
             undo.call(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
         plans = _plans(index, tuner, adapter, config, (view or index.view).with_heads(heads))
@@ -131,7 +131,7 @@ def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
         AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
     """
     prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in index.tuners.values())}
-    names.check_name(adapter, index.configs, prefixes)
+    adapter_names.check_name(adapter, index.configs, prefixes)
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:
@@ -147,7 +147,7 @@ def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init
                     f"{wrap.path!r} is saved whole by {listed(occupant.adapters())}, so that {adapter!r} can't wrap it",
                     hint="leave it out of the targets with exclude_modules, or add the adapters in the other order",
                 )
-            _put(index, key, occupant, wrap, undo)
+            _insert_wrapper(index, key, occupant, wrap, undo)
             module = index.modules[key]
         undo.call(module.drop, adapter)
         wrap.fill(module, init_options)
@@ -192,11 +192,11 @@ def _adopt_parameters(index: AdapterIndex, kind: str, plan: Plan, adapter: str, 
     return keys
 
 
-def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
+def _insert_wrapper(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
     """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
     if not isinstance(occupant, TrainableRowsLayer):
         module: Any = wrap.build(occupant)
-        _place(index, wrap.path, module, undo)
+        _replace_module(index, wrap.path, module, undo)
     else:
         inside = occupant.wrapped
         module = wrap.build(inside)
@@ -207,7 +207,7 @@ def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: U
             )
         occupant.put_inside(module)
         undo.call(occupant.put_inside, inside)
-        _prepare(index, wrap.path, module)
+        _configure(index, wrap.path, module)
     index.modules[key] = module
     undo.call(index.modules.pop, key, None)
     if isinstance(occupant, TrainableRowsLayer):
@@ -215,20 +215,20 @@ def _put(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: U
             index.modules[other] = index.modules.pop(other)
 
 
-def _place(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
+def _replace_module(index: AdapterIndex, path: str, module: Any, undo: Undo) -> None:
     for parent, leaf in index.view.sites[path]:
         before = parent._modules[leaf]
         parent._modules[leaf] = module
         undo.call(parent._modules.__setitem__, leaf, before)
-    _prepare(index, path, module)
+    _configure(index, path, module)
 
 
-def _prepare(index: AdapterIndex, path: str, module: Any) -> None:
+def _configure(index: AdapterIndex, path: str, module: Any) -> None:
     occupied = index.view.modules[path]
     module.train(occupied.training)
     if isinstance(module, AdapterLayer):
         weight = occupied._parameters.get(module.weight_name)
-        module.shared_weight = weight is not None and id(weight) in index.view.shared_weights
+        module.merging.shared_weight = weight is not None and id(weight) in index.view.shared_weights
 
 
 def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
@@ -238,13 +238,13 @@ def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
     """
     found = index_of(model)
     wrapped = [key for key in found.modules if key[0]] if found is not None and not found.configs else []
-    if found is not None and wrapped and not any(_in_place(found, key) for key in wrapped):
+    if found is not None and wrapped and not any(_is_installed(found, key) for key in wrapped):
         retire(found)
         found = None
     return (found, False) if found is not None else (AdapterIndex(model), True)
 
 
-def _in_place(index: AdapterIndex, key: Key) -> bool:
+def _is_installed(index: AdapterIndex, key: Key) -> bool:
     module = index.modules[key]
     for parent, leaf in index.view.sites.get(key[1], ()):
         found: Any = getattr(parent, leaf, None)

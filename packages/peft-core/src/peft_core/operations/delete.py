@@ -91,7 +91,7 @@ def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> 
 
 
 def _take_off(index: AdapterIndex, key: Key) -> None:
-    """Put what a wrapper wraps in its place, if the wrapper holds no adapter any more. One inside another wrapper stays: it does nothing."""
+    """Replace a wrapper without adapters by the module that it wraps. One inside another wrapper stays: it does nothing."""
     module: Any = index.modules[key]
     if not isinstance(module, AdapterLayer) or module.adapters() or index.view.occupant(key[1]) is not module:
         return

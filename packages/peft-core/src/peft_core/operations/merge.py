@@ -11,8 +11,8 @@ from torch import nn
 from ..base.undo import collector_paused
 from ..errors import PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.adapter_merging import refuse_wrong_order
 from ..layers.slots import LeavesBehind
+from ..merging.layer import refuse_wrong_order
 from ..plugins import Capability, hooks
 from ..tuners.index import AdapterIndex
 from . import reshape
@@ -47,15 +47,15 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     try:
         with collector_paused():
             for layer in _progress(layers, "merging", progress):
-                before = len(layer.merges)
+                before = len(layer.merging.merges)
                 layer.merge(safe, chosen)
-                if len(layer.merges) > before:
+                if len(layer.merging.merges) > before:
                     done.append(layer)
     except BaseException:
         for layer in reversed(done):
-            layer.undo_last_merge()
+            layer.merging.undo_last()
         raise
-    folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merges[-1].adapters for layer in done))
+    folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merging.merges[-1].adapters for layer in done))
     if folded:
         index.selection.drop_cached()
         hooks.adapter_merged(index.base, folded)
@@ -98,11 +98,11 @@ def unload(
         if isinstance(module, LeavesBehind):
             replaced[path] = module.remains(kept)
         elif isinstance(module, AdapterLayer):
-            for adapter in [name for name in module.shifts if name not in module.merged_adapters]:
-                module.restore_base(adapter)  # only what is merged may leave the base weight as its initialisation changed it
+            for adapter in [name for name in module.merging.shifts if name not in module.merged_adapters]:
+                module.merging.restore(adapter)  # only what is merged may leave the base weight as its initialisation changed it
     for module in index.modules.values():
         if isinstance(module, AdapterLayer):
-            module.settle()
+            module.merging.settle()
     for path in {path for kind, path in index.modules if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))

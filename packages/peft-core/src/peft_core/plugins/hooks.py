@@ -27,13 +27,12 @@ def convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: Any) 
     return state_dict if answer is None else answer
 
 
-def _announce(hook: str, **facts: Any) -> None:
-    """Call the listeners of an event. What has happened has happened: one that fails is reported and stops nothing."""
+def _announce(hook: str, **arguments: Any) -> None:
+    """Call the listeners of an event. One that fails gives a warning and does not stop the others."""
     caller = getattr(registry.manager().hook, hook)
     for implementation in caller.get_hookimpls():
-        arguments = {name: facts[name] for name in implementation.argnames}
         try:
-            implementation.function(**arguments)
+            implementation.function(**{name: arguments[name] for name in implementation.argnames})
         except Exception as error:
             warnings.warn(f"{hook} of the plugin {implementation.plugin_name!r} failed: {type(error).__name__}: {error}", PeftWarning, stacklevel=4)
 

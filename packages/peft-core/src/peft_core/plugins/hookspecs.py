@@ -62,7 +62,7 @@ def hookspec(
         >>> from peft_core import hookspec
         >>> @hookspec(deprecated_arguments={"path": "since 0.3: take `folder`"})
         ... def peft_zip_packed(folder, path):
-        ...     "Be told that a zip file was written."
+        ...     "A zip file was written."
     """
     mark = _marked("spec", {"firstresult": firstresult, "historic": False, "warn_on_impl": None, "warn_on_impl_args": None})
     if deprecated is None and not deprecated_arguments:
@@ -187,17 +187,17 @@ def peft_convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: 
     """
 
 
-# ---- events: told once per operation of a model, after it succeeded; `model` is the base ----------------------------------
+# ---- events: called once per operation of a model, after it succeeded; `model` is the base ----------------------------------
 
 
 @hookspec
 def peft_adapter_added(model: Any, adapter_name: str, config: Any) -> None:
-    """Be told that a new adapter was added to a model.
+    """Called after an adapter was added to a model.
 
     Args:
         model: the base.
         adapter_name: its name.
-        config: its config, with what the model decided (targets) filled in.
+        config: its config, including what the model decided (targets).
 
     Example:
         >>> from peft_core import PeftConfig, hookimpl
@@ -211,7 +211,7 @@ def peft_adapter_added(model: Any, adapter_name: str, config: Any) -> None:
 
 @hookspec
 def peft_adapter_loaded(model: Any, adapter_name: str, path: str, source: str) -> None:
-    """Be told that the weights of an adapter were read from files.
+    """Called after the weights of an adapter were read from files.
 
     Args:
         model: the base.
@@ -231,7 +231,7 @@ def peft_adapter_loaded(model: Any, adapter_name: str, path: str, source: str) -
 
 @hookspec
 def peft_adapter_saved(model: Any, adapter_name: str, path: str) -> None:
-    """Be told that an adapter was written.
+    """Called after an adapter was written.
 
     Args:
         model: the base.
@@ -250,7 +250,7 @@ def peft_adapter_saved(model: Any, adapter_name: str, path: str) -> None:
 
 @hookspec
 def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Be told which adapters a model uses from now on.
+    """Called when the adapters that a model uses were chosen.
 
     Args:
         model: the base.
@@ -268,7 +268,7 @@ def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Be told that adapters were folded into the base weights. Not told when all of them were already.
+    """Called after adapters were folded into the base weights; not if all of them were already.
 
     Args:
         model: the base.
@@ -286,7 +286,7 @@ def peft_adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Be told that adapters were taken out of the base weights, by whichever operation. Not told when none was in them.
+    """Called after adapters were taken out of the base weights, by whichever operation; not if none was in them.
 
     Args:
         model: the base; its weights are what they were before the merge.
@@ -304,7 +304,7 @@ def peft_adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_unloaded(model: Any, adapter_names: tuple[str, ...], merged: tuple[str, ...]) -> None:
-    """Be told that all adapters were taken off a model, which is the plain base again.
+    """Called after all adapters were taken off a model, which is the plain base again.
 
     Args:
         model: the base, no longer wrapped.
@@ -323,7 +323,7 @@ def peft_adapter_unloaded(model: Any, adapter_names: tuple[str, ...], merged: tu
 
 @hookspec
 def peft_adapter_deleted(model: Any, adapter_name: str) -> None:
-    """Be told that an adapter is gone.
+    """Called after an adapter was deleted.
 
     Args:
         model: the base.

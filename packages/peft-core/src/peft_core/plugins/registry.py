@@ -48,6 +48,7 @@ class Registry:
         self._broken: dict[str, PluginError] = {}
         self._loading: set[str] = set()
         self._manager: Any = None
+        self._offers: dict[str, tuple[Any, ...]] = {}
         self._general_loaded = False
 
     # ---- listing -------------------------------------------------------------------------------------------------
@@ -175,11 +176,33 @@ class Registry:
         Raises:
             PluginError: it implements what is no hook, or takes an argument that the hook does not give.
         """
-        implementing.register(self.manager(), plugin, owner=f"{name or type(plugin).__name__} (registered in this process)", name=name)
+        with self._lock:
+            implementing.register(self.manager(), plugin, owner=f"{name or type(plugin).__name__} (registered in this process)", name=name)
+            self._offers.clear()
 
     def unregister_plugin(self, plugin: object) -> None:
         """Take out what `register_plugin` added."""
-        self.manager().unregister(plugin)
+        with self._lock:
+            self.manager().unregister(plugin)
+            self._offers.clear()
+
+    def offers(self, hook: str, peft_type: str) -> tuple[Any, ...]:
+        """Return all that plugins offer through a hook that takes no arguments and yields specs; asked once, and anew after a plugin came or went.
+
+        Args:
+            hook: its name.
+            peft_type: the tuner that owns it, whose plugin is imported first.
+
+        Raises:
+            PluginError: as `resolve`.
+        """
+        found = self._offers.get(hook)
+        if found is None:
+            self.resolve(peft_type)
+            with self._lock:
+                offered = getattr(self.manager().hook, hook)()
+                found = self._offers[hook] = tuple(spec for specs in offered for spec in specs)
+        return found
 
     # ---- inside --------------------------------------------------------------------------------------------------
     def _bare_manager(self) -> Any:
@@ -223,6 +246,7 @@ class Registry:
         manager = self._bare_manager()
         if not manager.is_registered(module):
             implementing.register(manager, module, owner=str(claim), name=f"{claim.distribution}:{claim.module}")
+            self._offers.clear()
         return module
 
     def _load(self, claim: Claim) -> None:
@@ -257,19 +281,19 @@ class Registry:
         self._loaded[name] = offered[name]
 
     def _class_of(self, spec: TunerSpec, field: str) -> type:
-        place = getattr(spec, field)
-        if isinstance(place, type):
-            return place
-        module, _, attribute = place.partition(":")
+        given = getattr(spec, field)
+        if isinstance(given, type):
+            return given
+        module, _, attribute = given.partition(":")
         try:
             found = getattr(importlib.import_module(module), attribute)
         except Exception as error:
             owner = self.owner(spec.peft_type) or "registered in this process"
             raise PluginError(
-                f"the {field} class {place!r} of the tuner {spec.peft_type} ({owner}) can't be imported: {type(error).__name__}: {error}"
+                f"the {field} class {given!r} of the tuner {spec.peft_type} ({owner}) can't be imported: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(found, type):
-            raise PluginError(f"{place!r}, the {field} of the tuner {spec.peft_type}, is no class")
+            raise PluginError(f"{given!r}, the {field} of the tuner {spec.peft_type}, is no class")
         return found
 
     def _unknown(self, given: str, name: str) -> UnknownTunerError:
@@ -324,7 +348,7 @@ def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
 
     Args:
         spec: the tuner.
-        replace: take the place of one of this name.
+        replace: replace one of this name.
 
     Raises:
         DuplicateTunerError: the name is taken and `replace` is False.

@@ -1,4 +1,4 @@
-"""What a tuner says about itself before any of its code runs."""
+"""The declaration of a tuner, read before its code is imported."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError
+from ..tensor_names import WRAPPER_PREFIX
 
 
 class Capability(enum.Flag):
-    """What a tuner can do besides forward, training, saving and loading. Core refuses what is not declared."""
+    """Abilities of a tuner besides forward, training, saving and loading. Core refuses what is not declared."""
 
     NONE = 0
     MERGE = enum.auto()  #: its effect can be folded into the base weight
@@ -29,8 +30,8 @@ class TunerSpec:
 
     Args:
         peft_type: upper-case name, as in `adapter_config.json`.
-        config: `PeftConfig` subclass, or its place as ``"package.module:Class"`` (then nothing is imported until needed).
-        tuner: `TunerBase` subclass, or its place.
+        config: `PeftConfig` subclass, or its import path ``"package.module:Class"`` (then nothing is imported until needed).
+        tuner: `TunerBase` subclass, or its import path.
         parameter_prefix: prefix of the tuner's parameter names (``"lora_"``); must not collide with an adapter's name.
         base_prefix: prefix of base module paths in weight files: ``"base_model.model."`` for tuners that wrap
             layers, ``"base_model."`` for those that don't modify the base.
@@ -41,14 +42,14 @@ class TunerSpec:
             The extra key ``"base"`` names a model of `peft_core.testing.BASES`.
 
     Raises:
-        ConfigError: a malformed name, place or example.
+        ConfigError: a malformed name, import path or example.
     """
 
     peft_type: str
     config: str | type
     tuner: str | type
     parameter_prefix: str
-    base_prefix: str = "base_model.model."
+    base_prefix: str = WRAPPER_PREFIX
     call_arguments: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
     capabilities: Capability = Capability.NONE
@@ -60,11 +61,11 @@ class TunerSpec:
         if not self.parameter_prefix:
             raise ConfigError(f"the tuner {self.peft_type} has an empty parameter_prefix", hint="write for example 'my_'")
         for attribute in ("config", "tuner"):
-            place = getattr(self, attribute)
-            if isinstance(place, str) and not re.fullmatch(r"[\w.]+:\w+", place):
+            given = getattr(self, attribute)
+            if isinstance(given, str) and not re.fullmatch(r"[\w.]+:\w+", given):
                 raise ConfigError(
-                    f"{attribute}={place!r} of the tuner {self.peft_type} is no place of a class",
-                    hint="write 'package.module:Class'",
+                    f"{attribute}={given!r} of the tuner {self.peft_type} must be 'package.module:Class'",
+                    hint="write where its class is imported from",
                 )
         for name, example in self.examples.items():
             if not isinstance(example, Mapping):

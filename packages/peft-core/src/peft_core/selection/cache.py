@@ -1,4 +1,4 @@
-"""The cache scope: the only place where values computed from weights may outlive a call, and only until the scope ends."""
+"""The cache scope: the only object in which values computed from weights outlive a call, and only until the scope ends."""
 
 from __future__ import annotations
 

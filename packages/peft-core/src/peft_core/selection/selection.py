@@ -188,7 +188,7 @@ class AdapterSelection:
 
     @contextlib.contextmanager
     def cached(self, *, thread: bool = False) -> Iterator[None]:
-        """Open a cache scope until the block ends; a scope that is already open is used further.
+        """Open a cache scope until the block ends; an open scope is reused.
 
         Args:
             thread: for the calling thread alone.

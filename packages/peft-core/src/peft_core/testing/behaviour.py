@@ -15,6 +15,7 @@ from .. import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from ..tensor_names import WRAPPER_PREFIX, file_key, has_part
 from .base import SuiteBase
 from .helpers import parameters_of, quiet, raises, trainability
 
@@ -32,10 +33,10 @@ class BehaviourChecks(SuiteBase):
         _same_fields(config, self.config_from_keywords(name), "made of a dict, not with keywords")
         with tempfile.TemporaryDirectory() as folder:
             config.save_pretrained(folder)
-            again = PeftConfig.from_pretrained(folder)
-        assert type(again) is type(config), f"read back as {type(again).__name__}"
-        assert again.to_json() == config.to_json(), "the config changes when it is written and read"
-        _same_fields(again, config, "written and read")
+            reloaded = PeftConfig.from_pretrained(folder)
+        assert type(reloaded) is type(config), f"read back as {type(reloaded).__name__}"
+        assert reloaded.to_json() == config.to_json(), "the config changes when it is written and read"
+        _same_fields(reloaded, config, "written and read")
 
     def test_save_and_load(self, name: str) -> None:
         """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device.
@@ -64,7 +65,7 @@ class BehaviourChecks(SuiteBase):
         with quiet():
             state = get_peft_model_state_dict(first, adapter_name="zebra")
         assert state, "the file is empty"
-        named = [key for key in state if "zebra" in key.split(".")]
+        named = [key for key in state if has_part(key, "zebra")]
         assert not named, f"file keys contain the adapter's name: {named[:3]}"
         set_peft_model_state_dict(second, {key: value.clone() for key, value in state.items()}, "zebra", strict=True)
         assert torch.equal(self.output(second, name), self.output(first, name)), "the file does not determine what the adapter computes"
@@ -81,7 +82,7 @@ class BehaviourChecks(SuiteBase):
         first = next(iter(state))
         wrong = {
             "missing": {key: value for key, value in state.items() if key != first},
-            "surplus": {**state, "base_model.model.nowhere.weight": torch.zeros(1)},
+            "surplus": {**state, file_key(WRAPPER_PREFIX, "nowhere", "weight"): torch.zeros(1)},
             "misshapen": {**state, first: torch.zeros(*state[first].shape, 2)},
         }
         for fault, tensors in wrong.items():
@@ -111,12 +112,12 @@ class BehaviourChecks(SuiteBase):
         found = self.output(model, name)
         assert found.shape != base.shape or not torch.equal(found, base), "the adapter has no effect"
         for key, parameter in parameters_of(model, "default").items():
-            kept = parameter.detach().clone()
+            before = parameter.detach().clone()
             with torch.no_grad():
                 parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)).to(parameter.dtype))
             assert not torch.equal(self.output(model, name), found), f"the parameter {key} has no effect"
             with torch.no_grad():
-                parameter.copy_(kept)
+                parameter.copy_(before)
 
     def test_disable(self, name: str) -> None:
         """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included.
@@ -133,7 +134,7 @@ class BehaviourChecks(SuiteBase):
     def test_two_adapters(self, name: str) -> None:
         """Adapters of one model do not see one another; the one in use trains, the other does not.
 
-        Protects from one adapter answering, or being trained, in the place of another.
+        Protects from one adapter answering, or being trained, instead of another.
         """
         model = self.model(name, "one", "two")
         alone = {adapter: self.output(self.model(name, "x", seed=seed, second=adapter == "two"), name) for adapter, seed in (("one", 1), ("two", 2))}
@@ -153,7 +154,7 @@ class BehaviourChecks(SuiteBase):
         count = sum(p.numel() for p in self.model(name, "one").parameters())
         model.delete_adapter("two")
         assert torch.equal(self.output(model, name), expected), "deleting an unused adapter changed the outputs"
-        left = [key for key, _ in model.named_parameters() if "two" in key.split(".")]
+        left = [key for key, _ in model.named_parameters() if has_part(key, "two")]
         assert not left, f"parameters of a deleted adapter remain: {left[:3]}"
         assert sum(p.numel() for p in model.parameters()) == count, "a deleted adapter left parameters behind"
         model.delete_adapter("one")
@@ -169,7 +170,7 @@ class BehaviourChecks(SuiteBase):
         model = self.model(name, base=base)
         restored = model.unload()
         assert restored is base, "unload returned another object"
-        if not model.task.heads:  # a saved head stays in the place of the original
+        if not model.task.heads:  # a saved head replaces the original
             assert {key: id(module) for key, module in base.named_modules()} == modules, "unload left other modules behind"
             assert torch.equal(self.output(base, name), self.output(self.base(name), name)), "after unload the base computes something else"
 

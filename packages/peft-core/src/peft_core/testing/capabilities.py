@@ -25,7 +25,7 @@ from .. import (
 from ..plugins import hookimpl, registry
 from .base import SuiteBase
 from .conditions import Condition, only, refuses_quantised, wraps_layers
-from .helpers import anatomy, as_they_are, changed_tensors, layer_inputs, layers_of, parameters_of, quiet, raises, randomise, tensors_of, trainability
+from .helpers import anatomy, changed_tensors, layer_inputs, layers_of, parameters_of, quiet, raises, randomise, retaken, tensors_of, trainability
 from .models import OneLayer, seeded, unsettle
 
 
@@ -67,10 +67,9 @@ class CapabilityChecks(SuiteBase):
             self._refuses_to_merge(model, name)
             return
         model.merge_adapter(safe_merge=True)
-        assert any(module.merges for module in layers_of(model)), "nothing was merged"
+        assert any(module.merged for module in layers_of(model)), "nothing was merged"
         self.close(self.output(model, name), expected, "merged, the outputs differ", 5)
-        again = self.model(name)
-        merged = again.merge_and_unload()
+        merged = self.model(name).merge_and_unload()
         self.close(self.output(merged, name), expected, "after merge_and_unload the outputs differ", 5)
         wrapped = [key for key, module in merged.named_modules() if isinstance(module, AdapterLayer)]
         assert not wrapped, f"merge_and_unload left wrappers behind: {wrapped[:3]}"
@@ -85,9 +84,9 @@ class CapabilityChecks(SuiteBase):
             return
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             base = self.base(name).to(dtype)
-            places = tensors_of(base)
+            initial = tensors_of(base)
             model = self.model(name, base=base)
-            before = as_they_are(places)
+            before = retaken(initial)
             for cycle in range(5):
                 model.merge_adapter()
                 assert changed_tensors(before), f"{dtype}: merging changed no weight"
@@ -101,9 +100,9 @@ class CapabilityChecks(SuiteBase):
         Protects from a base that is full of NaN after a merge, with no way back.
         """
         base = self.base(name)
-        places = tensors_of(base)
+        initial = tensors_of(base)
         model = self.model(name, base=base)
-        before = as_they_are(places)
+        before = retaken(initial)
         if not self.spec.can(Capability.MERGE):
             self._refuses_to_merge(model, name)
             return
@@ -148,9 +147,9 @@ class CapabilityChecks(SuiteBase):
         Protects from an adapter that silently drops out, or counts twice, when adapters are combined.
         """
         base = self.base(name)
-        places = tensors_of(base)
+        initial = tensors_of(base)
         model = self.model(name, "one", "two", base=base)
-        before = as_they_are(places)
+        before = retaken(initial)
         with model.use_adapters("one", "two"):
             both = self.output(model, name)
         for adapter in ("one", "two"):
@@ -188,13 +187,13 @@ class CapabilityChecks(SuiteBase):
         assert error <= 10 * self.tolerance * max(scale, effects[0].abs().max()), f"the effects of two adapters do not add up: off by {error:.2e}"
 
     def test_hotswap(self, name: str) -> None:
-        """Declared HOTSWAP: another adapter's file takes an adapter's place in the same parameters. Not declared: refused, nothing changes.
+        """Declared HOTSWAP: another adapter's file replaces an adapter in the same parameters. Not declared: refused, nothing changes.
 
         Protects from a server that recompiles, or answers with the old weights, when an adapter is exchanged.
         """
         model, other = self.model(name), self.model(name, seed=7)
         before, expected = self.output(model, name), self.output(other, name)
-        places = {key: (id(parameter), parameter.data_ptr()) for key, parameter in parameters_of(model, "default").items()}
+        addresses = {key: (id(parameter), parameter.data_ptr()) for key, parameter in parameters_of(model, "default").items()}
         with tempfile.TemporaryDirectory() as folder, quiet():
             other.save_pretrained(folder)
             if not self.spec.can(Capability.HOTSWAP):
@@ -204,7 +203,7 @@ class CapabilityChecks(SuiteBase):
             hotswap_adapter(model, folder, "default")
         assert torch.equal(self.output(model, name), expected), "after the replacement the model computes something else than the new adapter"
         found = {key: (id(parameter), parameter.data_ptr()) for key, parameter in parameters_of(model, "default").items()}
-        assert found == places, f"other parameters than before: {[key for key in places if found.get(key) != places[key]][:3]}"
+        assert found == addresses, f"other parameters than before: {[key for key in addresses if found.get(key) != addresses[key]][:3]}"
 
     # ---- kinds of layers -------------------------------------------------------------------------------------------
     @only(_takes(Capability.EMBEDDING, partial(nn.Embedding, 4, 4)))
@@ -259,9 +258,9 @@ class CapabilityChecks(SuiteBase):
         if not self.spec.can(capability):
             self._refuses(name, base, capability)
             return
-        places = tensors_of(base)
+        initial = tensors_of(base)
         model = self.model_on(name, base)
-        before = as_they_are(places)
+        before = retaken(initial)
         with torch.no_grad():
             plain = layers_of(model)[0].get_base_layer()(x)
         found = model(x)

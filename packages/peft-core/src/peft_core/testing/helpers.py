@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import AdapterLayer, PeftModel
+from ..tensor_names import join
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 
 
@@ -41,7 +42,7 @@ def in_one_precision(base: nn.Module) -> nn.Module:
 def parameters_of(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
     """Return an adapter's parameters under unique names."""
     index: AdapterIndex = model.__dict__[ATTRIBUTE]
-    return {f"{path}.{key}": p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
+    return {join(path, key): p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
 
 
 def method_parameters(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
@@ -79,27 +80,27 @@ def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
     return found
 
 
-Kept = list[tuple[str, nn.Module, str, Tensor]]
+Snapshot = list[tuple[str, nn.Module, str, Tensor]]
 
 
-def tensors_of(base: nn.Module) -> Kept:
+def tensors_of(base: nn.Module) -> Snapshot:
     """Return a copy of each parameter and buffer of a model, with the module that holds it: found again there when it is wrapped."""
     return [
-        (f"{path}.{name}", module, name, tensor.detach().clone())
+        (join(path, name), module, name, tensor.detach().clone())
         for path, module in base.named_modules()
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     ]
 
 
-def as_they_are(kept: Kept) -> Kept:
-    """Return the same tensors with copies of what they are now: adding an adapter may change the base for as long as it is there."""
-    return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in kept]
+def retaken(snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot of the same tensors as they are now: adding an adapter may change the base while it is there."""
+    return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in snapshot]
 
 
-def changed_tensors(kept: Kept) -> list[str]:
+def changed_tensors(snapshot: Snapshot) -> list[str]:
     """Return the names of those tensors that are no longer what they were, bit for bit."""
     found = []
-    for key, module, name, before in kept:
+    for key, module, name, before in snapshot:
         now = getattr(module, name)
         if now.dtype != before.dtype or now.shape != before.shape or not torch.equal(bits(now), bits(before)):
             found.append(key)

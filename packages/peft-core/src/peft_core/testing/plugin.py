@@ -135,8 +135,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         if suite is not None and call is not None and "name" in call.params:
             from .facts import facts_of
 
-            place = {"suite": f"{suite.__module__}.{suite.__qualname__}", "check": item.function.__name__, "config": call.params["name"]}
-            setattr(report, FACTS, {**place, **(facts_of(suite) if report.when == "setup" else {})})
+            location = {"suite": f"{suite.__module__}.{suite.__qualname__}", "check": item.function.__name__, "config": call.params["name"]}
+            setattr(report, FACTS, {**location, **(facts_of(suite) if report.when == "setup" else {})})
     return report
 
 

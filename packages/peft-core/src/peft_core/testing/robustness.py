@@ -33,10 +33,10 @@ class RobustnessChecks(SuiteBase):
         """
         model = self.model(name, base=in_one_precision(self.base(name))).double()
         torch.autograd.backward(self.loss(model, name))
-        own = parameters_of(model, "default")
-        stray = [key for key, p in model.named_parameters() if p.grad is not None and not any(p is q for q in own.values())]
+        adapter_parameters = parameters_of(model, "default")
+        stray = [key for key, p in model.named_parameters() if p.grad is not None and not any(p is q for q in adapter_parameters.values())]
         assert not stray, f"frozen parameters have gradients: {stray[:3]}"
-        for key, parameter in own.items():
+        for key, parameter in adapter_parameters.items():
             assert parameter.grad is not None, f"{key} has no gradient"
             direction = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)).double()
             step = 1e-6
@@ -57,10 +57,10 @@ class RobustnessChecks(SuiteBase):
         Protects from a base model that is changed by training, so that other adapters on it no longer fit.
         """
         model = self.model(name).train()
-        own = {id(p) for p in parameters_of(model, "default").values()}
-        frozen = {key: p.detach().clone() for key, p in model.named_parameters() if id(p) not in own}
+        adapter_parameters = {id(p) for p in parameters_of(model, "default").values()}
+        frozen = {key: p.detach().clone() for key, p in model.named_parameters() if id(p) not in adapter_parameters}
         trains = [p for p in model.parameters() if p.requires_grad]
-        assert {id(p) for p in trains} == own, "what trains is not exactly the adapter's parameters"
+        assert {id(p) for p in trains} == adapter_parameters, "what trains is not exactly the adapter's parameters"
         optimiser = torch.optim.Adam(trains, lr=1e-2)
         losses = []
         for _ in range(6):
@@ -71,7 +71,7 @@ class RobustnessChecks(SuiteBase):
             optimiser.step()
         assert losses[-1] < losses[0], f"the loss does not go down: {losses}"
         for key, p in model.named_parameters():
-            assert id(p) in own or torch.equal(p, frozen[key]), f"training changed {key}"
+            assert id(p) in adapter_parameters or torch.equal(p, frozen[key]), f"training changed {key}"
 
     # ---- moving, copying, compiling --------------------------------------------------------------------------------
     def test_dtypes(self, name: str) -> None:

@@ -85,15 +85,15 @@ class ShapeChecks(SuiteBase):
         mask = torch.zeros_like(ids)
         texts = []
         for row, length in enumerate(lengths):
-            place = slice(0, length) if side == "right" else slice(width - length, width)
-            mask[row, place] = 1
-            texts.append((place, ids[row : row + 1, place]))
+            span = slice(0, length) if side == "right" else slice(width - length, width)
+            mask[row, span] = 1
+            texts.append((span, ids[row : row + 1, span]))
         whole = model.task.name == "SEQ_CLS"  # one answer for each text
         found = self._on(model, name, ids * mask, mask)
-        for row, (place, text) in enumerate(texts):
+        for row, (span, text) in enumerate(texts):
             alone = self._on(model, name, text, torch.ones_like(text))[0]
             # virtual tokens come first: what is compared are the caller's own tokens
-            got = found[row] if whole else found[row][-width:][place]
+            got = found[row] if whole else found[row][-width:][span]
             expected = alone if whole else alone[-text.shape[1] :]
             self.close(got, expected, f"row {row} of texts of lengths {lengths}, padded on the {side}, differs from the row alone", 5)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import PeftError, PeftModel, RoutingError, cached
+from ..base.ops import LAYER_TYPES
 from ..plugins import Capability
 from .base import SuiteBase
 from .changes import CHANGES, MODULE_CHANGES, hidden_tensors
@@ -38,15 +39,15 @@ class SoundnessChecks(SuiteBase):
             found = self._called(model, name, grad)
             # what a call without gradients could keep is what the others could find: they need a sample
             for what in [*CHANGES][:: 1 + 4 * bool(number)]:
-                for module, key, place in sampled(model, what):
+                for module, key, where in sampled(model, what):
                     before = found
                     CHANGES[what](module, key)
                     found = self._called(model, name, grad)
                     fresh.load_state_dict(model.state_dict())  # it has seen other weights, so that what it could keep would differ
                     expected = self._called(fresh, name, grad)
-                    self.close(found, expected, f"{mode}, {place} changed: {what}", factor=3)
-                    if what == "in place" and place.startswith("adapter"):
-                        assert not torch.equal(found, before), f"{mode}, {place}: {what} had no effect"
+                    self.close(found, expected, f"{mode}, {where} changed: {what}", factor=3)
+                    if what == "in place" and where.startswith("adapter"):
+                        assert not torch.equal(found, before), f"{mode}, {where}: {what} had no effect"
         model.eval()
 
     def test_outputs_follow_the_modules(self, name: str) -> None:
@@ -92,10 +93,10 @@ class SoundnessChecks(SuiteBase):
         model = self.model(name)
         self._generated(model, name)
         for what in [*CHANGES][::4]:
-            for module, key, place in sampled(model, what):
+            for module, key, where in sampled(model, what):
                 CHANGES[what](module, key)
                 found = self._generated(model, name)
-                self.close(found, self._generated(self._fresh(model, name, False), name), f"generate, {place} changed: {what}", factor=10)
+                self.close(found, self._generated(self._fresh(model, name, False), name), f"generate, {where} changed: {what}", factor=10)
 
     @only(routes)
     def test_rows_follow_the_weights(self, name: str) -> None:
@@ -117,11 +118,11 @@ class SoundnessChecks(SuiteBase):
         model = made()
         called(model)
         for what in [*CHANGES][1::4]:
-            for module, key, place in sampled(model, what):
+            for module, key, where in sampled(model, what):
                 CHANGES[what](module, key)
                 fresh = made()
                 fresh.load_state_dict(model.state_dict())
-                self.close(called(model), called(fresh), f"rows, {place} changed: {what}", factor=3)
+                self.close(called(model), called(fresh), f"rows, {where} changed: {what}", factor=3)
 
     def test_copies_compute_their_own(self, name: str) -> None:
         """A deep copy of a model that has been called follows its own weights, and the original does not follow those of the copy.
@@ -149,7 +150,7 @@ class SoundnessChecks(SuiteBase):
         if Capability.PER_SAMPLE in self.spec.capabilities:
             with contextlib.suppress(RoutingError):  # some wrappers refuse it; capabilities have checks of their own
                 self.output(model, name, adapter_names=["default", "__base__", "default"])
-        left = [place for place in hidden_tensors(model) if place not in had]
+        left = [where for where in hidden_tensors(model) if where not in had]
         assert not left, f"tensors are left behind: {left[:5]}"
 
     def test_cache_scope(self, name: str) -> None:
@@ -234,18 +235,16 @@ def _trained(model: PeftModel) -> None:
 
 #: changes after which a shared tensor is no longer shared
 UNTYING = ("another parameter in its place", "load_state_dict, assign=True")
-#: classes whose objects compute when they are called, and not otherwise
-_CALLED = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def called_modules(model: PeftModel) -> tuple[list[str], list[str]]:
     """Return the paths of plain modules that have a weight: those of the base, wrapped ones first, and those of the adapter ``default``."""
-    own = {id(parameter) for parameter in parameters_of(model, "default").values()}
+    adapter_parameters = {id(parameter) for parameter in parameters_of(model, "default").values()}
     base: list[str] = []
     adapter: list[str] = []
     for path, module in model.named_modules():
-        if type(module) in _CALLED and isinstance(module._parameters.get("weight"), nn.Parameter):
-            (adapter if id(module._parameters["weight"]) in own else base).append(path)
+        if type(module) in LAYER_TYPES and isinstance(module._parameters.get("weight"), nn.Parameter):
+            (adapter if id(module._parameters["weight"]) in adapter_parameters else base).append(path)
     return sorted(base, key=lambda path: not path.endswith(".base_layer")), adapter
 
 
@@ -260,13 +259,13 @@ def sampled(model: PeftModel, what: str) -> Iterator[tuple[nn.Module, str, str]]
     Changing all tensors at once would hide that a single one is not followed; each is taken in turn.
     """
     number = list(CHANGES).index(what)
-    own = {id(parameter): key for key, parameter in parameters_of(model, "default").items()}
-    places = [(module, key, p) for module in model.modules() for key, p in module._parameters.items() if p is not None]
+    adapter_parameters = {id(parameter): key for key, parameter in parameters_of(model, "default").items()}
+    tensors = [(module, key, p) for module in model.modules() for key, p in module._parameters.items() if p is not None]
     if what in UNTYING:  # a tensor that two modules share would be two afterwards, which no state dict can say
-        times = Counter(id(p) for _, _, p in places)
-        places = [place for place in places if times[id(place[2])] == 1]
-    adapter = [(module, key, f"adapter: {own[id(p)]}") for module, key, p in places if id(p) in own and p.dim()]
-    base = [(module, key, f"base: {type(module).__name__}.{key}") for module, key, p in places if id(p) not in own and p.dim() > 1]
+        times = Counter(id(p) for _, _, p in tensors)
+        tensors = [entry for entry in tensors if times[id(entry[2])] == 1]
+    adapter = [(module, key, f"adapter: {adapter_parameters[id(p)]}") for module, key, p in tensors if id(p) in adapter_parameters and p.dim()]
+    base = [(module, key, f"base: {type(module).__name__}.{key}") for module, key, p in tensors if id(p) not in adapter_parameters and p.dim() > 1]
     for choices, step in ((adapter, number), (base, 5 * number)):
         if choices:
             yield choices[step % len(choices)]

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import AdapterNameError
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec
 from ..selection.selection import AdapterSelection
+from ..tensor_names import join, wrapped_path
 from .tuner import Plan, TunerBase
 
 
@@ -71,22 +72,12 @@ class Biases(TunerBase):
         targets = frozenset(config.targets)
         found: dict[str, tuple[nn.Module, str]] = {}
         for path, module in base.modules.items():
-            if (not config.every and path not in targets) or any(path == saved or path.startswith(f"{saved}.") for saved in config.saved):
+            if (not config.every and path not in targets) or is_inside(path, config.saved):
                 continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and "bias" in name:
-                    found[".".join((*_wrapped_path(path, targets), name))] = (module, name)
+                    found[join(wrapped_path(path, targets), name)] = (module, name)
         return Plan(adopts={"": _BiasAdoption(self.holder, adapter, found)})
-
-
-def _wrapped_path(path: str, targets: Collection[str]) -> Iterator[str]:
-    """Yield the parts of a module's path in a model whose `targets` are wrapped."""
-    so_far = ""
-    for part in path.split(".") if path else ():
-        so_far = f"{so_far}.{part}" if so_far else part
-        yield part
-        if so_far in targets:
-            yield "base_layer"
 
 
 @dataclass(frozen=True)

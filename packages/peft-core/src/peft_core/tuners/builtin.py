@@ -21,7 +21,7 @@ from .tuner import Plan, TunerBase
 def requests(
     tuners: Mapping[str, TunerBase], selection: AdapterSelection, options: SharedOptions, view: BaseView, main: Plan
 ) -> Iterator[tuple[str, TunerBase, SavedRequest | TokenRequest | BiasRequest]]:
-    """Yield the built-in parts that a config and a task ask for: kind, tuner, and what it is told.
+    """Yield the built-in parts that a config and a task ask for: kind, tuner, and its request.
 
     Args:
         tuners: those that the model has already.

@@ -63,8 +63,8 @@ class Call:
         virtual: virtual tokens offered so far, in the order in which they will stand.
         arguments: keywords that belong to tuners (`TunerSpec.call_arguments`), the base never sees them.
         generating: the call is a step of `generate`.
-        cached: number of tokens in its cache, where somebody knows; None: the cache says.
-        entire: no call of the base, but the question what an adapter has: offer virtual tokens that no forward uses, too.
+        cached: number of tokens in its cache; None: ask the cache.
+        entire: not a call of the base; all virtual tokens of the adapters are wanted, also those that no forward uses.
     """
 
     task: str | None
@@ -96,7 +96,7 @@ class Call:
 
 
 def batch_of(inputs: Mapping[str, Any]) -> tuple[int, torch.device] | None:
-    """Return the number of rows of a call and its device, from whichever input says it."""
+    """Return the number of rows of a call and its device, from the first input that has them."""
     for key in ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "attention_mask", "decoder_input_ids"):
         value = inputs.get(key)
         if isinstance(value, Tensor):

@@ -92,7 +92,7 @@ class AdapterIndex:
         return self._adding if self._adding is not None else self.tuners[str(self.configs[adapter].peft_type)]
 
     def tuner_for(self, spec: TunerSpec) -> TunerBase:
-        """Return this model's tuner of the method `spec`; a new one, not kept yet, if it has none."""
+        """Return this model's tuner of the method `spec`; a new one, not stored yet, if it has none."""
         return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.selection)
 
     def prefix(self, adapter: str) -> str:
@@ -130,7 +130,7 @@ class AdapterIndex:
 
     def merged_adapters(self) -> list[str]:
         """Return the merged adapters, each once, in load order."""
-        merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merges for name in module.merged_adapters}
+        merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merged for name in module.merged_adapters}
         return [name for name in self.configs if name in merged]
 
 

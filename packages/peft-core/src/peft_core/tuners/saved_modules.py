@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import ConfigError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.init_options import InitOptions
@@ -77,7 +77,7 @@ class SavedModules(TunerBase):
         brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []
         for path in base.modules:
-            if path and (path in brought or named(path)) and not any(path.startswith(f"{outer}.") for outer in found):
+            if path and (path in brought or named(path)) and not is_inside(path, found):
                 found.append(path)
         return found
 
@@ -94,11 +94,11 @@ class _SavedBuilder:
 class _SavedFiller:
     adapter: str
     owner: _SavedFiller | None = None
-    filled: list[ModulesToSaveWrapper] = field(default_factory=list)
+    wrappers: list[ModulesToSaveWrapper] = field(default_factory=list)
 
     def __call__(self, module: ModulesToSaveWrapper, init_options: InitOptions) -> None:
-        module.attach(self.adapter, init_options, None if self.owner is None else self.owner.filled[0])
-        self.filled.append(module)
+        module.attach(self.adapter, init_options, None if self.owner is None else self.owner.wrappers[0])
+        self.wrappers.append(module)
 
 
 SAVED = "@saved"

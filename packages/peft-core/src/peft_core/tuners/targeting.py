@@ -1,4 +1,4 @@
-"""From the targets of a config to names of modules, with every way to go wrong named."""
+"""Resolves the targets of a config to modules of the base; each kind of failure has its message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -54,32 +54,44 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         return Selection((), targets)
     if base.chosen is not None:
         return Selection(tuple(name for name in base.modules if name in base.chosen), targets)
-    saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     matching = frozenset(targets).__contains__ if every_linear else target_matcher(targets, "target_modules")
+    matches = _matches(base, config, matching)
+    if not matches.found:
+        raise _no_match(base, config, targets, matches)
+    _refuse_fused_kernels(base, matches.found)
+    _warn_unused(base, config, targets, matches.excluded)
+    if not isinstance(targets, str):
+        targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
+    return Selection(tuple(matches.found), targets)
+
+
+@dataclass
+class _Matches:
+    """The modules that match the targets: those to adapt, and the others by what rules them out."""
+
+    found: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    in_other_layers: list[str] = field(default_factory=list)
+    saved_whole: list[str] = field(default_factory=list)
+
+
+def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool]) -> _Matches:
+    saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     in_layers = layer_filter(config)
     excluded = target_matcher(config.exclude_modules, "exclude_modules")
-    found: list[str] = []
-    dropped: list[str] = []
-    off_layer: list[str] = []
-    whole: list[str] = []
+    matches = _Matches()
     for name in base.modules:
         if not name or not matching(name):
             continue
         if excluded(name):
-            dropped.append(name)
+            matches.excluded.append(name)
         elif not in_layers(name):
-            off_layer.append(name)
+            matches.in_other_layers.append(name)
         elif _inside(name, saved):
-            whole.append(name)
+            matches.saved_whole.append(name)
         else:
-            found.append(name)
-    if not found:
-        raise _no_match(base, config, targets, dropped, off_layer, whole)
-    _refuse_fused_kernels(base, found)
-    _warn_unused(base, config, targets, dropped)
-    if not isinstance(targets, str):
-        targets = shortest_suffixes(found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
-    return Selection(tuple(found), targets)
+            matches.found.append(name)
+    return matches
 
 
 def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
@@ -222,30 +234,29 @@ def _ends(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
 
-def _no_match(
-    base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str], off_layer: list[str], whole: list[str]
-) -> NoMatchingPeftModuleError:
+def _no_match(base: BaseView, config: LayerConfig, targets: Targets, matches: _Matches) -> NoMatchingPeftModuleError:
     given = repr(targets) if isinstance(targets, str) else repr(sorted(targets))
     if not targets:
         return NoMatchingPeftModuleError(
             f"target_modules={given} names nothing", hint=f'write for example {_linear_leaves(base)[:2]}, "{ALL_LINEAR}" or "{DUMMY}"'
         )
-    if dropped and not off_layer:
+    if matches.excluded and not matches.in_other_layers:
         return NoMatchingPeftModuleError(
             f"All modules of {base.name} that target_modules={given} matches were excluded by exclude_modules={config.exclude_modules!r}",
             hint="exclude fewer",
             code="all-excluded",
         )
-    if off_layer:
+    if matches.in_other_layers:
         return NoMatchingPeftModuleError(
-            f"target_modules={given} matches modules of {base.name} (for example {off_layer[0]!r}), but none in "
+            f"target_modules={given} matches modules of {base.name} (for example {matches.in_other_layers[0]!r}), but none in "
             f"layers_to_transform={config.layers_to_transform!r} with layers_pattern={config.layers_pattern!r}",
             hint="check the layer numbers and the pattern",
             code="no-such-layers",
         )
-    if whole:
+    if matches.saved_whole:
         return NoMatchingPeftModuleError(
-            f"all modules of {base.name} that target_modules={given} matches are saved whole ({listed(whole)}): by modules_to_save, or by the task",
+            f"all modules of {base.name} that target_modules={given} matches are saved whole ({listed(matches.saved_whole)}): by modules_to_save, "
+            "or by the task",
             hint="a module is either saved whole or adapted",
             code="all-saved",
         )
@@ -257,8 +268,8 @@ def _no_match(
     )
 
 
-def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, dropped: list[str]) -> None:
-    if config.exclude_modules and not dropped:
+def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, excluded: list[str]) -> None:
+    if config.exclude_modules and not excluded:
         warnings.warn(f"exclude_modules={config.exclude_modules!r} excluded nothing", PeftWarning, stacklevel=5)
     if isinstance(targets, str):
         return
@@ -288,7 +299,7 @@ class Patterns(Mapping[str, _V]):
         self._patterns = dict(patterns)
         self._values = list(self._patterns.values())
         self._used: set[int] = set()
-        #: (length, places of the dots, whole name) → key → position
+        #: (length, positions of the dots, whole name) → key → position
         self._simple: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for position, key in enumerate(self._patterns):
@@ -322,8 +333,8 @@ class Patterns(Mapping[str, _V]):
             if start < 0 or (start and (whole or name[start - 1] != ".")):
                 continue
             end = list(name[start:])
-            for place in dots:
-                end[place] = "."
+            for dot in dots:
+                end[dot] = "."
             position = keys.get("".join(end))
             if position is not None:
                 yield position

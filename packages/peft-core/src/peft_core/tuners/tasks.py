@@ -37,7 +37,7 @@ class TaskSpec:
     Args:
         name: as in `TaskType`.
         heads: names of heads that are trained and saved whole where the base has them.
-        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`. None: where they look like it.
+        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`. None: decided by their shape.
         shift: adapts other labels to the number of virtual embeddings before the text: one number, or one per row (batch,).
         per_token: fields of the output with one entry per token, (batch, tokens, …), that are cut back to the caller's tokens.
         generates: the base must be able to generate.

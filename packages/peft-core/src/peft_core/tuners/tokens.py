@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from ..base.view import BaseView
+from ..base.view import BaseView, is_inside
 from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
 from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule
@@ -68,9 +68,9 @@ def plan_token_rows(
         ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
         UnsupportedModuleError: a module is no embedding and no output layer.
     """
-    named = {path: checked(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
+    named = {path: checked_indices(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
     for path in named:
-        if _inside(path, config.saved):
+        if is_inside(path, config.saved):
             raise ConfigError(f"trainable_token_indices and modules_to_save both have {path!r}", hint="train some rows of it, or the whole module")
     wraps: list[Wrap] = []
     done: set[str] = set()
@@ -78,22 +78,18 @@ def plan_token_rows(
         if path in done:
             continue
         group = base.sharing(path) if isinstance(base.modules[path], nn.Embedding) else (path,)
-        followers = [other for other in group if other != path and not _inside(other, config.saved) and named.get(other, indices) == indices]
+        followers = [other for other in group if other != path and not is_inside(other, config.saved) and named.get(other, indices) == indices]
         done.update(followers)
-        alone = len({path, *followers}) < len(base.sharing(path))
-        settings = RowSettings(path, indices, alone=alone, random=config.random)
+        partly_tied = len({path, *followers}) < len(base.sharing(path))
+        settings = RowSettings(path, indices, partly_tied=partly_tied, random=config.random)
         owner, build = _Filler(adapter, settings), _Builder(selection, kind)
         wraps.append(Wrap(path, build, owner))
         wraps += [Wrap(other, build, _Filler(adapter, replace(settings, path=other), owner)) for other in followers]
     return Plan(wraps=tuple(wraps))
 
 
-def _inside(path: str, saved: Sequence[str]) -> bool:
-    return any(path == whole or path.startswith(f"{whole}.") for whole in saved)
-
-
-def checked(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:
-    """Return indices counted from 0.
+def checked_indices(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:
+    """Return the indices of rows, all counted from 0.
 
     Raises:
         ConfigError: they are no list of integers, one is out of range, or one is given twice.
@@ -114,11 +110,11 @@ def checked(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, 
             f"trainable_token_indices: {outside} out of range for {path!r}, which has {count} rows",
             hint="resize_token_embeddings(len(tokenizer)) first, if these are new tokens",
         )
-    plain = tuple(index % count for index in indices)
-    twice = [index for place, index in enumerate(plain) if index in plain[:place]]
+    from_zero = tuple(index % count for index in indices)
+    twice = [index for position, index in enumerate(from_zero) if index in from_zero[:position]]
     if twice:
         raise ConfigError(f"trainable_token_indices: {sorted(twice)} given more than once for {path!r} (negative ones count from the end)")
-    return plain
+    return from_zero
 
 
 def _named(base: BaseView, indices: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
@@ -153,7 +149,7 @@ def _input_embeddings(base: BaseView) -> str:
             hint='name it: {"name.of.the.embedding": [...]}',
         ) from None
     for path, original in base.modules.items():
-        # the module itself, or what a wrapper of this model has in its place
+        # the module itself, or the wrapper around it
         if path and (original is module or any(getattr(parent, leaf) is module for parent, leaf in base.sites[path])):
             return path
     raise ConfigError(f"the input embeddings of {base.name} are none of its modules", hint='name the module: {"name": [...]}')
@@ -170,15 +166,15 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _Filler:
-    """Adds an adapter's rows; those of a follower are in the layer that its owner filled."""
+    """Adds an adapter's rows to a layer; a follower uses the rows in its owner's layer."""
 
     adapter: str
     settings: RowSettings
     owner: _Filler | None = None
-    filled: list[TrainableRowsLayer] = field(default_factory=list)
+    layers: list[TrainableRowsLayer] = field(default_factory=list)
 
     def __call__(self, layer: TrainableRowsLayer, init_options: InitOptions) -> None:
-        source = None if self.owner is None else self.owner.filled[0]
+        source = None if self.owner is None else self.owner.layers[0]
         settings = replace(self.settings, source=source)
         layer.attach(self.adapter, settings, init_options)
-        self.filled.append(layer)
+        self.layers.append(layer)

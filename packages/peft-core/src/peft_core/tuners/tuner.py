@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..base.ops import LAYER_TYPES, capability_for
 from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
@@ -18,6 +19,7 @@ from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule, Slot
 from ..plugins import Capability, TunerSpec, hooks
 from ..selection.selection import AdapterSelection
+from ..tensor_names import parameter_rule
 from . import targeting
 from .call import Call, Output
 from .reshape import Reshape
@@ -40,13 +42,13 @@ class Wrap:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a tuner wants done for one adapter. Making it changes nothing.
+    """The changes that a tuner wants for one adapter. Making a plan changes nothing.
 
     Args:
         wraps: modules of the base to wrap.
         mounts: modules to put beside the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
         adopts: objects that stand for parameters of the base itself (trained biases).
-        resolved: fields of the config that the model decided (default targets, dimensions); noted there when the plan is done.
+        resolved: fields of the config that the model decided (default targets, dimensions); written to it when the plan is performed.
     """
 
     wraps: tuple[Wrap, ...] = ()
@@ -57,7 +59,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class IncomingWeights:
-    """What is to take the place of an adapter's weights in one module.
+    """New weights of an adapter in one module, which are to replace the present ones.
 
     Args:
         path: the module's original name in the base.
@@ -72,7 +74,7 @@ class IncomingWeights:
 
 @dataclass(frozen=True)
 class AdapterCheckpoint:
-    """What the file of an adapter holds.
+    """The content of an adapter's file.
 
     Args:
         config: its config.
@@ -89,7 +91,7 @@ class CheckpointTranslation:
 
     Args:
         fields: fields of its config → their values here.
-        convert: makes the file's tensors those that belong here; names are without what stands before a module's path in the file.
+        convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
     """
 
     fields: Mapping[str, Any]
@@ -97,15 +99,15 @@ class CheckpointTranslation:
 
 
 class TunerBase:
-    """What core knows of a method, with the defaults. One object per model and method, shared by its adapters.
+    """Base class of tuners. One object per model and method, shared by its adapters.
 
     Attributes:
-        spec: what the tuner says about itself.
+        spec: its declaration.
         selection: which adapters act; handed to the layers.
-        mounted: for each mount the modules of this tuner's adapters, kept by core: ``mounted["prompt_encoder"]["french"]``.
-        configs: the configs of this tuner's adapters, in load order, kept by core.
+        mounted: for each mount the modules of this tuner's adapters, set by core: ``mounted["prompt_encoder"]["french"]``.
+        configs: the configs of this tuner's adapters, in load order, set by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
-        swappable: fields of a config in which an adapter may differ from the one whose place it takes (`Capability.HOTSWAP`).
+        swappable: fields of a config in which an adapter may differ from the one that it replaces (`Capability.HOTSWAP`).
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
@@ -123,7 +125,7 @@ class TunerBase:
         Args:
             base: the base model.
             config: the file's.
-            shapes: the file's tensors: name, without what stands before a module's path → shape.
+            shapes: name, beginning with a module's path in the base → shape.
 
         Raises:
             ConfigError: it was written for a layout that can't be translated.
@@ -142,7 +144,7 @@ class TunerBase:
             spec: the tuner's.
             adapter: name of the adapter.
         """
-        return [(rf"({spec.parameter_prefix}[^\.]*)", rf"\1.{adapter}")]
+        return [parameter_rule(spec.parameter_prefix, adapter)]
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
@@ -183,7 +185,7 @@ class TunerBase:
         return output
 
     def swap(self, adapter: str, config: Any, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
-        """Check that new weights fit in the place of an adapter's, and return what writes them there. Changes nothing itself.
+        """Check that new weights can replace an adapter's, and return the function that writes them. Changes nothing itself.
 
         By default every tensor must have come in the shape that is there.
 
@@ -290,7 +292,7 @@ class LayerTuner(TunerBase):
         return ()
 
     def settings(self, config: Any, module: ModuleValues) -> Any:
-        """Return what the layer of one module is told (the `config` of its `add`): by default the adapter's config.
+        """Return the settings of the layer of one module (the `config` of its `add`): by default the adapter's config.
 
         Args:
             config: the adapter's config.
@@ -310,9 +312,10 @@ class LayerTuner(TunerBase):
         Raises:
             UnsupportedModuleError: none fits.
         """
-        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class
+        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class; torch's own
+        # classes with a weight made of plain numbers are no plugin's
         quantised = _is_quantised(module)
-        if (quantised or type(module) not in _PLAIN) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
+        if (quantised or type(module) not in LAYER_TYPES) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
             if quantised:
                 self._require(Capability.QUANTISED, module, path)
             return _Builder(None, self.selection, self.spec.peft_type)
@@ -320,10 +323,7 @@ class LayerTuner(TunerBase):
             self._require(Capability.QUANTISED, module, path)
         for layer in self.layers:
             if layer.accepts(module):
-                if isinstance(module, nn.Embedding):
-                    self._require(Capability.EMBEDDING, module, path)
-                elif isinstance(module, _CONVOLUTIONS):
-                    self._require(Capability.CONV, module, path)
+                self._require(capability_for(module), module, path)
                 return _Builder(layer, self.selection, self.spec.peft_type)
         supported = sorted({kind.__name__ for layer in self.layers for kind in layer.base_types})
         raise UnsupportedModuleError(
@@ -378,11 +378,6 @@ def _is_packed(weight: Tensor) -> bool:
     """Return whether a weight can't be read as numbers: integers, or a tensor made of other tensors that is not one of torch's own classes."""
     foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
     return foreign or not weight.is_floating_point()
-
-
-#: torch's own classes, for which no plugin needs to be asked while their weight is made of plain numbers
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_PLAIN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 
 
 @dataclass(frozen=True)

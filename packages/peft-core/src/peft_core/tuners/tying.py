@@ -1,4 +1,4 @@
-"""Weights that modules of the base share: whether an adapter keeps them tied, and what its user is told."""
+"""Tied weights of the base: whether an adapter keeps them tied, and warnings where it does not."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where virtual tokens go: embeddings, caches, masks; entered only when a call has some."""
+"""Virtual tokens in a call: embeddings, caches, masks."""

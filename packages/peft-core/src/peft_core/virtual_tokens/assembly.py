@@ -2,7 +2,7 @@
 
 The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
 positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
-An encoder-decoder model has two sequences: see `two_sequences`.
+An encoder-decoder model has two sequences: see `encoder_decoder`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, Lead, TaskSpec
 from . import caches
 from .encoder_decoder import assemble_both
-from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
+from .sequence import Assembled, cache_with_prefixes, cached_in, extended_mask, final_mask, pad_left, prepend_embeddings, updated
 
 
 def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
@@ -30,7 +30,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: b
         call: the call, with the virtual tokens that tuners offered.
         forward: what the base's forward takes.
         task: decides what happens to labels.
-        recomputing: layers run again in the backward pass.
+        recomputing: layers are recomputed in the backward pass.
 
     Raises:
         RoutingError: an attention mask that is not (batch, tokens).
@@ -57,22 +57,22 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
     if text is None:
         raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")
     length = text.shape[1]
-    own_positions = inputs.get("position_ids")
-    mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), own_positions)
-    positions = None if mask is None else _positions(_placed(mask, kv), n_kv, n_embeds, length, cached, forward, own_positions)
+    caller_positions = inputs.get("position_ids")
+    mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), caller_positions)
+    positions = None if mask is None else _positions(_with_positions(mask, kv), n_kv, n_embeds, length, cached, forward, caller_positions)
     if cached:  # a later step: the virtual tokens are in the cache already
         seen = final_mask(call, kv, forward, mask, length, cache, cached)
-        return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), 0, length)
+        return Assembled(updated(inputs, attention_mask=seen, position_ids=positions), 0, length)
     _warn_of_windows(call, forward, n_kv + n_embeds + length)
     lead: Lead = n_embeds
     if embeds:
-        inputs, mask, positions, lead = _led_by_embeddings(embeds, forward, task, inputs, mask, positions, n_kv)
+        inputs, mask, positions, lead = _with_embeddings(embeds, forward, task, inputs, mask, positions, n_kv)
     if kv:
-        cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
+        cache = cache_with_prefixes(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
     seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)
-    return Assembled(changed(inputs, attention_mask=seen, position_ids=positions), lead, length)
+    return Assembled(updated(inputs, attention_mask=seen, position_ids=positions), lead, length)
 
 
 def _warn_of_windows(call: Call, forward: BaseForward, length: int) -> None:
@@ -86,7 +86,7 @@ def _warn_of_windows(call: Call, forward: BaseForward, length: int) -> None:
         )
 
 
-def _led_by_embeddings(
+def _with_embeddings(
     embeds: list[VirtualTokens],
     forward: BaseForward,
     task: TaskSpec,
@@ -109,21 +109,21 @@ def _led_by_embeddings(
     shape = tuple((ids if embedded is None else embedded).shape[:2])
     count = sum(tokens.length for tokens in embeds)
     lead: Lead = count
-    inputs["inputs_embeds"] = before(embeds, forward.embed(ids) if embedded is None else embedded)
+    inputs["inputs_embeds"] = prepend_embeddings(embeds, forward.embed(ids) if embedded is None else embedded)
     labelled = task.labels_each_token(inputs.get("labels"), shape)
-    for name, filler in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
+    for name, value in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
         if isinstance(inputs.get(name), Tensor):
-            inputs[name] = led(inputs[name], count, filler)
+            inputs[name] = pad_left(inputs[name], count, value)
     if mask is not None and not forward.causal and any(tokens.rows is not ALL for tokens in embeds):
-        inputs, mask, positions, lead = _packed(inputs, mask, positions, n_kv, count)
+        inputs, mask, positions, lead = _move_unused_behind_text(inputs, mask, positions, n_kv, count)
     elif mask is not None and forward.causal and task.pools:
-        inputs, mask, positions = _ending(inputs, mask, positions, n_kv)
+        inputs, mask, positions = _move_masked_to_front(inputs, mask, positions, n_kv)
     elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
-        inputs, mask, positions = _predicting(inputs, mask, positions, n_kv, count)
+        inputs, mask, positions = _move_unused_to_front(inputs, mask, positions, n_kv, count)
     return task.shift(inputs, lead), mask, positions, lead
 
 
-def _packed(
+def _move_unused_behind_text(
     inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
 ) -> tuple[dict[str, Any], Tensor, Tensor | None, Tensor]:
     """Move the virtual embeddings that a row does not use behind its text, so that each row begins with what it uses."""
@@ -139,7 +139,9 @@ def _packed(
     return moved, packed, None if positions is None else positions.gather(1, order), used.sum(dim=1)
 
 
-def _predicting(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int) -> tuple[dict[str, Any], Tensor, Any]:
+def _move_unused_to_front(
+    inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
+) -> tuple[dict[str, Any], Tensor, Any]:
     """Move what a row does not look at before the virtual embeddings that it uses, so that the last of these predicts its first token.
 
     That is: the embeddings of other rows, and padding on the left. A first token that nothing of its own row stands before is no label.
@@ -158,7 +160,7 @@ def _predicting(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, 
     return moved, mask, None if positions is None else positions.gather(1, order)
 
 
-def _ending(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
+def _move_masked_to_front(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
     """Move all that a row does not look at before what it uses: among embeddings, a model can't tell which token is the last."""
     order = (mask[:, n_kv:] != 0).to(torch.int8).argsort(dim=1, stable=True)
     value = inputs["inputs_embeds"]
@@ -167,41 +169,41 @@ def _ending(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv
     return moved, mask, None if positions is None else positions.gather(1, order)
 
 
-def _placed(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
-    """Return the mask without the keys that take no positions."""
+def _with_positions(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
+    """Return the mask with 0 for keys that take no position."""
     if all(tokens.weights is None for tokens in kv):
         return mask
-    placed, start = mask.clone(), 0
+    counted, start = mask.clone(), 0
     for tokens in kv:
         if tokens.weights is not None:
-            placed[:, start : start + tokens.length] = 0
+            counted[:, start : start + tokens.length] = 0
         start += tokens.length
-    return placed
+    return counted
 
 
-def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int, forward: BaseForward, own: Any) -> Tensor | None:
+def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int, forward: BaseForward, caller_positions: Any) -> Tensor | None:
     """Return the positions of the tokens that the base sees in this call: what the mask counts, or the caller's own, moved."""
     if not forward.accepts("position_ids"):
         return None
     counted = (mask.cumsum(dim=1) - 1).clamp(min=0) + forward.first_position
-    if isinstance(own, Tensor):
-        own = own + mask[:, : n_kv + n_embeds].sum(dim=1, keepdim=True)
-        return own if cached else torch.cat([counted[:, n_kv : n_kv + n_embeds], own], dim=1)
+    if isinstance(caller_positions, Tensor):
+        moved = caller_positions + mask[:, : n_kv + n_embeds].sum(dim=1, keepdim=True)
+        return moved if cached else torch.cat([counted[:, n_kv : n_kv + n_embeds], moved], dim=1)
     return counted[:, -length:] if cached else counted[:, n_kv:]
 
 
-def prompt_of(call: Call, forward: BaseForward, room: int | None = None) -> Any:
+def prompt_of(call: Call, forward: BaseForward, max_cache_len: int | None = None) -> Any:
     """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values.
 
     Args:
         call: after all tuners have offered their virtual tokens.
         forward: what the base's forward takes.
-        room: the size of the cache; None: it grows.
+        max_cache_len: the size of the cache; None: it grows.
     """
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     if kv:
-        return filled_cache(call, kv, forward, None if room is None else caches.empty(forward.view, room))
+        return cache_with_prefixes(call, kv, forward, None if max_cache_len is None else caches.empty(forward.view, max_cache_len))
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     first = embeds[0].embeds
     assert first is not None
-    return before(embeds, first.new_zeros(call.batch, 0, first.shape[-1]))
+    return prepend_embeddings(embeds, first.new_zeros(call.batch, 0, first.shape[-1]))

@@ -16,58 +16,67 @@ from ..errors import CapabilityError
 from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 
-#: the fact of a route under which the keys and values of prefixes wait for layers that run again
+#: key in `Route.context` of the cache with the prefixes, for layers that are recomputed
 PREFIX = "peft_core.prefix"
 
 
-def filled(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, recomputing: bool = False) -> Any:
-    """Return a cache that begins with keys and values; rows that do not use them have zeros there, which the mask hides.
+def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, cache: Any, *, recomputing: bool = False) -> Any:
+    """Return a cache that begins with the keys and values of prefixes; rows without a prefix have zeros there, which the mask hides.
 
     Args:
         call: the call.
         tokens: keys and values, in the order in which they stand.
         view: the base.
-        cache: an empty cache to fill; None: a new one.
-        recomputing: layers run again in the backward pass: what is added to the cache is not kept, so that they find it as it was.
+        cache: an empty cache; None: a new one.
+        recomputing: layers are recomputed in the backward pass, so the cache does not store what they add.
 
     Raises:
         CapabilityError: the cache is too short.
     """
-    two = bool(getattr(view.config, "is_encoder_decoder", False))
-    from transformers import DynamicCache, EncoderDecoderCache
-
-    own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-    if own is None or recomputing:
-        config = decoder_config(view)
-        layers = len(tokens[0].keys_values or ())
-        if two and getattr(config, "num_hidden_layers", layers) != layers:
-            config = None  # T5's config counts the layers of its encoder
-        own = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
-        if two:
-            other = _recomputing_class()(config=config) if recomputing else DynamicCache(config=config)
-            cache = EncoderDecoderCache(own, other)
-            if recomputing:
-                cache.is_updated = _Never()
-        else:
-            cache = own
-    length = sum(part.length for part in tokens)
-    for layer in own.layers:
-        room = getattr(layer, "max_cache_len", None)
-        if room is not None and room < length:
-            raise CapabilityError(
-                f"the cache has room for {room} tokens, but {length} virtual ones come first", hint="make it longer by their number"
-            )
+    if cache is None or recomputing:
+        cache = _new_cache(view, len(tokens[0].keys_values or ()), recomputing)
+    decoder_cache = self_attention_cache(cache)
+    _check_size(decoder_cache, sum(part.length for part in tokens))
+    write = decoder_cache.begin if recomputing else decoder_cache.update
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
         keys = [spread(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [spread(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
-        if recomputing:
-            own.begin(k, v, layer)
-        else:
-            own.update(k, v, layer)
+        write(k, v, layer)
     return cache
+
+
+def _new_cache(view: BaseView, layers: int, recomputing: bool) -> Any:
+    """Return an empty cache that grows, for a decoder with so many layers; of an encoder-decoder model for both kinds of attention."""
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
+    config = decoder_config(view)
+    if encoder_decoder and getattr(config, "num_hidden_layers", layers) != layers:
+        config = None  # T5's config counts the layers of its encoder
+    kind = _recomputing_class() if recomputing else DynamicCache
+    if not encoder_decoder:
+        return kind(config=config)
+    cache = EncoderDecoderCache(kind(config=config), kind(config=config))
+    if recomputing:
+        cache.is_updated = _NeverUpdated()
+    return cache
+
+
+def _check_size(cache: Any, length: int) -> None:
+    for layer in cache.layers:
+        size = getattr(layer, "max_cache_len", None)
+        if size is not None and size < length:
+            raise CapabilityError(
+                f"the cache has room for {size} tokens, but {length} virtual ones come first", hint="make it longer by their number"
+            )
+
+
+def self_attention_cache(cache: Any) -> Any:
+    """Return the part of a cache for the decoder's own tokens; of decoder-only models it is the cache itself."""
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def newer() -> bool:
@@ -77,14 +86,15 @@ def newer() -> bool:
     return int(transformers.__version__.partition(".")[0]) >= 5
 
 
-def empty(view: BaseView, room: int) -> Any:
-    """Return an empty cache of fixed size, for `room` tokens."""
+def empty(view: BaseView, max_length: int) -> Any:
+    """Return an empty cache of fixed size, for `max_length` tokens."""
     from transformers import EncoderDecoderCache, StaticCache
 
     config = decoder_config(view)
-    own = StaticCache(config=config, max_cache_len=room)
-    two = bool(getattr(view.config, "is_encoder_decoder", False))
-    return EncoderDecoderCache(own, StaticCache(config=config, max_cache_len=room)) if two else own
+    cache = StaticCache(config=config, max_cache_len=max_length)
+    if not getattr(view.config, "is_encoder_decoder", False):
+        return cache
+    return EncoderDecoderCache(cache, StaticCache(config=config, max_cache_len=max_length))
 
 
 def decoder_config(view: BaseView) -> Any:
@@ -106,7 +116,7 @@ def spread(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
 
 
 def ids_of(tokens: VirtualTokens) -> Tensor:
-    """Return the numbers of the rows that use some tokens, where not all do."""
+    """Return the indices of the rows that use some virtual tokens, where not all rows do."""
     assert isinstance(tokens.rows, Tensor)
     return tokens.rows
 
@@ -118,25 +128,25 @@ def dtype_of(base: nn.Module) -> torch.dtype:
 
 def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
     """Return the keys and values (batch, heads, n, head_dim) with which a layer's cache begins."""
-    own = getattr(cache, "self_attention_cache", cache).layers[layer]
-    return own.keys, own.values
+    found = self_attention_cache(cache).layers[layer]
+    return found.keys, found.values
 
 
 def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
-    """Return a cache for one layer that is to run recomputing, with these keys and values."""
-    own = getattr(cache, "self_attention_cache", cache)
-    one, other = copy.copy(own), copy.copy(own.layers[layer])
-    other.keys, other.values = keys, values
-    one.layers = [*own.layers[:layer], other, *own.layers[layer + 1 :]]
-    if not hasattr(cache, "self_attention_cache"):
-        return one
-    two = copy.copy(cache)
-    two.self_attention_cache = one
-    return two
+    """Return a copy of a cache in which one layer, which is to be recomputed, has these keys and values."""
+    original = self_attention_cache(cache)
+    changed, changed_layer = copy.copy(original), copy.copy(original.layers[layer])
+    changed_layer.keys, changed_layer.values = keys, values
+    changed.layers = [*original.layers[:layer], changed_layer, *original.layers[layer + 1 :]]
+    if original is cache:
+        return changed
+    both = copy.copy(cache)
+    both.self_attention_cache = changed
+    return both
 
 
-class _Never(dict[int, bool]):
-    """Says of no layer that its keys and values of the encoder are there: they are computed recomputing, with a graph."""
+class _NeverUpdated(dict[int, bool]):
+    """Marks no layer's cross-attention as cached: its keys and values are recomputed, with a graph."""
 
     def __setitem__(self, key: int, value: bool) -> None:
         pass
@@ -146,12 +156,12 @@ _classes: list[type[Any]] = []
 
 
 def _recomputing_class() -> type[Any]:
-    """Return the class of caches that layers may use twice; made when transformers is there."""
+    """Return the class of caches that recomputed layers may use twice; created on first use, since it needs transformers."""
     if not _classes:
         from transformers import DynamicCache
 
-        class Again(DynamicCache):
-            """A cache that keeps nothing but what it began with, and whether a layer read that; copies of it say it here."""
+        class RecomputingCache(DynamicCache):
+            """A cache that stores the prefix only, and which layers read it; copies share `readers`."""
 
             def __init__(self, config: Any = None) -> None:
                 super().__init__(config=config)
@@ -167,12 +177,12 @@ def _recomputing_class() -> type[Any]:
                 self.readers.add(layer_idx)
                 return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
-        _classes.append(Again)
+        _classes.append(RecomputingCache)
     return _classes[0]
 
 
-class _NoFalseAlarm(logging.Filter):
-    """transformers says that it takes the cache away under checkpointing; here it comes back through the hook."""
+class _CacheWarningFilter(logging.Filter):
+    """Drops transformers' warning that caches are removed under checkpointing: the hook passes the cache on."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))
@@ -180,5 +190,5 @@ class _NoFalseAlarm(logging.Filter):
 
 @functools.cache
 def silence_cache_warning() -> None:
-    """Keep transformers from saying so, from now on."""
-    logging.getLogger("transformers.modeling_layers").addFilter(_NoFalseAlarm())
+    """Silence transformers' warning that caches are removed under checkpointing, for this process."""
+    logging.getLogger("transformers.modeling_layers").addFilter(_CacheWarningFilter())

@@ -12,7 +12,7 @@ from ..errors import CapabilityError, RoutingError
 from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, TaskSpec
-from .sequence import Assembled, before, cached_in, changed, extended_mask, filled_cache, final_mask, led
+from .sequence import Assembled, cache_with_prefixes, cached_in, extended_mask, final_mask, pad_left, prepend_embeddings, updated
 
 
 def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
@@ -38,14 +38,14 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputi
     count = lead + sum(tokens.length for tokens in kv)
     mask = extended_mask(call, (*kv, *embeds), inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
     if cached:  # a later step: the virtual tokens are in the cache already
-        return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
+        return Assembled(updated(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
     if embeds:
-        _lead_decoder(embeds, forward, inputs)
+        _prepend_to_decoder(embeds, forward, inputs)
     if kv:
-        cache = filled_cache(call, kv, forward, cache, recomputing=recomputing)
+        cache = cache_with_prefixes(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
             inputs["past_key_values"] = cache
-    return Assembled(changed(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
+    return Assembled(updated(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
 
 
 def _decoder_length(inputs: dict[str, Any]) -> int:
@@ -76,7 +76,7 @@ def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list
         )
 
 
-def _lead_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> None:
+def _prepend_to_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> None:
     """Put virtual embeddings before the decoder's text and its labels, in `inputs`.
 
     Raises:
@@ -85,9 +85,9 @@ def _lead_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dic
     if not forward.accepts("decoder_inputs_embeds"):
         raise CapabilityError(f"the forward of {forward.view.name} takes no decoder_inputs_embeds", hint="use num_transformer_submodules=1")
     ids, embedded = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds")
-    inputs["decoder_inputs_embeds"] = before(embeds, forward.embed(ids, decoder=True) if embedded is None else embedded)
+    inputs["decoder_inputs_embeds"] = prepend_embeddings(embeds, forward.embed(ids, decoder=True) if embedded is None else embedded)
     if isinstance(inputs.get("labels"), Tensor) and inputs["labels"].ndim == 2:
-        inputs["labels"] = led(inputs["labels"], sum(tokens.length for tokens in embeds), IGNORED)
+        inputs["labels"] = pad_left(inputs["labels"], sum(tokens.length for tokens in embeds), IGNORED)
 
 
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -104,13 +104,13 @@ def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward
     if ids is None and embedded is None:
         raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")
     embedded = forward.embed(ids) if embedded is None else embedded
-    sequence = before(tokens, embedded)
+    sequence = prepend_embeddings(tokens, embedded)
     mask = extended_mask(call, tuple(tokens), inputs.get("attention_mask"), embedded.shape[1])
     if mask is not None:
         order = (mask != 0).to(torch.int8).argsort(dim=1, descending=True, stable=True)
         sequence = sequence.gather(1, order.unsqueeze(2).expand_as(sequence))
         mask = mask.gather(1, order)
-    return changed({**{k: v for k, v in inputs.items() if k not in ("input_ids", "token_type_ids")}, "inputs_embeds": sequence}, attention_mask=mask)
+    return updated({**{k: v for k, v in inputs.items() if k not in ("input_ids", "token_type_ids")}, "inputs_embeds": sequence}, attention_mask=mask)
 
 
 def _shifted(forward: BaseForward, labels: Any) -> Tensor:

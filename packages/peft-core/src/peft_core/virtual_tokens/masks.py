@@ -1,4 +1,4 @@
-"""Masks with a number for each key: what keys and values of a prefix that count more or less than others need."""
+"""Additive attention masks with a weight for each key, for prefixes whose keys count more or less than others."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..base.view import BaseView
 from ..errors import CapabilityError
 from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
-from .caches import decoder_config, dtype_of, ids_of, newer
+from .caches import decoder_config, dtype_of, ids_of, newer, self_attention_cache
 
-#: attention that takes a number for each key
+#: kinds of attention that take an additive mask
 _WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
 
 
-def _by_length(cache: Any) -> bool:
+def _takes_query_length(cache: Any) -> bool:
     """Return whether a cache asks for the number of queries; those of older versions want their positions."""
     return "query_length" in inspect.signature(cache.get_mask_sizes).parameters
 
 
-def weighed(
+def weighted_mask(
     call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past: int, *, causal: bool
 ) -> Any:
     """Return the mask of a call in which some keys have a weight: (batch, 1, queries, keys), or one for each kind of layer, by its name.
@@ -48,7 +48,7 @@ def weighed(
         raise CapabilityError(f"the attention {kind!r} of {view.name} can't weigh keys", hint="load the base with attn_implementation='sdpa'")
     if not causal and not newer():
         raise CapabilityError(f"the encoder {view.name} can't weigh keys under transformers 4", hint="use transformers 5, or another init_weights")
-    own = getattr(cache, "self_attention_cache", cache)
+    decoder_cache = self_attention_cache(cache)
     keys = past + queries
     seen = torch.ones(call.batch, keys, dtype=torch.bool, device=call.device) if mask is None else mask != 0
     allowed = seen[:, None, None, :]
@@ -60,9 +60,10 @@ def weighed(
     window = getattr(config, "sliding_window", None)
     near = allowed & (at < window) if window and causal else allowed
     if not layers:
-        return _numbers(own, past, 0, weights, near, queries)
+        return _additive_mask(decoder_cache, past, 0, weights, near, queries)
     found = {
-        name: _numbers(own, past, layers.index(name), weights, near if "sliding" in name else allowed, queries) for name in dict.fromkeys(layers)
+        name: _additive_mask(decoder_cache, past, layers.index(name), weights, near if "sliding" in name else allowed, queries)
+        for name in dict.fromkeys(layers)
     }
     return found if len(found) > 1 else next(iter(found.values()))
 
@@ -82,11 +83,11 @@ def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
     return torch.cat([*parts, torch.zeros(call.batch, rest, device=call.device)], dim=1)
 
 
-def _numbers(cache: Any, past: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
+def _additive_mask(cache: Any, past: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
     """Return (batch, 1, queries, keys of the layer): a layer with a window or of fixed size has fewer keys, or more, than there are tokens."""
     lowest = torch.finfo(weights.dtype).min
     numbers = torch.where(allowed, weights, weights.new_tensor(lowest)).expand(allowed.shape[0], 1, queries, -1)
-    length, offset = cache.get_mask_sizes(queries if _by_length(cache) else torch.arange(past, past + queries), layer)
+    length, offset = cache.get_mask_sizes(queries if _takes_query_length(cache) else torch.arange(past, past + queries), layer)
     numbers = numbers[..., offset : offset + length]
     if numbers.shape[-1] < length:
         numbers = torch.nn.functional.pad(numbers, (0, length - numbers.shape[-1]), value=lowest)

@@ -19,7 +19,7 @@ from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
 from .sequence import cached_in
 
-#: what a call may have besides its text; with anything else it goes the usual way
+#: inputs with which virtual tokens may be computed apart from the text; any other input prevents it
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
@@ -73,17 +73,20 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
         return False
     if not (forward.causal and forward.takes_cache and forward.view.is_transformers_model) or call.route.per_row is not None or call.route.context:
         return False
-    for tokens in call.virtual:
-        if tokens.rows is not ALL or tokens.site is not Site.INPUT or tokens.embeds is None or tokens.embeds.ndim != 2:
-            return False
+    if not all(_same_for_all_rows(tokens) for tokens in call.virtual):
+        return False
     if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
         return False
     cache = call.inputs.get("past_key_values")
     return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_in(call, cache)))
 
 
+def _same_for_all_rows(tokens: VirtualTokens) -> bool:
+    return tokens.rows is ALL and tokens.site is Site.INPUT and tokens.embeds is not None and tokens.embeds.ndim == 2
+
+
 def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
-    """Return the call with keys and values in the place of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
+    """Return the call with keys and values instead of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
 
     Args:
         index: the adapters.

@@ -15,7 +15,7 @@ from ..tuners.call import Call, VirtualTokens
 from ..tuners.tasks import Lead
 from . import caches
 from .caches import PREFIX, silence_cache_warning
-from .masks import weighed
+from .masks import weighted_mask
 
 
 @dataclass(frozen=True)
@@ -33,30 +33,30 @@ class Assembled:
     length: int = 0
 
 
-def changed(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def updated(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Return `inputs` updated with the changes that are not None; drop a changed name whose value is still None."""
     merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if value is not None or name not in changes}
 
 
-def before(embeds: list[VirtualTokens], text: Tensor) -> Tensor:
+def prepend_embeddings(embeds: list[VirtualTokens], text: Tensor) -> Tensor:
     """Return virtual embeddings and those of the text (batch, tokens, hidden) as one sequence."""
     return torch.cat([*(caches.spread(tokens, tokens.embeds, text) for tokens in embeds if tokens.embeds is not None), text], dim=1)
 
 
-def led(values: Tensor, count: int, filler: int) -> Tensor:
-    """Return (batch, tokens) with `count` times `filler` before each row."""
-    return torch.cat([values.new_full((values.shape[0], count), filler), values], dim=1)
+def pad_left(values: Tensor, count: int, value: int) -> Tensor:
+    """Return (batch, tokens) with `count` times `value` before each row."""
+    return torch.nn.functional.pad(values, (count, 0), value=value)
 
 
-def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, own_positions: Any = None) -> Tensor | None:
+def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, caller_positions: Any = None) -> Tensor | None:
     """Return the mask (batch, virtual + text), or None if no mask is needed.
 
     Raises:
         RoutingError: the caller's mask is not (batch, tokens).
     """
     if mask is None:
-        if all(tokens.rows is ALL and tokens.weights is None for tokens in virtual) and own_positions is None:
+        if all(tokens.rows is ALL and tokens.weights is None for tokens in virtual) and caller_positions is None:
             return None
         mask = torch.ones(call.batch, text_length, dtype=torch.long, device=call.device)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
@@ -81,13 +81,13 @@ def cached_in(call: Call, cache: Any) -> int:
 
 
 def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past: int) -> Any:
-    """Return the mask (batch, keys) unchanged, or additive masks (batch, 1, queries, keys) if some keys have weights: see `masks.weighed`."""
+    """Return the mask (batch, keys) unchanged, or additive masks (batch, 1, queries, keys) if some keys have weights: see `masks.weighted_mask`."""
     if all(tokens.weights is None for tokens in kv):
         return mask
-    return weighed(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
+    return weighted_mask(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
 
 
-def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, recomputing: bool = False) -> Any:
+def cache_with_prefixes(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, recomputing: bool = False) -> Any:
     """Return a cache that holds the keys and values of all prefixes.
 
     Raises:
@@ -98,7 +98,7 @@ def filled_cache(call: Call, kv: list[VirtualTokens], forward: BaseForward, cach
             "Model does not support past key values which are required for prefix tuning",
             hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
         )
-    found = caches.filled(call, kv, forward.view, cache, recomputing=recomputing)
+    found = caches.prefix_cache(call, kv, forward.view, cache, recomputing=recomputing)
     if recomputing:
         silence_cache_warning()
     if recomputing or not forward.takes_cache:

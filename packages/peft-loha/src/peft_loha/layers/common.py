@@ -55,7 +55,7 @@ class LoHaLayer(AdapterLayer):
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoHaSettings) -> None:
         """Create the four factors; with `init`, A₂ is zero, so that a new adapter changes nothing."""
-        self.note(adapter, config)
+        self.record_settings(adapter, config)
         out, inp = self.matrix_shape
         r, bound = config.r, self.bound_of_a
         self.new("hada_w1_a", adapter, (out, r), bound=1 / math.sqrt(r))
@@ -68,7 +68,7 @@ class LoHaLayer(AdapterLayer):
         """A₁ starts uniform on ± this: 1/√in."""
         return 1 / math.sqrt(self.matrix_shape[1])
 
-    def note(self, adapter: str, settings: LoHaSettings) -> None:
+    def record_settings(self, adapter: str, settings: LoHaSettings) -> None:
         """Write down what holds for a new adapter."""
         self.r[adapter] = settings.r
         self.alpha[adapter] = settings.alpha

@@ -40,7 +40,7 @@ class Convolution(LoHaLayer):
         if not self.effective[adapter]:
             super().add(adapter, config)
             return
-        self.note(adapter, config)
+        self.record_settings(adapter, config)
         r = config.r
         core = (r, r, *kernel) if len(kernel) > 1 else (r, r, kernel[0], 1)
         for number in ("1", "2"):

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import MERGES, Fold, Merge, MergeError, PeftWarning, Product, Subtraction, merges_of
+from peft_core import MERGES, Fold, Merge, PeftWarning, Product, Subtraction
 
+from ..layers.common import LoraMerging
 from ..layers.linear import Linear
 
 
@@ -41,6 +42,30 @@ class RoundingError:
     of_change: float
 
 
+class RequantisingMerging(LoraMerging):
+    """Merging into a packed weight: the changed weight is packed anew, and the packed original is the way back."""
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those `adapters` that have weights here, nothing done yet; None if there is nothing to do.
+
+        Raises:
+            MergeError: one of them can't be merged into this base.
+        """
+        merge = super().plan(adapters)
+        if merge is None:
+            return None
+        weight, *others = merge.folds
+        return Merge(merge.owner, merge.adapters, [Requantised(self.layer, weight.change), *others])
+
+    def shift(self, adapter: str, delta: Tensor | Product) -> None:
+        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists: rounded, and undone exactly.
+
+        Raises:
+            MergeError: something is merged into the weight, or it can't be packed anew.
+        """
+        self.do_shift(adapter, Requantised(self.layer, Subtraction(delta, self.layer.ops)))
+
+
 class QuantisedLinear(Linear):
     """LoRA around a quantised Linear: y = base(x) + s·B(A·drop(x)). The adapter is in floating point, the base stays as it is.
 
@@ -51,6 +76,7 @@ class QuantisedLinear(Linear):
     """
 
     library: ClassVar[str] = ""
+    merging_type = RequantisingMerging
 
     # ---- what a backend says --------------------------------------------------------------------------------------
     def packed(self) -> Packed:
@@ -89,36 +115,8 @@ class QuantisedLinear(Linear):
     @property
     def rounding_error(self) -> RoundingError | None:
         """How far the merged weight is from what it should be; None if nothing is merged."""
-        fold = self.merges[-1].folds[0] if self.merges else None
+        fold = self.merging.merges[-1].folds[0] if self.merged else None
         return fold.error if isinstance(fold, Requantised) else None
-
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those adapters that have weights here, nothing done yet; None if there is nothing to do.
-
-        Raises:
-            MergeError: one of them can't be merged into this base.
-        """
-        merge = super().plan_merge(adapters)
-        if merge is None:
-            return None
-        weight, *others = merge.folds
-        return Merge(merge.owner, merge.adapters, [Requantised(self, weight.change), *others])
-
-    def shift_base(self, adapter: str, delta: Tensor | Product) -> None:
-        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists: rounded, and undone exactly.
-
-        Raises:
-            MergeError: something is merged into the weight, or it can't be packed anew.
-        """
-        base = self.get_base_layer()
-        if any(not merge.permanent for merge in base.__dict__.get(MERGES, ())):
-            raise MergeError(
-                f"the initialisation of {adapter!r} changes the base weight, and adapters are merged into it", hint="unmerge_adapter() first"
-            )
-        merge = Merge(base, (adapter,), [Requantised(self, Subtraction(delta, self.ops))], permanent=True)
-        merge.apply(merge.prepare(check_finite=True))
-        self.shifts[adapter] = merge
-        merges_of(base).append(merge)
 
 
 class Requantised(Fold):

@@ -56,7 +56,7 @@ def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[i
     Raises:
         ConfigError: only one of two fused projections was trained, an expert is missing, or ranks differ.
     """
-    fused, routers = _find(base, config.target_parameters or (), shapes)
+    fused, routers = _fused_keys(base, shapes), _bare_routers(base, config.target_parameters or (), shapes)
     if not fused and not routers:
         return None
     for stem, parameters in fused.items():
@@ -77,30 +77,34 @@ def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[i
     return CheckpointTranslation(_fields(base, config, fused, routers, [key for key in shapes if key not in taken]), convert)
 
 
-def _find(base: BaseView, known: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, dict[str, _Fused]], set[str]]:
-    """Return path of the experts → fused parameter → its keys, and the paths of routers that are no Linear any more.
-
-    A router whose weight is among the `known` parameters was written as such.
-    """
+def _fused_keys(base: BaseView, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, _Fused]]:
+    """Return path of the experts → fused parameter → its keys in the file; none where each expert is a module of this base, too."""
     keys: dict[tuple[str, str], dict[tuple[int, int, str], str]] = {}
-    routers = set()
     for key in shapes:
-        if (match := _EXPERT.fullmatch(key)) and match["name"] in _PLACES:
-            stem = _renamed(match["stem"], base.modules)
-            parameter, place = _PLACES[match["name"]]
-            experts = base.modules.get(stem)
-            if experts is not None and parameter in experts._parameters:  # else each expert is a module here, too
-                keys.setdefault((stem, parameter), {})[place, int(match["number"]), match["factor"]] = key
-        elif match := _ROUTER.fullmatch(key):
-            stem = _renamed(match["stem"], base.modules)
-            router = base.modules.get(stem)
-            bare = router is not None and not isinstance(router, nn.Linear) and "weight" in router._parameters
-            if bare and not any(f".{stem}.weight".endswith(f".{target}") for target in known):
-                routers.add(stem)
+        match = _EXPERT.fullmatch(key)
+        if match is None or match["name"] not in _PLACES:
+            continue
+        stem = _renamed(match["stem"], base.modules)
+        parameter, place = _PLACES[match["name"]]
+        experts = base.modules.get(stem)
+        if experts is not None and parameter in experts._parameters:
+            keys.setdefault((stem, parameter), {})[place, int(match["number"]), match["factor"]] = key
     fused: dict[str, dict[str, _Fused]] = {}
     for (stem, parameter), found in keys.items():
         fused.setdefault(stem, {})[parameter] = _Fused(parameter, found)
-    return fused, routers
+    return fused
+
+
+def _bare_routers(base: BaseView, known: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """Return the paths of routers in the file that are no Linear any more; one whose weight is among the `known` parameters was written as such."""
+    routers = set()
+    for match in filter(None, map(_ROUTER.fullmatch, shapes)):
+        stem = _renamed(match["stem"], base.modules)
+        router = base.modules.get(stem)
+        bare = router is not None and not isinstance(router, nn.Linear) and "weight" in router._parameters
+        if bare and not any(f".{stem}.weight".endswith(f".{target}") for target in known):
+            routers.add(stem)
+    return routers
 
 
 def _check(stem: str, one: _Fused, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,33 +35,57 @@ def adapted_config(base: BaseView, config: LoraConfig, *, shared: bool = True) -
     stems = [path for path, module in base.modules.items() if path.endswith(".experts") and {GATE_UP, DOWN} & module._parameters.keys()]
     if not stems or not config.target_modules or not base.is_transformers_model:
         return {}
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-    except ModuleNotFoundError:  # transformers 4, whose models with joint experts never had others
-        return {}
-    model: Any = base.base
-    found = _projections(get_model_conversion_mapping(model), config)
+    found = _projections(_conversions_of(base.base), config)
     if not shared and any(is_named and name in base.leaf_names for named in found.values() for name, is_named in named.items()):
         return {}
+    _require_whole(found)
+    fused = [parameter for parameter, named in found.items() if all(named.values())]
+    if not fused:
+        return {}
+    routers = [path for path, module in base.modules.items() if _is_router(path, module) and _names(config, "gate")]
+    gone = {name for parameter in fused for name in found[parameter]} | ({"gate"} if routers else set())
+    paths = [f"{stem}.{parameter}" for stem in stems for parameter in fused] + [f"{path}.weight" for path in routers]
+    fields = {
+        "target_modules": _module_targets(base, config.target_modules, gone),
+        "target_parameters": sorted({*(config.target_parameters or ()), *shortest(base, paths)}),
+    }
+    return {**fields, **(widened(config) if GATE_UP in fused else {})}
+
+
+def _conversions_of(model: Any) -> Sequence[Any]:
+    """Return transformers' conversions of a model; none from transformers 4, whose models with joint experts never had others."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+    except ModuleNotFoundError:
+        return ()
+    found: Sequence[Any] = get_model_conversion_mapping(model)
+    return found
+
+
+def _require_whole(found: Mapping[str, Mapping[str, bool]]) -> None:
+    """Check that a config names all projections of a fused parameter, or none: `found` as of `_projections`.
+
+    Raises:
+        ConfigError: it does not.
+    """
     for parameter, named in found.items():
         if 0 < sum(named.values()) < len(named):
             given = next(name for name, is_named in named.items() if is_named)
             raise ConfigError(f"target_modules name {given!r} alone: on this base {list(named)} are one parameter, {parameter}", hint=ELSEWHERE)
-    fused = [parameter for parameter, named in found.items() if all(named.values())]
-    routers = [path for path, module in base.modules.items() if _is_router(path, module) and _names(config, "gate")]
-    if not fused:
-        return {}
-    old = {name for parameter in fused for name in found[parameter]} | ({"gate"} if routers else set())
-    targets: Any = config.target_modules
+
+
+def _module_targets(base: BaseView, targets: Collection[str] | str, gone: Collection[str]) -> set[str]:
+    """Return what of a config's targets is still a module of the base.
+
+    Args:
+        base: the model.
+        targets: names, or an expression: then the modules of the base that it means.
+        gone: names of projections that are parts of a parameter now.
+    """
+    linears = [path for path, module in base.modules.items() if isinstance(module, nn.Linear)]
     if isinstance(targets, str):
-        # the expression is about names that are gone in part: what it means besides is in the base
-        kept = {path for path, module in base.modules.items() if isinstance(module, nn.Linear) and re.fullmatch(targets, path)}
-    else:
-        here = [path for path, module in base.modules.items() if isinstance(module, nn.Linear)]
-        kept = {name for name in targets if name.rpartition(".")[2] not in old or any(f".{path}".endswith(f".{name}") for path in here)}
-    paths = [f"{stem}.{parameter}" for stem in stems for parameter in fused] + [f"{path}.weight" for path in routers]
-    fields = {"target_modules": kept, "target_parameters": sorted({*(config.target_parameters or ()), *shortest(base, paths)})}
-    return {**fields, **(widened(config) if GATE_UP in fused else {})}
+        return {path for path in linears if re.fullmatch(targets, path)}
+    return {name for name in targets if name.rpartition(".")[2] not in gone or any(f".{path}".endswith(f".{name}") for path in linears)}
 
 
 def conversions(given: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
@@ -70,7 +94,7 @@ def conversions(given: Sequence[Any], adapter: str, config: LoraConfig) -> list[
     Args:
         given: transformers' conversions.
         adapter: name of the adapter.
-        config: its config, before or after it was adapted_config.
+        config: its config, as in the file or as `adapted_config` has it.
     """
     inner = "base_layer." if any(str(name).endswith(DOWN) for name in config.target_parameters or ()) else ""
     named = _projections(given, config)

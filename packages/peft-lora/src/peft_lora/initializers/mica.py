@@ -18,7 +18,7 @@ class Mica(Initializer):
     An embedding's W is the matrix (dim, vocabulary).
     """
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d", "embedding"})
     frozen: ClassVar[frozenset[str]] = frozenset({"B"})
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:

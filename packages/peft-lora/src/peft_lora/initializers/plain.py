@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 
-EVERY_KIND = frozenset({"linear", "conv1d", "embedding", "convolution", "attention", "parameter"})
-
 
 class Plain(Initializer):
     """True: A uniform on ±1/√in and B zero, so that a new adapter changes nothing; False: B uniform on ±1/√r, too.
@@ -20,7 +18,7 @@ class Plain(Initializer):
     For embeddings A is zero and B normal; with False both are normal.
     """
 
-    kinds: ClassVar[frozenset[str]] = EVERY_KIND
+    kinds: ClassVar[frozenset[str] | None] = None
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return how A and B are filled."""

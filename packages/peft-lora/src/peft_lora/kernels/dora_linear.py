@@ -36,13 +36,7 @@ class DoraLinear(torch.autograd.Function):
         v = x2.mm(weight.t()).to(wide).addmm_(hidden.t(), b.to(wide).t(), alpha=s)
         f = dora_factor(m, norms).to(wide)
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
-        y2 = y.view(-1, y.shape[-1])
-        if wide is not x.dtype:
-            y2.copy_(v * f if bias is None else torch.addcmul(bias.to(wide), v, f))
-        elif bias is None:
-            torch.mul(v, f, out=y2)
-        else:
-            torch.addcmul(bias, v, f, out=y2)
+        _scaled_into(y.view(-1, y.shape[-1]), v, f, bias)
         ctx.save_for_backward(x, weight, bias, a, b, m, norms, hidden, v.to(x.dtype) if ctx.needs_input_grad[5] else None)
         ctx.s, ctx.p = s, 0.0
         return y
@@ -50,19 +44,39 @@ class DoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         """Return the gradients of x, A, B and m."""
-        x, weight, bias, a, b, m, norms, hidden, v = ctx.saved_tensors
-        need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
         with without_autocast(g):
-            if torch.is_grad_enabled():  # somebody differentiates this again
-                inputs, needs = (x, a, b, m), (need_x, need_a, need_b, need_m)
-                gx, ga, gb, gm = differentiable_gradients(_dora(ctx, weight, bias, norms), inputs, needs, g)
-                return gx, None, None, ga, gb, gm, None, None
-            g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
-            scaled = g2 * dora_factor(m, norms).to(a.dtype)
-            gx = scaled.to(x.dtype).mm(weight) if need_x else None
-            gx, ga, gb = low_rank_gradients(ctx, scaled, x, a, b, hidden, None, gx, need_a, need_b)
-            gm = ((g2 * v).sum(0) / norms.to(a.dtype)).to(m.dtype) if need_m else None
-        return None if gx is None else gx.view(x.shape), None, None, ga, gb, gm, None, None
+            # with gradients on, somebody differentiates this again
+            gx, ga, gb, gm = _differentiable(ctx, g) if torch.is_grad_enabled() else _gradients(ctx, g)
+        return gx, None, None, ga, gb, gm, None, None
+
+
+def _scaled_into(y: Tensor, v: Tensor, f: Tensor, bias: Tensor | None) -> None:
+    """Write f ⊙ v + bias into `y` (tokens, out), rounded once to its dtype; `v` (tokens, out) and `f` (out,) are in that of the factors."""
+    if v.dtype is not y.dtype:
+        y.copy_(v * f if bias is None else torch.addcmul(bias.to(v.dtype), v, f))
+    elif bias is None:
+        torch.mul(v, f, out=y)
+    else:
+        torch.addcmul(bias, v, f, out=y)
+
+
+def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, A, B and m for that of the output, `g` (…, out)."""
+    x, weight, _, a, b, m, norms, hidden, v = ctx.saved_tensors
+    need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
+    g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
+    scaled = g2 * dora_factor(m, norms).to(a.dtype)
+    gx = scaled.to(x.dtype).mm(weight) if need_x else None
+    gx, ga, gb = low_rank_gradients(ctx, scaled, x, a, b, hidden, None, gx, need_a, need_b)
+    gm = ((g2 * v).sum(0) / norms.to(a.dtype)).to(m.dtype) if need_m else None
+    return None if gx is None else gx.view(x.shape), ga, gb, gm
+
+
+def _differentiable(ctx: Any, g: Tensor) -> list[Tensor | None]:
+    """Return the same with a graph of their own."""
+    x, weight, bias, a, b, m, norms, _, _ = ctx.saved_tensors
+    need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
+    return differentiable_gradients(_dora(ctx, weight, bias, norms), (x, a, b, m), (need_x, need_a, need_b, need_m), g)
 
 
 def _dora(ctx: Any, weight: Tensor, bias: Tensor | None, norms: Tensor) -> Callable[..., Tensor]:

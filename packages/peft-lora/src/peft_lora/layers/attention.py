@@ -92,6 +92,7 @@ class Attention(LoraLayer):
 
     containers = ("lora_A", "lora_B")
     base_types = (nn.MultiheadAttention,)
+    hotswappable: ClassVar[bool] = False  # the out-projection has an A and a B of its own
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
@@ -265,7 +266,7 @@ def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, 
 
     Rounded once to the base's dtype, and differentiable. Empty where none of them acts.
     """
-    layers = [layer for layer in _around(outermost) if not layer.merges]
+    layers = [layer for layer in _around(outermost) if not layer.merged]
     acting = [(layer, name) for layer in reversed(layers) for name in names if name in layer.scaling]
     if not acting:
         return {}

@@ -10,12 +10,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import Merge, MergeError, ModelError, Product, Slot
+from peft_core import LayerMerging, Merge, MergeError, ModelError, Product, Slot
 from peft_core.errors import listed
 
 from .. import formulas
-from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors
+from ..contracts import FactorLayer, InitialFactors, LoraSettings, SharedFactors, Variant
 from . import rank_padding
+
+
+class LoraMerging(LayerMerging):
+    """Merging of LoRA: a layer whose factors are those of another layer around the same weight shares the merged weight with it."""
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge of those `adapters` that have weights here; where they are those of another layer, they stay tied if they can."""
+        mergeable, tied = self.mergeable(adapters), self.layer.tied
+        merge = tied[mergeable[0]].plan_merge(self.layer, mergeable) if mergeable and all(adapter in tied for adapter in mergeable) else None
+        return super().plan(adapters) if merge is None else merge
 
 
 class LoraLayer(FactorLayer):
@@ -27,8 +37,12 @@ class LoraLayer(FactorLayer):
         r, lora_alpha, scaling: by adapter.
         lora_dropout: by adapter an `nn.Dropout`, or an `nn.Identity` where nothing is dropped.
         variants: by adapter, where it is not plain LoRA.
+        hotswappable: whether other weights can take the place of an adapter's: it has one A and one B, and B has r columns (r / groups on a
+            convolution). A class says so for its kind of base layer.
     """
 
+    merging_type = LoraMerging
+    hotswappable: ClassVar[bool] = True
     per_adapter: ClassVar[tuple[str, ...]] = (
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
         *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),
@@ -60,37 +74,47 @@ class LoraLayer(FactorLayer):
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
         self.record_settings(adapter, config)
-        init_options = self.init_options
         variant = config.variant(self, adapter, config) if config.variant is not None else None
-        draws = init_options.initialise and not init_options.meta
-        start: InitialFactors | None = None
-        if draws or config.initializer.needs_base:
-            if draws and config.config.init_lora_weights is not False:
-                self.draw_as_plain_layers(config.r)
-                if config.config.lora_bias:
-                    torch.empty(self.matrix_shape[0]).uniform_()
-            start = config.initializer.start(self, config)
-            if variant is not None:
-                start = variant.start(start)
+        start = self._start(config, variant)
         shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
         self.store_factors(adapter, *parameters)
-        self.frozen[adapter] = config.initializer.frozen
+        self.frozen[adapter] = config.initializer.frozen if start is None else config.initializer.frozen | start.frozen
         if start is not None:
-            self.frozen[adapter] |= start.frozen
-            if start.base_offset is not False and not self.base_weight().is_meta:
-                config.initializer.tell_others([name for name in self.scaling if name != adapter], config.path)
-                self.shift_base(adapter, self._product(adapter, start) if start.base_offset is True else start.base_offset)
+            self._take_out_of_base(adapter, config, start)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
-            self.variants[adapter] = variant
-            # of this layer: which containers there are depends on the variants of its adapters
-            self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
-            variant.add()
+            self._add_variant(adapter, variant)
         if variant is not None or config.config.lora_bias:
             self.has_variant_or_bias[adapter] = True
+
+    def _start(self, settings: LoraSettings, variant: Variant | None) -> InitialFactors | None:
+        """Return what A and B start with; None where a file will supply them, and the base stays as it is."""
+        draws = self.init_options.initialise and not self.init_options.meta
+        if not (draws or settings.initializer.needs_base):
+            return None
+        if draws and settings.config.init_lora_weights is not False:
+            self.draw_as_plain_layers(settings.r)
+            if settings.config.lora_bias:
+                torch.empty(self.matrix_shape[0]).uniform_()
+        start = settings.initializer.start(self, settings)
+        return start if variant is None else variant.start(start)
+
+    def _take_out_of_base(self, adapter: str, settings: LoraSettings, start: InitialFactors) -> None:
+        """Subtract from the base what the initialiser says, for as long as the adapter exists."""
+        offset = start.base_offset
+        if offset is False or self.base_weight().is_meta:
+            return
+        settings.initializer.tell_others([name for name in self.scaling if name != adapter], settings.path)
+        self.shift_base(adapter, self._product(adapter, start) if offset is True else offset)
+
+    def _add_variant(self, adapter: str, variant: Variant) -> None:
+        self.variants[adapter] = variant
+        # of this layer: which containers there are depends on the variants of its adapters
+        self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
+        variant.add()
 
     def record_settings(self, adapter: str, settings: LoraSettings) -> None:
         """Write down what holds for a new adapter."""
@@ -111,14 +135,14 @@ class LoraLayer(FactorLayer):
 
     def _factor(self, shape: tuple[int, ...], value: Any) -> nn.Parameter:
         if not isinstance(value, Tensor):
-            return self.make_parameter(shape, value)
+            return self.init_options.new_parameter(shape, value)
         rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
-        return self.keep_parameter(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
+        return self.init_options.parameter_of(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
     def _product(self, adapter: str, start: InitialFactors) -> Product:
         assert isinstance(start.a, Tensor)
         assert isinstance(start.b, Tensor)
-        kept = self.parameter_dtype
+        kept = self.init_options.dtype
         wide = torch.promote_types(kept, torch.float32)
         device = self.weight.device
         return Product(start.a.to(kept).to(device, wide), start.b.to(kept).to(device, wide), self.scaling[adapter])
@@ -126,7 +150,11 @@ class LoraLayer(FactorLayer):
     def _add_bias(self, adapter: str, settings: LoraSettings) -> None:
         out = self.matrix_shape[0]
         bound = 1 / settings.r**0.5 if settings.config.init_lora_weights is False else 0.0
-        self.bias_holder(adapter).bias = self.make_parameter((out,), lambda tensor: tensor.uniform_(-bound, bound) if bound else tensor.zero_())
+
+        def fill(tensor: Tensor) -> None:
+            tensor.uniform_(-bound, bound) if bound else tensor.zero_()
+
+        self.bias_holder(adapter).bias = self.init_options.new_parameter((out,), fill)
 
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
@@ -213,12 +241,6 @@ class LoraLayer(FactorLayer):
                 hint="use it unmerged, or give the base a bias of zeros first",
             )
         return bias + self.scaling[adapter] * beta.to(bias.dtype)
-
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those adapters that have weights here; where they are those of another layer, they stay tied if they can."""
-        own = [adapter for adapter in adapters if adapter in self.scaling and adapter not in self.merged_adapters]
-        tied = self.tied[own[0]].plan_merge(self, own) if own and all(adapter in self.tied for adapter in own) else None
-        return super().plan_merge(adapters) if tied is None else tied
 
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out, and undo what its creation did to the base."""

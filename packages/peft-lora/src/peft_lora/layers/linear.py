@@ -39,8 +39,9 @@ class Linear(LoraLayer):
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Put A and B into plain Linears, so that they are called as in the reference implementation."""
-        self.lora_A._modules[adapter] = plain_linear(a)
-        self.lora_B._modules[adapter] = plain_linear(b)
+        held = self._modules
+        held["lora_A"]._modules[adapter] = plain_linear(a)  # type: ignore[union-attr]
+        held["lora_B"]._modules[adapter] = plain_linear(b)  # type: ignore[union-attr]
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r)."""
@@ -72,6 +73,10 @@ class Linear(LoraLayer):
         if adapter in self.has_variant_or_bias:
             variant = self.variants.get(adapter)
             return None if variant is None else variant.fused_forward(x, base)
+        return self._fused_plain(adapter, x, base)
+
+    def _fused_plain(self, adapter: str, x: Tensor, base: Any) -> Tensor | None:
+        """Return base(x) + s·B(A·drop(x)) (…, out) for `x` (…, in), where all modules are plain, and W and its bias frozen; None elsewhere."""
         down, up = self.ends(adapter)
         dropout = self.dropout_of(adapter)
         if not (can_fuse(x, base, down, up) if dropout is None else can_fuse(x, base, down, up, dropout)):
@@ -84,12 +89,11 @@ class Linear(LoraLayer):
             return None
         s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
         p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0
-        if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad or x.requires_grad):
+        if torch.is_grad_enabled():
             if weight.requires_grad or (bias is not None and bias.requires_grad):
                 return None
-            return kernels.low_rank_linear(x, weight, bias, a, b, s, float(p))
-        if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
-            return None
+            if a.requires_grad or b.requires_grad or x.requires_grad:
+                return kernels.low_rank_linear(x, weight, bias, a, b, s, float(p))
         if not p:
             found = self.cached_merged_linear(adapter, x)
             if found is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from peft_core import AdapterLayer, BaseOps, ConfigError, InitOptions, MergeError, RoutingError, Slot, UnsupportedModuleError
+from peft_core import AdapterLayer, BaseOps, ConfigError, InitOptions, Merge, MergeError, RoutingError, Slot, UnsupportedModuleError
 
 from .. import formulas
-from .common import LoraLayer
+from .common import LoraLayer, LoraMerging
 from .modules import plain_linear, require_unhooked
 from .substitution import call_with
 
@@ -78,6 +78,31 @@ class ParameterOps:
         raise UnsupportedModuleError(f"what {type(base).__name__} does with its parameter is not known", hint="call the module")
 
 
+class ParameterMerging(LoraMerging):
+    """Merging into the parameters of one module, all at once."""
+
+    def plan(self, adapters: Sequence[str]) -> Merge | None:
+        """Return the merge into all parameters, nothing done yet; None if there is nothing to do.
+
+        Raises:
+            MergeError: a parameter is computed by a parametrisation, or of eight bits.
+        """
+        layer = self.layer
+        weight, described = layer.get_base_layer()._parameters.get(layer.weight_name), layer._described()
+        if weight is None:
+            raise MergeError(
+                f"{layer.weight_name!r} of {described} is computed by a parametrisation: there is no weight to merge into",
+                hint="remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations), or use the adapter unmerged",
+            )
+        if weight.dtype in _EIGHT_BITS:
+            raise MergeError(f"{layer.weight_name!r} of {described} is {weight.dtype}: most of a change would be rounded off", hint="use it unmerged")
+        merge = super().plan(adapters)
+        if merge is not None and layer.inside is not None:
+            inner = layer.inside.merging.plan(merge.adapters)
+            merge.folds = (*(inner.folds if inner is not None else ()), *merge.folds)
+        return merge
+
+
 class Parameter(LoraLayer):
     """LoRA on one parameter of a module. For several parameters wrappers stand around one another, in the order of registration.
 
@@ -96,11 +121,13 @@ class Parameter(LoraLayer):
 
     containers = ("lora_A", "lora_B")
     base_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    merging_type = ParameterMerging
+    hotswappable: ClassVar[bool] = False  # B has r columns for each expert
 
     def __init__(self, base_layer: nn.Module, selection: Any, name: str, *, shared: bool = False) -> None:
         super().__init__(base_layer, selection)
         self.weight_name = name
-        self.shared_weight = shared
+        self.merging.shared_weight = shared
         base = self.get_base_layer()
         weight: Tensor = getattr(base, name)
         self.ops: ParameterOps = parameter_ops(base, name, weight)
@@ -233,7 +260,7 @@ class Parameter(LoraLayer):
                     hint="use one adapter for the batch, or __base__ for all of it",
                 )
             names = next(iter(kinds), ())
-        acting = () if self.merges else [name for name in names if name in self.scaling]
+        acting = () if self.merged else [name for name in names if name in self.scaling]
         if not acting:
             return base(*args, **kwargs)
         return call_with(base, {layer.weight_name: layer.changed(acting) for layer in self.around()}, args, kwargs)
@@ -268,29 +295,6 @@ class Parameter(LoraLayer):
         return formulas.grouped_delta(*self.expert_factors(adapter), self.scaling[adapter])
 
     # ---- merging ----------------------------------------------------------------------------------------------------
-    def plan_merge(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge into all parameters, nothing done yet; None if there is nothing to do.
-
-        Raises:
-            MergeError: a parameter is computed by a parametrisation, or of eight bits.
-        """
-        base = self.get_base_layer()
-        weight = base._parameters.get(self.weight_name)
-        if weight is None:
-            raise MergeError(
-                f"{self.weight_name!r} of {self._described()} is computed by a parametrisation: there is no weight to merge into",
-                hint="remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations), or use the adapter unmerged",
-            )
-        if weight.dtype in _EIGHT_BITS:
-            raise MergeError(
-                f"{self.weight_name!r} of {self._described()} is {weight.dtype}: most of a change would be rounded off", hint="use it unmerged"
-            )
-        merge = super().plan_merge(adapters)
-        if merge is not None and self.inside is not None:
-            inner = self.inside.plan_merge(merge.adapters)
-            merge.folds = (*(inner.folds if inner is not None else ()), *merge.folds)
-        return merge
-
     def get_delta_weight(self, adapter: str, parameter: str | None = None) -> Tensor:
         """Return what the adapter changes a parameter by, in its layout and shape.
 

@@ -56,11 +56,11 @@ class Tie:
     def plan_merge(self, layer: LoraLayer, adapters: Sequence[str]) -> Merge | None:
         """Return the merge that gives `layer` the weight into which the same adapters are merged already; None if there is no such weight."""
         source, base = self.source, layer.get_base_layer()
-        if not source.merges or set(source.merges[-1].adapters) != set(adapters) or layer.merges or layer.shifts:
+        if not source.merging.merges or set(source.merging.merges[-1].adapters) != set(adapters) or layer.merging.merges or layer.merging.shifts:
             return None
         if source.base_weight().data_ptr() != layer.weight.data_ptr():
             return None
-        return Merge(base, tuple(adapters), [_TieFold(base, source.get_base_layer(), source.merges[-1].folds[0])])
+        return Merge(base, tuple(adapters), [_TieFold(base, source.get_base_layer(), source.merging.merges[-1].folds[0])])
 
 
 def _transposed(slot: Slot) -> Slot:

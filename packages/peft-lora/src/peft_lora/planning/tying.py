@@ -73,7 +73,7 @@ class _OwnerFiller:
 
     def __call__(self, layer: Any, init_options: InitOptions) -> None:
         layer.attach(self.adapter, self.settings, init_options)
-        if self.adapter in layer.shifts:
+        if self.adapter in layer.merging.shifts:
             raise ConfigError(
                 f"ensure_weight_tying does not work with init_lora_weights={self.settings.config.init_lora_weights!r}, which gives "
                 f"{self.settings.path!r} a weight of its own",

@@ -42,26 +42,21 @@ def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConf
     Raises:
         UnsupportedModuleError: an attention whose keys or values have another width, so that it has no packed in-projection.
     """
+    attentions = {wrap.path: base.modules[wrap.path] for wrap in wraps if isinstance(base.modules[wrap.path], nn.MultiheadAttention)}
+    for path, module in attentions.items():
+        _require_packed(path, module)
+    if attentions and config.lora_dropout:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} does not act on MultiheadAttention ({next(iter(attentions))!r}): its weights are adapted, "
+            "not its inputs",
+            PeftWarning,
+            stacklevel=6,
+        )
     targeted = {wrap.path for wrap in wraps}
-    warned = False
     for wrap in wraps:
         parent, _, leaf = wrap.path.rpartition(".")
         fill: Any = wrap.fill
-        module = base.modules[wrap.path]
-        if isinstance(module, nn.MultiheadAttention):
-            if not module._qkv_same_embed_dim:
-                raise UnsupportedModuleError(
-                    f"the keys or values of the MultiheadAttention {wrap.path!r} have another width (kdim={module.kdim}, vdim={module.vdim}) than "
-                    f"its embed_dim={module.embed_dim}: it has no packed in-projection to adapt",
-                    hint=f"leave it out with exclude_modules, or target {f'{wrap.path}.{OUT}'!r} alone",
-                )
-            if config.lora_dropout and not warned:
-                warned = True
-                warnings.warn(
-                    f"lora_dropout={config.lora_dropout} does not act on MultiheadAttention ({wrap.path!r}): its weights are adapted, not its inputs",
-                    PeftWarning,
-                    stacklevel=6,
-                )
+        if wrap.path in attentions:
             settings = out_settings(fill.settings, part_of_attention=True, twice=config.out_projection_twice)
             yield wrap
             yield Wrap(f"{wrap.path}.{OUT}", _Builder(OutProjection, selection), dataclasses.replace(fill, settings=settings))
@@ -73,6 +68,16 @@ def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConf
             yield Wrap(wrap.path, _Builder(OutProjection, selection), dataclasses.replace(fill, settings=settings))
         else:
             yield wrap
+
+
+def _require_packed(path: str, attention: Any) -> None:
+    """Check that an attention has a packed in-projection."""
+    if not attention._qkv_same_embed_dim:
+        raise UnsupportedModuleError(
+            f"the keys or values of the MultiheadAttention {path!r} have another width (kdim={attention.kdim}, vdim={attention.vdim}) than "
+            f"its embed_dim={attention.embed_dim}: it has no packed in-projection to adapt",
+            hint=f"leave it out with exclude_modules, or target {f'{path}.{OUT}'!r} alone",
+        )
 
 
 @dataclass(frozen=True)

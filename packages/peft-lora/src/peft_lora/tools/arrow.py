@@ -47,14 +47,7 @@ def create_arrow_model(
         >>> model = create_arrow_model(base, ["./code", "./maths", "./law"], ArrowConfig(top_k=2))
     """
     tasks, general = list(task_specific_adapter_paths), list(general_adapter_paths or ())
-    if not tasks:
-        raise ConfigError("task_specific_adapter_paths is empty", hint="give at least one adapter")
-    if arrow_config.top_k > len(tasks):
-        raise ConfigError(
-            f"top_k={arrow_config.top_k}, but there are {len(tasks)} adapters to choose from", hint=f"set top_k to at most {len(tasks)}"
-        )
-    if arrow_config.use_gks and not general:
-        raise ConfigError("use_gks=True, but general_adapter_paths is empty", hint="give adapters of general knowledge, or set use_gks=False")
+    _check_numbers(arrow_config, tasks, general)
     places = {f"task_{i}": path for i, path in enumerate(tasks)} | {f"gks_{i}": path for i, path in enumerate(general)}
     flags = [(parameter, parameter.requires_grad) for parameter in base_model.parameters()]
     training = base_model.training
@@ -79,6 +72,18 @@ def create_arrow_model(
     return model
 
 
+def _check_numbers(arrow_config: ArrowConfig, tasks: Sequence[Place], general: Sequence[Place]) -> None:
+    """Check that there are as many adapters as the router needs."""
+    if not tasks:
+        raise ConfigError("task_specific_adapter_paths is empty", hint="give at least one adapter")
+    if arrow_config.top_k > len(tasks):
+        raise ConfigError(
+            f"top_k={arrow_config.top_k}, but there are {len(tasks)} adapters to choose from", hint=f"set top_k to at most {len(tasks)}"
+        )
+    if arrow_config.use_gks and not general:
+        raise ConfigError("use_gks=True, but general_adapter_paths is empty", hint="give adapters of general knowledge, or set use_gks=False")
+
+
 def _located(place: Place, options: dict[str, Any]) -> tuple[Place, dict[str, Any]]:
     """Return what `from_pretrained` is given for a path; of ``"user/repo/subfolder"`` the subfolder apart."""
     text = os.fspath(place)
@@ -95,25 +100,8 @@ def _router_config(model: PeftModel, arrow_config: ArrowConfig, tasks: Sequence[
         ConfigError: they do not, or one is no plain LoRA.
     """
     configs: dict[str, Any] = dict(model.peft_config)
-    first = next(iter(configs))
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
-    expected = _shapes(layers, first)
-    for name, config in configs.items():
-        if not isinstance(config, LoraConfig):
-            raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
-        for path, layer in layers.items():
-            if name in layer.scaling and (config.lora_bias or layer.shift_of(name) is not None or layer.low_rank_factors(name) is None):
-                raise ConfigError(
-                    f"the adapter {name!r} is more than a product B·A beside {path!r}", hint="Arrow routes among adapters such as plain LoRA"
-                )
-        shapes = _shapes(layers, name)
-        if shapes != expected:
-            path = next(path for path in (*expected, *shapes) if shapes.get(path) != expected.get(path))
-            raise ConfigError(
-                f"the adapters {first!r} and {name!r} do not agree on {path!r}: {expected.get(path, 'none')} and {shapes.get(path, 'none')}",
-                hint="Arrow needs the same targets and ranks in all adapters",
-            )
-    like = configs[first]
+    _require_alike(model, configs)
+    like = next(iter(configs.values()))
     router = dataclasses.replace(arrow_config)
     router.task_adapter_names = [f"task_{i}" for i in range(len(tasks))]
     router.gks_adapter_names = [f"gks_{i}" for i in range(len(general))]
@@ -130,6 +118,28 @@ def _router_config(model: PeftModel, arrow_config: ArrowConfig, tasks: Sequence[
         inference_mode=True,
         arrow_config=router,
     )
+
+
+def _require_alike(model: PeftModel, configs: Mapping[str, Any]) -> None:
+    """Check that all adapters are plain LoRA with the same targets and ranks."""
+    first = next(iter(configs))
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    expected = _shapes(layers, first)
+    for name, config in configs.items():
+        if not isinstance(config, LoraConfig):
+            raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
+        for path, layer in layers.items():
+            if name in layer.scaling and (config.lora_bias or layer.merging.shift_of(name) is not None or layer.low_rank_factors(name) is None):
+                raise ConfigError(
+                    f"the adapter {name!r} is more than a product B·A beside {path!r}", hint="Arrow routes among adapters such as plain LoRA"
+                )
+        shapes = _shapes(layers, name)
+        if shapes != expected:
+            path = next(path for path in (*expected, *shapes) if shapes.get(path) != expected.get(path))
+            raise ConfigError(
+                f"the adapters {first!r} and {name!r} do not agree on {path!r}: {expected.get(path, 'none')} and {shapes.get(path, 'none')}",
+                hint="Arrow needs the same targets and ranks in all adapters",
+            )
 
 
 def _shapes(layers: Mapping[str, LoraLayer], adapter: str) -> dict[str, dict[str, tuple[int, ...]]]:

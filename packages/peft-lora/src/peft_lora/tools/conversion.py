@@ -14,13 +14,10 @@ from peft_core.plugins import get_tuner_spec
 from peft_core.tuners.targeting import shortest_suffixes
 
 from ..config import LoraConfig
-from .factorisation import Decomposition, decompose
+from .factorisation import KINDS, Decomposition, decompose
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-
-#: base layers that LoRA can wrap, so that an effect on them can be told by A and B
-_KINDS = ("linear", "conv1d", "embedding", "convolution")
 
 
 def convert_to_lora(
@@ -58,11 +55,7 @@ def convert_to_lora(
     """
     index = require_index(model)
     index.require(adapter_name)
-    exact = isinstance(rank, int) and not isinstance(rank, bool)
-    if not exact and not isinstance(rank, float):
-        raise ConfigError(f"rank={rank!r} is a {type(rank).__name__}", hint="give an int, or a float in (0, 1] for a share of the energy")
-    if (exact and rank < 1) or (not exact and not 0 < rank <= 1):
-        raise ConfigError(f"rank={rank!r}", hint="give an int from 1, or a float in (0, 1] for a share of the energy")
+    exact = _is_exact(rank)
     layers, whole = _parts(index, adapter_name)
     if exact:
         _require_rank(int(rank), layers)
@@ -77,9 +70,7 @@ def convert_to_lora(
         found = work(layer, {adapter_name: 1.0})
         ranks[path] = int(rank) if exact else found.rank_for(rank)
         a, b = found.factors(ranks[path])
-        ends = factor_keys(layer)
-        for end, value in zip(ends, shaped(layer, a, b), strict=True):
-            tensors[file_key(prefix, path, end)] = value.contiguous()
+        tensors.update({file_key(prefix, path, end): value.contiguous() for end, value in zip(factor_keys(layer), shaped(layer, a, b), strict=True)})
         change = bias_change(layer, adapter_name)
         if change is not None:
             biases[path] = change
@@ -177,9 +168,9 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
         if kind != str(config.peft_type) and kind:
             whole.update({(path, end): slot.read().clone() for end, slot in module.slots(adapter).items()})
         elif isinstance(module, AdapterLayer):
-            if module.ops.kind not in _KINDS:
+            if module.ops.kind not in KINDS:
                 raise CapabilityError(
-                    f"{path!r} of the adapter {adapter!r} is of the kind {module.ops.kind!r}, which can't be converted", hint=f"known are {_KINDS}"
+                    f"{path!r} of the adapter {adapter!r} is of the kind {module.ops.kind!r}, which can't be converted", hint=f"known are {KINDS}"
                 )
             layers[path] = module
         else:
@@ -188,6 +179,20 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
                 hint="only adapters of layers can be converted",
             )
     return layers, whole
+
+
+def _is_exact(rank: Any) -> bool:
+    """Return whether `rank` is one for all layers, and not the share of the energy to keep in each.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    exact = isinstance(rank, int) and not isinstance(rank, bool)
+    if not exact and not isinstance(rank, float):
+        raise ConfigError(f"rank={rank!r} is a {type(rank).__name__}", hint="give an int, or a float in (0, 1] for a share of the energy")
+    if (exact and rank < 1) or (not exact and not 0 < rank <= 1):
+        raise ConfigError(f"rank={rank!r}", hint="give an int from 1, or a float in (0, 1] for a share of the energy")
+    return exact
 
 
 def _require_rank(rank: int, layers: Mapping[str, AdapterLayer]) -> None:

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from peft_core import AdapterLayer
 
+#: kinds of base layers whose change can be told by one A and one B, or by one for each group of a convolution
+KINDS = ("linear", "conv1d", "embedding", "convolution")
+
 
 @dataclass(frozen=True)
 class Decomposition:
@@ -79,7 +82,7 @@ def change_of(layer: AdapterLayer, adapter: str) -> Tensor:
     """
     with torch.no_grad():
         change = layer.ops.matrix(layer.get_delta_weight(adapter))
-        shift = layer.shift_of(adapter)
+        shift = layer.merging.shift_of(adapter)
         return change if shift is None else change - shift.to(change)
 
 
@@ -96,7 +99,7 @@ def decompose(layer: AdapterLayer, weights: Mapping[str, float]) -> Decompositio
         MergeError: an effect is no change of this weight.
     """
     with torch.no_grad():
-        pairs = [(weight, None if layer.shift_of(name) is not None else _factors(layer, name)) for name, weight in weights.items()]
+        pairs = [(weight, None if layer.merging.shift_of(name) is not None else _factors(layer, name)) for name, weight in weights.items()]
         known = [(weight, *pair) for weight, pair in pairs if pair is not None]
         if len(known) == len(pairs) and sum(a.shape[0] for _, _, a in known) < min(layer.matrix_shape):
             dtype = known[0][1].dtype

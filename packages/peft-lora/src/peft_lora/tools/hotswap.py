@@ -44,8 +44,6 @@ __all__ = [
 SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *SETTINGS_OF_INITS})
 #: what `check_hotswap_configs_compatible` compares; the swap itself compares all that is not swappable
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
-#: kinds of base layers whose adapters have several A and B, or other ranks than their shapes say
-UNSWAPPABLE = frozenset({"attention", "parameter"})
 _CHECKS = ("error", "warn", "ignore")
 
 
@@ -90,42 +88,61 @@ def prepare_model_for_compiled_hotswap(
         ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled.
         AdapterNotFoundError: there is no LoRA layer. The model is as before.
     """
+    _require_check(check_compiled)
+    _require_rank(target_rank)
+    layers = _lora_layers(model)
+    if check_compiled != "ignore" and _is_compiled(model):
+        _report_compiled(check_compiled)
+    places = [(layer, adapter) for layer in layers if layer.hotswappable for adapter in layer.adapters() if adapter not in layer.tied]
+    if target_rank is not None:
+        _require_room(target_rank, places, layers)
+    wanted = max([target_rank or 0, *_ranks(config)])
+    plans = [(layer, adapter, _padded_rank(layer, adapter, wanted)) for layer, adapter in places]
+    for layer, adapter, padded_rank in plans:
+        _widen(layer, adapter, padded_rank)
+        _keep_scaling_as_tensor(layer, adapter)
+
+
+def _require_check(check_compiled: str) -> None:
     if check_compiled not in _CHECKS:
         raise ConfigError(
             f"check_compiled={check_compiled!r} is unknown", hint=did_you_mean(str(check_compiled), _CHECKS) or f"write one of {listed(_CHECKS)}"
         )
+
+
+def _require_rank(target_rank: Any) -> None:
     if target_rank is not None and (not isinstance(target_rank, int) or isinstance(target_rank, bool) or target_rank < 1):
         raise ConfigError(f"target_rank={target_rank!r}", hint="give a positive integer, or None")
+
+
+def _lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """Return the LoRA layers of a model.
+
+    Raises:
+        AdapterNotFoundError: it has none.
+    """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
         raise AdapterNotFoundError(f"No adapter layers found in the model {type(model).__name__}", hint="add the LoRA adapters first")
-    if check_compiled != "ignore" and _is_compiled(model):
-        message = "Detected that the model is already compiled: graphs that were made do not see that scalings are tensors now"
-        if check_compiled == "error":
-            raise ConfigError(message, hint="call prepare_model_for_compiled_hotswap before torch.compile")
-        warnings.warn(message, PeftWarning, stacklevel=2)
-    wanted = max([target_rank or 0, *_ranks(config)])
-    plans: list[tuple[LoraLayer, str, int]] = []
-    for layer in layers:
-        if layer.ops.kind in UNSWAPPABLE:
-            continue
-        for adapter in layer.adapters():
-            if adapter in layer.tied:  # it can't be swapped
-                continue
-            if target_rank is not None and layer.r[adapter] > target_rank:
-                raise ConfigError(
-                    f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
-                    hint=f"give target_rank={max(max(each.r.values(), default=0) for each in layers)} or more",
-                )
-            plans.append((layer, adapter, _padded_rank(layer, adapter, wanted)))
-    for layer, adapter, padded_rank in plans:
-        _widen(layer, adapter, padded_rank)
-        if not isinstance(layer.scaling[adapter], Tensor):
-            b = layer.factors(adapter)[1]
-            layer.scaling[adapter] = torch.tensor(  # type: ignore[assignment]
-                layer.scaling[adapter], dtype=torch.promote_types(b.dtype, torch.float32), device=b.device
+    return layers
+
+
+def _report_compiled(check_compiled: str) -> None:
+    """Raise, or warn, that the model is compiled already."""
+    message = "Detected that the model is already compiled: graphs that were made do not see that scalings are tensors now"
+    if check_compiled == "error":
+        raise ConfigError(message, hint="call prepare_model_for_compiled_hotswap before torch.compile")
+    warnings.warn(message, PeftWarning, stacklevel=3)
+
+
+def _require_room(target_rank: int, places: Sequence[tuple[LoraLayer, str]], layers: Sequence[LoraLayer]) -> None:
+    """Check that no adapter at `places` has a rank above `target_rank`; `layers`: those of the whole model, for the hint."""
+    for layer, adapter in places:
+        if layer.r[adapter] > target_rank:
+            raise ConfigError(
+                f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
+                hint=f"give target_rank={max(max(each.r.values(), default=0) for each in layers)} or more",
             )
-            layer.selection.drop_cached()
 
 
 def _ranks(config: LoraConfig | Mapping[str, LoraConfig] | None) -> list[int]:
@@ -158,6 +175,16 @@ def _widen(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
     layer.selection.drop_cached()
 
 
+def _keep_scaling_as_tensor(layer: LoraLayer, adapter: str) -> None:
+    """Make an adapter's scaling a tensor, which graphs read anew in each call."""
+    if isinstance(layer.scaling[adapter], Tensor):
+        return
+    b = layer.factors(adapter)[1]
+    dtype = torch.promote_types(b.dtype, torch.float32)
+    layer.scaling[adapter] = torch.tensor(layer.scaling[adapter], dtype=dtype, device=b.device)  # type: ignore[assignment]
+    layer.selection.drop_cached()
+
+
 # ---- the swap -----------------------------------------------------------------------------------------------------------
 
 
@@ -181,15 +208,7 @@ def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: S
     for part in incoming:
         layer = part.module
         assert isinstance(layer, LoraLayer)
-        if layer.ops.kind in UNSWAPPABLE:
-            raise CapabilityError(
-                f"{part.path!r} is of the kind {layer.ops.kind!r}, where weights can't be swapped", hint="delete the adapter and load the other"
-            )
-        if adapter in layer.tied:
-            raise CapabilityError(
-                f"{part.path!r} uses the A and B of another module (ensure_weight_tying), which can't be swapped",
-                hint="delete the adapter and load the other",
-            )
+        _require_swappable(layer, adapter, part.path)
         values = ModuleValues(part.path, ranks, alphas)
         r, alpha = values.rank(config.r), values.alpha(config.lora_alpha)
         _check_shift(layer, adapter, r, alpha, part.path)
@@ -201,6 +220,19 @@ def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: S
                 step()
 
     return write
+
+
+def _require_swappable(layer: LoraLayer, adapter: str, path: str) -> None:
+    """Check that the weights of an adapter of one layer can be replaced in place."""
+    if not layer.hotswappable:
+        raise CapabilityError(
+            f"{path!r} is of the kind {layer.ops.kind!r}, where weights can't be swapped", hint="delete the adapter and load the other"
+        )
+    if adapter in layer.tied:
+        raise CapabilityError(
+            f"{path!r} uses the A and B of another module (ensure_weight_tying), which can't be swapped",
+            hint="delete the adapter and load the other",
+        )
 
 
 def _check_start(present: LoraConfig, config: LoraConfig) -> None:
@@ -215,7 +247,7 @@ def _check_start(present: LoraConfig, config: LoraConfig) -> None:
 
 def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str) -> None:
     """Check that what the initialisation took out of the base is the same for both."""
-    if layer.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
+    if layer.merging.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
             f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
             f"and the new adapter has r={r}, lora_alpha={alpha}",
@@ -224,50 +256,70 @@ def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str
 
 
 def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tuple[int, list[tuple[Slot, Tensor]]]:
-    """Return the columns of the new B, and what to write where, over all of the room.
+    """Return how many columns the new B has, and (slot, tensor) for each whole parameter, the room that is not in use included.
 
     Raises:
         AdapterWeightsError: it does not fit.
     """
-    # the whole parameters, whatever part of them is in use
     slots = {end: Slot.of(module, name) for end, module, name in layer.holders(adapter)}
-    b_end = next(end for end in slots if end in rank_padding.B_KEYS)
-    padded_rank = rank_padding.stored_rank(layer, adapter)
     if not part.tensors:
-        if adapter in layer.variants:
-            raise AdapterWeightsError(
-                f"nothing came for {part.path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
-                hint="delete the adapter and load the other",
-            )
-        zeros = [(slot, torch.zeros(slot.shape)) for slot in slots.values()]
-        return _columns_of(layer, adapter, r), zeros
+        return _columns_of(layer, adapter, r), _zeros(layer, adapter, slots, part.path)
     missing = [end for end in slots if end not in part.tensors]
     if missing:
         raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
-    b = part.tensors[b_end]
-    columns = int(b.shape[1]) if b.dim() > 1 else 0
+    b_end = next(end for end in slots if end in rank_padding.B_KEYS)
+    padded_rank = rank_padding.stored_rank(layer, adapter)
+    shape = tuple(part.tensors[b_end].shape)
+    columns = shape[1] if len(shape) > 1 else 0
     if columns > padded_rank:
         raise AdapterWeightsError(
-            f"size mismatch: {b_end!r} of {part.path!r} is {tuple(b.shape)}, and there is room for a rank of {padded_rank}",
+            f"size mismatch: {b_end!r} of {part.path!r} is {shape}, and there is room for a rank of {padded_rank}",
             hint="call prepare_model_for_compiled_hotswap(model, target_rank=...) when the first adapter is loaded, before compiling",
         )
-    pairs = []
-    for end, slot in slots.items():
-        tensor = part.tensors[end]
-        factor = end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS)
-        expected = tuple(rank_padding.unpadded(end, torch.empty(slot.shape, device="meta"), padded_rank, columns).shape) if factor else slot.shape
-        if tuple(tensor.shape) != expected:
-            raise AdapterWeightsError(
-                f"size mismatch: {end!r} of {part.path!r} is {tuple(tensor.shape)}, expected {expected}",
-                hint="was the adapter trained on another base?",
-            )
-        pairs.append((slot, rank_padding.padded(end, tensor, columns, padded_rank) if factor and columns < padded_rank else tensor))
-    if layer.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
+    pairs = [(slot, _with_room(end, part.tensors[end], slot.shape, columns, padded_rank, part.path)) for end, slot in slots.items()]
+    if layer.merging.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
         raise AdapterWeightsError(
-            f"{b_end!r} of {part.path!r} is {tuple(b.shape)}, and the config says that the rank is {r}",
+            f"{b_end!r} of {part.path!r} is {shape}, and the config says that the rank is {r}",
             hint="give the config that belongs to these weights",
         )
     return columns, pairs
+
+
+def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str) -> list[tuple[Slot, Tensor]]:
+    """Return zeros for each slot of a layer for which nothing came: the new adapter has no effect there.
+
+    Raises:
+        AdapterWeightsError: a variant for which zeros are no such weights.
+    """
+    if adapter in layer.variants:
+        raise AdapterWeightsError(
+            f"nothing came for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
+            hint="delete the adapter and load the other",
+        )
+    return [(slot, torch.zeros(slot.shape)) for slot in slots.values()]
+
+
+def _with_room(end: str, tensor: Tensor, stored: tuple[int, ...], columns: int, padded_rank: int, path: str) -> Tensor:
+    """Return a tensor of a file as it is stored: an A or a B with zeros for the ranks that are not in use, another as it is.
+
+    Args:
+        end: of its file key.
+        tensor: of the file.
+        stored: shape of the parameter.
+        columns, padded_rank: of the file's B, and of the stored one.
+        path: of the layer, for messages.
+
+    Raises:
+        AdapterWeightsError: another shape.
+    """
+    factor = end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS)
+    expected = tuple(rank_padding.unpadded(end, torch.empty(stored, device="meta"), padded_rank, columns).shape) if factor else stored
+    if tuple(tensor.shape) != expected:
+        raise AdapterWeightsError(
+            f"size mismatch: {end!r} of {path!r} is {tuple(tensor.shape)}, expected {expected}",
+            hint="was the adapter trained on another base?",
+        )
+    return rank_padding.padded(end, tensor, columns, padded_rank) if factor and columns < padded_rank else tensor
 
 
 def _columns_of(layer: LoraLayer, adapter: str, r: int) -> int:

@@ -19,6 +19,7 @@ from ..config import LoraConfig
 from ..layers.common import LoraLayer
 from ..offers import variant_specs
 from . import combining
+from .factorisation import KINDS
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 #: those that combine A's with A's and B's with B's
@@ -75,7 +76,7 @@ def check(index: AdapterIndex, request: Request) -> Layers:
         for (kind, path), module in index.modules_of(name):
             if kind != "LORA":
                 continue
-            if not isinstance(module, LoraLayer) or module.ops.kind not in ("linear", "conv1d", "embedding", "convolution"):
+            if not isinstance(module, LoraLayer) or module.ops.kind not in KINDS:
                 raise ConfigError(f"{path!r} is a {type(module).__name__}, of which no weighted sum can be made", hint="leave it out of the targets")
             _check_layer(module, name, path, request)
             layers.setdefault(path, (module, []))[1].append(name)
@@ -96,7 +97,12 @@ def check(index: AdapterIndex, request: Request) -> Layers:
 
 
 def _check_arguments(request: Request) -> None:
-    names, weights = request.adapters, request.weights
+    _check_sum(request.adapters, request.weights)
+    _check_method(request)
+    _check_svd(request.svd_rank, request.svd_clamp)
+
+
+def _check_sum(names: Sequence[str], weights: Sequence[float]) -> None:
     if not names:
         raise ConfigError("adapters is empty", hint="name at least one")
     if len(set(names)) != len(names):
@@ -106,6 +112,9 @@ def _check_arguments(request: Request) -> None:
     for weight in weights:
         if not _is_number(weight):
             raise ConfigError(f"weights has {weight!r}", hint="give finite numbers")
+
+
+def _check_method(request: Request) -> None:
     kind = request.combination_type
     if kind not in TYPES:
         raise ConfigError(f"Invalid combination_type: {kind!r}", hint=did_you_mean(str(kind), TYPES) or f"write one of {listed(TYPES, 20)}")
@@ -117,7 +126,9 @@ def _check_arguments(request: Request) -> None:
             raise ConfigError(f"density={density}", hint="give a share of the entries that stay, in (0, 1)")
     if request.majority_sign_method not in MAJORITIES:
         raise ConfigError(f"majority_sign_method={request.majority_sign_method!r} is unknown", hint=f"write one of {listed(MAJORITIES)}")
-    rank, clamp = request.svd_rank, request.svd_clamp
+
+
+def _check_svd(rank: Any, clamp: Any) -> None:
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise ConfigError(f"svd_rank={rank!r}", hint="give a positive integer, or None for the largest rank of the adapters")
     if clamp is not None and not (_is_number(clamp) and 0 < clamp <= 1):
@@ -141,7 +152,7 @@ def _check_config(config: Any, name: str) -> None:
 
 
 def _check_layer(layer: LoraLayer, name: str, path: str, request: Request) -> None:
-    if layer.shift_of(name) is not None:
+    if layer.merging.shift_of(name) is not None:
         raise ConfigError(
             f"the initialisation of {name!r} took out of the base weight what it put into the adapter: it has no effect of its own to be weighted",
             hint="convert_to_lora makes plain LoRA of it; load that on the original base",

@@ -60,9 +60,9 @@ class Dora(Variant):
         shape = self._shape()
         init_options = layer.init_options
         if init_options.meta or not init_options.initialise or layer.base_weight().is_meta:
-            weight = layer.make_parameter(shape, torch.Tensor.zero_)
+            weight = layer.init_options.new_parameter(shape, torch.Tensor.zero_)
         else:
-            weight = layer.keep_parameter(self.norms().reshape(shape))
+            weight = layer.init_options.parameter_of(self.norms().reshape(shape))
         holder[self.adapter] = Magnitude(weight)
 
     def _shape(self) -> tuple[int, ...]:
@@ -169,10 +169,11 @@ class Dora(Variant):
                 return None
             if x.requires_grad or a.requires_grad or b.requires_grad or m.requires_grad:
                 return kernels.dora_linear(x, weight, bias, a, b, m, self._divisors(), s)
-        if caches_dora():
-            found: Tensor | None = layer.cached_merged_linear(adapter, x)
-            if found is not None:
-                return found
+        found: Tensor | None = layer.cached_merged_linear(adapter, x) if caches_dora() else None
+        return self._without_gradients(x, weight, bias, a, b, m, s) if found is None else found
+
+    def _without_gradients(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Any, b: Any, m: Tensor, s: float) -> Tensor:
+        """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias (…, out) for `x` (…, in), in the cheaper way: by the rows of W + s·B·A, or beside the base."""
         if formulas.forms_rows(weight) and weight.dtype is a.dtype is b.dtype is m.dtype is torch.float32:
             return kernels.dora_by_rows(x, weight, bias, a, b, m, s)
         y = kernels.add_low_rank(F.linear(x, weight).to(a.dtype), x, a, b, s)

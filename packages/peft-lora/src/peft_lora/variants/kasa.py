@@ -73,7 +73,7 @@ class Kasa(LowRank):
     def truncate(self) -> None:
         """Take the r smallest singular components out of W, unless another KaSA adapter has taken as many."""
         layer: Any = self.layer
-        shifted = max((other.settings.r for other in self._others() if other.adapter in layer.shifts), default=0)
+        shifted = max((other.settings.r for other in self._others() if other.adapter in layer.merging.shifts), default=0)
         if layer.base_weight().is_meta or shifted >= self.settings.r:
             return
         layer.shift_base(self.adapter, smallest_components(layer.ops.matrix(layer.base_weight()), self.settings.r))
@@ -86,11 +86,11 @@ class Kasa(LowRank):
         """
         layer: Any = self.layer
         others = self._others()
-        if self.adapter not in layer.shifts or not others:
+        if self.adapter not in layer.merging.shifts or not others:
             return  # the layer undoes a shift
-        heir = next((other for other in others if other.settings.r == self.settings.r and other.adapter not in layer.shifts), None)
+        heir = next((other for other in others if other.settings.r == self.settings.r and other.adapter not in layer.merging.shifts), None)
         if heir is not None:
-            layer.shifts[heir.adapter] = layer.shifts.pop(self.adapter)
+            layer.merging.shifts[heir.adapter] = layer.merging.shifts.pop(self.adapter)
             return
         if layer.merged:
             raise MergeError(
@@ -98,7 +98,7 @@ class Kasa(LowRank):
                 hint="unmerge_adapter() first",
             )
         for adapter in (*(other.adapter for other in others), self.adapter):
-            layer.restore_base(adapter)
+            layer.merging.restore(adapter)
         for other in others:
             other.truncate()
 
@@ -126,7 +126,7 @@ class Kasa(LowRank):
         Raises:
             ModelError: the base had no weights when the adapter was added, so that nothing was taken out of them.
         """
-        if not self.layer.shifts:
+        if not self.layer.merging.shifts:
             raise ModelError(
                 f"the base of {self.settings.path!r} had no weights when the KaSA adapter {self.adapter!r} was added: it is not truncated",
                 hint="load the base's weights first, then add the adapter",

@@ -79,8 +79,8 @@ class Monteclora(LowRank):
         """Create ρ and π, uniform on [0, 1)."""
         layer: Any = self.layer
         holder: Any = holder_of(layer, "lora_monteclora_sampler", nn.ModuleDict)
-        std = layer.make_parameter((self.settings.r,), torch.Tensor.uniform_)
-        holder[self.adapter] = Sampler(std, layer.make_parameter((self.config.num_samples,), torch.Tensor.uniform_))
+        std = layer.init_options.new_parameter((self.settings.r,), torch.Tensor.uniform_)
+        holder[self.adapter] = Sampler(std, layer.init_options.new_parameter((self.config.num_samples,), torch.Tensor.uniform_))
 
     @property
     def sampler(self) -> Sampler:

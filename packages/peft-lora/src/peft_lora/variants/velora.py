@@ -41,7 +41,7 @@ class Velora(LowRank):
         layer: Any = self.layer
         fill = _fill_with_direction if self.init_type == "random" else torch.Tensor.zero_
         holder: Any = holder_of(layer, "lora_velora_embed", BufferDict)
-        holder[self.adapter] = layer.make_parameter((self.width,), fill).data
+        holder[self.adapter] = layer.init_options.new_parameter((self.width,), fill).data
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield v: (end of the file key, module, attribute)."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Eva(Plain):
     """A as with True and B zero, until `initialize_lora_eva_weights` gives A the principal directions of the layer's inputs."""
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d"})
     _warned = False
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:

@@ -84,25 +84,15 @@ def get_eva_state_dict(
                 _require_enough(statistics, passes)
                 continue
             prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
-            if not all(stats.grouped for stats in statistics):
-                _group(statistics, prepared, functools.partial(forward_fn, model, batch))
-            with _watching(
-                [stats for stats in statistics if stats.leads and not stats.settled],
-                prepared,
-                settings.tau,
-            ):
-                forward_fn(model, batch)
+            _analyse(statistics, prepared, functools.partial(forward_fn, model, batch), settings.tau)
             distribute(statistics, budget)
             bar.update(sum(stats.converged for stats in statistics) - bar.n)
             if all(stats.settled for stats in statistics if stats.leads):
                 break
         else:
-            moving = [stats.name for stats in statistics if stats.leads and not stats.settled]
-            warnings.warn(
-                f"EVA: after {max_passes} passes over the data the directions of {listed(moving, 4)} still move by more than tau={settings.tau} says",
-                PeftWarning,
-                stacklevel=2,
-            )
+            moving = listed([stats.name for stats in statistics if stats.leads and not stats.settled], 4)
+            message = f"EVA: after {max_passes} passes over the data the directions of {moving} still move by more than tau={settings.tau} says"
+            warnings.warn(message, PeftWarning, stacklevel=2)
     return {stats.name: stats.result(settings.whiten) for stats in statistics}
 
 
@@ -134,13 +124,7 @@ def initialize_lora_eva_weights(
     Raises:
         ConfigError: the model or the tensors do not fit; nothing has changed.
     """
-    if not isinstance(model, PeftModel):
-        raise ConfigError(f"model is a {type(model).__name__}, not a PeftModel", hint="wrap it with get_peft_model(model, LoraConfig(…)) first")
-    if len(model.active_adapters) != 1:
-        raise ConfigError(f"EVA needs one active adapter, and there are {model.active_adapters}", hint=f"set_adapter({adapter_name!r})")
-    config = _config(model, None, adapter_name)
-    if config.init_lora_weights != "eva":
-        raise ConfigError(f"init_lora_weights of {adapter_name!r} is {config.init_lora_weights!r}", hint="EVA needs init_lora_weights='eva'")
+    config = _config_to_start(model, adapter_name)
     if eva_state_dict is None:
         if dataloader is None:
             raise ConfigError("neither dataloader nor eva_state_dict is given", hint="EVA needs data")
@@ -176,6 +160,22 @@ def _config(model: nn.Module, given: LoraConfig | None, adapter: str) -> LoraCon
         raise ConfigError(f"there is no config for the adapter {adapter!r}", hint="pass peft_config, or a PeftModel that has this adapter")
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"EVA is for LoRA, and the config is a {type(config).__name__}")
+    return config
+
+
+def _config_to_start(model: nn.Module, adapter: str) -> LoraConfig:
+    """Return the config of an adapter that can be started by EVA.
+
+    Raises:
+        ConfigError: it is no such adapter, or not the one in use.
+    """
+    if not isinstance(model, PeftModel):
+        raise ConfigError(f"model is a {type(model).__name__}, not a PeftModel", hint="wrap it with get_peft_model(model, LoraConfig(…)) first")
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"EVA needs one active adapter, and there are {model.active_adapters}", hint=f"set_adapter({adapter!r})")
+    config = _config(model, None, adapter)
+    if config.init_lora_weights != "eva":
+        raise ConfigError(f"init_lora_weights of {adapter!r} is {config.init_lora_weights!r}", hint="EVA needs init_lora_weights='eva'")
     return config
 
 
@@ -239,6 +239,21 @@ def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
             what = "is empty" if number == 0 else "gives its batches only once"
             raise ConfigError(f"the dataloader {what}", hint="pass a list of batches, or a DataLoader")
         yield None
+
+
+def _analyse(statistics: list[LayerStatistics], prepared: Any, call: Callable[[], Any], tau: float) -> None:
+    """Run the model on a batch, and let each layer whose directions still move see its inputs.
+
+    Args:
+        statistics: of all layers; those with the same inputs are found first.
+        prepared: what the layers' functions get besides their inputs.
+        call: runs the model.
+        tau: how much two estimates of a direction have to agree.
+    """
+    if not all(stats.grouped for stats in statistics):
+        _group(statistics, prepared, call)
+    with _watching([stats for stats in statistics if stats.leads and not stats.settled], prepared, tau):
+        call()
 
 
 def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:

@@ -49,13 +49,8 @@ def preprocess_loraga(
         )
     if like not in SCALINGS:
         raise ConfigError(f"like={like!r} is unknown", hint=did_you_mean(like, SCALINGS) or f"write one of {SCALINGS}")
-    weights: dict[str, nn.Parameter] = {}
     modules = {name: module for name, (module, _) in planned(model, lora_config).items()}
-    for name, module in modules.items():
-        weight: Any = module.weight
-        if not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            raise ConfigError(f"{name!r} is quantised: its weight can't get a gradient", hint="load the base in float32, float16 or bfloat16")
-        weights[name] = weight
+    weights = {name: _weight_of(name, module) for name, module in modules.items()}
     gradients: Mapping[str, Tensor | None]
     if cache_file is not None and os.path.exists(cache_file) and os.path.getsize(cache_file):
         gradients = _cached(cache_file, weights)
@@ -65,14 +60,27 @@ def preprocess_loraga(
         gradients = mean_gradients(model, modules, weights, train_step)
         if cache_file is not None:
             write_tensors(cache_file, {f"{name}.{GRADIENT}": g for name, g in gradients.items() if g is not None})
+    _report_missing(gradients)
+    for name, module in modules.items():
+        setattr(module, GRADIENT, gradients[name])
+        setattr(module, LIKE, like)
+
+
+def _weight_of(name: str, module: Any) -> nn.Parameter:
+    """Return the weight of a targeted module; an error where it can't get a gradient."""
+    weight = module.weight
+    if not weight.is_floating_point() or type(weight) is not nn.Parameter:
+        raise ConfigError(f"{name!r} is quantised: its weight can't get a gradient", hint="load the base in float32, float16 or bfloat16")
+    return weight
+
+
+def _report_missing(gradients: Mapping[str, Tensor | None]) -> None:
+    """Warn which weights got no gradient; an error where none did."""
     without = [name for name, gradient in gradients.items() if gradient is None]
     if len(without) == len(gradients):
         raise ConfigError("no targeted weight has a gradient", hint="does train_step call backward on a loss of this model?")
     if without:
-        warnings.warn(f"{listed(without, 4)} got no gradient and will start as with init_lora_weights=True", PeftWarning, stacklevel=2)
-    for name, module in modules.items():
-        setattr(module, GRADIENT, gradients[name])
-        setattr(module, LIKE, like)
+        warnings.warn(f"{listed(without, 4)} got no gradient and will start as with init_lora_weights=True", PeftWarning, stacklevel=3)
 
 
 def mean_gradients(

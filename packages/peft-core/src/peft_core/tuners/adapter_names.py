@@ -37,6 +37,6 @@ def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]
     for prefix in sorted(p for p in prefixes if p):
         if adapter.startswith(prefix):
             raise AdapterNameError(
-                f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys could not be told apart in files",
+                f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys would be ambiguous in files",
                 hint="choose another name",
             )

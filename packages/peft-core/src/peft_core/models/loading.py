@@ -1,0 +1,137 @@
+"""Adapters from files: what `PeftModel.load_adapter` and `from_pretrained` share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint.files import WeightFile, find_weights
+from ..checkpoint.load import LoadResult, Strict, TensorSource, translated, write_tensors
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..layers.init_options import InitOptions
+from ..operations.activate import set_trainable
+from ..operations.add import add_adapter
+from ..plugins import hooks
+from ..tuners.index import AdapterIndex
+from .configs import check_same_effect, default_key_mapping, note_offload, read_config
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How an adapter is loaded.
+
+    Args:
+        trainable: it may train.
+        device: where tensors are read to before they are copied.
+        autocast: half-precision weights are kept in float32.
+        offload: recorded in the config's `runtime_config`, where it has one.
+        meta: no memory for initial values.
+        key_mapping: regular expression → replacement for the file's keys; None: what the base says.
+        strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
+        ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
+        hub: options of a download.
+    """
+
+    trainable: bool = False
+    device: str | None = None
+    autocast: bool = True
+    offload: bool = False
+    meta: bool = False
+    key_mapping: Mapping[str, str] | None = None
+    strict: Strict = True
+    ignore_mismatched_sizes: bool = False
+    hub: Mapping[str, Any] = field(default_factory=dict)
+
+    def config(self, model_id: str | os.PathLike[str], given: PeftConfig | None = None) -> PeftConfig:
+        """Return the adapter's config: `given`, or the file's.
+
+        Raises:
+            UnknownTunerError, ConfigFileError: as `PeftConfig.from_pretrained`.
+            ConfigError: `given` is no config.
+        """
+        if given is not None and not isinstance(given, PeftConfig):
+            raise ConfigError(f"The input config must be a PeftConfig, got {type(given).__name__}", hint="use get_peft_config(dict)")
+        config = read_config(model_id, self.hub) if given is None else given
+        note_offload(config, self.offload)
+        return config
+
+    def source(self, model_id: str | os.PathLike[str], config: PeftConfig, base: nn.Module) -> tuple[WeightFile, TensorSource]:
+        """Find the adapter's file, and return it with its tensors, not read yet.
+
+        Raises:
+            AdapterFileError: there is none.
+        """
+        mapping = self.key_mapping if self.key_mapping is not None else default_key_mapping(base, config)
+        file = find_weights(model_id, **self.hub)
+        return file, TensorSource.of_file(file, self.device, str(config.peft_type), config, mapping)
+
+
+def add(
+    index: AdapterIndex,
+    name: str,
+    config: PeftConfig,
+    options: LoadOptions,
+    source: TensorSource | None = None,
+    *,
+    heads: Sequence[str],
+    mount_on: nn.Module,
+) -> LoadResult | None:
+    """Add an adapter to a model: freshly initialised, or with the tensors of `source`.
+
+    Args:
+        index: the adapters of the model.
+        name: the new adapter.
+        config: its config; kept, not copied.
+        options: how it is loaded.
+        source: its tensors; None: initial values.
+        heads: names of heads that the model's task saves whole.
+        mount_on: what modules beside the base are put on.
+
+    Returns:
+        What was missing and unexpected in `source`; None without one.
+
+    Raises:
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError, AdapterWeightsError: the model is as
+            before.
+    """
+    if source is None:
+        init_options = InitOptions(meta=options.meta, autocast=options.autocast)
+        add_adapter(index, name, config, init_options=init_options, heads=heads, mount_on=mount_on)
+        return None
+    source = translated(index, config, source)
+    entire = options.strict is True and not options.ignore_mismatched_sizes  # all initial values will be overwritten
+    init_options = InitOptions(meta=options.meta and entire, autocast=options.autocast, initialise=not entire)
+    result: list[LoadResult] = []
+
+    def write() -> None:
+        result.append(write_tensors(index, name, source, strict=options.strict, ignore_mismatched_sizes=options.ignore_mismatched_sizes))
+
+    add_adapter(index, name, config, init_options=init_options, heads=heads, mount_on=mount_on, before_commit=write)
+    return result[0]
+
+
+def load(
+    index: AdapterIndex, model_id: str | os.PathLike[str], name: str, options: LoadOptions, *, heads: Sequence[str], mount_on: nn.Module
+) -> LoadResult:
+    """Read an adapter from a folder or the Hub into a model that has adapters; see `PeftModel.load_adapter`."""
+    config = options.config(model_id)
+    config.inference_mode = not options.trainable
+    file, source = options.source(model_id, config, index.base)
+    if name in index.configs:
+        source = translated(index, config, source)
+        check_same_effect(index.configs[name], config, name)
+        result = write_tensors(index, name, source, strict=options.strict, ignore_mismatched_sizes=options.ignore_mismatched_sizes)
+    else:
+        added = add(index, name, config, options, source, heads=heads, mount_on=mount_on)
+        assert added is not None
+        result = added
+        set_trainable(index, name, options.trainable)
+        if not options.trainable:
+            mount_on.eval()  # but not where only the weights of an adapter in training are replaced
+    hooks.adapter_loaded(index.base, name, file.path.parent, str(model_id))
+    return result
