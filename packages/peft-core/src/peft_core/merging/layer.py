@@ -72,13 +72,22 @@ class LayerMerging:
         if not mergeable:
             return None
         base = layer.get_base_layer()
-        require_writable(base, layer.weight_name)
-        folds = [Fold(base, layer.weight_name, self.change_of(mergeable), shared=self.shared_weight)]
+        folds = [self.weight_fold(self.change_of(mergeable))]
         bias = base._parameters.get(layer.bias_name)
         with torch.no_grad():
             if any(layer.merged_bias(adapter, bias) is not bias for adapter in mergeable):
                 folds.append(Fold(base, layer.bias_name, BiasChange(layer, mergeable)))
         return Merge(base, mergeable, folds)
+
+    def weight_fold(self, change: Change, instead: str = "use the adapter unmerged") -> Fold:
+        """Return what makes `change` in the base weight, nothing done yet. `instead`: what somebody can do otherwise, for the message.
+
+        Raises:
+            MergeError: the weight can't be written to.
+        """
+        base, name = self.layer.get_base_layer(), self.layer.weight_name
+        require_writable(base, name, instead)
+        return Fold(base, name, change, shared=self.shared_weight)
 
     def change_of(self, adapters: Sequence[str]) -> Change:
         """Return what merging `adapters` does to the base weight."""
@@ -126,17 +135,7 @@ class LayerMerging:
     # ---- initialisations that change the base ------------------------------------------------------------------------
     def shift(self, adapter: str, delta: Tensor | Product) -> None:
         """Subtract `delta` (out, in) from the base weight for as long as the adapter exists; see `AdapterLayer.shift_base`."""
-        layer = self.layer
-        base = layer.get_base_layer()
-        require_writable(base, layer.weight_name, "choose an initialisation that leaves the base weight as it is")
-        self.do_shift(adapter, Fold(base, layer.weight_name, Subtraction(delta, layer.ops), shared=self.shared_weight))
-
-    def do_shift(self, adapter: str, fold: Fold) -> None:
-        """Apply `fold` for as long as the adapter exists.
-
-        Raises:
-            MergeError: something is merged into the weight.
-        """
+        fold = self.weight_fold(Subtraction(delta, self.layer.ops), "choose an initialisation that leaves the base weight as it is")
         base = fold.owner
         if any(not merge.permanent for merge in base.__dict__.get(MERGES, ())):
             raise MergeError(
