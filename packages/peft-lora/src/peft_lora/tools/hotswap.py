@@ -85,7 +85,8 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: what to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
-        ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled.
+        ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled; a
+            variant can't have a larger rank (`Variant.can_be_padded`).
         AdapterNotFoundError: there is no LoRA layer. The model is as before.
     """
     _require_check(check_compiled)
@@ -98,6 +99,8 @@ def prepare_model_for_compiled_hotswap(
         _require_room(target_rank, places, layers)
     wanted = max([target_rank or 0, *_ranks(config)])
     plans = [(layer, adapter, _padded_rank(layer, adapter, wanted)) for layer, adapter in places]
+    for layer, adapter, padded_rank in plans:
+        _require_padding(layer, adapter, padded_rank)
     for layer, adapter, padded_rank in plans:
         _widen(layer, adapter, padded_rank)
         _keep_scaling_as_tensor(layer, adapter)
@@ -143,6 +146,16 @@ def _require_room(target_rank: int, places: Sequence[tuple[LoraLayer, str]], lay
                 f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
                 hint=f"give target_rank={max(max(each.r.values(), default=0) for each in layers)} or more",
             )
+
+
+def _require_padding(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
+    """Check that an adapter computes the same with factors of `padded_rank`, where that is more than they have."""
+    variant = layer.variants.get(adapter)
+    if variant is not None and not variant.can_be_padded and padded_rank > rank_padding.stored_rank(layer, adapter):
+        raise ConfigError(
+            f"the adapter {adapter!r} is {variant.name}, which can't have room for a larger rank than its own",
+            hint=f"leave target_rank out, or delete_adapter({adapter!r}) first",
+        )
 
 
 def _ranks(config: LoraConfig | Mapping[str, LoraConfig] | None) -> list[int]:

@@ -36,6 +36,7 @@ class Dora(Variant):
     """
 
     name = "DoRA"
+    can_be_padded = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "convolution"})
     containers = ("lora_magnitude_vector",)
     additive = False

@@ -28,6 +28,7 @@ class Velora(LowRank):
     """
 
     name = "VeLoRA"
+    can_be_padded = True
     containers = ("lora_velora_embed",)
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
