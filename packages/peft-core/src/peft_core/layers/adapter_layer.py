@@ -421,7 +421,7 @@ class AdapterLayer(SelectionMixin):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters folded into the base weight, in that order."""
+        """The merged adapters, in the order in which they were merged."""
         return self.merging.adapters
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -437,9 +437,9 @@ class AdapterLayer(SelectionMixin):
         self.merging.merge(self.selection.names if adapter_names is None else tuple(adapter_names), check_finite=safe_merge)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out again; the base weight returns bit for bit.
+        """Unmerge all adapters of this layer; the base weight is restored bit for bit.
 
-        What other layers around the same weight merged later is taken out first, and folded in again.
+        Later merges of other layers around the same weight are undone first, and done again afterwards.
         """
         self.merging.unmerge()
 

@@ -17,7 +17,7 @@ from ..selection.route import ALL, EMPTY
 from ..tuners.call import Call, Output, Site, VirtualTokens
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
-from .sequence import cached_in
+from .sequence import cached_length
 
 #: inputs with which virtual tokens may be computed apart from the text; any other input prevents it
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
@@ -78,7 +78,7 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
     if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
         return False
     cache = call.inputs.get("past_key_values")
-    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_in(call, cache)))
+    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_length(call, cache)))
 
 
 def _same_for_all_rows(tokens: VirtualTokens) -> bool:
