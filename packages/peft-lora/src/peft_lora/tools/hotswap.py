@@ -27,7 +27,7 @@ from peft_core import (
 from peft_core.errors import did_you_mean, listed
 
 from .. import formulas
-from ..config import SETTINGS_OF_INITS, LoraConfig
+from ..config import INITIALIZER_SETTINGS, LoraConfig
 from ..extensions import initializer_of
 from ..layers import rank_padding
 from ..layers.common import LoraLayer
@@ -41,7 +41,7 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
 ]
 #: fields in which an adapter may differ from the one whose place it takes; they are written into that one's config
-SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *SETTINGS_OF_INITS})
+SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *INITIALIZER_SETTINGS})
 #: what `check_hotswap_configs_compatible` compares; the swap itself compares all that is not swappable
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 _CHECKS = ("error", "warn", "ignore")
