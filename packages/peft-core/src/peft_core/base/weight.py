@@ -22,7 +22,7 @@ HOOK = "_hf_hook"
 _HOOK_ATTRIBUTES = (HOOK, "_old_forward", "forward")
 
 
-def is_offloaded(module: nn.Module) -> bool:
+def has_accelerate_hook(module: nn.Module) -> bool:
     """Return whether accelerate has a hook on a module: its parameters may be on meta outside of its forward."""
     return HOOK in module.__dict__
 
@@ -32,7 +32,7 @@ def in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the block, offloaded parameters of the `modules` are in memory, as accelerate brings them there for a forward."""
     with contextlib.ExitStack() as cleanup:
         for module in modules:
-            if is_offloaded(module):
+            if has_accelerate_hook(module):
                 hook = module.__dict__[HOOK]
                 hook.pre_forward(module)
                 cleanup.callback(hook.post_forward, module, None)
@@ -42,7 +42,7 @@ def in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 @contextlib.contextmanager
 def without_offloading(module: nn.Module) -> Iterator[None]:
     """Inside the block, all parameters of `module` are in memory and accelerate's hooks are removed, so that a copy is an ordinary module."""
-    hooked = [part for part in module.modules() if is_offloaded(part)]
+    hooked = [part for part in module.modules() if has_accelerate_hook(part)]
     with in_memory(hooked), contextlib.ExitStack() as cleanup:
         for part in hooked:
             cleanup.callback(part.__dict__.update, {name: part.__dict__.pop(name) for name in _HOOK_ATTRIBUTES if name in part.__dict__})
@@ -63,7 +63,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
         if (isinstance(hook, WeightNorm) and hook.name == name) or (isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name):
             untyped(module, None)
     weight: Tensor = getattr(module, name)
-    if weight.is_meta and is_offloaded(module):
+    if weight.is_meta and has_accelerate_hook(module):
         with in_memory((module,)):
             weight = getattr(module, name)
     return weight
@@ -96,7 +96,7 @@ def require_writable(module: nn.Module, name: str, instead: str = "use the adapt
             hint=f"make it a parameter first (remove_parametrizations, remove_weight_norm, prune.remove), or {instead}",
             code="weight-is-computed",
         )
-    if weight.is_meta and is_offloaded(module):
+    if weight.is_meta and has_accelerate_hook(module):
         raise MergeError(
             f"{name!r} of this {type(module).__name__} is offloaded by accelerate and is not in memory",
             hint=f"load the base without offloading, or {instead}",

@@ -58,7 +58,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     matches = _matches(base, config, matching)
     if not matches.found:
         raise _no_match(base, config, targets, matches)
-    _refuse_fused_kernels(base, matches.found)
+    _refuse_modules_of_fused_kernels(base, matches.found)
     _warn_unused(base, config, targets, matches.excluded)
     if not isinstance(targets, str):
         targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
@@ -94,7 +94,7 @@ def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool
     return matches
 
 
-def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
+def _refuse_modules_of_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
     if "mamba" not in (base.model_type or ""):
         return
     for name in found:

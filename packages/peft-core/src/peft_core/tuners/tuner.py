@@ -210,7 +210,7 @@ class TunerBase:
             slots = part.module.slots(adapter)
             missing = [key for key in slots if key not in part.tensors]
             if missing:
-                raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+                raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
             for key, slot in slots.items():
                 shape = tuple(part.tensors[key].shape)
                 if shape != slot.shape:

@@ -64,6 +64,6 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     if not (any(layer.get_seq_length() > length for layer in decoder_cache.layers) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
-            hint=f"the layers of {forward.view.name} look at no cache; use a method with virtual embeddings",
+            hint=f"the layers of {forward.view.name} do not use the cache; use a method with virtual embeddings",
         )
     forward.reads_cache = True

@@ -109,7 +109,7 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, scaled_b_transposed: Tensor) -> 
     """
     rows = a.shape[0]
     if x.shape[0] % rows:
-        raise RoutingError(f"adapter_names has {rows} entries, but a layer sees a batch of {x.shape[0]} rows", hint="give one entry per sample")
+        raise RoutingError(f"adapter_names has {rows} entries, but a layer gets a batch of {x.shape[0]} samples", hint="give one entry per sample")
     xs = x.reshape(rows, -1, x.shape[-1]).to(a.dtype)
     ys = y.reshape(rows, -1, y.shape[-1])
     hidden = torch.bmm(a, xs.transpose(1, 2)).transpose(1, 2)

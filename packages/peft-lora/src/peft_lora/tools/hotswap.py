@@ -266,7 +266,7 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
         return _columns_of(layer, adapter, r), _zeros(layer, adapter, slots, part.path)
     missing = [end for end in slots if end not in part.tensors]
     if missing:
-        raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+        raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
     b_end = next(end for end in slots if end in rank_padding.B_KEYS)
     padded_rank = rank_padding.stored_rank(layer, adapter)
     shape = tuple(part.tensors[b_end].shape)
@@ -293,7 +293,7 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str)
     """
     if adapter in layer.variants:
         raise AdapterWeightsError(
-            f"nothing came for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
+            f"no new tensor for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
             hint="delete the adapter and load the other",
         )
     return [(slot, torch.zeros(slot.shape)) for slot in slots.values()]
