@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -150,13 +151,7 @@ class TunerBase:
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
-        """Return the conversions with which transformers loads the adapter's weights.
-
-        Args:
-            conversions: those for the base model's own weights (`WeightRenaming`, `WeightConverter`).
-            adapter: name of the adapter.
-            config: the adapter's config.
-        """
+        """Return transformers' `WeightRenaming`s and `WeightConverter`s for `adapter` with `config`, made from those of the base, `conversions`."""
         return list(conversions)
 
     def reshape(self, base: BaseView, config: Any) -> Reshape | None:
@@ -276,10 +271,7 @@ class LayerTuner(TunerBase):
         else:
             chosen = targeting.Selection((), targets)
         patterns = {name: targeting.Patterns(getattr(config, name), name) for name in ("rank_pattern", "alpha_pattern")}
-
-        def values(path: str) -> ModuleValues:
-            return ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])
-
+        values = partial(ModuleValues, ranks=patterns["rank_pattern"], alphas=patterns["alpha_pattern"])
         wraps = [
             Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values(path)))) for path in chosen.names
         ]
