@@ -139,7 +139,7 @@ def test_saved_heads_are_swapped_too() -> None:
     assert torch.equal(model(X), other(X))
     state = {name: value for name, value in get_peft_model_state_dict(lora(3, modules_to_save=["head"])).items() if "head" not in name}
     before = picture(model)
-    with pytest.raises(AdapterWeightsError, match=r"nothing came for 'weight', 'bias' of 'head'"):
+    with pytest.raises(AdapterWeightsError, match=r"no new tensor for 'weight', 'bias' of 'head'"):
         hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
     assert_same(picture(model), before)
 
@@ -374,7 +374,7 @@ def fitting(model: Any, **changes: Any) -> tuple[dict[str, Tensor], Any]:
         ({"r": 3}, None, AdapterWeightsError, r"is \(4, 3\), and there is room for a rank of 2; call prepare_model"),
         ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
         ({"target_modules": ["up", "last", "down"]}, None, AdapterWeightsError, "unexpected keys:"),
-        ({}, "missing", AdapterWeightsError, "nothing came for 'lora_B.weight'"),
+        ({}, "missing", AdapterWeightsError, "no new tensor for 'lora_B.weight'"),
         ({}, "shape", AdapterWeightsError, r"size mismatch: 'lora_A.weight' of .* is \(2, 3\), expected \(2, 4\)"),
         ({}, "rank", AdapterWeightsError, r"is \(4, 1\), and the config says that the rank is 2"),
         ({"use_rslora": True}, None, ConfigError, "use_rslora=True instead of False"),

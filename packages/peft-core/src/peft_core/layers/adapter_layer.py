@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.forward import first_argument
 from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
-from ..base.weight import MERGES, execution_device, in_memory, is_offloaded, read_weight, write_weight
+from ..base.weight import MERGES, execution_device, has_accelerate_hook, in_memory, read_weight, write_weight
 from ..errors import AdapterNotFoundError, MergeError, listed
 from ..merging.changes import Product
 from ..merging.exact import pristine
@@ -179,7 +179,7 @@ class AdapterLayer(SelectionMixin):
             y = y.clone()
         if mask is not None:
             return self.contribute_masked(mask, x, y)
-        if is_offloaded(base):
+        if has_accelerate_hook(base):
             with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
         return self._contribute_all(route, x, y)

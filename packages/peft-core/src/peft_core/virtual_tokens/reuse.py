@@ -85,8 +85,8 @@ def _same_for_all_rows(tokens: VirtualTokens) -> bool:
     return tokens.rows is ALL and tokens.site is Site.INPUT and tokens.embeds is not None and tokens.embeds.ndim == 2
 
 
-def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
-    """Return the call with keys and values instead of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
+def with_reused_keys_values(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
+    """Return the call with keys and values instead of virtual embeddings, and the outputs (1, n, …) of these; the same call if that is not possible.
 
     Args:
         index: the adapters.
@@ -104,7 +104,7 @@ def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> t
     return replace(call, virtual=(VirtualTokens(ALL, keys_values=found.keys_values),)), found.outputs
 
 
-def led_by(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
+def prepend_outputs(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
     """Return `output` with the outputs of the virtual tokens before those of the text, except for what the task cuts off anyway."""
     for name, first in outputs.items():
         rest = output.get(name) if isinstance(output, Mapping) else None

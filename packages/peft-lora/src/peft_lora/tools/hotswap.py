@@ -27,7 +27,7 @@ from peft_core import (
 from peft_core.errors import did_you_mean, listed
 
 from .. import formulas
-from ..config import SETTINGS_OF_INITS, LoraConfig
+from ..config import INITIALIZER_SETTINGS, LoraConfig
 from ..extensions import initializer_of
 from ..layers import rank_padding
 from ..layers.common import LoraLayer
@@ -41,7 +41,7 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
 ]
 #: fields in which an adapter may differ from the one whose place it takes; they are written into that one's config
-SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *SETTINGS_OF_INITS})
+SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *INITIALIZER_SETTINGS})
 #: what `check_hotswap_configs_compatible` compares; the swap itself compares all that is not swappable
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 _CHECKS = ("error", "warn", "ignore")
@@ -279,7 +279,7 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
         return _columns_of(layer, adapter, r), _zeros(layer, adapter, slots, part.path)
     missing = [end for end in slots if end not in part.tensors]
     if missing:
-        raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+        raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
     b_end = next(end for end in slots if end in rank_padding.B_KEYS)
     padded_rank = rank_padding.stored_rank(layer, adapter)
     shape = tuple(part.tensors[b_end].shape)
@@ -306,7 +306,7 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str)
     """
     if adapter in layer.variants:
         raise AdapterWeightsError(
-            f"nothing came for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
+            f"no new tensor for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
             hint="delete the adapter and load the other",
         )
     return [(slot, torch.zeros(slot.shape)) for slot in slots.values()]

@@ -63,7 +63,7 @@ class Velora(LowRank):
             ModelError: in training, `lora_A` has hooks or is not a Linear.
         """
         layer: Any = self.layer
-        down, up = layer.ends(self.adapter)
+        down, up = layer.factor_modules(self.adapter)
         if not layer.training or not torch.is_grad_enabled():
             return super().contribute(x, y)
         if is_observed(down) or not isinstance(down, nn.Linear):
