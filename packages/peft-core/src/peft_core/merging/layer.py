@@ -135,7 +135,11 @@ class LayerMerging:
 
     # ---- initialisations that change the base ------------------------------------------------------------------------
     def shift(self, adapter: str, delta: Tensor | Product) -> None:
-        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists; see `AdapterLayer.shift_base`."""
+        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists; see `AdapterLayer.shift_base`.
+
+        Raises:
+            MergeError: something is merged into the weight, or it can't be written to.
+        """
         fold = self.weight_fold(Subtraction(delta, self.layer.ops), "choose an initialisation that leaves the base weight as it is")
         base = fold.owner
         if any(not merge.permanent for merge in base.__dict__.get(MERGES, ())):

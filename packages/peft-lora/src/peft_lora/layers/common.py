@@ -72,7 +72,11 @@ class LoraLayer(FactorLayer):
 
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoraSettings) -> None:
-        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
+        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed.
+
+        Raises:
+            ConfigError: the initialiser gives factors of another rank, which a file of them could not say.
+        """
         self.record_settings(adapter, config)
         variant = config.variant(self, adapter, config) if config.variant is not None else None
         start = self._start(config, variant)
