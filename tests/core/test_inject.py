@@ -118,7 +118,7 @@ def test_a_state_dict_of_another_model_changes_nothing() -> None:
 
 def test_a_state_dict_of_another_method_changes_nothing() -> None:
     base = support.net()
-    with support.Unchanged(base), pytest.raises(ConfigError, match="no name in state_dict contains 'dense_'"):
+    with support.Unchanged(base), pytest.raises(ConfigError, match="no key of state_dict contains 'dense_'"):
         inject_adapter_in_model(dense(), base, state_dict={"last.lora_A.weight": None})
 
 

@@ -117,7 +117,7 @@ def test_weights_of_any_tuner_that_declares_it_are_replaced_in_place(tmp_path: P
     ("options", "spoil", "error", "words"),
     [
         ({"alpha": 3}, "", ConfigError, "alpha=3 instead of 1"),
-        ({}, "missing", AdapterWeightsError, "nothing came for 'dense_delta' of 'last'"),
+        ({}, "missing", AdapterWeightsError, "no new tensor for 'dense_delta' of 'last'"),
         ({}, "shape", AdapterWeightsError, r"size mismatch: 'dense_delta' of 'last' is \(2, 2\), expected \(4, 4\)"),
         ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
     ],

@@ -12,7 +12,7 @@ from torch import nn
 
 import support
 from peft_core import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedModuleError, get_peft_model
-from peft_core.tuners.targeting import defaults, shortest_suffixes, target_matcher
+from peft_core.tuners.targeting import default_targets_by_model_type, shortest_suffixes, target_matcher
 from support import DenseConfig
 
 
@@ -160,8 +160,8 @@ def test_the_default_is_written_into_the_config() -> None:
 
 
 def test_every_default_is_a_list_of_names_or_an_expression() -> None:
-    assert len(defaults()) > 30
-    for targets in defaults().values():
+    assert len(default_targets_by_model_type()) > 30
+    for targets in default_targets_by_model_type().values():
         if isinstance(targets, str):
             re.compile(targets)
         else:

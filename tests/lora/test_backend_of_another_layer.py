@@ -36,6 +36,19 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight * self.scale, self.bias)
 
 
+class Int8Buffers(Int8Linear):
+    """The same with its codes in a buffer, as GPTQ and AWQ have theirs."""
+
+    def __init__(self, inp: int, out: int) -> None:
+        super().__init__(inp, out)
+        codes = self.weight.detach()
+        del self.weight
+        self.register_buffer("codes", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.codes * self.scale, self.bias)
+
+
 class Int8Lora(QuantisedLinear):
     library = "int8"
 
@@ -45,24 +58,30 @@ class Int8Lora(QuantisedLinear):
 
     def packed(self) -> Packed:
         base: Any = self.get_base_layer()
-        return Packed(base.weight, {"scale": base.scale})
+        return Packed(getattr(base, self.weight_name), {"scale": base.scale})
 
     def put(self, packed: Packed) -> None:
         super().put(packed)
         self.get_base_layer().scale = packed.rest["scale"]
 
     def unpack(self, packed: Packed) -> Tensor:
-        return packed.parameter * packed.rest["scale"]
+        return packed.tensor * packed.rest["scale"]
 
     def pack(self, matrix: Tensor) -> Packed:
         codes, scale = quantise(matrix)
         return Packed(nn.Parameter(codes, requires_grad=False), {"scale": scale})
 
 
+class Int8BuffersLora(Int8Lora):
+    weight_name = "codes"
+
+
 class Backend:
     @hookimpl
     def peft_make_layer(self, peft_type: str, base_layer: Any, selection: Any) -> Any:
-        return Int8Lora(base_layer, selection) if peft_type == "LORA" and isinstance(base_layer, Int8Linear) else None
+        if peft_type != "LORA" or not isinstance(base_layer, Int8Linear):
+            return None
+        return (Int8BuffersLora if isinstance(base_layer, Int8Buffers) else Int8Lora)(base_layer, selection)
 
 
 @pytest.fixture(autouse=True)
@@ -73,17 +92,19 @@ def backend() -> Iterator[None]:
     registry.unregister_plugin(plugin)
 
 
-def base() -> nn.Module:
+def base(kind: type[Int8Linear]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(Int8Linear(16, 8))
+    return nn.Sequential(kind(16, 8))
 
 
-def test_int8_computes_merges_with_rounding_and_unmerges_exactly(tmp_path: Path) -> None:
-    model: Any = get_peft_model(base(), LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
+@pytest.mark.parametrize("kind", [Int8Linear, Int8Buffers])
+def test_int8_computes_merges_with_rounding_and_unmerges_exactly(kind: type[Int8Linear], tmp_path: Path) -> None:
+    model: Any = get_peft_model(base(kind), LoraConfig(r=2, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
     layer = model.get_base_model()[0]
     assert isinstance(layer, Int8Lora)
     inner = layer.get_base_layer()
-    codes, scale = inner.weight.clone(), inner.scale.clone()
+    name = "codes" if kind is Int8Buffers else "weight"
+    codes, scale = getattr(inner, name).clone(), inner.scale.clone()
     x = torch.randn(3, 16)
     a, b = layer.factors("default")
     weight = codes * scale + 3 * b @ a
@@ -92,13 +113,25 @@ def test_int8_computes_merges_with_rounding_and_unmerges_exactly(tmp_path: Path)
     model(x).sum().backward()
     assert layer.lora_A["default"].weight.grad.any()
     model.save_pretrained(tmp_path)
-    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), expected)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(kind), tmp_path)(x), expected)
 
     with pytest.warns(PeftWarning, match="rounded again"):
         model.merge_adapter()
     packed, packed_scale = quantise(weight.detach())
-    assert torch.equal(inner.weight, packed)
+    assert torch.equal(getattr(inner, name), packed)
     torch.testing.assert_close(model(x), nn.functional.linear(x, packed * packed_scale, inner.bias))
     model.unmerge_adapter()
-    assert torch.equal(inner.weight, codes)
+    assert torch.equal(getattr(inner, name), codes)
     assert torch.equal(inner.scale, scale)
+
+
+@pytest.mark.parametrize("kind", [Int8Linear, Int8Buffers])
+def test_an_initialisation_that_changes_int8_is_undone_exactly(kind: type[Int8Linear]) -> None:
+    net = base(kind)
+    name = "codes" if kind is Int8Buffers else "weight"
+    before = getattr(net[0], name).clone()
+    model: Any = get_peft_model(net, LoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa"))
+    inner = model.get_base_model()[0].get_base_layer()
+    assert not torch.equal(getattr(inner, name), before)
+    model.unload()
+    assert torch.equal(getattr(inner, name), before)

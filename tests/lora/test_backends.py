@@ -44,7 +44,7 @@ class CodesLora(QuantisedLinear):
         self.get_base_layer().scale = packed.rest["scale"]
 
     def unpack(self, packed: Packed) -> Tensor:
-        return packed.parameter * packed.rest["scale"]
+        return packed.tensor * packed.rest["scale"]
 
     def pack(self, matrix: Tensor) -> Packed:
         scale = matrix.abs().amax(1, keepdim=True) / 127

@@ -27,7 +27,11 @@ from peft_core import (
 from peft_core.testing import tiny
 from peft_core.testing.models import OneLayer
 from peft_lora import (
+    BdLoraConfig,
+    KasaConfig,
     LoraConfig,
+    MontecloraConfig,
+    VeloraConfig,
     check_hotswap_configs_compatible,
     hotswap_adapter,
     hotswap_adapter_from_state_dict,
@@ -135,7 +139,7 @@ def test_saved_heads_are_swapped_too() -> None:
     assert torch.equal(model(X), other(X))
     state = {name: value for name, value in get_peft_model_state_dict(lora(3, modules_to_save=["head"])).items() if "head" not in name}
     before = picture(model)
-    with pytest.raises(AdapterWeightsError, match=r"nothing came for 'weight', 'bias' of 'head'"):
+    with pytest.raises(AdapterWeightsError, match=r"no new tensor for 'weight', 'bias' of 'head'"):
         hotswap_adapter_from_state_dict(model, state, "default", other.peft_config["default"])
     assert_same(picture(model), before)
 
@@ -370,7 +374,7 @@ def fitting(model: Any, **changes: Any) -> tuple[dict[str, Tensor], Any]:
         ({"r": 3}, None, AdapterWeightsError, r"is \(4, 3\), and there is room for a rank of 2; call prepare_model"),
         ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
         ({"target_modules": ["up", "last", "down"]}, None, AdapterWeightsError, "unexpected keys:"),
-        ({}, "missing", AdapterWeightsError, "nothing came for 'lora_B.weight'"),
+        ({}, "missing", AdapterWeightsError, "no new tensor for 'lora_B.weight'"),
         ({}, "shape", AdapterWeightsError, r"size mismatch: 'lora_A.weight' of .* is \(2, 3\), expected \(2, 4\)"),
         ({}, "rank", AdapterWeightsError, r"is \(4, 1\), and the config says that the rank is 2"),
         ({"use_rslora": True}, None, ConfigError, "use_rslora=True instead of False"),
@@ -484,3 +488,36 @@ def test_a_transformers_model_with_embeddings_in_the_file(tmp_path: Path) -> Non
         other.save_pretrained(tmp_path)
     with pytest.raises(AdapterWeightsError, match="embed_tokens"):  # another base
         hotswap_adapter(model, tmp_path, "default")
+
+
+#: variants that need no token ids, each with a config, and whether it can have room for a larger rank
+PADDED = {
+    "dora": ({"use_dora": True}, True),
+    "qalora": ({"use_qalora": True, "qalora_group_size": 2}, True),
+    "velora": ({"velora_config": VeloraConfig(num_groups=2)}, True),
+    "kasa": ({"kasa_config": KasaConfig(), "init_lora_weights": True}, False),
+    "monteclora": ({"monteclora_config": MontecloraConfig()}, False),
+    "bdlora": ({"use_bdlora": BdLoraConfig(target_modules_bd_a=["0"], nblocks=2, match_strict=False)}, False),
+}
+
+
+@pytest.mark.parametrize("variant", PADDED)
+def test_variants_have_room_for_a_larger_rank_or_say_that_they_cannot(variant: str) -> None:
+    fields, can = PADDED[variant]
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], **{"init_lora_weights": False, **fields})
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config).eval()
+    x = torch.randn(3, 8)
+    expected = model(x)
+    if not can:
+        with support.Unchanged(model), pytest.raises(ConfigError, match="which can't have room for a larger rank"):
+            prepare_model_for_compiled_hotswap(model, target_rank=6)
+        prepare_model_for_compiled_hotswap(model)  # no room is asked for
+        torch.testing.assert_close(model(x), expected)
+        return
+    prepare_model_for_compiled_hotswap(model, target_rank=6)
+    torch.testing.assert_close(model(x), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected)
+    model.unmerge_adapter()
+    model.train()(x).sum().backward()

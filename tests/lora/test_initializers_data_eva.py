@@ -291,7 +291,7 @@ def wrong(**changes: Any) -> Callable[[], Any]:
         (wrong(adapter_name="other"), "no config for the adapter 'other'"),
         (wrong(prepare_model_inputs_fn=eva_module.prepare_model_inputs_fn_language_modeling), "not a dict"),
         (wrong(prepare_layer_inputs_fn=lambda args, prepared, name: args[0][0]), r"returned \(6,\)"),
-        (wrong(model=eva(("a", "idle"))), "'base_model.model.idle' is not run"),
+        (wrong(model=eva(("a", "idle"))), "'base_model.model.idle' is not called"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -309,5 +309,5 @@ def test_eva_is_for_adapters_that_ask_for_it() -> None:
 def test_eva_stops_after_some_passes() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = [torch.randn(8, 6, generator=generator)]
-    with pytest.warns(PeftWarning, match=r"after 1 passes.*'base_model.model.a'.* tau=1"):
+    with pytest.warns(PeftWarning, match=r"after 1 passes.*'base_model.model.a'.*\(tau=1"):
         peft_lora.get_eva_state_dict(eva(("a",), EvaConfig(rho=1.0, tau=1.0)), noise, max_passes=1, **PLAIN)

@@ -274,3 +274,32 @@ def test_an_installed_distribution(tmp_path: Path) -> None:
         path=tmp_path,
     )
     assert printed.splitlines() == ["False False", "[4.0]", "[1.0]"]
+
+
+class OtherRank(Initializer):
+    """Gives factors of a rank of its own."""
+
+    def start(self, layer: LoraLayer, settings: LoraSettings) -> InitialFactors:
+        out, inp = layer.matrix_shape
+        return InitialFactors(torch.ones(settings.r + 1, inp), torch.zeros(out, settings.r + 1))
+
+
+def test_factors_of_another_rank_are_refused_where_their_file_could_not_be_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Offer:
+        @hookimpl
+        def peft_lora_initializers(self) -> list[InitializerSpec]:
+            return [InitializerSpec("other_rank", OtherRank)]
+
+    offered = Offer()
+    registry.register_plugin(offered)
+    try:
+        config = LoraConfig(r=2, target_modules=["up"], init_lora_weights="other_rank")
+        with pytest.raises(ConfigError, match="needs_base"):
+            get_peft_model(net(), config)
+        monkeypatch.setattr(OtherRank, "needs_base", True)
+        model = get_peft_model(net(), config)
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(net(), tmp_path)
+        torch.testing.assert_close(again(features()), model(features()))
+    finally:
+        registry.unregister_plugin(offered)

@@ -1,6 +1,6 @@
-"""Every exception that peft-core raises, and the search for the nearest valid name.
+"""The exceptions and warnings of peft-core, and helpers for their messages: suggestions of similar names, lists of names.
 
-Each error is also one of Python's own (`ValueError`, `KeyError`, ...), so that code which knows nothing of us can catch it.
+Each error is also a subclass of a built-in exception (`ValueError`, `KeyError`, ...), so that code which does not know peft-core can catch it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class PeftError(Exception):
-    """Something that the user can mend.
+    """An error that the user can correct; the base class of all others.
 
     Args:
         message: what was given and why it is wrong.
@@ -32,7 +32,7 @@ class PeftError(Exception):
 
 
 class PeftWarning(UserWarning):
-    """Something that works, but perhaps not as meant."""
+    """Something works, but perhaps not as the user expects."""
 
 
 class ConfigError(PeftError, ValueError):
@@ -42,7 +42,7 @@ class ConfigError(PeftError, ValueError):
 
 
 class ConfigFileError(ConfigError):
-    """`adapter_config.json` is missing, unreadable or says something impossible."""
+    """`adapter_config.json` is missing, unreadable or holds invalid values."""
 
     code = "config-file"
 
@@ -78,7 +78,7 @@ class NoMatchingPeftModuleError(PeftError, ValueError):
 
 
 class UnsupportedModuleError(PeftError, ValueError, TypeError):
-    """A targeted module is of a kind that the tuner does not know."""
+    """A target is a module of a type that the tuner can't adapt."""
 
     code = "unsupported-module"
 
@@ -96,13 +96,13 @@ class AdapterNotFoundError(PeftError, ValueError, KeyError):
 
 
 class CapabilityError(PeftError, ValueError, TypeError):
-    """Something was asked of a tuner that its spec does not declare."""
+    """A tuner or the base does not support what was asked: for example a capability that the tuner's spec does not declare."""
 
     code = "capability"
 
 
 class RoutingError(PeftError, ValueError):
-    """`adapter_names` does not fit the batch, the model or the moment."""
+    """The inputs of a call do not fit the batch, the model or its adapters: `adapter_names`, `task_ids`, a mask."""
 
     code = "routing"
 
@@ -120,7 +120,7 @@ class AdapterFileError(PeftError, ValueError, FileNotFoundError):
 
 
 class AdapterWeightsError(PeftError, RuntimeError, ValueError):
-    """Tensors in a file do not match the adapter; lists all missing and unexpected keys and all shape mismatches."""
+    """Tensors in a file do not match the adapter; the message lists all missing and unexpected keys and all shape mismatches."""
 
     code = "adapter-weights"
 
@@ -132,7 +132,7 @@ class ModelError(PeftError, ValueError):
 
 
 class NoSuchModuleError(ModelError, AttributeError):
-    """A model has no module of a name."""
+    """The model has no module of this name."""
 
     code = "no-such-module"
 
@@ -144,21 +144,21 @@ class MissingMethodError(ModelError, AttributeError):
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """Return up to `limit` candidates that look like `name`, best first (case is ignored)."""
-    by_fold: dict[str, str] = {}
+    """Return up to `limit` candidates that are spelled like `name`, most similar first; case is ignored."""
+    by_casefold: dict[str, str] = {}
     for candidate in candidates:
-        by_fold.setdefault(candidate.casefold(), candidate)
-    return [by_fold[fold] for fold in difflib.get_close_matches(name.casefold(), by_fold, n=limit, cutoff=0.6)]
+        by_casefold.setdefault(candidate.casefold(), candidate)
+    return [by_casefold[folded] for folded in difflib.get_close_matches(name.casefold(), by_casefold, n=limit, cutoff=0.6)]
 
 
 def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> str:
-    """Return ``"did you mean 'x' or 'y'?"``, or `otherwise` when nothing is near."""
+    """Return ``"did you mean 'x' or 'y'?"``, or `otherwise` if no candidate is similar."""
     found = nearest(name, candidates)
     return f"did you mean {' or '.join(map(repr, found))}?" if found else otherwise
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Return the names quoted and separated by commas, the tail of a long list as a count."""
+    """Return the names, quoted and separated by commas; after `limit` names only the number of the others."""
     names = list(names)
     shown = ", ".join(map(repr, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -27,25 +27,24 @@ from .subconfigs import (
     VeloraConfig,
 )
 
-BIAS = ("none", "all", "lora_only")
-#: settings of an initialisation: field → the word that `init_lora_weights` says, and the class of the settings
-SETTINGS_OF_INITS = {
+BIAS_OPTIONS = ("none", "all", "lora_only")
+#: fields with settings of an initialiser → the value of `init_lora_weights` that uses them, and their class
+INITIALIZER_SETTINGS = {
     "eva_config": ("eva", EvaConfig),
     "corda_config": ("corda", CordaConfig),
     "loftq_config": ("loftq", LoftQConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),
 }
-#: settings of a variant, whose presence asks for it: field → the class of the settings
-SETTINGS_OF_VARIANTS = {
+#: fields with settings of a variant, which is used if the field is set → their class
+VARIANT_SETTINGS = {
     "use_bdlora": BdLoraConfig,
     "kasa_config": KasaConfig,
     "velora_config": VeloraConfig,
     "monteclora_config": MontecloraConfig,
     "arrow_config": ArrowConfig,
 }
-
-
-_OWN_INITS = frozenset({"gaussian", "orthogonal", "pissa", "olora", "mica", *(word for word, _ in SETTINGS_OF_INITS.values())})
+#: initialisers of peft-lora, whose names may be written in capitals in files
+_OWN_INITIALIZERS = frozenset({"gaussian", "orthogonal", "pissa", "olora", "mica", *(name for name, _ in INITIALIZER_SETTINGS.values())})
 
 
 @dataclass
@@ -58,28 +57,28 @@ class LoraConfig(LayerConfig):
         r: rank, a positive integer.
         lora_alpha: numerator of the scaling.
         lora_dropout: dropout probability on the input of A, in [0, 1).
-        fan_in_fan_out: the base stores (in, out). Set by itself for transformers' Conv1D.
+        fan_in_fan_out: the base stores weights as (in, out). Set automatically for transformers' Conv1D.
         bias: which biases of the base train: ``"none"``, ``"all"``, ``"lora_only"`` (those of adapted modules).
         use_rslora: s = alpha / √r (arXiv 2312.03732).
         init_lora_weights: True: A uniform on ±1/√in, B zero; False: both random; or the name of an initialiser: ``"gaussian"``,
             ``"orthogonal"``, ``"pissa"``, ``"pissa_niter_4"``, ``"olora"``, ``"mica"``, ``"eva"``, ``"corda"``, ``"lora_ga"``, ``"loftq"``, or a
             plugin's.
         loftq_config, eva_config, corda_config, lora_ga_config: settings of the initialisers of these names.
-        use_dora: the direction of each output weight is adapted by LoRA, its length by a number of its own (arXiv 2402.09353).
-        lora_bias: B has a bias, too.
-        layer_replication: pairs (start, end) of layers of which the model is put together anew; replicas share the base's weights.
+        use_dora: DoRA: LoRA adapts the direction of each output's weight vector, and a trained vector its magnitude (arXiv 2402.09353).
+        lora_bias: the linear layer of B has a trained bias.
+        layer_replication: ranges (start, end) of layers, without `end`, that are concatenated to a deeper model; replicas share the base's weights.
         target_parameters: names of parameters (of experts, say) to adapt, besides modules.
-        trainable_token_indices: rows of the embeddings to train: of the input embeddings, or by name of a module.
-        ensure_weight_tying: what is tied in the base stays tied in the adapter.
+        trainable_token_indices: token ids whose embeddings train: a list for the input embeddings, or a dict: name of an embedding module → ids.
+        ensure_weight_tying: modules that share a weight in the base share their trained weights, too.
         alora_invocation_tokens, use_qalora, qalora_group_size, use_bdlora, kasa_config, velora_config, monteclora_config, arrow_config:
-            variants; an adapter has one.
+            choose and configure a variant; an adapter has at most one.
         variant: name of a plugin's variant.
         plugin_settings: settings of a plugin's variant or initialiser, by its name: objects of the class that it names, or dicts of their fields.
-        grouped_convolutions: on convolutions with groups, A has them too, with rank r in each; such adapters can be merged.
-        out_projection_twice: on MultiheadAttention, the change of the out-projection counts twice, as the package `peft` has it (up to 0.21.2 at
-            least): for adapters that were trained with it.
-        megatron_config, megatron_core: fields of the format; a `megatron_config` is refused, Megatron's parallel layers are not supported.
-        runtime_config: settings of this process, never saved.
+        grouped_convolutions: on a convolution with groups, A has the same groups, with rank r in each; such adapters can be merged.
+        out_projection_twice: on MultiheadAttention, ΔW of `out_proj` is added twice, as the package `peft` does (up to 0.21.2 at least): for
+            adapters that were trained with it.
+        megatron_config, megatron_core: fields of the file format; a `megatron_config` is an error: Megatron's parallel layers are not supported.
+        runtime_config: settings for this process only; never saved.
 
     Raises:
         ConfigError: a bad value, or values that exclude one another.
@@ -131,12 +130,12 @@ class LoraConfig(LayerConfig):
             CapabilityError: always.
         """
         raise CapabilityError(
-            "layers of one's own are not registered at a config",
+            "custom layer classes can't be registered with a config",
             hint="offer them with the hook peft_make_layer (docs/plugins.md); base class: LoraLayer",
         )
 
     def check(self) -> None:
-        """Check every value by itself, and which exclude one another.
+        """Check each value and which values exclude one another; normalise some: dicts become settings objects, names lower case.
 
         Raises:
             ConfigError: a bad value, or one that this release does not support.
@@ -146,8 +145,8 @@ class LoraConfig(LayerConfig):
         require_positive_integer("qalora_group_size", self.qalora_group_size)
         require_number("lora_alpha", self.lora_alpha)
         require_probability("lora_dropout", self.lora_dropout)
-        if self.bias not in BIAS:
-            raise ConfigError(f"bias={self.bias!r} is unknown", hint=did_you_mean(str(self.bias), BIAS) or f"write one of {BIAS}")
+        if self.bias not in BIAS_OPTIONS:
+            raise ConfigError(f"bias={self.bias!r} is unknown", hint=did_you_mean(str(self.bias), BIAS_OPTIONS) or f"write one of {BIAS_OPTIONS}")
         self._check_init()
         self._check_variants()
         self._check_plugin_settings()
@@ -158,14 +157,14 @@ class LoraConfig(LayerConfig):
         if self.layer_replication is not None:
             self._check_replication()
         defaults = {f.name: f.default for f in fields(self)}
-        for name in _NOT_YET:
+        for name in _UNSUPPORTED_FIELDS:
             value = getattr(self, name)
             if value not in (None, False, {}, []) and value != defaults[name]:
                 raise ConfigError(f"{name}={value!r} is not supported by this release of peft-lora", hint=f"leave {name} at its default")
 
     def _check_init(self) -> None:
         self._check_word()
-        for name, (init, settings) in SETTINGS_OF_INITS.items():
+        for name, (init, settings) in INITIALIZER_SETTINGS.items():
             if self.init_lora_weights == init:
                 self._check_init_settings(name, init, settings)
             elif getattr(self, name):
@@ -177,7 +176,7 @@ class LoraConfig(LayerConfig):
         word = self.init_lora_weights
         if not isinstance(word, (bool, str)):
             raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
-        if isinstance(word, str) and word.lower() in _OWN_INITS:  # files have these in capitals, too; names of others are as they are
+        if isinstance(word, str) and word.lower() in _OWN_INITIALIZERS:  # a plugin's names are case-sensitive
             word = self.init_lora_weights = word.lower()
         specs = initializer_specs() if isinstance(word, str) else ()
         if isinstance(word, str) and not any(spec.matches(word) for spec in specs):
@@ -191,7 +190,7 @@ class LoraConfig(LayerConfig):
         """Make the field `name`, of the initialiser `init` that the config asks for, an object of the class `settings`."""
         given = getattr(self, name)
         if isinstance(given, dict) and given:
-            setattr(self, name, _settings(name, given, settings))
+            setattr(self, name, _settings_from_dict(name, given, settings))
         elif not given:
             if init == "loftq":
                 raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'", hint="pass LoftQConfig(loftq_bits=4)")
@@ -199,12 +198,12 @@ class LoraConfig(LayerConfig):
             setattr(self, name, settings())
 
     def _check_variants(self) -> None:
-        for name, settings in SETTINGS_OF_VARIANTS.items():
+        for name, settings_class in VARIANT_SETTINGS.items():
             given = getattr(self, name)
             if isinstance(given, dict):
-                setattr(self, name, _settings(name, given, settings))
-            elif given is not None and not isinstance(given, settings):
-                raise ConfigError(f"{name}={given!r} is a {type(given).__name__}", hint=f"give {settings.__name__}(...), or None")
+                setattr(self, name, _settings_from_dict(name, given, settings_class))
+            elif given is not None and not isinstance(given, settings_class):
+                raise ConfigError(f"{name}={given!r} is a {type(given).__name__}", hint=f"give {settings_class.__name__}(...), or None")
         if self.alora_invocation_tokens is not None and not self.alora_invocation_tokens:
             raise ConfigError(
                 "alora_invocation_tokens is empty: an adapter without an invocation would never act", hint="give token ids, or None for plain LoRA"
@@ -216,14 +215,16 @@ class LoraConfig(LayerConfig):
             return
         if given is not None and not (isinstance(given, Mapping) and all(isinstance(key, str) for key in given)):
             raise ConfigError(f"plugin_settings={given!r} is a {type(given).__name__}", hint="give a dict: name of a plugin's variant → its settings")
-        asked = self._asked()
-        # what nobody offers here is kept: it is said when an adapter is made
-        found: dict[str, Any] = {name: value for name, value in (given or {}).items() if name == self.variant and name not in asked}
-        for name in [name for name in given or {} if name not in asked and name not in found]:
-            near = did_you_mean(name, asked)
-            why = f"the config asks for no variant or initialiser of this name{'; ' + near if near else ''}"
-            warnings.warn(f"plugin_settings[{name!r}] is ignored: {why}", PeftWarning, stacklevel=5)
-        for name, spec in asked.items():
+        requested = self._requested_extensions()
+        found: dict[str, Any] = {}
+        for name, value in (given or {}).items():
+            if name == self.variant and name not in requested:
+                found[name] = value  # the plugin is not installed: creating an adapter says so
+            elif name not in requested:
+                near = did_you_mean(name, requested)
+                why = f"the config asks for no variant or initialiser of this name{'; ' + near if near else ''}"
+                warnings.warn(f"plugin_settings[{name!r}] is ignored: {why}", PeftWarning, stacklevel=5)
+        for name, spec in requested.items():
             value = (given or {}).get(name)
             if spec.settings is not None:
                 found[name] = _plugin_settings(name, value, load(spec.settings))
@@ -231,20 +232,20 @@ class LoraConfig(LayerConfig):
                 raise ConfigError(f"plugin_settings[{name!r}]: {name} has no settings", hint="leave it out")
         self.plugin_settings = found or None
 
-    def _asked(self) -> dict[str, ExtensionSpec]:
-        """Return the specs of the initialiser and of the variants that the config asks for, by the names of their settings."""
-        word = self.init_lora_weights
-        initializer = next((spec for spec in initializer_specs() if spec.matches(word)), None) if isinstance(word, str) else None
+    def _requested_extensions(self) -> dict[str, ExtensionSpec]:
+        """Return the specs of the initialiser and of the variants that the config asks for, by their keys in `plugin_settings`."""
+        init = self.init_lora_weights
+        initializer = next((spec for spec in initializer_specs() if spec.matches(init)), None) if isinstance(init, str) else None
         found: dict[str, ExtensionSpec] = {spec.key: spec for spec in reversed(variant_specs()) if spec.chosen(self)}
         return found if initializer is None else {initializer.key: initializer, **found}
 
     def without_initializer(self) -> LoraConfig:
-        """Return a copy that starts as with True, without settings of another initialiser."""
+        """Return a copy with `init_lora_weights=True` and without settings of other initialisers."""
         found = copy.copy(self)
-        word = self.init_lora_weights
-        keys = {spec.key for spec in initializer_specs() if spec.matches(word)} if isinstance(word, str) else set()
+        init = self.init_lora_weights
+        keys = {spec.key for spec in initializer_specs() if spec.matches(init)} if isinstance(init, str) else set()
         found.init_lora_weights = True
-        for name in SETTINGS_OF_INITS:
+        for name in INITIALIZER_SETTINGS:
             setattr(found, name, {} if name == "loftq_config" else None)
         found.plugin_settings = {name: value for name, value in (self.plugin_settings or {}).items() if name not in keys} or None
         return found
@@ -253,16 +254,18 @@ class LoraConfig(LayerConfig):
         pairs = self.layer_replication
         ok = isinstance(pairs, (list, tuple)) and all(_is_range(pair) for pair in pairs)
         if not ok or not pairs:
-            raise ConfigError(f"layer_replication={pairs!r}", hint="give pairs (start, end) of layer numbers, start < end: [(0, 3), (1, 4)]")
-        self.layer_replication = [(start, end) for start, end in pairs]  # files have lists
+            raise ConfigError(
+                f"layer_replication={pairs!r} is no list of ranges", hint="give pairs (start, end) of layer numbers, start < end: [(0, 3), (1, 4)]"
+            )
+        self.layer_replication = [(start, end) for start, end in pairs]  # JSON files have lists
 
     def shared_options(self) -> SharedOptions:
-        """Return saved modules, trained rows and biases, and whether what is tied stays so."""
+        """Return what other methods have as well: modules to save, biases and token embeddings to train, and whether tied weights stay tied."""
         bias = {"none": "none", "all": "all", "lora_only": "targets"}.get(self.bias, self.bias)
         return SharedOptions(tuple(self.modules_to_save or ()), bias, self.trainable_token_indices, bool(self.ensure_weight_tying))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every field that belongs in a file; settings as dicts."""
+        """Return the fields to write to a file; settings become dicts."""
         found = {name: _as_dict(value) for name, value in super().to_dict().items()}
         if "plugin_settings" in found:
             found["plugin_settings"] = {name: _as_dict(value) for name, value in found["plugin_settings"].items()}
@@ -273,39 +276,39 @@ def _as_dict(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _plugin_settings(name: str, given: Any, settings: Callable[..., Any]) -> Any:
-    """Return the settings of a plugin, made of an object, of a dict of its fields, or of nothing.
+def _plugin_settings(name: str, given: Any, settings_class: Callable[..., Any]) -> Any:
+    """Return the settings object of a plugin for what the user gave: an object, a dict of its fields, or None for the defaults.
 
     Raises:
-        ConfigError: they are of another class; a field is unknown or missing.
+        ConfigError: the object is of another class; a field is unknown or missing.
     """
-    shown = f"plugin_settings[{name!r}]"
-    if given is not None and not isinstance(given, (dict, settings)):  # type: ignore[arg-type]
-        raise ConfigError(f"{shown}={given!r} is a {type(given).__name__}", hint=f"give {settings.__name__}(...), or a dict of its fields")
-    if isinstance(given, settings):  # type: ignore[arg-type]
+    label = f"plugin_settings[{name!r}]"
+    if given is not None and not isinstance(given, (dict, settings_class)):  # type: ignore[arg-type]
+        raise ConfigError(f"{label}={given!r} is a {type(given).__name__}", hint=f"give {settings_class.__name__}(...), or a dict of its fields")
+    if isinstance(given, settings_class):  # type: ignore[arg-type]
         return given
-    needed = [f.name for f in fields(settings) if f.init and f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
+    needed = [f.name for f in fields(settings_class) if f.init and f.default is MISSING and f.default_factory is MISSING]  # type: ignore[arg-type]
     missing = [each for each in needed if each not in (given or {})]
     if missing:
-        raise ConfigError(f"{shown} lacks {missing[0]!r}", hint=f"give {settings.__name__}({missing[0]}=...)")
-    return _settings(shown, given or {}, settings)
+        raise ConfigError(f"{label} lacks {missing[0]!r}", hint=f"give {settings_class.__name__}({missing[0]}=...)")
+    return _settings_from_dict(label, given or {}, settings_class)
 
 
-def _settings(name: str, given: dict[str, Any], settings: Callable[..., Any]) -> Any:
-    """Return settings made of a dict.
+def _settings_from_dict(name: str, given: dict[str, Any], settings_class: Callable[..., Any]) -> Any:
+    """Return a settings object with the fields of a dict.
 
     Raises:
-        ConfigError: it has a key that is no field.
+        ConfigError: a key is no field of `settings_class`.
     """
-    known = [f.name for f in fields(settings)]  # type: ignore[arg-type]
+    known = [f.name for f in fields(settings_class)]  # type: ignore[arg-type]
     unknown = [key for key in given if key not in known]
     if unknown:
         raise ConfigError(f"{name} has no field {unknown[0]!r}", hint=did_you_mean(unknown[0], known) or f"its fields are {known}")
-    return settings(**given)
+    return settings_class(**given)
 
 
 def _is_range(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(n, int) and n >= 0 for n in pair) and pair[0] < pair[1]
 
 
-_NOT_YET = ("megatron_config",)
+_UNSUPPORTED_FIELDS = ("megatron_config",)

@@ -120,10 +120,12 @@ class SharedFactors(Protocol):
 
 @dataclass(frozen=True)
 class InitialFactors:
-    """What A and B start with, as matrices: A (r, in), B (out, r); for convolutions `in` is in/groups · ∏ kernel.
+    """What A and B start with.
 
     Args:
-        a, b: values, or functions that fill a float32 tensor in place. Values decide the rank that is stored.
+        a, b: values as matrices, A (r, in) and B (out, r), with `in` of convolutions times the kernel's size; or functions that fill a float32
+            tensor in place, which has the shape in which the layer stores it (`FactorLayer.factor_shapes`). Values may have another rank than
+            the config only from an initialiser with `needs_base`.
         base_offset: what is subtracted from the base weight for as long as the adapter exists: True for s·B·A of these values as they are stored,
             a tensor (out, in), or False.
         frozen: which of ``"A"`` and ``"B"`` never train.
@@ -263,12 +265,15 @@ class Variant(Extension):
         kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
+        can_be_padded: rows of zeros behind A and columns of zeros behind B have no effect: it has no parameters of the rank's size, and does not
+            divide A and B by their shapes. Then `prepare_model_for_compiled_hotswap` can make room for a larger rank.
     """
 
     name: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     containers: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    can_be_padded: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:

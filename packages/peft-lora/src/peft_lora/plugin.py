@@ -1,4 +1,4 @@
-"""What peft-lora offers: the tuner, and, through hooks of its own, initialisers, variants and layouts of bases. Imports no torch."""
+"""What peft-lora registers: the tuner, and, through hooks of its own, initialisers, variants and checkpoint layouts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def peft_tuners() -> Iterable[TunerSpec]:
     )
 
 
-@hookimpl(trylast=True)  # a plugin may replace one of ours
+@hookimpl(trylast=True)  # other plugins come first: they may replace one of ours
 def peft_lora_initializers() -> Iterable[InitializerSpec]:
     """Offer the initialisers that come with peft-lora."""
     yield InitializerSpec("gaussian", "peft_lora.initializers.plain:Gaussian")
@@ -65,7 +65,7 @@ def peft_lora_variants() -> Iterable[VariantSpec]:
         "kasa",
         "peft_lora.variants.kasa:Kasa",
         field="kasa_config",
-        operations={"_get_kasa_loss": "peft_lora.variants.kasa:kasa_loss"},  # the name of the reference implementation
+        operations={"_get_kasa_loss": "peft_lora.variants.kasa:kasa_loss"},  # named as in the reference implementation
     )
     yield VariantSpec("velora", "peft_lora.variants.velora:Velora", field="velora_config")
     yield VariantSpec(
@@ -79,13 +79,13 @@ def peft_lora_variants() -> Iterable[VariantSpec]:
 
 @hookimpl(trylast=True)
 def peft_lora_layouts() -> Iterable[LayoutSpec]:
-    """Offer the reader of adapters that were written when each expert was a module."""
+    """Offer the layout in which each expert of a mixture of experts was a module, to read adapters of that time."""
     yield LayoutSpec("experts as modules", "peft_lora.experts.layout:ExpertsAsModules")
 
 
 @hookimpl
 def peft_adapter_added(model: Any, config: Any) -> None:
-    """Let the extensions of a new adapter clean up; not earlier, since adding may fail."""
+    """Let the initialiser and variant of a new adapter remove what was prepared for it; not before the adapter is added, which may fail."""
     if isinstance(config, LoraConfig):
         for extension in extensions_of(config):
             extension.adapter_added(model, config)

@@ -16,8 +16,8 @@ from . import cpt_loss, dimensions
 from .config import CPTConfig
 from .cpt_loss import IGNORED
 from .encoders import Encoder
+from .initial_values import Vocabulary
 from .tensor_names import TABLE, encoder_key
-from .words import Words
 
 ARGUMENT = "input_type_mask"
 #: under this name a call carries from `prepare` to `finish` what the loss needs
@@ -33,21 +33,21 @@ class CPTEmbedding(Encoder):
     Args:
         config: the context and how far it may move.
         width: of an embedding.
-        words: the base's vocabulary, for P; None: a file supplies it.
+        vocabulary: the base's vocabulary, for P; None: a file supplies it.
         init_options: whether starting values are needed.
     """
 
     types: Tensor
 
-    def __init__(self, config: CPTConfig, width: int, words: Words | None, init_options: InitOptions) -> None:
+    def __init__(self, config: CPTConfig, width: int, vocabulary: Vocabulary | None, init_options: InitOptions) -> None:
         super().__init__()
         ids = config.cpt_token_ids or []
         self.epsilons = config.opt_projection_epsilon, config.opt_projection_format_epsilon
         device = "meta" if init_options.meta else "cpu"
         table = torch.zeros(len(ids), width, device=device)
-        if words is not None and init_options.initialise and not init_options.meta:
+        if vocabulary is not None and init_options.initialise and not init_options.meta:
             torch.randn(2, *table.shape)  # other writers of the format draw two tables first: one seed gives the same numbers after it
-            table = words(torch.tensor(ids))
+            table = vocabulary(torch.tensor(ids))
         self.embedding = nn.Module()
         self.embedding.register_buffer("weight", table)
         self.delta_embedding = nn.Embedding(len(ids), width, _weight=torch.zeros(len(ids), width, device=device))
@@ -122,11 +122,11 @@ class CPTTuner(TunerBase):
         if dimensions.is_encoder_decoder(base):
             raise CapabilityError(f"CPT is for decoder-only models, {base.name} has an encoder", hint="use PROMPT_TUNING")
         found = dimensions.resolve(base, config)
-        words = Words.of(base)
-        unknown = [token for token in config.cpt_token_ids if token >= words.count]
+        vocabulary = Vocabulary.of(base)
+        unknown = [token for token in config.cpt_token_ids if token >= vocabulary.count]
         if unknown:
-            raise ConfigError(f"cpt_token_ids has the token {unknown[0]}, but {base.name} has {words.count}", hint="use the base's tokenizer")
-        return Plan(mounts={"prompt_encoder": partial(CPTEmbedding, config, found["token_dim"], words)}, resolved=found)
+            raise ConfigError(f"cpt_token_ids has the token {unknown[0]}, but {base.name} has {vocabulary.count}", hint="use the base's tokenizer")
+        return Plan(mounts={"prompt_encoder": partial(CPTEmbedding, config, found["token_dim"], vocabulary)}, resolved=found)
 
     def prepare(self, call: Call) -> Call:
         """Offer the contexts of the adapters in use, and take the labels out of the call.

@@ -14,9 +14,9 @@ from peft_core import BaseView, Call, InitOptions, Plan, RoutingError, Site, Slo
 from . import dimensions
 from .config import MultitaskPromptTuningConfig
 from .encoders import Encoder
+from .initial_values import Vocabulary, initial_table, needs_vocabulary
 from .sources import read_source
 from .tensor_names import COLS, ROWS, TABLE
-from .words import Words, needs_words, starting_table
 
 ARGUMENT = "task_ids"
 #: standard deviation of the factors at the start
@@ -29,18 +29,23 @@ class MultitaskPromptEmbedding(Encoder):
     Parameters: `embedding.weight` is P, `prefix_task_cols` C, `prefix_task_rows` R.
 
     Args:
-        config: how it starts, how many tasks and ranks.
+        config: how many tasks and ranks, and how P, C and R are initialised.
         size: (tokens, hidden) of P; with two submodules the tokens of the encoder, then those of the decoder.
-        words: the base's vocabulary, for starting values; None: the config needs none.
+        vocabulary: the base's vocabulary, for initial values; None: the initialisation does not use it.
         encoder_decoder: the base has an encoder and a decoder.
-        init_options: whether starting values are needed.
+        init_options: whether initial values are needed.
 
     Raises:
         AdapterFileError, AdapterWeightsError: the source can't be used.
     """
 
     def __init__(
-        self, config: MultitaskPromptTuningConfig, size: tuple[int, int], words: Words | None, encoder_decoder: bool, init_options: InitOptions
+        self,
+        config: MultitaskPromptTuningConfig,
+        size: tuple[int, int],
+        vocabulary: Vocabulary | None,
+        encoder_decoder: bool,
+        init_options: InitOptions,
     ) -> None:
         super().__init__()
         self.count = int(config.num_virtual_tokens or 0)
@@ -50,7 +55,7 @@ class MultitaskPromptEmbedding(Encoder):
         table = torch.empty(size, device=device)
         cols, rows = torch.empty(self.tasks, size[0], ranks, device=device), torch.empty(self.tasks, ranks, size[1], device=device)
         if init_options.initialise and not init_options.meta:
-            table = starting_table(table, config, words)
+            table = initial_table(table, config, vocabulary)
             for factor in (cols, rows):
                 factor.normal_(std=STD)
                 if config.preserve_scale:
@@ -102,8 +107,8 @@ class MultitaskPromptTuner(TunerBase):
             ConfigError, ModelError: the dimensions are unknown, or do not fit.
         """
         found = dimensions.resolve(base, config)
-        words = Words.of(base) if needs_words(config) and not config.inference_mode else None
-        build = partial(MultitaskPromptEmbedding, config, dimensions.size(config, found), words, dimensions.is_encoder_decoder(base))
+        vocabulary = Vocabulary.of(base) if needs_vocabulary(config) and not config.inference_mode else None
+        build = partial(MultitaskPromptEmbedding, config, dimensions.size(config, found), vocabulary, dimensions.is_encoder_decoder(base))
         return Plan(mounts={"prompt_encoder": build}, resolved=found)
 
     def prepare(self, call: Call) -> Call:

@@ -27,8 +27,8 @@ class PromptEncoder(TableEncoder):
 
     Args:
         config: the network.
-        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
-        init_options: whether starting values are needed.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens.
+        init_options: whether initial values are needed.
     """
 
     def __init__(self, config: PromptEncoderConfig, size: tuple[int, int], init_options: InitOptions) -> None:
@@ -48,12 +48,12 @@ class PromptEncoder(TableEncoder):
         return found
 
     def tokens(self) -> Tensor:
-        """Return the virtual tokens that act (tokens, hidden)."""
+        """Return the virtual tokens that are used (num_virtual_tokens, hidden)."""
         table = self.table()
         return table if table.shape[0] == self.count else table[: self.count]
 
     def all_tokens(self) -> Tensor:
-        """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
+        """Return all virtual tokens, with those that no forward uses: (tokens of all submodules, hidden)."""
         return self.table()
 
 

@@ -14,59 +14,59 @@ from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, Virtua
 from . import dimensions
 from .config import PromptTuningConfig
 from .encoders import Encoder
+from .initial_values import Vocabulary, initial_table, needs_vocabulary
 from .tensor_names import TABLE
-from .words import Words, needs_words, starting_table
 
 
 class PromptEmbedding(Encoder):
-    """The table of a prompt: `embedding.weight` (tokens, hidden) in float32.
+    """The embedding table of the virtual tokens: `embedding.weight` (tokens, hidden) in float32.
 
     Args:
-        config: how it starts.
-        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
-        words: the base's vocabulary, for starting values; None: the config needs none.
-        init_options: whether starting values are needed.
+        config: how many virtual tokens, and how they are initialised.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens.
+        vocabulary: the base's vocabulary, for initial values; None: the initialisation does not use it.
+        init_options: whether initial values are needed.
     """
 
-    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], words: Words | None, init_options: InitOptions) -> None:
+    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], vocabulary: Vocabulary | None, init_options: InitOptions) -> None:
         super().__init__()
         self.count = int(config.num_virtual_tokens or 0)
         table = torch.empty(size, device="meta" if init_options.meta else "cpu")
         if init_options.initialise and not init_options.meta:
-            table = starting_table(table, config, words)
+            table = initial_table(table, config, vocabulary)
         self.embedding = nn.Embedding(*size, _weight=table)
 
     def tokens(self) -> Tensor:
-        """Return the virtual tokens (tokens, hidden)."""
+        """Return the virtual tokens that are used (num_virtual_tokens, hidden)."""
         weight = self.embedding.weight
         return weight if weight.shape[0] == self.count else weight[: self.count]
 
     def all_tokens(self) -> Tensor:
-        """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
+        """Return the whole table, with the virtual tokens that no forward uses: (tokens of all submodules, hidden)."""
         return self.embedding.weight
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: the table."""
+        """Return what is saved: the table."""
         return {TABLE: Slot.of(self.embedding, "weight")}
 
 
 class PromptTuner(TunerBase):
-    """Puts a learned prompt before the rows that use it."""
+    """Prepends learned virtual tokens to the inputs of the rows that use the adapter."""
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `PromptEmbedding`.
+        """Plan a `PromptEmbedding`, mounted beside the base.
 
         Raises:
-            ConfigError, ModelError: the dimensions are unknown, or do not fit.
+            ConfigError, ModelError: the prompt's dimensions can't be read from the configs, or do not fit the base.
         """
-        found = dimensions.resolve(base, config)
-        words = Words.of(base) if needs_words(config) and not config.inference_mode else None
-        return Plan(mounts={"prompt_encoder": partial(PromptEmbedding, config, dimensions.size(config, found), words)}, resolved=found)
+        resolved = dimensions.resolve(base, config)
+        vocabulary = Vocabulary.of(base) if needs_vocabulary(config) and not config.inference_mode else None
+        return Plan(mounts={"prompt_encoder": partial(PromptEmbedding, config, dimensions.size(config, resolved), vocabulary)}, resolved=resolved)
 
     def prepare(self, call: Call) -> Call:
-        """Offer the prompts of the adapters in use."""
+        """Return the call with the virtual tokens of the adapters in use; if `call.entire`, also those that no forward uses."""
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
-            encoder, what = encoders[adapter], "all_tokens" if call.entire else "tokens"
-            call = call.adding(VirtualTokens(rows, embeds=self.selection.cached_result(what, encoder, partial(encoder, what))))
+            encoder, method = encoders[adapter], "all_tokens" if call.entire else "tokens"
+            call = call.adding(VirtualTokens(rows, embeds=self.selection.cached_result(method, encoder, partial(encoder, method))))
         return call

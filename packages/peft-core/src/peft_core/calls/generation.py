@@ -138,7 +138,7 @@ def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> 
     if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
         call = replace(call, cached=int(_places(at, call, two)[0]))
     _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
-    call, _ = reuse.shortened(index, call, index.base)
+    call, _ = reuse.with_reused_keys_values(index, call, index.base)
     inputs = assemble(call, index.forward, task_of(call.task)).inputs
     if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
         inputs["cache_position"] = _places(at, call, two)

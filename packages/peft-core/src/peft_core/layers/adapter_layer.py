@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..base.forward import first_argument
 from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
-from ..base.weight import MERGES, execution_device, in_memory, is_offloaded, read_weight, write_weight
+from ..base.weight import MERGES, execution_device, has_accelerate_hook, in_memory, read_weight, write_weight
 from ..errors import AdapterNotFoundError, MergeError, listed
 from ..merging.changes import Product
 from ..merging.exact import pristine
@@ -179,7 +179,7 @@ class AdapterLayer(SelectionMixin):
             y = y.clone()
         if mask is not None:
             return self.contribute_masked(mask, x, y)
-        if is_offloaded(base):
+        if has_accelerate_hook(base):
             with in_memory(part for part in self.modules() if part is not self):
                 return self._contribute_all(route, x, y)
         return self._contribute_all(route, x, y)
@@ -301,7 +301,7 @@ class AdapterLayer(SelectionMixin):
         return tuple(self.scaling)
 
     def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
-        """Add an adapter's weights as `init_options` says. A failure leaves no trace of it."""
+        """Add an adapter's weights with `add(adapter, config)`, made as `init_options` says. A failure leaves no trace of it."""
         weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = execution_device(self.get_base_layer(), self.weight_name)
@@ -421,7 +421,7 @@ class AdapterLayer(SelectionMixin):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters folded into the base weight, in that order."""
+        """The merged adapters, in the order in which they were merged."""
         return self.merging.adapters
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -437,9 +437,9 @@ class AdapterLayer(SelectionMixin):
         self.merging.merge(self.selection.names if adapter_names is None else tuple(adapter_names), check_finite=safe_merge)
 
     def unmerge(self) -> None:
-        """Take every merged adapter out again; the base weight returns bit for bit.
+        """Unmerge all adapters of this layer; the base weight is restored bit for bit.
 
-        What other layers around the same weight merged later is taken out first, and folded in again.
+        Later merges of other layers around the same weight are undone first, and done again afterwards.
         """
         self.merging.unmerge()
 

@@ -28,7 +28,7 @@ from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
 from .adapter_operations import AdapterOperations
-from .configs import take_hub_arguments
+from .configs import checked_hub_arguments
 from .loading import LoadOptions
 from .tuner_model import TunerModel
 from .uploading import hub_options, upload_folder
@@ -131,7 +131,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             key_mapping,
             cls.strict_loading if strict is None else strict,
             ignore_mismatched_sizes,
-            take_hub_arguments(kwargs),
+            checked_hub_arguments(kwargs),
         )
         config = options.config(model_id, config)
         before, config.inference_mode = config.inference_mode, not is_trainable
@@ -343,7 +343,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             key_mapping,
             self.strict_loading if strict is None else strict,
             ignore_mismatched_sizes,
-            take_hub_arguments(kwargs),
+            checked_hub_arguments(kwargs),
         )
         return loading.load(self._peft_index, model_id, adapter_name, options, heads=self.task.heads, mount_on=self)
 

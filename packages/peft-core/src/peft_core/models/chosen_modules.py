@@ -1,4 +1,4 @@
-"""Which modules of a base the tensors of a state dict belong to."""
+"""Lets the keys of a state dict choose which modules are adapted, instead of the targets of a config."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ from ..tensor_names import adapted_module
 from ..tuners.index import AdapterIndex
 
 
-def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
-    """Return a view of the base in which the names of a state dict say what is adapted; a warning where the config would say otherwise.
+def view_for_state_dict(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
+    """Return a view of the base in which exactly the modules that have tensors in `state_dict` are targets.
+
+    Warns if the config's own targets would have been other modules.
 
     Raises:
-        ConfigError: a name belongs to no module, or none is an adapter's.
+        ConfigError: `target_parameters` is set; no key contains the tuner's parameter prefix; or none names a module of the base.
     """
     spec = registry.resolve(str(config.peft_type))
     if getattr(config, "target_parameters", None):
-        raise ConfigError("the names in state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
-    view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
+        raise ConfigError("the keys of state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
+    view = index.view.choosing(_adapted_paths(state_dict, spec.parameter_prefix, index))
     _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
     return view
 
 
-def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
+def _adapted_paths(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
+    """Return the modules of the base that have tensors in `state_dict`; warns of modules that the base lacks, if it has others."""
     paths = {path for key in state_dict if (path := adapted_module(key, prefix)) is not None}
     if not paths:
-        raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
+        raise ConfigError(f"no key of state_dict contains {prefix!r}, so it chooses no module")
     unknown = sorted(paths - index.view.modules.keys())
     if unknown:
         message = f"state_dict names modules that {index.view.name} does not have: {listed(unknown)}"
@@ -49,13 +52,14 @@ def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            alone = {wrap.path for wrap in tuner.plan(index.view, adapter, copy.copy(config)).wraps}
-    except ValueError:
-        alone = set()
-    if alone != chosen:
+            # a copy, in case planning changes the config
+            by_config = {wrap.path for wrap in tuner.plan(index.view, adapter, copy.copy(config)).wraps}
+    except ValueError:  # for example a config without targets, which is allowed here
+        by_config = set()
+    if by_config != chosen:
         warnings.warn(
             f"While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided state_dict: "
-            f"the config alone would have chosen other modules ({len(alone)} instead of {len(chosen)}); the state_dict decides",
+            f"the config alone would have chosen other modules ({len(by_config)} instead of {len(chosen)}); the modules of the state_dict are used",
             RuntimeWarning,
             stacklevel=3,
         )

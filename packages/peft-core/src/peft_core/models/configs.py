@@ -1,4 +1,4 @@
-"""Configs when an adapter is loaded: reading, comparing, and the options of a download."""
+"""What loading an adapter does with its config: read it, compare it with an existing one; and checks of the download options."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from ..errors import AdapterFileError, ConfigError, PeftWarning, UnknownTunerErr
 
 
 def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> PeftConfig:
-    """Read an adapter's config; if its tuner is not installed, say which distribution wrote the weights.
+    """Read an adapter's config. If its tuner is not installed, the error names the distribution that wrote the weights.
+
+    Args:
+        model_id: a folder, or a repository of the Hub.
+        hub: options of the download.
 
     Raises:
         UnknownTunerError, ConfigFileError: as `PeftConfig.from_pretrained`.
@@ -35,8 +39,8 @@ def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> Pef
         ) from error
 
 
-def note_offload(config: PeftConfig, ephemeral: bool) -> None:
-    """Set `runtime_config.ephemeral_gpu_offload` of a config if `ephemeral`; warn where the config has no such field."""
+def set_ephemeral_offload(config: PeftConfig, ephemeral: bool) -> None:
+    """If `ephemeral`, set `config.runtime_config.ephemeral_gpu_offload`; warn if the config has no `runtime_config`."""
     if not ephemeral:
         return
     runtime = getattr(config, "runtime_config", None)
@@ -46,11 +50,11 @@ def note_offload(config: PeftConfig, ephemeral: bool) -> None:
         runtime.ephemeral_gpu_offload = True
 
 
-def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the download options among keywords.
+def checked_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return `kwargs`, which must be options of a download from the Hub.
 
     Raises:
-        TypeError: there are others.
+        TypeError: a keyword is no such option.
     """
     known = (*HUB_KEYS, "subfolder")
     unknown = sorted(set(kwargs) - set(known))
@@ -61,37 +65,40 @@ def take_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def default_key_mapping(base: nn.Module, config: PeftConfig) -> Mapping[str, str] | None:
-    """Return the base's own renaming of old checkpoints, if it has one."""
+    """Return the base's own `key_mapping` (regular expression → replacement) for keys of old checkpoints; None if it has none."""
     if config.is_prompt_learning:
         return None
     mapping = getattr(base, "_checkpoint_conversion_mapping", None)
     return mapping if isinstance(mapping, Mapping) and mapping else None
 
 
-#: what two configs may differ in without computing differently
-_IRRELEVANT = frozenset({"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"})
+#: fields that do not change what an adapter computes; whether the adapted modules agree is seen from the keys of the file
+_FIELDS_WITHOUT_EFFECT = frozenset(
+    {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"}
+)
 
 
 def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str, allowed: frozenset[str] = frozenset()) -> None:
-    """Check that weights saved with one config can be used under another.
+    """Check that weights that were saved with one config compute the same under another.
 
     Args:
-        present, loaded: the two configs.
-        adapter: for messages.
-        allowed: further fields in which they may differ.
+        present, loaded: the config of the existing adapter, and the one that comes with the weights.
+        adapter: the adapter's name, for messages.
+        allowed: further fields in which the configs may differ.
 
     Raises:
-        ConfigError: they compute differently; the message names the fields.
+        ConfigError: the configs differ in other fields; the message names them.
     """
-    ours, theirs = present.to_dict(), loaded.to_dict()
-    if ours.get("peft_type") != theirs.get("peft_type"):
+    present_fields, loaded_fields = present.to_dict(), loaded.to_dict()
+    if present_fields.get("peft_type") != loaded_fields.get("peft_type"):
         raise ConfigError(
-            f"the adapter {adapter!r} is {ours.get('peft_type')}, the file's is {theirs.get('peft_type')}", hint="load it under another name"
+            f"the adapter {adapter!r} is {present_fields.get('peft_type')}, the file's is {loaded_fields.get('peft_type')}",
+            hint="load it under another name",
         )
     differing = [
-        f"{name}={theirs.get(name)!r} instead of {ours.get(name)!r}"
-        for name in sorted({*ours, *theirs} - _IRRELEVANT - allowed)
-        if (ours.get(name) or None) != (theirs.get(name) or None)
+        f"{name}={loaded_fields.get(name)!r} instead of {present_fields.get(name)!r}"
+        for name in sorted({*present_fields, *loaded_fields} - _FIELDS_WITHOUT_EFFECT - allowed)
+        if (present_fields.get(name) or None) != (loaded_fields.get(name) or None)  # missing, None, False, 0 and empty mean the same
     ]
     if differing:
         raise ConfigError(

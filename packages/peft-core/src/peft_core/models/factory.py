@@ -24,8 +24,8 @@ from ..plugins import hooks, registry
 from ..tensor_names import key_renamer
 from ..tuners.index import ATTRIBUTE, require_index, uncompiled
 from .adapted import AdaptedModel
-from .chosen_modules import chosen_by
-from .configs import take_hub_arguments
+from .chosen_modules import view_for_state_dict
+from .configs import checked_hub_arguments
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 
@@ -161,7 +161,7 @@ def inject_adapter_in_model(
         raise CapabilityError(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
-    view = None if state_dict is None else chosen_by(index, peft_config, adapter_name, state_dict)
+    view = None if state_dict is None else view_for_state_dict(index, peft_config, adapter_name, state_dict)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
     add_adapter(
         index,
@@ -266,5 +266,5 @@ def load_peft_weights(
         AdapterFileError: there is no such file.
     """
     rename = key_renamer(key_mapping)
-    file = find_weights(model_id, **take_hub_arguments(hub_kwargs))
+    file = find_weights(model_id, **checked_hub_arguments(hub_kwargs))
     return {rename(name): tensor for name, tensor in file.tensors(device).items()}

@@ -20,7 +20,7 @@ from ..tensor_names import file_key, with_expected_prefix, without_adapter, with
 from ..tuners.index import AdapterIndex, require_index, uncompiled
 from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
-from .configs import check_same_effect, default_key_mapping, read_config, take_hub_arguments
+from .configs import check_same_effect, checked_hub_arguments, default_key_mapping, read_config
 
 #: fields that choose modules: an adapter on fewer modules may replace one on more
 _TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
@@ -53,7 +53,7 @@ def hotswap_adapter(
     """
     index = require_index(model)
     index.require(adapter_name)
-    hub = take_hub_arguments(kwargs)
+    hub = checked_hub_arguments(kwargs)
     config = read_config(model_name_or_path, hub)
     file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index.base, config)

@@ -18,7 +18,7 @@ from ..operations.activate import set_trainable
 from ..operations.add import add_adapter
 from ..plugins import hooks
 from ..tuners.index import AdapterIndex
-from .configs import check_same_effect, default_key_mapping, note_offload, read_config
+from .configs import check_same_effect, default_key_mapping, read_config, set_ephemeral_offload
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class LoadOptions:
         if given is not None and not isinstance(given, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(given).__name__}", hint="use get_peft_config(dict)")
         config = read_config(model_id, self.hub) if given is None else given
-        note_offload(config, self.offload)
+        set_ephemeral_offload(config, self.offload)
         return config
 
     def source(self, model_id: str | os.PathLike[str], config: PeftConfig, base: nn.Module) -> tuple[WeightFile, TensorSource]:

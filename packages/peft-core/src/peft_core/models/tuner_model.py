@@ -1,4 +1,4 @@
-"""What `base_model` shows for tuners that wrap layers: the base under `.model`, with the operations on its adapters."""
+"""`PeftModel.base_model` of tuners that wrap layers: a module with the base as `.model` and the operations on its adapters."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..layers.init_options import InitOptions
 from ..operations.add import add_adapter
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 from .adapter_operations import AdapterOperations
-from .chosen_modules import chosen_by
+from .chosen_modules import view_for_state_dict
 
 
 class TunerModel(nn.Module, AdapterOperations):
-    """The base model as `model`, plus the operations on its adapters. Parameter names go through it: `base_model.model.…`.
+    """Holds the base model as `model`, and has the operations on its adapters. It is why parameter names begin with `base_model.model.`.
 
     Args:
         index: the adapters of the base.
@@ -30,12 +30,12 @@ class TunerModel(nn.Module, AdapterOperations):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Adapter → config."""
+        """The adapters' configs, by adapter name."""
         return self._peft_index.configs
 
     @property
     def prefix(self) -> str:
-        """What the parameter names of the first adapter's method begin with.
+        """The prefix of parameter names (``"lora_"``) of the first adapter's method.
 
         Raises:
             AdapterNotFoundError: there is no adapter.
@@ -53,31 +53,30 @@ class TunerModel(nn.Module, AdapterOperations):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add the adapter whose config was put into `peft_config` under its name; it is neither in use nor trainable yet.
+        """Add an adapter whose config the caller has put into `peft_config`. The new adapter is neither active nor trainable.
 
         Args:
-            model: the base: the one that this stands for.
-            adapter_name: the adapter's name.
-            autocast_adapter_dtype: half-precision weights are kept in float32.
-            low_cpu_mem_usage: weights on the meta device, to be loaded later.
-            state_dict: the names in it decide which modules are adapted, instead of the config.
+            model: the base; must be `self.model`.
+            adapter_name: the adapter's key in `peft_config`.
+            autocast_adapter_dtype: adapter weights are float32 where they would be float16 or bfloat16.
+            low_cpu_mem_usage: create the weights on the meta device, to be loaded later.
+            state_dict: its keys (not the values) decide which modules are adapted, instead of the config.
 
         Raises:
-            AdapterNotFoundError: `peft_config` has no such config.
-            AdapterNameError: it is added already.
-            ModelError: `model` is another.
-            others: as `inject_adapter_in_model`; the model and `peft_config` are as before.
+            AdapterNotFoundError: `peft_config` has no config of this name.
+            AdapterNameError: the adapter has been added already.
+            ModelError: `model` is not `self.model`.
+            others: as `inject_adapter_in_model`. After any error the model and `peft_config` are as before.
         """
-
         index = self._peft_index
         index.require(adapter_name)
         if model is not index.base:
-            raise ModelError(f"this {type(self).__name__} stands for another {type(index.base).__name__}", hint="give its `.model`")
+            raise ModelError(f"model is not the base of this {type(self).__name__}, a {type(index.base).__name__}", hint="pass its `.model`")
         if adapter_name in index.keys_by_adapter:
             raise AdapterNameError(f"the adapter {adapter_name!r} already exists", hint="delete_adapter it first, or take another name")
         config = index.configs.pop(adapter_name)
         try:
-            view = None if state_dict is None else chosen_by(index, config, adapter_name, state_dict)
+            view = None if state_dict is None else view_for_state_dict(index, config, adapter_name, state_dict)
             add_adapter(
                 index,
                 adapter_name,
@@ -96,18 +95,19 @@ class TunerModel(nn.Module, AdapterOperations):
 
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
-        """Return the config of `model`, the base, as a dict; ``{"model_type": "custom"}`` without one."""
+        """Return the config of `model` as a dict; ``{"model_type": "custom"}`` if it has none."""
         config = getattr(model, "config", None)
         if config is None:
             return {"model_type": "custom"}
-        found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
-        return found
+        as_dict: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
+        return as_dict
 
     def __getattr__(self, name: str) -> Any:
+        """Return a submodule or parameter, else an operation that a tuner adds to the model, else the base's attribute."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model":  # not set yet, as in copies and pickles: looking it up below would never end
                 raise
             operation = self._operation(name)
             return getattr(self.model, name) if operation is None else operation

@@ -1,4 +1,4 @@
-"""Ways to change what a call depends on: one catalogue, for the conformance suite and for tests of your own."""
+"""A catalogue of ways to change the weights and modules that a forward depends on, for the conformance suite and for your own tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch.utils.dlpack
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, parametrize, prune, vector_to_parameters
 
-#: changes the tensor called `name` of a module, which holds it as a parameter
+from ..base.weight import MERGES
+
+#: called with a module and a name: changes its parameter (in `CHANGES`) or its submodule (in `MODULE_CHANGES`) of this name
 Change = Callable[[nn.Module, str], None]
 
 
@@ -21,27 +23,27 @@ def _in_place(module: nn.Module, name: str) -> None:
         module.get_parameter(name).mul_(-0.5).add_(0.25)
 
 
-def _whole(module: nn.Module, name: str) -> None:
+def _in_data(module: nn.Module, name: str) -> None:
     data = module.get_parameter(name).data
     data.copy_(data.flip(0) * 0.5 + 0.25)
 
 
-def _row(module: nn.Module, name: str) -> None:
+def _in_data_row(module: nn.Module, name: str) -> None:
     data = module.get_parameter(name).data
     data[data.shape[0] // 2].add_(1.0)
 
 
-def _entry(module: nn.Module, name: str) -> None:
+def _in_data_entry(module: nn.Module, name: str) -> None:
     data = module.get_parameter(name).data
     data[tuple(size // 2 for size in data.shape)] += 3.0
 
 
-def _numpy(module: nn.Module, name: str) -> None:
+def _in_numpy_view(module: nn.Module, name: str) -> None:
     array = module.get_parameter(name).detach().numpy()
     array[array.shape[0] // 2] += 1.0
 
 
-def _dlpack(module: nn.Module, name: str) -> None:
+def _in_dlpack_view(module: nn.Module, name: str) -> None:
     torch.utils.dlpack.from_dlpack(module.get_parameter(name).detach()).add_(0.5)
 
 
@@ -58,7 +60,7 @@ def _storage_swapped(module: nn.Module, name: str) -> None:
 
 
 def _storage_resized(module: nn.Module, name: str) -> None:
-    """As FullyShardedDataParallel frees and gathers a parameter."""
+    """Free the storage of the parameter and fill it again, as FullyShardedDataParallel does."""
     parameter = module.get_parameter(name)
     value, storage = parameter.data.clone() * 0.5 + 0.25, parameter.untyped_storage()
     if storage.resizable():
@@ -90,23 +92,23 @@ def _loaded_by_assigning(module: nn.Module, name: str) -> None:
     module.load_state_dict({name: module.state_dict()[name] * -0.5 + 0.25}, strict=False, assign=True)
 
 
-def _stepped(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Change:
+def _stepped_by(optimizer_class: Callable[..., torch.optim.Optimizer], **options: Any) -> Change:
     def change(module: nn.Module, name: str) -> None:
         parameter = module.get_parameter(name)
         parameter.grad = torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype).view(parameter.shape)
-        kind([parameter], lr=0.3, **options).step()
+        optimizer_class([parameter], lr=0.3, **options).step()
         parameter.grad = None
 
     return change
 
 
-def _stepped_through_data(module: nn.Module, name: str) -> None:
+def _stepped_in_data(module: nn.Module, name: str) -> None:
     parameter = module.get_parameter(name)
     parameter.data.add_(torch.linspace(-1, 1, parameter.numel(), dtype=parameter.dtype).view(parameter.shape), alpha=-0.3)
 
 
-def _averaged(module: nn.Module, name: str) -> None:
-    """As an evaluation with an exponential moving average puts its weights in."""
+def _replaced_by_average(module: nn.Module, name: str) -> None:
+    """Copy averaged weights into the parameter, as is done to evaluate with an exponential moving average."""
     parameter = module.get_parameter(name)
     average = parameter.detach().clone().mul_(0.3).add_(0.1)
     parameter.data.copy_(average)
@@ -117,29 +119,29 @@ def _from_vector(module: nn.Module, name: str) -> None:
     vector_to_parameters(parameters_to_vector(parameters) * -0.5 + 0.25, parameters)
 
 
-def _pruned(module: nn.Module, name: str) -> None:
+def _pruned_in_data(module: nn.Module, name: str) -> None:
     data = module.get_parameter(name).data
     data.mul_((torch.arange(data.numel()).view(data.shape) % 3 != 0).to(data.dtype))
 
 
-def _clamped(module: nn.Module, name: str) -> None:
+def _clamped_in_data(module: nn.Module, name: str) -> None:
     module.get_parameter(name).data.clamp_(-0.05, 0.05)
 
 
 def _in_a_thread(module: nn.Module, name: str) -> None:
-    thread = threading.Thread(target=_row, args=(module, name))
+    thread = threading.Thread(target=_in_data_row, args=(module, name))
     thread.start()
     thread.join()
 
 
-#: name → what is done to a tensor; each leaves it in the same shape and dtype
+#: name → change of a parameter that keeps its shape and dtype
 CHANGES: dict[str, Change] = {
     "in place": _in_place,
-    "whole, through .data": _whole,
-    "one row, through .data": _row,
-    "one entry, through .data": _entry,
-    "a numpy view": _numpy,
-    "a DLPack view": _dlpack,
+    "whole, through .data": _in_data,
+    "one row, through .data": _in_data_row,
+    "one entry, through .data": _in_data_entry,
+    "a numpy view": _in_numpy_view,
+    "a DLPack view": _in_dlpack_view,
     ".data assigned": _data_assigned,
     "storage swapped": _storage_swapped,
     "storage freed and filled again": _storage_resized,
@@ -147,101 +149,101 @@ CHANGES: dict[str, Change] = {
     "load_state_dict": _loaded,
     "load_state_dict of a part": _loaded_partly,
     "load_state_dict, assign=True": _loaded_by_assigning,
-    "a step of SGD": _stepped(torch.optim.SGD),
-    "a step of AdamW, foreach": _stepped(torch.optim.AdamW, foreach=True),
-    "a step of AdamW, fused": _stepped(torch.optim.AdamW, fused=True),
-    "a step through .data": _stepped_through_data,
-    "a moving average": _averaged,
+    "a step of SGD": _stepped_by(torch.optim.SGD),
+    "a step of AdamW, foreach": _stepped_by(torch.optim.AdamW, foreach=True),
+    "a step of AdamW, fused": _stepped_by(torch.optim.AdamW, fused=True),
+    "a step through .data": _stepped_in_data,
+    "a moving average": _replaced_by_average,
     "vector_to_parameters": _from_vector,
-    "pruned through .data": _pruned,
-    "clamped through .data": _clamped,
+    "pruned through .data": _pruned_in_data,
+    "clamped through .data": _clamped_in_data,
     "from another thread": _in_a_thread,
 }
 
 
 # ---- modules -----------------------------------------------------------------------------------------------------------
-class _Bent(nn.Module):
-    """A parametrisation."""
+class _ScaleAndShift(nn.Module):
+    """The parametrisation weight → 0.5 · weight + 0.1."""
 
     def forward(self, weight: Tensor) -> Tensor:
         return 0.5 * weight + 0.1
 
 
-def _hooked(parent: nn.Module, name: str) -> None:
+def _with_forward_hook(parent: nn.Module, name: str) -> None:
     parent.get_submodule(name).register_forward_hook(lambda module, args, output: output * 0.5)
 
 
-def _hooked_before(parent: nn.Module, name: str) -> None:
+def _with_forward_pre_hook(parent: nn.Module, name: str) -> None:
     parent.get_submodule(name).register_forward_pre_hook(lambda module, args: (args[0].flip(0), *args[1:]))
 
 
-def _own_forward(parent: nn.Module, name: str) -> None:
-    """As accelerate wraps the forward of a module."""
+def _with_forward_replaced(parent: nn.Module, name: str) -> None:
+    """Replace the `forward` of the module object, as accelerate does."""
     module = parent.get_submodule(name)
     inner = module.forward
     module.forward = lambda *args, **kwargs: inner(*args, **kwargs) * 0.5
 
 
-def _parametrised(parent: nn.Module, name: str) -> None:
-    parametrize.register_parametrization(parent.get_submodule(name), "weight", _Bent())
+def _with_parametrised_weight(parent: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(parent.get_submodule(name), "weight", _ScaleAndShift())
 
 
-def _pruned_by_torch(parent: nn.Module, name: str) -> None:
+def _with_pruned_weight(parent: nn.Module, name: str) -> None:
     prune.l1_unstructured(parent.get_submodule(name), "weight", 0.5)  # type: ignore[no-untyped-call]
 
 
-def _replaced(parent: nn.Module, name: str) -> None:
+def _module_replaced(parent: nn.Module, name: str) -> None:
     other = copy.deepcopy(parent.get_submodule(name))
     with torch.no_grad():
         other.get_parameter("weight").mul_(0.5)
     parent.register_module(name, other)
 
 
-#: name → what is done to the submodule of this name, which has a `weight` and is called
+#: name → change of a submodule that has a `weight` and is called in a forward of its parent
 MODULE_CHANGES: dict[str, Change] = {
-    "a forward hook": _hooked,
-    "a forward pre-hook": _hooked_before,
-    "a forward of its own": _own_forward,
-    "a parametrised weight": _parametrised,
-    "pruned by torch.nn.utils.prune": _pruned_by_torch,
-    "another module in its place": _replaced,
+    "a forward hook": _with_forward_hook,
+    "a forward pre-hook": _with_forward_pre_hook,
+    "a forward of its own": _with_forward_replaced,
+    "a parametrised weight": _with_parametrised_weight,
+    "pruned by torch.nn.utils.prune": _with_pruned_weight,
+    "another module in its place": _module_replaced,
 }
 
 
-# ---- what must not be left behind ---------------------------------------------------------------------------------------
-_SIMPLE = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
+# ---- tensors that must not be kept -------------------------------------------------------------------------------------
+_TYPES_WITHOUT_TENSORS = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
 
 
 def hidden_tensors(model: nn.Module, allowed: Callable[[Tensor], bool] = lambda tensor: not tensor.is_floating_point()) -> list[str]:
-    """Return where floating-point tensors are found in the objects of a model that are no parameter, buffer or record of a merge.
+    """Return the paths of tensors that objects of a model keep besides parameters, buffers and records of merges, such as cached results.
 
     Args:
-        model: what to search, through all attributes, dicts, lists and slots.
-        allowed: says which tensors are no values computed from weights: by default all without a fraction (numbers of rows, choices of adapters).
+        model: the model; all attributes, dicts, lists and slots are searched.
+        allowed: returns True for tensors that are not computed from weights; by default all but floating-point ones (indices of rows or adapters).
     """
     known = {id(tensor) for module in model.modules() for store in (module._parameters, module._buffers) for tensor in store.values()}
     seen: set[int] = set()
     found: list[str] = []
 
-    def visit(thing: Any, path: str) -> None:
-        if isinstance(thing, _SIMPLE) or id(thing) in seen:
+    def visit(value: Any, path: str) -> None:
+        if isinstance(value, _TYPES_WITHOUT_TENSORS) or id(value) in seen:
             return
-        seen.add(id(thing))
-        if isinstance(thing, Tensor):
-            if id(thing) not in known and not allowed(thing):
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            if id(value) not in known and not allowed(value):
                 found.append(path)
-        elif isinstance(thing, dict):
-            for key, value in thing.items():
-                visit(value, f"{path}[{key!r}]")
-        elif isinstance(thing, (list, tuple, set, frozenset)):
-            for number, value in enumerate(thing):
-                visit(value, f"{path}[{number}]")
-        elif type(thing).__module__.split(".")[0] not in ("builtins", "types", "typing", "inspect", "functools", "re", "enum"):
-            for key, value in getattr(thing, "__dict__", {}).items():
-                if key != "_peft_merges":
-                    visit(value, f"{path}.{key}")
-            for key in getattr(type(thing), "__slots__", ()):
-                visit(getattr(thing, key, None), f"{path}.{key}")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                visit(item, f"{path}[{key!r}]")
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            for index, item in enumerate(value):
+                visit(item, f"{path}[{index}]")
+        elif type(value).__module__.split(".")[0] not in ("builtins", "types", "typing", "inspect", "functools", "re", "enum"):
+            for key, item in getattr(value, "__dict__", {}).items():
+                if key != MERGES:
+                    visit(item, f"{path}.{key}")
+            for key in getattr(type(value), "__slots__", ()):
+                visit(getattr(value, key, None), f"{path}.{key}")
 
     visit(model, type(model).__name__)
     return found

@@ -1,4 +1,4 @@
-"""The conformance report as one HTML page that needs nothing else: no script, no font, no picture. Imports no torch."""
+"""The conformance report as one self-contained HTML page: no scripts, fonts or pictures. Imports no torch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ pre { white-space: pre-wrap; background: #f6f8fa; padding: .6rem; }
   td.not { background: #21262d; color: #9198a1; }
 }
 """
-_WORDS = {"passed": "pass", "failed": "fail", "expected failure": "expected failure", "not run": "not run"}
+#: outcome of a check → its text on the page; the list of reasons is in this order
+_LABELS = {"passed": "pass", "failed": "fail", "expected failure": "expected failure", "not run": "not run"}
 
 
 def page(report: dict[str, Any]) -> str:
-    """Return the page for what `Reporter.report` returns."""
+    """Return the HTML page for a report, the dict that `Reporter.report` returns."""
     body = "".join(_suite(suite) for suite in report["suites"]) or "<p>No check of a conformance suite ran.</p>"
     versions = ", ".join(f"{escape(name)} {escape(version)}" for name, version in report["versions"].items())
     return (
@@ -48,45 +49,45 @@ def page(report: dict[str, Any]) -> str:
 
 def _suite(suite: dict[str, Any]) -> str:
     tuner = suite["tuner"]
-    counts = ", ".join(f"{number} {escape(_WORDS[outcome])}" for outcome, number in suite["counts"].items())
+    counts = ", ".join(f"{number} {escape(_LABELS[outcome])}" for outcome, number in suite["counts"].items())
     declared = ", ".join(f"<code>{escape(name)}</code>" for name in tuner["capabilities"]) or "none"
     cells = {(result["check"], result["config"]): result for result in suite["results"]}
-    head = "".join(f'<th scope="col" title="{escape(_fields(fields))}">{escape(name)}</th>' for name, fields in suite["configs"].items())
+    head = "".join(f'<th scope="col" title="{escape(_config_tooltip(fields))}">{escape(name)}</th>' for name, fields in suite["configs"].items())
     rows = "".join(_row(check, [cells[check["check"], name] for name in suite["configs"]]) for check in suite["checks"])
     source = " ".join(part for part in (tuner["distribution"], tuner["version"]) if part)
     return (
         f"<h2>{escape(tuner['peft_type'])}</h2>\n<p>{escape(source)}; suite <code>{escape(suite['suite'])}</code>; declares {declared}.<br>"
         f"{counts}; {suite['seconds']:.1f} s.</p>\n"
-        '<div class="scroll"><table>\n<caption>Each check on each config; seconds.</caption>\n'
+        '<div class="scroll"><table>\n<caption>Outcome of each check with each config, and its time in seconds.</caption>\n'
         f'<thead><tr><th scope="col">check</th>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n</table></div>\n{_reasons(suite)}'
     )
 
 
 def _row(check: dict[str, str], cells: list[dict[str, Any]]) -> str:
-    harm = f"<small>Protects from {escape(check['protects_from'])}</small>" if check["protects_from"] else ""
-    return f'<tr><th scope="row"><code>{escape(check["check"])}</code>{harm}</th>{"".join(map(_cell, cells))}</tr>\n'
+    protection = f"<small>Protects from {escape(check['protects_from'])}</small>" if check["protects_from"] else ""
+    return f'<tr><th scope="row"><code>{escape(check["check"])}</code>{protection}</th>{"".join(map(_cell, cells))}</tr>\n'
 
 
 def _cell(cell: dict[str, Any]) -> str:
-    kind = cell["outcome"].split()[0]
+    css_class = cell["outcome"].split()[0]
     seconds = "" if cell["outcome"] == "not run" else f" <small>{cell['seconds']:.2f}</small>"
     title = f' title="{escape(cell["reason"])}"' if cell["reason"] else ""
-    return f'<td class="{kind}"{title}>{escape(_WORDS[cell["outcome"]])}{seconds}</td>'
+    return f'<td class="{css_class}"{title}>{escape(_LABELS[cell["outcome"]])}{seconds}</td>'
 
 
 def _reasons(suite: dict[str, Any]) -> str:
-    """Return what a mouse would show of each cell that did not pass, for everybody: one list."""
+    """Return a list of the reasons of all cells that did not pass, for readers who can't use the tooltips of the cells."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for result in suite["results"]:
         if result["reason"]:
             found.setdefault((result["outcome"], result["check"], result["reason"]), []).append(result["config"])
-    order = sorted(found.items(), key=lambda item: list(_WORDS).index(item[0][0]))
+    order = sorted(found.items(), key=lambda item: list(_LABELS).index(item[0][0]))
     items = "".join(
-        f"<li>{escape(_WORDS[outcome])}: <code>{escape(check)}</code> on {escape(', '.join(names))}<pre>{escape(reason)}</pre></li>\n"
+        f"<li>{escape(_LABELS[outcome])}: <code>{escape(check)}</code> on {escape(', '.join(names))}<pre>{escape(reason)}</pre></li>\n"
         for (outcome, check, reason), names in order
     )
     return f"<details><summary>Reasons</summary>\n<ul>\n{items}</ul></details>\n" if items else ""
 
 
-def _fields(fields: dict[str, str]) -> str:
+def _config_tooltip(fields: dict[str, str]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in fields.items()) or "defaults"

@@ -1,4 +1,7 @@
-"""The pytest plugin: `--peft-tuner`, `--peft-config` and `--peft-report`. pytest imports it at each start, so it imports next to nothing."""
+"""The pytest plugin: `--peft-tuner`, `--peft-config` and `--peft-report`.
+
+pytest imports it at each start, so it imports torch and other parts of peft-core only where they are needed.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
 
-#: the module that a run without test files collects
+#: the module that is collected for `--peft-tuner`; it holds no tests of its own
 SUITES = Path(__file__).with_name("installed.py")
-#: what a report carries to the process that writes ours
-FACTS = "peft_conformance"
+#: the attribute of a `pytest.TestReport` with what the conformance report needs; pytest-xdist sends it from the worker to the controller
+REPORT_ATTRIBUTE = "peft_conformance"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options."""
+    """Add the command-line options."""
     group = parser.getgroup("peft-core", "conformance of tuners (peft-core)")
     group.addoption(
         "--peft-tuner",
@@ -29,28 +32,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the conformance suite on this installed tuner, without a test file; may be repeated; `all`: every installed one",
     )
     group.addoption("--peft-config", metavar="FILE", help="JSON, name → fields: the configs to run instead of the tuner's examples")
-    group.addoption("--peft-report", metavar="DIR", help="write conformance.json and conformance.html of all suites that run into this folder")
+    group.addoption("--peft-report", metavar="DIR", help="write conformance.json and conformance.html about all suites of this run into this folder")
 
 
 # ---- tuners without a test file ------------------------------------------------------------------------------------------
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve the tuners, and have their suites collected."""
-    if config.getoption("peft_report") and not hasattr(config, "workerinput"):  # workers of pytest-xdist leave it to the first process
+    """Register the conformance report, resolve the tuners of `--peft-tuner`, and add their suites to what pytest collects."""
+    if config.getoption("peft_report") and not hasattr(config, "workerinput"):  # only in the controller of pytest-xdist
         from .report import Reporter
 
-        config.pluginmanager.register(Reporter(config, FACTS), "peft_conformance_report")
+        config.pluginmanager.register(Reporter(config, REPORT_ATTRIBUTE), "peft_conformance_report")
     if not config.getoption("peft_tuner"):
         if config.getoption("peft_config"):
             raise pytest.UsageError("--peft-config says how to run a tuner; name it with --peft-tuner TYPE")
         return
-    types = _resolved(config.getoption("peft_tuner"))
+    types = _resolve_types(config.getoption("peft_tuner"))
     if config.getoption("peft_config") and len(types) != 1:
         raise pytest.UsageError(f"--peft-config holds the configs of one tuner, and {len(types)} are to run: {', '.join(types)}")
     config.stash[_TYPES] = types
-    config.stash[_CONFIGS] = _configs(config)
-    # paths that the user gave are collected, too; where there are none, the working directory's own tests are not meant
+    config.stash[_CONFIGS] = _read_configs(config)
+    # collect the suites besides the paths on the command line; without such paths pytest would collect the whole working directory, which is
+    # not what was asked for
     given = list(config.args) if config.args_source is pytest.Config.ArgsSource.ARGS else []
     config.args[:] = given if str(SUITES) in given else [*given, str(SUITES)]
 
@@ -59,7 +63,8 @@ _TYPES = pytest.StashKey[list[str]]()
 _CONFIGS = pytest.StashKey["dict[str, dict[str, Any]] | None"]()
 
 
-def _resolved(given: Iterable[str]) -> list[str]:
+def _resolve_types(given: Iterable[str]) -> list[str]:
+    """Return the `peft_type` of each tuner named on the command line, each once; `all` stands for every installed tuner."""
     from ..errors import PeftError
     from ..plugins import registry
 
@@ -76,7 +81,8 @@ def _resolved(given: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _configs(config: pytest.Config) -> dict[str, dict[str, Any]] | None:
+def _read_configs(config: pytest.Config) -> dict[str, dict[str, Any]] | None:
+    """Return the adapter configs (name → fields) in the file of `--peft-config`; None without the option."""
     given = config.getoption("peft_config")
     if given is None:
         return None
@@ -94,19 +100,19 @@ class InstalledSuites(pytest.Module):
     """The suites of the tuners that were named on the command line."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        """Put one suite for each tuner into the module, and collect them as pytest collects any class."""
+        """Put one suite class for each tuner into the module `installed`, and collect them as pytest collects any test class."""
         from .installed import suite_for
 
         suites = [suite_for(peft_type, self.config.stash[_CONFIGS]) for peft_type in self.config.stash[_TYPES]]
         for suite in suites:
             setattr(self.obj, suite.__name__, suite)
-        wanted = {suite.__name__ for suite in suites}  # another run in this process may have left its own
+        wanted = {suite.__name__ for suite in suites}  # an earlier pytest run in this process may have left its suites in the module
         return [found for found in super().collect() if found.name in wanted]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Collect our own module as the suites of the tuners that were named."""
+    """Collect `SUITES` as an `InstalledSuites`, if tuners were named on the command line."""
     if module_path != SUITES or _TYPES not in parent.config.stash:
         return None
     module: pytest.Module = InstalledSuites.from_parent(parent, path=module_path, name="peft-core", nodeid="peft-core")
@@ -118,17 +124,17 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str, obj: object) -> list[pytest.Item | pytest.Collector] | None:
-    """Leave out checks that apply to no config of a suite: without an item, nothing is skipped."""
+    """Collect no item for a check that applies to none of the suite's configs, so that it does not appear as skipped."""
     suite = _suite(collector.obj) if isinstance(collector, pytest.Class) else None
     if suite is None or not hasattr(obj, "condition"):
         return None
-    asking = suite()
-    return [] if all(asking.not_run(name, config) is not None for config in suite.named_configs()) else None
+    instance = suite()
+    return [] if all(instance.not_run(name, config) is not None for config in suite.named_configs()) else None
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Give the report of a check what our own report says of it: under pytest-xdist that is written in another process."""
+    """Attach to the `TestReport` of a check what the conformance report needs: under pytest-xdist that report is written in another process."""
     report = yield
     if item.config.getoption("peft_report") and isinstance(item, pytest.Function):
         suite, call = _suite(item.cls), getattr(item, "callspec", None)
@@ -136,11 +142,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
             from .facts import facts_of
 
             location = {"suite": f"{suite.__module__}.{suite.__qualname__}", "check": item.function.__name__, "config": call.params["name"]}
-            setattr(report, FACTS, {**location, **(facts_of(suite) if report.when == "setup" else {})})
+            setattr(report, REPORT_ATTRIBUTE, {**location, **(facts_of(suite) if report.when == "setup" else {})})
     return report
 
 
-def _suite(kind: Any) -> Any | None:
-    """Return the class if it is a suite."""
-    base = sys.modules.get(f"{__package__}.base")  # before somebody imported it, no class can be a suite
-    return kind if base is not None and isinstance(kind, type) and issubclass(kind, base.SuiteBase) else None
+def _suite(cls: Any) -> Any | None:
+    """Return `cls` if it is a conformance suite, a subclass of `SuiteBase`; otherwise None."""
+    base = sys.modules.get(f"{__package__}.base")  # not imported yet: there can be no subclass either
+    return cls if base is not None and isinstance(cls, type) and issubclass(cls, base.SuiteBase) else None

@@ -1,4 +1,4 @@
-"""Resolves the targets of a config to modules of the base; each kind of failure has its message."""
+"""Resolves the targets of a config to modules of the base; each way to match nothing has an error message of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _V = TypeVar("_V")
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that a config targets, in the model's order, and the targets as they belong in the config from now on."""
+    """The names of the modules that a config targets, in the model's order, and the `target_modules` to write back to the config."""
 
     names: tuple[str, ...]
     targets: Targets | None
@@ -39,8 +39,8 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
     Args:
         base: the model.
-        config: its `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern`, `modules_to_save`.
-        default: what to target if the config names nothing.
+        config: its fields `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save` decide.
+        default: the targets if `target_modules` is None.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
@@ -58,7 +58,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     matches = _matches(base, config, matching)
     if not matches.found:
         raise _no_match(base, config, targets, matches)
-    _refuse_fused_kernels(base, matches.found)
+    _refuse_modules_of_fused_kernels(base, matches.found)
     _warn_unused(base, config, targets, matches.excluded)
     if not isinstance(targets, str):
         targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
@@ -67,7 +67,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
 @dataclass
 class _Matches:
-    """The modules that match the targets: those to adapt, and the others by what rules them out."""
+    """The names of modules that match the targets: `found` are to be adapted; the other lists hold those that are left out, by reason."""
 
     found: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
@@ -94,7 +94,7 @@ def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool
     return matches
 
 
-def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
+def _refuse_modules_of_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
     if "mamba" not in (base.model_type or ""):
         return
     for name in found:
@@ -106,10 +106,10 @@ def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
 
 
 def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
-    """Return a test for module names: a list matches whole names and ends after a dot, a string is a regular expression for all of it.
+    """Return a test for module names: a list matches whole names and suffixes after a dot, a string is a regular expression for the whole name.
 
     Args:
-        patterns: the list or the string; empty or None: no name passes.
+        patterns: the list or the string; empty or None: no name matches.
         field: the field that it comes from, for messages.
 
     Raises:
@@ -124,11 +124,11 @@ def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool
             raise ConfigError(f"{field}={patterns!r} is no regular expression: {error}", hint="give a list to match names") from error
         return lambda name: expression.fullmatch(name) is not None
     names = frozenset(patterns)
-    return lambda name: _ending(name, names) is not None
+    return lambda name: _matching_suffix(name, names) is not None
 
 
-def _ending(name: str, names: Collection[str]) -> str | None:
-    """Return the member of `names` that is `name` or an end of it after a dot."""
+def _matching_suffix(name: str, names: Collection[str]) -> str | None:
+    """Return the member of `names` that is `name` or a suffix of it after a dot; None if there is none."""
     start = 0
     while True:
         if name[start:] in names:
@@ -144,7 +144,7 @@ def _inside(name: str, saved: Collection[str]) -> bool:
     if not saved:
         return False
     parts = name.split(".")
-    return any(_ending(".".join(parts[: i + 1]), saved) is not None for i in range(len(parts)))
+    return any(_matching_suffix(".".join(parts[: i + 1]), saved) is not None for i in range(len(parts)))
 
 
 def layer_filter(config: LayerConfig) -> Callable[[str], bool]:
@@ -177,17 +177,17 @@ def layer_filter(config: LayerConfig) -> Callable[[str], bool]:
 
 def _default(base: BaseView, default: Targets | None) -> Targets:
     if default is None:
-        known = did_you_mean(base.model_type or "", defaults())
+        known = did_you_mean(base.model_type or "", default_targets_by_model_type())
         raise ConfigError(
             f"Please specify `target_modules` in `peft_config`: there is no default for {base.name}"
             + (f" (model_type {base.model_type!r})" if base.model_type else ""),
-            hint=f'for example target_modules={_linear_leaves(base)[:3]} or "{ALL_LINEAR}"{"; " + known if known else ""}',
+            hint=f'for example target_modules={_linear_leaf_names(base)[:3]} or "{ALL_LINEAR}"{"; " + known if known else ""}',
             code="no-default-targets",
         )
     return default if isinstance(default, str) else set(default)
 
 
-def _linear_leaves(base: BaseView) -> list[str]:
+def _linear_leaf_names(base: BaseView) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name, module in base.modules.items() if name and _is_linear(module)))
 
 
@@ -196,16 +196,16 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
-    """Return the linear layers of a transformers model, without its output embeddings, its heads and what is saved whole.
+    """Return the linear layers of a transformers model, without its output embeddings, its heads and the modules in `modules_to_save`.
 
     Raises:
-        ConfigError: it is none of transformers'.
-        NoMatchingPeftModuleError: it has none.
+        ConfigError: the model is not from transformers.
+        NoMatchingPeftModuleError: it has no linear layers.
     """
     if not base.is_transformers_model:
         raise ConfigError(
             f'target_modules="{ALL_LINEAR}" is for transformers models, not {base.name}',
-            hint=f"name the modules: {listed(_linear_leaves(base))}",
+            hint=f"name the modules: {listed(_linear_leaf_names(base))}",
         )
     output = base.output_embeddings
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
@@ -218,18 +218,18 @@ def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
 def shortest_suffixes(found: Sequence[str], every: Iterable[str]) -> set[str]:
     """Return few suffixes that together match exactly `found` among the names `every`.
 
-    Each found name gives its shortest end that no other name has; names whose ends agree share one.
+    Each found name gives its shortest suffix that no name outside of `found` has; names with the same suffix share it.
     """
     wanted = set(found)
-    spoilt: set[str] = set()  # ends of names that must not match
+    forbidden: set[str] = set()  # suffixes of names that must not match
     for name in every:
         if name and name not in wanted:
-            spoilt.update(_ends(name))
-    return {next((end for end in _ends(name) if end not in spoilt), name) for name in found}
+            forbidden.update(_suffixes(name))
+    return {next((suffix for suffix in _suffixes(name) if suffix not in forbidden), name) for name in found}
 
 
-def _ends(name: str) -> list[str]:
-    """Return the ends of a name, shortest first: ``["c", "b.c", "a.b.c"]``."""
+def _suffixes(name: str) -> list[str]:
+    """Return the suffixes of a name at its dots, shortest first: ``["c", "b.c", "a.b.c"]``."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in reversed(range(len(parts)))]
 
@@ -238,7 +238,7 @@ def _no_match(base: BaseView, config: LayerConfig, targets: Targets, matches: _M
     given = repr(targets) if isinstance(targets, str) else repr(sorted(targets))
     if not targets:
         return NoMatchingPeftModuleError(
-            f"target_modules={given} names nothing", hint=f'write for example {_linear_leaves(base)[:2]}, "{ALL_LINEAR}" or "{DUMMY}"'
+            f"target_modules={given} names nothing", hint=f'write for example {_linear_leaf_names(base)[:2]}, "{ALL_LINEAR}" or "{DUMMY}"'
         )
     if matches.excluded and not matches.in_other_layers:
         return NoMatchingPeftModuleError(
@@ -264,7 +264,7 @@ def _no_match(base: BaseView, config: LayerConfig, targets: Targets, matches: _M
     near = [hint for hint in (did_you_mean(word.rpartition(".")[2], base.leaf_names) for word in words[:3]) if hint]
     return NoMatchingPeftModuleError(
         f"Target modules {given} not found in the base model {base.name}. Please check the target modules and try again",
-        hint=near[0] if near else f"its linear layers are called {listed(_linear_leaves(base))}",
+        hint=near[0] if near else f"its linear layers are called {listed(_linear_leaf_names(base))}",
     )
 
 
@@ -273,9 +273,9 @@ def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, excluded
         warnings.warn(f"exclude_modules={config.exclude_modules!r} excluded nothing", PeftWarning, stacklevel=5)
     if isinstance(targets, str):
         return
-    used = {end for name in base.modules if name and (end := _ending(name, targets))}
-    # one name may end in two of the targets ("q_proj" and "attn.q_proj"): look at each unused one by itself
-    unused = sorted(t for t in set(targets) - used if not any(name == t or name.endswith(f".{t}") for name in base.modules))
+    used = {suffix for name in base.modules if name and (suffix := _matching_suffix(name, targets))}
+    # one name may have two of the targets as suffixes ("q_proj" and "attn.q_proj"): look at each unused one by itself
+    unused = sorted(each for each in set(targets) - used if not any(name == each or name.endswith(f".{each}") for name in base.modules))
     if unused:
         near = did_you_mean(unused[0].rpartition(".")[2], base.leaf_names)
         warnings.warn(f"target_modules {unused} matched nothing in {base.name}{'; ' + near if near else ''}", PeftWarning, stacklevel=5)
@@ -284,8 +284,8 @@ def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, excluded
 class Patterns(Mapping[str, _V]):
     """`rank_pattern` or `alpha_pattern`: a regular expression for the end of a module's name → value; the first match counts.
 
-    Keys of word characters and dots are looked up instead of tried one after the other, so that a thousand of them on a thousand
-    modules stay cheap. A dot in a key is any character, as in every expression.
+    Keys that consist of word characters and dots only are found by a dict lookup instead of a regular expression each, so that a thousand of them on
+    a thousand modules stay cheap. A dot in such a key still matches any character.
 
     Args:
         patterns: the expressions and their values.
@@ -299,14 +299,14 @@ class Patterns(Mapping[str, _V]):
         self._patterns = dict(patterns)
         self._values = list(self._patterns.values())
         self._used: set[int] = set()
-        #: (length, positions of the dots, whole name) → key → position
+        #: (length of the key, positions of its dots, whether it matches whole names only) → key → its position in `patterns`
         self._simple: dict[tuple[int, tuple[int, ...], bool], dict[str, int]] = {}
         self._expressions: list[tuple[int, re.Pattern[str]]] = []
         for position, key in enumerate(self._patterns):
             if re.fullmatch(r"\^?[\w.]+\$?", key):
-                word = key.strip("^$")
-                dots = tuple(i for i, character in enumerate(word) if character == ".")
-                self._simple.setdefault((len(word), dots, key.startswith("^")), {}).setdefault(word, position)
+                plain = key.strip("^$")
+                dots = tuple(i for i, character in enumerate(plain) if character == ".")
+                self._simple.setdefault((len(plain), dots, key.startswith("^")), {}).setdefault(plain, position)
                 continue
             try:
                 self._expressions.append((position, re.compile(rf"(?:^|.*\.)(?:{key})$")))
@@ -315,27 +315,28 @@ class Patterns(Mapping[str, _V]):
 
     def value(self, name: str, default: _V) -> _V:
         """Return the value of the first pattern that matches the module's name, or `default`."""
-        limit = min(self._simple_matches(name), default=len(self._values))
+        first = min(self._simple_matches(name), default=len(self._values))
         for position, expression in self._expressions:
-            if position >= limit:
+            if position >= first:
                 break
             if expression.match(name):
-                limit = position
+                first = position
                 break
-        if limit == len(self._values):
+        if first == len(self._values):
             return default
-        self._used.add(limit)
-        return self._values[limit]
+        self._used.add(first)
+        return self._values[first]
 
     def _simple_matches(self, name: str) -> Iterator[int]:
+        """Yield the positions of the keys without special characters that match."""
         for (length, dots, whole), keys in self._simple.items():
             start = len(name) - length
             if start < 0 or (start and (whole or name[start - 1] != ".")):
                 continue
-            end = list(name[start:])
-            for dot in dots:
-                end[dot] = "."
-            position = keys.get("".join(end))
+            suffix = list(name[start:])
+            for dot in dots:  # any character of the name may stand where the key has a dot
+                suffix[dot] = "."
+            position = keys.get("".join(suffix))
             if position is not None:
                 yield position
 
@@ -355,8 +356,8 @@ class Patterns(Mapping[str, _V]):
 
 
 @functools.cache
-def defaults() -> dict[str, list[str] | str]:
-    """Return the targets of common architectures by `model_type`: names, or one regular expression."""
+def default_targets_by_model_type() -> dict[str, list[str] | str]:
+    """Return `model_type` → the default targets of this architecture: a list of names, or one regular expression."""
     text = resources.files(__package__).joinpath("default_targets.json").read_text(encoding="utf-8")
     table: dict[str, list[str] | str] = json.loads(text)
     return table

@@ -1,10 +1,11 @@
-"""The protocol: a tuner plans, prepares, finishes. Plans and wraps are data; core performs them."""
+"""The interface of tuners. A tuner plans the changes for an adapter, and may change the inputs and outputs of calls; core carries out the plan."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -30,8 +31,8 @@ class Wrap:
     """One module of the base to be wrapped.
 
     Args:
-        path: its original name in the base.
-        build: makes the wrapper around the module that is there now; called only if this tuner has none there yet.
+        path: the module's original name in the base.
+        build: returns a wrapper for the present module; called only if this tuner has not wrapped it yet.
         fill: adds this adapter's weights to the wrapper.
     """
 
@@ -42,13 +43,13 @@ class Wrap:
 
 @dataclass(frozen=True)
 class Plan:
-    """The changes that a tuner wants for one adapter. Making a plan changes nothing.
+    """The changes that a tuner needs for one adapter. Making a plan changes nothing.
 
     Args:
         wraps: modules of the base to wrap.
         mounts: modules to put beside the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
-        adopts: objects that stand for parameters of the base itself (trained biases).
-        resolved: fields of the config that the model decided (default targets, dimensions); written to it when the plan is performed.
+        adopts: return modules that hold parameters which the base has already, and which then belong to the adapter (trained biases).
+        resolved: config field → value that follows from the model (default targets, dimensions); written to the config when the plan is performed.
     """
 
     wraps: tuple[Wrap, ...] = ()
@@ -63,8 +64,8 @@ class IncomingWeights:
 
     Args:
         path: the module's original name in the base.
-        module: it holds the weights.
-        tensors: the new ones by the end of their file key; empty if nothing came for this module.
+        module: holds the present weights.
+        tensors: new tensors by the keys of `AdapterModule.slots`; empty if there are none for this module.
     """
 
     path: str
@@ -77,8 +78,8 @@ class AdapterCheckpoint:
     """The content of an adapter's file.
 
     Args:
-        config: its config.
-        tensors: by their keys in the file.
+        config: the adapter's config.
+        tensors: key in the file → tensor.
     """
 
     config: Any
@@ -87,10 +88,10 @@ class AdapterCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointTranslation:
-    """How an adapter that was written for another layout of a base is read on this one.
+    """How to read an adapter that was saved for another layout of the base model.
 
     Args:
-        fields: fields of its config → their values here.
+        fields: config field → its value for this base.
         convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
     """
 
@@ -99,15 +100,15 @@ class CheckpointTranslation:
 
 
 class TunerBase:
-    """Base class of tuners. One object per model and method, shared by its adapters.
+    """Base class of tuners. One object per model and method, shared by the method's adapters.
 
     Attributes:
-        spec: its declaration.
-        selection: which adapters act; handed to the layers.
+        spec: the declaration of this tuner.
+        selection: which adapters are active; handed to the layers.
         mounted: for each mount the modules of this tuner's adapters, set by core: ``mounted["prompt_encoder"]["french"]``.
         configs: the configs of this tuner's adapters, in load order, set by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
-        swappable: fields of a config in which an adapter may differ from the one that it replaces (`Capability.HOTSWAP`).
+        swappable: config fields in which an adapter may differ from the one that it replaces in hot-swapping (`Capability.HOTSWAP`).
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
@@ -120,48 +121,50 @@ class TunerBase:
         self.configs: dict[str, Any] = {}
 
     def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how a file is read on this base; None: as it is. Changes nothing.
+        """Return how to read a file that was saved for another layout of the base; None if it needs no translation. Changes nothing.
 
         Args:
             base: the base model.
-            config: the file's.
-            shapes: name, beginning with a module's path in the base → shape.
+            config: the config in the file.
+            shapes: name of a tensor in the file, beginning with a module's path in the base → its shape.
 
         Raises:
-            ConfigError: it was written for a layout that can't be translated.
+            ConfigError: the file was saved for a layout that can't be translated.
         """
         return None
 
     def adapted_config(self, base: BaseView, config: Any) -> Mapping[str, Any]:
-        """Return field → value of a config that was written for another layout of the base; empty if it fits. Changes nothing."""
+        """Return config field → new value where `config` is for another layout of the base; empty if it fits. Changes nothing."""
         return {}
 
     @classmethod
     def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
-        """Return (expression, replacement) for other loaders than ours: names in files → names in memory, behind the path of a module.
+        """Return (regular expression, replacement) pairs that turn names in files into names in memory, for loaders other than ours.
+
+        They apply to the part of a name after the path of the module.
 
         Args:
-            spec: the tuner's.
+            spec: the tuner's spec.
             adapter: name of the adapter.
         """
         return [parameter_rule(spec.parameter_prefix, adapter)]
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
-        """Return transformers' conversions of a base's own weights (`WeightRenaming`, `WeightConverter`) as `adapter`, with `config`, needs them."""
+        """Return transformers' `WeightRenaming`s and `WeightConverter`s for `adapter` with `config`, made from those of the base, `conversions`."""
         return list(conversions)
 
     def reshape(self, base: BaseView, config: Any) -> Reshape | None:
-        """Return how the structure of the base has to change before an adapter is planned; None: it stays as it is. Changes nothing itself.
+        """Return the change of the base's modules that must be made before an adapter is planned; None if there is none. Changes nothing itself.
 
         Args:
-            base: the base model; a change that an earlier adapter asked for is made already.
+            base: the base model, with the changes that earlier adapters needed.
             config: the new adapter's config.
         """
         return None
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Read, validate and say what is to be done; change nothing.
+        """Validate the config and return the plan for a new adapter. Changes nothing.
 
         Args:
             base: the base model under its original names.
@@ -169,47 +172,47 @@ class TunerBase:
             config: its config, of the class that the spec names.
 
         Raises:
-            PeftError: what the user asked for can't be done.
+            PeftError: the adapter can't be added to this base.
         """
         raise NotImplementedError(f"{type(self).__name__} must define plan(base, adapter, config)")
 
     def prepare(self, call: Call) -> Call:
         """Return the call with this tuner's virtual tokens or context added. Only called while `takes_part_in_calls`.
 
-        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far, and finds the context that it added before.
+        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far; context that it added in earlier steps is there.
         """
         return call
 
     def finish(self, call: Call, output: Output) -> Output:
-        """Return the `output` of a `call` as the caller is to see it, for example with a loss added. Only called if overridden."""
+        """Return the `output` of a `call` with this tuner's changes, for example with a loss added. Only called if overridden."""
         return output
 
     def swap(self, adapter: str, config: Any, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Check that new weights can replace an adapter's, and return the function that writes them. Changes nothing itself.
 
-        By default every tensor must have come in the shape that is there.
+        By default there must be a new tensor for every present one, of the same shape.
 
         Args:
-            adapter: whose weights they replace.
+            adapter: the adapter whose weights are replaced.
             config: the new weights' config; it differs from the adapter's in `swappable` fields and in targets only.
-            incoming: each module of the adapter with what came for it.
+            incoming: each module of the adapter with its new tensors.
 
         Raises:
-            AdapterWeightsError: something does not fit.
+            AdapterWeightsError: a tensor is missing or has another shape.
         """
         pairs: list[tuple[Slot, Tensor]] = []
         for part in incoming:
             slots = part.module.slots(adapter)
-            missing = [end for end in slots if end not in part.tensors]
+            missing = [key for key in slots if key not in part.tensors]
             if missing:
-                raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
-            for end, slot in slots.items():
-                shape = tuple(part.tensors[end].shape)
+                raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+            for key, slot in slots.items():
+                shape = tuple(part.tensors[key].shape)
                 if shape != slot.shape:
                     raise AdapterWeightsError(
-                        f"size mismatch: {end!r} of {part.path!r} is {shape}, expected {slot.shape}", hint="delete the adapter and load the other"
+                        f"size mismatch: {key!r} of {part.path!r} is {shape}, expected {slot.shape}", hint="delete the adapter and load the other"
                     )
-                pairs.append((slot, part.tensors[end]))
+                pairs.append((slot, part.tensors[key]))
 
         def write() -> None:
             for slot, tensor in pairs:
@@ -218,16 +221,16 @@ class TunerBase:
         return write
 
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
-        """Return an adapter whose creation changed the base as one for the original base, to be saved. Changes nothing.
+        """Convert an adapter whose creation changed the base's weights (PiSSA) into one for the original base, to be saved. Changes nothing.
 
         Args:
-            adapter: its name, for messages.
-            now: the adapter as it would be saved.
-            initial: as it was saved when it had just been created.
+            adapter: name of the adapter, for messages.
+            now: the adapter with its present weights.
+            initial: the adapter as it was saved right after its creation.
 
         Raises:
-            CapabilityError: adapters of this tuner never change the base; the default.
-            PeftError: it can't be done.
+            CapabilityError: adapters of this tuner never change the base; raised by default.
+            PeftError: the conversion is not possible.
         """
         raise CapabilityError(
             f"the adapter {adapter!r} ({self.spec.peft_type}) left the base as it was when it was created: there is nothing to convert",
@@ -238,29 +241,29 @@ class TunerBase:
     def takes_part_in_calls(self) -> bool:
         """Whether `prepare` or `finish` is overridden; otherwise a forward goes straight to the base.
 
-        Asked when adapters come and go, so that an override may look at `configs`.
+        Read whenever an adapter is added or deleted, so that an override may depend on `configs`.
         """
         return type(self).prepare is not TunerBase.prepare or type(self).finish is not TunerBase.finish
 
 
 class LayerTuner(TunerBase):
-    """A tuner that wraps layers: give it `layers`, and targeting, building and filling follow.
+    """A tuner that wraps layers: a subclass sets `layers`; choosing the targets, wrapping them and adding the weights is done here.
 
     Example:
         >>> class LoHaTuner(LayerTuner):
         ...     layers = (LoHaLinear,)
     """
 
-    #: adapter layers, each with its `base_types`; the first that fits a module wraps it
+    #: adapter layer classes; the first that accepts a module (`AdapterLayer.accepts`) wraps it
     layers: tuple[type[AdapterLayer], ...] = ()
 
     def plan(self, base: BaseView, adapter: str, config: LayerConfig) -> Plan:
-        """Choose the modules as `targeting` says, and wrap each with the layer class that fits.
+        """Choose the modules as `targeting.select` does, and wrap each with the first layer class that accepts it.
 
         Raises:
             NoMatchingPeftModuleError: the targets match nothing.
-            UnsupportedModuleError: a target is of a kind that this tuner does not know.
-            ConfigError: a malformed expression.
+            UnsupportedModuleError: a target has a module class that this tuner does not support.
+            ConfigError: a regular expression in the config is malformed.
         """
         targets = config.target_modules
         if targets or self.adapts_modules(config):
@@ -268,52 +271,52 @@ class LayerTuner(TunerBase):
         else:
             chosen = targeting.Selection((), targets)
         patterns = {name: targeting.Patterns(getattr(config, name), name) for name in ("rank_pattern", "alpha_pattern")}
-        wraps = []
-        for path in chosen.names:
-            values = ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])
-            wraps.append(Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values))))
-        wraps.extend(self.further_wraps(base, adapter, config, lambda path: ModuleValues(path, patterns["rank_pattern"], patterns["alpha_pattern"])))
+        values = partial(ModuleValues, ranks=patterns["rank_pattern"], alphas=patterns["alpha_pattern"])
+        wraps = [
+            Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values(path)))) for path in chosen.names
+        ]
+        wraps.extend(self.further_wraps(base, adapter, config, values))
         for name, pattern in patterns.items():
             if pattern.unused:
                 warnings.warn(f"{name}: {pattern.unused} matched none of the adapted modules", RuntimeWarning, stacklevel=5)
         return Plan(wraps=tuple(wraps), resolved={"target_modules": chosen.targets})
 
     def adapts_modules(self, config: Any) -> bool:
-        """Return whether a config that names no modules means those that are usual for the base; if not, there are `further_wraps` only."""
+        """Return whether the default targets are adapted where a config names no modules; if not, there are `further_wraps` only."""
         return True
 
     def further_wraps(self, base: BaseView, adapter: str, config: Any, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
         """Return wraps besides those of the chosen modules; none by default.
 
         Args:
-            base, adapter, config: as `plan`.
-            values: path → the values that the config's patterns give it.
+            base, adapter, config: as in `plan`.
+            values: returns, for the path of a module, the rank and alpha that the config's patterns give it.
         """
         return ()
 
     def settings(self, config: Any, module: ModuleValues) -> Any:
-        """Return the settings of the layer of one module (the `config` of its `add`): by default the adapter's config.
+        """Return what the layer of one module gets as `config` (`AdapterLayer.add`): by default the adapter's config.
 
         Args:
             config: the adapter's config.
-            module: ``module.rank(config.r)`` and ``module.alpha(config.alpha)`` are the values for this module, patterns applied.
+            module: ``module.rank(config.r)`` and ``module.alpha(config.alpha)`` are the values for this module, with the patterns applied.
         """
         return config
 
     def default_targets(self, base: BaseView) -> targeting.Targets | None:
-        """Return what of `base` is adapted when the config names nothing: a plugin's answer, else the table of common architectures."""
+        """Return the targets for `base` where the config names none: from a plugin, else from the table of common architectures."""
         if base.model_type is None:
             return None
-        return hooks.default_targets(self.spec.peft_type, base.model_type) or targeting.defaults().get(base.model_type)
+        return hooks.default_targets(self.spec.peft_type, base.model_type) or targeting.default_targets_by_model_type().get(base.model_type)
 
     def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
-        """Return what builds the wrapper for `module`, at `path` in the base: a plugin's layer, else the first of `layers` that fits.
+        """Return the function that wraps `module`, at `path` in the base: in a plugin's layer, else in the first of `layers` that accepts it.
 
         Raises:
-            UnsupportedModuleError: none fits.
+            UnsupportedModuleError: no layer accepts the module, or the tuner does not declare the capability for it.
         """
-        # plugins first: a quantised Linear is often a subclass of the plain one, or a plain one with a weight of another class; torch's own
-        # classes with a weight made of plain numbers are no plugin's
+        # plugins first: a quantised Linear is often a subclass of nn.Linear, or an nn.Linear whose weight is a tensor subclass, which our own layers
+        # would accept. torch's own classes with an ordinary floating-point weight are not offered to plugins
         quantised = _is_quantised(module)
         if (quantised or type(module) not in LAYER_TYPES) and hooks.make_layer(self.spec.peft_type, module, self.selection) is not None:
             if quantised:
@@ -359,7 +362,7 @@ class ModuleValues:
 
 @dataclass(frozen=True)
 class Filler:
-    """Adds an adapter's weights to a wrapper."""
+    """A `Wrap.fill` that adds an adapter's weights to an `AdapterLayer`."""
 
     adapter: str
     settings: Any
@@ -369,19 +372,21 @@ class Filler:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Return whether a module keeps its weight in another form than as floating-point numbers."""
+    """Return whether a module has no `weight`, or one that is no ordinary floating-point tensor (integers, a tensor subclass)."""
     weight = getattr(module, "weight", None)
     return weight is None or not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor)
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """Return whether a weight can't be read as numbers: integers, or a tensor made of other tensors that is not one of torch's own classes."""
-    foreign = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
-    return foreign or not weight.is_floating_point()
+    """Return whether a weight is stored in packed form: as integers, or as a tensor subclass from outside torch that is made of other tensors."""
+    made_of_tensors = type(weight).__module__.partition(".")[0] != "torch" and hasattr(type(weight), "__tensor_flatten__")
+    return made_of_tensors or not weight.is_floating_point()
 
 
 @dataclass(frozen=True)
 class _Builder:
+    """A `Wrap.build` with one of the tuner's layer classes, or, where `layer` is None, with a plugin's."""
+
     layer: type[AdapterLayer] | None
     selection: AdapterSelection
     peft_type: str

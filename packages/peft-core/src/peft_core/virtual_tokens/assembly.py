@@ -20,7 +20,7 @@ from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, Lead, TaskSpec
 from . import caches
 from .encoder_decoder import assemble_both
-from .sequence import Assembled, cache_with_prefixes, cached_in, extended_mask, final_mask, pad_left, prepend_embeddings, updated
+from .sequence import Assembled, cache_with_prefixes, cached_length, extended_mask, final_mask, pad_left, prepend_embeddings, updated
 
 
 def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
@@ -52,7 +52,7 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
     cache = inputs.get("past_key_values")
-    cached = cached_in(call, cache)
+    cached = cached_length(call, cache)
     text = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     if text is None:
         raise RoutingError("virtual tokens need input_ids or inputs_embeds", hint="pass one of them")

@@ -41,8 +41,8 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
-        keys = [spread(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
-        values = [spread(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
+        keys = [expand_to_batch(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
+        values = [expand_to_batch(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
         write(k, v, layer)
     return cache
@@ -104,18 +104,18 @@ def decoder_config(view: BaseView) -> Any:
     return getter(decoder=True) if getter is not None and getattr(config, "is_encoder_decoder", False) else config
 
 
-def spread(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
-    """Return (…) or (rows, …) as (batch, …) in the dtype of `like`; zero in rows that do not use it."""
+def expand_to_batch(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
+    """Return `value`, (…) or (rows, …), as (batch, …) in the dtype of `like`; zeros in the rows that do not use the virtual tokens."""
     per_row = tokens.embeds is not None and tokens.embeds.ndim == 3
     value = value.to(dtype=like.dtype, device=like.device)
     if tokens.rows is ALL:
         return value if per_row else value.unsqueeze(0).expand(like.shape[0], *value.shape)
-    ids = ids_of(tokens)
-    value = value if per_row else value.unsqueeze(0).expand(ids.shape[0], *value.shape)
-    return like.new_zeros(like.shape[0], *value.shape[1:]).index_copy(0, ids.to(like.device), value)
+    rows = row_indices(tokens)
+    value = value if per_row else value.unsqueeze(0).expand(rows.shape[0], *value.shape)
+    return like.new_zeros(like.shape[0], *value.shape[1:]).index_copy(0, rows.to(like.device), value)
 
 
-def ids_of(tokens: VirtualTokens) -> Tensor:
+def row_indices(tokens: VirtualTokens) -> Tensor:
     """Return the indices of the rows that use some virtual tokens, where not all rows do."""
     assert isinstance(tokens.rows, Tensor)
     return tokens.rows

@@ -12,7 +12,7 @@ from ..errors import CapabilityError, RoutingError
 from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, TaskSpec
-from .sequence import Assembled, cache_with_prefixes, cached_in, extended_mask, final_mask, pad_left, prepend_embeddings, updated
+from .sequence import Assembled, cache_with_prefixes, cached_length, extended_mask, final_mask, pad_left, prepend_embeddings, updated
 
 
 def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
@@ -29,7 +29,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputi
         return Assembled(inputs)
 
     cache = inputs.get("past_key_values")
-    cached = cached_in(call, cache)
+    cached = cached_length(call, cache)
     if not cached and embeds and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _shifted(forward, inputs.get("labels"))
     length = _decoder_length(inputs)

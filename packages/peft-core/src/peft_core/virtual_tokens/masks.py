@@ -13,7 +13,7 @@ from ..base.view import BaseView
 from ..errors import CapabilityError
 from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
-from .caches import decoder_config, dtype_of, ids_of, newer, self_attention_cache
+from .caches import decoder_config, dtype_of, newer, row_indices, self_attention_cache
 
 #: kinds of attention that take an additive mask
 _WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
@@ -25,7 +25,7 @@ def _takes_query_length(cache: Any) -> bool:
 
 
 def weighted_mask(
-    call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past: int, *, causal: bool
+    call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past_length: int, *, causal: bool
 ) -> Any:
     """Return the mask of a call in which some keys have a weight: (batch, 1, queries, keys), or one for each kind of layer, by its name.
 
@@ -36,7 +36,7 @@ def weighted_mask(
         mask: (batch, keys), 1 where there is something to look at; None: everywhere.
         queries: number of tokens that look.
         cache: with the prefix in it.
-        past: number of tokens in the cache.
+        past_length: number of tokens in the cache.
         causal: tokens see only what stands before them.
 
     Raises:
@@ -49,10 +49,10 @@ def weighted_mask(
     if not causal and not newer():
         raise CapabilityError(f"the encoder {view.name} can't weigh keys under transformers 4", hint="use transformers 5, or another init_weights")
     decoder_cache = self_attention_cache(cache)
-    keys = past + queries
+    keys = past_length + queries
     seen = torch.ones(call.batch, keys, dtype=torch.bool, device=call.device) if mask is None else mask != 0
     allowed = seen[:, None, None, :]
-    at = torch.arange(past, keys, device=call.device)[:, None] - torch.arange(keys, device=call.device)  # how far a key lies behind a query
+    at = torch.arange(past_length, keys, device=call.device)[:, None] - torch.arange(keys, device=call.device)  # how far a key lies behind a query
     if causal:
         allowed = allowed & (at >= 0)
     weights = _weights(call, tokens, keys)[:, None, None, :].to(dtype_of(view.base))
@@ -60,9 +60,9 @@ def weighted_mask(
     window = getattr(config, "sliding_window", None)
     near = allowed & (at < window) if window and causal else allowed
     if not layers:
-        return _additive_mask(decoder_cache, past, 0, weights, near, queries)
+        return _additive_mask(decoder_cache, past_length, 0, weights, near, queries)
     found = {
-        name: _additive_mask(decoder_cache, past, layers.index(name), weights, near if "sliding" in name else allowed, queries)
+        name: _additive_mask(decoder_cache, past_length, layers.index(name), weights, near if "sliding" in name else allowed, queries)
         for name in dict.fromkeys(layers)
     }
     return found if len(found) > 1 else next(iter(found.values()))
@@ -78,16 +78,16 @@ def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
             parts.append(part.weights.to(call.device).expand(call.batch, -1))
         else:
             none = part.weights.new_zeros(call.batch, part.length).to(call.device)
-            parts.append(none.index_copy(0, ids_of(part), part.weights.to(call.device).expand(ids_of(part).shape[0], -1)))
+            parts.append(none.index_copy(0, row_indices(part), part.weights.to(call.device).expand(row_indices(part).shape[0], -1)))
     rest = keys - sum(part.length for part in tokens)
     return torch.cat([*parts, torch.zeros(call.batch, rest, device=call.device)], dim=1)
 
 
-def _additive_mask(cache: Any, past: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
+def _additive_mask(cache: Any, past_length: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
     """Return (batch, 1, queries, keys of the layer): a layer with a window or of fixed size has fewer keys, or more, than there are tokens."""
     lowest = torch.finfo(weights.dtype).min
     numbers = torch.where(allowed, weights, weights.new_tensor(lowest)).expand(allowed.shape[0], 1, queries, -1)
-    length, offset = cache.get_mask_sizes(queries if _takes_query_length(cache) else torch.arange(past, past + queries), layer)
+    length, offset = cache.get_mask_sizes(queries if _takes_query_length(cache) else torch.arange(past_length, past_length + queries), layer)
     numbers = numbers[..., offset : offset + length]
     if numbers.shape[-1] < length:
         numbers = torch.nn.functional.pad(numbers, (0, length - numbers.shape[-1]), value=lowest)

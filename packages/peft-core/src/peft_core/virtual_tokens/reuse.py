@@ -17,7 +17,7 @@ from ..selection.route import ALL, EMPTY
 from ..tuners.call import Call, Output, Site, VirtualTokens
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
-from .sequence import cached_in
+from .sequence import cached_length
 
 #: inputs with which virtual tokens may be computed apart from the text; any other input prevents it
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
@@ -78,15 +78,15 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
     if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
         return False
     cache = call.inputs.get("past_key_values")
-    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_in(call, cache)))
+    return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_length(call, cache)))
 
 
 def _same_for_all_rows(tokens: VirtualTokens) -> bool:
     return tokens.rows is ALL and tokens.site is Site.INPUT and tokens.embeds is not None and tokens.embeds.ndim == 2
 
 
-def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
-    """Return the call with keys and values instead of embeddings, and the outputs (1, n, …) of these; the call as it is where that can't be.
+def with_reused_keys_values(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
+    """Return the call with keys and values instead of virtual embeddings, and the outputs (1, n, …) of these; the same call if that is not possible.
 
     Args:
         index: the adapters.
@@ -104,7 +104,7 @@ def shortened(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> t
     return replace(call, virtual=(VirtualTokens(ALL, keys_values=found.keys_values),)), found.outputs
 
 
-def led_by(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
+def prepend_outputs(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
     """Return `output` with the outputs of the virtual tokens before those of the text, except for what the task cuts off anyway."""
     for name, first in outputs.items():
         rest = output.get(name) if isinstance(output, Mapping) else None

@@ -1,4 +1,4 @@
-"""Helpers for prepending virtual tokens to text, shared by `assembly` and `encoder_decoder`: sequence, mask and cache."""
+"""Helpers that prepend virtual tokens to the embeddings, the mask and the cache of a call; shared by `assembly` and `encoder_decoder`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .masks import weighted_mask
 
 @dataclass(frozen=True)
 class Assembled:
-    """What the base gets, and where the caller's tokens are in it.
+    """The keyword arguments of the base's forward, and where in the sequence the caller's tokens are.
 
     Args:
-        inputs: the base's keywords.
-        lead: how many virtual embeddings stand before the text: one number, or one per row (batch,).
+        inputs: the keyword arguments.
+        lead: number of virtual embeddings before the text: one number, or one per row (batch,).
         length: number of the caller's tokens.
     """
 
@@ -34,23 +34,30 @@ class Assembled:
 
 
 def updated(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return `inputs` updated with the changes that are not None; drop a changed name whose value is still None."""
+    """Return `inputs` with `changes`. A change to None keeps the present value; where that is None too, or missing, the result lacks the name."""
     merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if value is not None or name not in changes}
 
 
-def prepend_embeddings(embeds: list[VirtualTokens], text: Tensor) -> Tensor:
-    """Return virtual embeddings and those of the text (batch, tokens, hidden) as one sequence."""
-    return torch.cat([*(caches.spread(tokens, tokens.embeds, text) for tokens in embeds if tokens.embeds is not None), text], dim=1)
+def prepend_embeddings(virtual: list[VirtualTokens], text: Tensor) -> Tensor:
+    """Return the virtual embeddings, followed by the embeddings of the text (batch, tokens, hidden), as one sequence."""
+    return torch.cat([*(caches.expand_to_batch(tokens, tokens.embeds, text) for tokens in virtual if tokens.embeds is not None), text], dim=1)
 
 
 def pad_left(values: Tensor, count: int, value: int) -> Tensor:
-    """Return (batch, tokens) with `count` times `value` before each row."""
+    """Return `values` (batch, tokens), padded on the left with `count` columns of `value`."""
     return torch.nn.functional.pad(values, (count, 0), value=value)
 
 
 def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, text_length: int, caller_positions: Any = None) -> Tensor | None:
-    """Return the mask (batch, virtual + text), or None if no mask is needed.
+    """Return the attention mask (batch, virtual + text), or None if no mask is needed: all rows use all virtual tokens.
+
+    Args:
+        call: the call.
+        virtual: its virtual tokens, in the order in which they stand before the text.
+        mask: the caller's attention mask (batch, text), or None.
+        text_length: number of the caller's tokens, with those that are in the cache.
+        caller_positions: the caller's `position_ids`; if given, a mask is always needed.
 
     Raises:
         RoutingError: the caller's mask is not (batch, tokens).
@@ -69,29 +76,38 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
         if tokens.rows is ALL:
             blocks.append(mask.new_ones(call.batch, tokens.length))
         else:
-            blocks.append(mask.new_zeros(call.batch, tokens.length).index_fill(0, caches.ids_of(tokens), 1))
+            blocks.append(mask.new_zeros(call.batch, tokens.length).index_fill(0, caches.row_indices(tokens), 1))
     return torch.cat([*blocks, mask], dim=1)
 
 
-def cached_in(call: Call, cache: Any) -> int:
-    """Return how many tokens are in the cache of a call."""
+def cached_length(call: Call, cache: Any) -> int:
+    """Return the number of tokens in the cache of a call, virtual ones included."""
     if call.cached is not None:
         return call.cached
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past: int) -> Any:
-    """Return the mask (batch, keys) unchanged, or additive masks (batch, 1, queries, keys) if some keys have weights: see `masks.weighted_mask`."""
+def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past_length: int) -> Any:
+    """Return `mask` (batch, keys) unchanged or, if some keys have weights, additive masks; arguments and result as of `masks.weighted_mask`."""
     if all(tokens.weights is None for tokens in kv):
         return mask
-    return weighted_mask(call, kv, forward.view, mask, queries, cache, past, causal=forward.causal or forward.encoder_decoder)
+    return weighted_mask(call, kv, forward.view, mask, queries, cache, past_length, causal=forward.causal or forward.encoder_decoder)
 
 
 def cache_with_prefixes(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, recomputing: bool = False) -> Any:
     """Return a cache that holds the keys and values of all prefixes.
 
+    Where the base's forward does not take the cache, or the layers are recomputed, it is also put into the route's context, under `PREFIX`.
+
+    Args:
+        call: the call.
+        kv: the virtual tokens with keys and values, in the order in which they stand.
+        forward: what the base's forward takes.
+        cache: the caller's empty cache; None: a new one.
+        recomputing: layers are recomputed in the backward pass (gradient checkpointing).
+
     Raises:
-        CapabilityError: the base takes none.
+        CapabilityError: the base's forward takes no past_key_values.
     """
     if not forward.takes_cache and forward.backbone is None:
         raise CapabilityError(

@@ -1,4 +1,4 @@
-"""The stage of a call that is entered only if the call has virtual tokens: assemble, run the base, cut the output."""
+"""The stage of a call that runs only if the call has virtual tokens: assemble the base's inputs, run the base, cut the output."""
 
 from __future__ import annotations
 
@@ -19,32 +19,35 @@ from .caches import PREFIX
 
 
 def run(index: AdapterIndex, call: Call, base: Callable[..., Output], task: TaskSpec, *, recomputing: bool) -> Output:
-    """Run the base with the virtual tokens of a call; the output is that of the caller's tokens, as far as the task says.
+    """Run the base with the virtual tokens of a call, and cut the output to the caller's tokens as the task defines.
 
     Args:
         index: the adapters.
-        call: with the virtual tokens that tuners offered.
-        base: the module to call.
+        call: the call, after tuners have added their virtual tokens.
+        base: runs the base model.
         task: decides what happens to labels and outputs.
-        recomputing: layers run again in the backward pass.
+        recomputing: layers run again in the backward pass (activation checkpointing).
 
     Raises:
-        RoutingError, CapabilityError: as `assemble`; the base reads no cache.
+        RoutingError: as `assemble`.
+        CapabilityError: as `assemble`, or the base reads no cache.
     """
     if recomputing or index.forward.backbone is not None:
-        call = call.telling()  # a route of its own, in which prefixes wait for the layers
-    call, first = reuse.shortened(index, call, base)
-    with index.selection.use(call.route):  # embedding the text, too, is up to the adapters of its row
+        call = call.telling()  # a copy of the route, so that the prefix that is put into its context for the layers is seen by this call only
+    call, reused_outputs = reuse.with_reused_keys_values(index, call, base)
+    with index.selection.use(call.route):  # around `assemble`, too: it embeds the text, and adapters may adapt the embedding
         assembled = assemble(call, index.forward, task, recomputing=recomputing)
         output = base(**assembled.inputs)
     if not index.forward.reads_cache:
         check_cache_was_read(index.forward, call, assembled.inputs)
     output = task.cut(output, assembled.lead, assembled.length)
-    return output if first is EMPTY else reuse.led_by(output, first, task)
+    return output if reused_outputs is EMPTY else reuse.prepend_outputs(output, reused_outputs, task)
 
 
 def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, Any]) -> None:
-    """Check after the first call with keys and values that some layer put its own behind them: if none did, none looked at them.
+    """Check after the first call with a prefix of keys and values that some layer appended its own to them, and remember that one did.
+
+    If no layer appended any, none has read the prefix.
 
     Raises:
         CapabilityError: the base's layers read no cache, though its forward takes one.
@@ -54,13 +57,13 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     length = sum(tokens.length for tokens in call.virtual if tokens.keys_values is not None)
     cache = inputs.get("past_key_values")
     cache = call.route.context.get(PREFIX) if cache is None else cache
-    own: Any = getattr(cache, "self_attention_cache", cache)
-    if not length or not hasattr(own, "layers"):
+    decoder_cache: Any = getattr(cache, "self_attention_cache", cache)
+    if not length or not hasattr(decoder_cache, "layers"):
         return
-    readers = getattr(own, "readers", None)  # under checkpointing, what layers add is not kept
-    if not (any(layer.get_seq_length() > length for layer in own.layers) if readers is None else readers):
+    readers = getattr(decoder_cache, "readers", None)  # under checkpointing, the cache does not keep what layers append, but records who read it
+    if not (any(layer.get_seq_length() > length for layer in decoder_cache.layers) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
-            hint=f"the layers of {forward.view.name} look at no cache; use a method with virtual embeddings",
+            hint=f"the layers of {forward.view.name} do not use the cache; use a method with virtual embeddings",
         )
     forward.reads_cache = True

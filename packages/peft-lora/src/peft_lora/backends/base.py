@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import MERGES, Fold, Merge, PeftWarning, Product, Subtraction
+from peft_core import MERGES, Fold, PeftWarning
+from peft_core.merging.exact import Change
 
 from ..layers.common import LoraMerging
 from ..layers.linear import Linear
@@ -21,11 +21,11 @@ class Packed:
     """A weight as a library keeps it, by reference.
 
     Args:
-        parameter: what the base has under the name of its weight.
+        tensor: what the base has under the name of its weight: a parameter or a buffer.
         rest: what belongs to it elsewhere (scales that the library moves about), by name.
     """
 
-    parameter: nn.Parameter
+    tensor: Tensor
     rest: dict[str, Any]
 
 
@@ -45,25 +45,9 @@ class RoundingError:
 class RequantisingMerging(LoraMerging):
     """Merging into a packed weight: the changed weight is packed anew, and the packed original is the way back."""
 
-    def plan(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those `adapters` that have weights here, nothing done yet; None if there is nothing to do.
-
-        Raises:
-            MergeError: one of them can't be merged into this base.
-        """
-        merge = super().plan(adapters)
-        if merge is None:
-            return None
-        weight, *others = merge.folds
-        return Merge(merge.owner, merge.adapters, [Requantised(self.layer, weight.change), *others])
-
-    def shift(self, adapter: str, delta: Tensor | Product) -> None:
-        """Subtract `delta` (out, in) from the base weight for as long as the adapter exists: rounded, and undone exactly.
-
-        Raises:
-            MergeError: something is merged into the weight, or it can't be packed anew.
-        """
-        self.do_shift(adapter, Requantised(self.layer, Subtraction(delta, self.layer.ops)))
+    def weight_fold(self, change: Change, instead: str = "") -> Requantised:
+        """Return what makes `change` in the packed weight, nothing done yet."""
+        return Requantised(self.layer, change)
 
 
 class QuantisedLinear(Linear):
@@ -81,11 +65,16 @@ class QuantisedLinear(Linear):
     # ---- what a backend says --------------------------------------------------------------------------------------
     def packed(self) -> Packed:
         """Return the weight as the base has it now, nothing copied."""
-        return Packed(self._parameter(), {})
+        stored: Tensor = getattr(self.get_base_layer(), self.weight_name)
+        return Packed(stored, {})
 
     def put(self, packed: Packed) -> None:
         """Give the base a packed weight."""
-        self.get_base_layer().register_parameter(self.weight_name, packed.parameter)
+        base = self.get_base_layer()
+        if self.weight_name in base._buffers:
+            base._buffers[self.weight_name] = packed.tensor.detach()
+        else:
+            base._parameters[self.weight_name] = packed.tensor if isinstance(packed.tensor, nn.Parameter) else nn.Parameter(packed.tensor, False)
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the matrix (out, in) that a packed weight stands for, in float32."""
@@ -107,9 +96,6 @@ class QuantisedLinear(Linear):
             if not merge.permanent and isinstance(fold, Requantised) and fold.kept is not None:
                 return self.unpack(fold.kept)
         return self.unpack(self.packed())
-
-    def _parameter(self) -> nn.Parameter:
-        return self.get_base_layer().get_parameter(self.weight_name)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
     @property
@@ -158,12 +144,12 @@ class Requantised(Fold):
 
     def before(self, merged: Tensor) -> Tensor:
         """Return the packed weight that was there before."""
-        return merged if self.kept is None else self.kept.parameter.detach()
+        return merged if self.kept is None else self.kept.tensor.detach()
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept for the way back."""
-        return 0 if self.kept is None else self.kept.parameter.nbytes
+        return 0 if self.kept is None else self.kept.tensor.nbytes
 
     def _exact(self) -> Tensor:
         """Return the matrix with all that is merged already, each change made on unrounded numbers."""

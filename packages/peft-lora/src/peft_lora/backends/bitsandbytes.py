@@ -57,8 +57,8 @@ class Linear8bitLt(QuantisedLinear):
             MergeError: the weight is not quantised yet.
         """
         scales = packed.rest["SCB"] if packed.rest["SCB"] is not None else packed.rest["state.SCB"]
-        _require_quantised(scales is not None and packed.parameter.dtype == torch.int8, self)
-        codes = packed.parameter.detach().as_subclass(Tensor)
+        _require_quantised(scales is not None and packed.tensor.dtype == torch.int8, self)
+        codes = packed.tensor.detach().as_subclass(Tensor)
         found: Tensor = codes.float() * (scales.float() / 127).to(codes.device)[:, None]
         return found
 
@@ -94,7 +94,7 @@ class Linear4bit(QuantisedLinear):
         """Give the base a packed weight; the layer has its scales, too."""
         super().put(packed)
         base: Any = self.get_base_layer()
-        base.quant_state = packed.parameter.quant_state  # type: ignore[attr-defined]
+        base.quant_state = packed.tensor.quant_state  # type: ignore[attr-defined]
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the matrix (out, in).
@@ -102,7 +102,7 @@ class Linear4bit(QuantisedLinear):
         Raises:
             MergeError: the weight is not quantised yet.
         """
-        weight: Any = packed.parameter
+        weight: Any = packed.tensor
         codes, state = weight.detach().as_subclass(Tensor), weight.quant_state
         _require_quantised(state is not None, self)
         if _is_reordered(state):
@@ -112,7 +112,7 @@ class Linear4bit(QuantisedLinear):
 
     def pack(self, matrix: Tensor) -> Packed:
         """Return a matrix (out, in) in the type, the blocks and the storage that the base has."""
-        weight: Any = self.packed().parameter
+        weight: Any = self.packed().tensor
         state = weight.quant_state
         codes, fresh = bnb.functional.quantize_4bit(
             matrix.to(getattr(state, "original_dtype", state.dtype)).contiguous(),

@@ -40,7 +40,7 @@ class TorchaoLinear(QuantisedLinear):
     def add(self, adapter: str, config: LoraSettings) -> None:
         """Create A and B, and warn where no gradient gets past the base to the layers before it."""
         super().add(adapter, config)
-        if getattr(self._parameter(), "act_quant_kwargs", None) is not None:
+        if getattr(self.packed().tensor, "act_quant_kwargs", None) is not None:
             warnings.warn(
                 f"{config.path!r} quantises its inputs, too, and torchao has no gradient for that: adapters in the layers before it learn through "
                 "other ways only. For training, use a config that quantises weights only",
@@ -50,7 +50,7 @@ class TorchaoLinear(QuantisedLinear):
 
     def unpack(self, packed: Packed) -> Tensor:
         """Return the matrix (out, in)."""
-        return packed.parameter.detach().dequantize().float()
+        return packed.tensor.detach().dequantize().float()
 
     def pack(self, matrix: Tensor) -> Packed:
         """Return a matrix (out, in) with the bits and the groups that the base's weight has.
@@ -58,7 +58,7 @@ class TorchaoLinear(QuantisedLinear):
         Raises:
             MergeError: it is of a kind that nobody here knows how to make.
         """
-        weight: Any = self._parameter().detach()
+        weight: Any = self.packed().tensor.detach()
         numbers = matrix.to(weight.dtype)
         if isinstance(weight, _INT8):
             made = _INT8.from_hp(

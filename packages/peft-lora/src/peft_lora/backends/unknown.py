@@ -33,7 +33,7 @@ class UnknownLinear(QuantisedLinear):
         bias = base._parameters.get(self.bias_name)
         dtype = torch.float32 if bias is None else bias.dtype
         with torch.no_grad():
-            answer: Tensor = base(torch.eye(self.matrix_shape[1], device=packed.parameter.device, dtype=dtype)).float()
+            answer: Tensor = base(torch.eye(self.matrix_shape[1], device=packed.tensor.device, dtype=dtype)).float()
             return (answer if bias is None else answer - bias.float()).T
 
     def pack(self, matrix: Tensor) -> Packed:

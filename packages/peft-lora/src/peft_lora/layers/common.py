@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_core import LayerMerging, Merge, MergeError, ModelError, Product, Slot
+from peft_core import ConfigError, LayerMerging, Merge, MergeError, ModelError, Product, Slot
 from peft_core.errors import listed
 
 from .. import formulas
@@ -72,13 +72,23 @@ class LoraLayer(FactorLayer):
 
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoraSettings) -> None:
-        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed."""
+        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed.
+
+        Raises:
+            ConfigError: the initialiser gives factors of another rank, which a file of them could not say.
+        """
         self.record_settings(adapter, config)
         variant = config.variant(self, adapter, config) if config.variant is not None else None
         start = self._start(config, variant)
         shapes = self.factor_shapes(config.r) if variant is None else variant.factor_shapes()
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
+        stored = [tuple(parameter.shape) for parameter in parameters]
+        if stored != [*shapes] and not config.initializer.needs_base:  # a file of them could not be loaded
+            raise ConfigError(
+                f"{type(config.initializer).__name__} gave A and B of the shapes {stored} for {config.path!r}, and r={config.r} needs {[*shapes]}",
+                hint="set needs_base on the initialiser: it is then asked for their rank when a file is loaded, too",
+            )
         self.store_factors(adapter, *parameters)
         self.frozen[adapter] = config.initializer.frozen if start is None else config.initializer.frozen | start.frozen
         if start is not None:

@@ -47,10 +47,10 @@ class Linear(LoraLayer):
         """Return A (r, in) and B (out, r)."""
         if adapter in self.tied:
             return self.tied[adapter].factors()
-        down, up = self.ends(adapter)
+        down, up = self.factor_modules(adapter)
         return down.weight, up.weight  # type: ignore[return-value]
 
-    def ends(self, adapter: str) -> tuple[nn.Module, nn.Module]:
+    def factor_modules(self, adapter: str) -> tuple[nn.Module, nn.Module]:
         """Return the modules of A and B."""
         held = self._modules
         return held["lora_A"]._modules[adapter], held["lora_B"]._modules[adapter]  # type: ignore[union-attr, return-value]
@@ -59,7 +59,7 @@ class Linear(LoraLayer):
         """Return what trains, by the end of its file key."""
         if adapter in self.has_variant_or_bias or self.frozen.get(adapter) or adapter in self.tied:
             return super().parameters_of(adapter)
-        down, up = self.ends(adapter)  # switching asks every layer
+        down, up = self.factor_modules(adapter)  # switching asks every layer
         a, b = down._parameters.get("weight"), up._parameters.get("weight")
         return super().parameters_of(adapter) if a is None or b is None else {"lora_A.weight": a, "lora_B.weight": b}
 
@@ -77,7 +77,7 @@ class Linear(LoraLayer):
 
     def _fused_plain(self, adapter: str, x: Tensor, base: Any) -> Tensor | None:
         """Return base(x) + s·B(A·drop(x)) (…, out) for `x` (…, in), where all modules are plain, and W and its bias frozen; None elsewhere."""
-        down, up = self.ends(adapter)
+        down, up = self.factor_modules(adapter)
         dropout = self.dropout_of(adapter)
         if not (can_fuse(x, base, down, up) if dropout is None else can_fuse(x, base, down, up, dropout)):
             return None
@@ -122,7 +122,7 @@ class Linear(LoraLayer):
         if adapter in self.tied:
             a, b = self.factors(adapter)
             return kernels.add_product(y, x if dropout is None else dropout(x), a, b, s)
-        down, up = self.ends(adapter)
+        down, up = self.factor_modules(adapter)
         plain = can_fuse(x, down, up) if dropout is None else can_fuse(x, down, up, dropout)
         if plain and up._parameters["bias"] is None:
             return kernels.add_product(y, x, down._parameters["weight"], up._parameters["weight"], s, self.drop_rate(adapter) if drop else 0.0)  # type: ignore[arg-type]
@@ -133,17 +133,18 @@ class Linear(LoraLayer):
         """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
         scope = self.selection.cache()
         if scope is not None and not self.training:
-            # what can_stack says of 64 adapters costs as much as their products; in a scope their modules do not change
+            # for 64 adapters, asking can_stack costs as much as the matrix products; in a scope their modules do not change, so it is asked once
             stack = scope.get(
-                ("stack", self, route, x.dtype, x.device), lambda: rows.Stack(self, route, x.dtype) if rows.can_stack(self, route, x) else None
+                ("stack", self, route, x.dtype, x.device),
+                lambda: rows.StackedFactors(self, route, x.dtype) if rows.can_stack(self, route, x) else None,
             )
             if stack is not None and can_fuse(x):
                 return stack.add(x, y)
         if not rows.can_stack(self, route, x):
             return super().contribute_by_row(route, x, y)
         assert route.per_row is not None
-        here = [tuple(name for name in row if name in self.scaling) for row in route.per_row]
-        return rows.add_by_row(x, y, *rows.stacked(self, here, x.dtype))
+        adapters_by_row = [tuple(name for name in row if name in self.scaling) for row in route.per_row]
+        return rows.add_by_row(x, y, *rows.stack_factors(self, adapters_by_row, x.dtype))
 
     def with_beta(self, adapter: str, y: Tensor) -> Tensor:
         """Return y + s·β, where `lora_bias` gave B a bias β."""

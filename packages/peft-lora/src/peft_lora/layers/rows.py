@@ -1,4 +1,4 @@
-"""Batches whose rows use different adapters: A and B gathered for each row, then two `bmm`."""
+"""Batches whose rows use different adapters: A and B are stacked into one tensor each, an entry per row, then two `bmm` compute all rows."""
 
 from __future__ import annotations
 
@@ -19,101 +19,113 @@ MAX_ROWS_PER_ADAPTER = 8
 MIN_ROWS_FOR_EMBEDDING_BAG = 32
 
 
-class Stack:
-    """The factors of each row's adapters for a cache scope: A transposed (rows, in, R) and s·B transposed (rows, R, out).
+class StackedFactors:
+    """The factors A and B of each row's adapters, stacked once and kept in a cache scope.
 
     R is the largest total rank of a row.
 
     Args:
-        layer: whose adapters.
+        layer: the layer that has the adapters.
         route: which adapters each row uses.
-        dtype: of the activations.
+        dtype: dtype of the activations.
+
+    Attributes:
+        a_transposed: Aᵀ of each row, (rows, in, R).
+        scaled_b_transposed: s·Bᵀ of each row, (rows, R, out).
+        bag_inputs: weight, indices and offsets for `embedding_bag`; None where `bmm` is faster.
     """
 
     def __init__(self, layer: LoraLayer, route: Route, dtype: torch.dtype) -> None:
         assert route.per_row is not None
-        here = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
-        self.rows = len(here)
-        a, b = stacked(layer, here, dtype)
-        self.b = b.contiguous()
-        self.across = a.transpose(1, 2).contiguous()  # (rows, in, R): a single token, as in decoding, needs no transpose
+        adapters_by_row = [tuple(name for name in row if name in layer.scaling) for row in route.per_row]
+        self.rows = len(adapters_by_row)
+        a, b = stack_factors(layer, adapters_by_row, dtype)
+        self.scaled_b_transposed = b.contiguous()
+        self.a_transposed = a.transpose(1, 2).contiguous()  # stored transposed, so that decoding, one token a call, need not transpose
         self.bag_inputs: tuple[Tensor, Tensor, Tensor] | None = None
         if self.rows >= MIN_ROWS_FOR_EMBEDDING_BAG and b.device.type == "cpu" and b.dtype is torch.float32:
-            numbers = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
-            self.bag_inputs = self.b.flatten(0, 1), numbers, numbers[:: b.shape[1]].contiguous()
+            indices = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
+            self.bag_inputs = self.scaled_b_transposed.flatten(0, 1), indices, indices[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors as `add_by_row`."""
-        if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.b.dtype:
-            hidden = torch.bmm(x, self.across)
+        """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors: as in `add_by_row`."""
+        if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.scaled_b_transposed.dtype:
+            hidden = torch.bmm(x, self.a_transposed)
             if self.bag_inputs is None:
-                return y.add_(torch.bmm(hidden, self.b))
-            # for one token hidden·B is a weighted sum of R rows of B, which `embedding_bag` computes about twice as fast as `bmm`
+                return y.add_(torch.bmm(hidden, self.scaled_b_transposed))
+            # for one token hidden·Bᵀ is a weighted sum of the R lines of Bᵀ, which `embedding_bag` computes about twice as fast as `bmm`
             weight, indices, offsets = self.bag_inputs
             return y.add_(torch.embedding_bag(weight, indices, offsets, False, 0, False, hidden.view(-1))[0].view(y.shape))
-        return add_by_row(x, y, self.across.transpose(1, 2), self.b)
+        return add_by_row(x, y, self.a_transposed.transpose(1, 2), self.scaled_b_transposed)
 
 
-def stacked(layer: LoraLayer, rows: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return A (rows, R, in) and s·Bᵀ (rows, R, out), in the adapters' dtype if it is wider than `dtype`.
+def stack_factors(layer: LoraLayer, adapters_by_row: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return A (rows, R, in) and s·Bᵀ (rows, R, out).
 
-    The adapters of a row are concatenated along the rank dimension, zero-padded to R, the largest total rank of a row.
+    The adapters of a row are concatenated along the rank dimension and zero-padded to R, the largest total rank of a row. The dtype is that of
+    the adapters where each row has one adapter and all ranks are equal; otherwise it is promoted with `dtype`, that of the activations.
     """
-    kinds = list(dict.fromkeys(rows))
-    used = list(dict.fromkeys(name for row in kinds for name in row))
-    pairs = {name: layer.factors(name) for name in used}
-    ranks = {a.shape[0] for a, _ in pairs.values()}
+    combinations = list(dict.fromkeys(adapters_by_row))
+    used = list(dict.fromkeys(name for names in combinations for name in names))
+    factors = {name: layer.factors(name) for name in used}
+    ranks = {a.shape[0] for a, _ in factors.values()}
     scales = [layer.scaling[name] for name in used]
-    if len(ranks) == 1 and all(len(row) == 1 for row in kinds):  # the ordinary case: one adapter of the same rank for each row
-        each = [row[0] for row in rows]
-        a = torch.stack([pairs[name][0] for name in each])
-        b = torch.stack([pairs[name][1] for name in each]).transpose(1, 2)
+    if len(ranks) == 1 and all(len(names) == 1 for names in combinations):  # the ordinary case: one adapter of the same rank for each row
+        adapters = [names[0] for names in adapters_by_row]
+        a = torch.stack([factors[name][0] for name in adapters])
+        b = torch.stack([factors[name][1] for name in adapters]).transpose(1, 2)
         if len(set(scales)) == 1:
             return a, b if scales[0] == 1 else b * scales[0]
-        return a, b * torch.tensor([layer.scaling[name] for name in each], dtype=b.dtype, device=b.device).view(-1, 1, 1)
-    wide = torch.promote_types(dtype, pairs[used[0]][0].dtype)
-    out, inp = layer.matrix_shape
-    parts: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
-    for row in kinds:
-        factors = [(*pairs[name], layer.scaling[name]) for name in row]
-        a = torch.cat([a for a, _, _ in factors]).to(wide) if factors else torch.zeros(0, inp, dtype=wide, device=layer.weight.device)
-        b = torch.cat([b.t() * s for _, b, s in factors]).to(wide) if factors else torch.zeros(0, out, dtype=wide, device=layer.weight.device)
-        parts[row] = a, b
-    most = max(1, *(a.shape[0] for a, _ in parts.values()))
-    padded = {row: tuple(torch.nn.functional.pad(part, (0, 0, 0, most - part.shape[0])) for part in both) for row, both in parts.items()}
-    return torch.stack([padded[row][0] for row in rows]), torch.stack([padded[row][1] for row in rows])
+        return a, b * torch.tensor([layer.scaling[name] for name in adapters], dtype=b.dtype, device=b.device).view(-1, 1, 1)
+    promoted = torch.promote_types(dtype, factors[used[0]][0].dtype)
+    out_features, in_features = layer.matrix_shape
+    concatenated: dict[tuple[str, ...], tuple[Tensor, Tensor]] = {}
+    for names in combinations:
+        if names:
+            a = torch.cat([factors[name][0] for name in names]).to(promoted)
+            b = torch.cat([factors[name][1].t() * layer.scaling[name] for name in names]).to(promoted)
+        else:
+            a = torch.zeros(0, in_features, dtype=promoted, device=layer.weight.device)
+            b = torch.zeros(0, out_features, dtype=promoted, device=layer.weight.device)
+        concatenated[names] = a, b
+    rank = max(1, *(a.shape[0] for a, _ in concatenated.values()))
+    padded = {
+        names: tuple(torch.nn.functional.pad(factor, (0, 0, 0, rank - factor.shape[0])) for factor in pair) for names, pair in concatenated.items()
+    }
+    return torch.stack([padded[names][0] for names in adapters_by_row]), torch.stack([padded[names][1] for names in adapters_by_row])
 
 
-def add_by_row(x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Return y + xAᵀB with a pair of factors for each row; `y` may be overwritten.
+def add_by_row(x: Tensor, y: Tensor, a: Tensor, scaled_b_transposed: Tensor) -> Tensor:
+    """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten.
 
     Args:
-        x: (batch, …, in); batch is a multiple of rows: the factors of a row are those of batch / rows consecutive samples.
+        x: (batch, …, in). The batch may be n times the rows, as with beams; then n consecutive samples use the factors of one row.
         y: (batch, …, out).
-        a: (rows, R, in).
-        b: (rows, R, out).
+        a: A of each row, (rows, R, in).
+        scaled_b_transposed: s·Bᵀ of each row, (rows, R, out).
 
     Raises:
         RoutingError: the batch is no multiple of the rows.
     """
     rows = a.shape[0]
     if x.shape[0] % rows:
-        raise RoutingError(f"adapter_names has {rows} entries, but a layer sees a batch of {x.shape[0]} rows", hint="give one entry per sample")
+        raise RoutingError(f"adapter_names has {rows} entries, but a layer gets a batch of {x.shape[0]} samples", hint="give one entry per sample")
     xs = x.reshape(rows, -1, x.shape[-1]).to(a.dtype)
     ys = y.reshape(rows, -1, y.shape[-1])
     hidden = torch.bmm(a, xs.transpose(1, 2)).transpose(1, 2)
     if torch.is_grad_enabled() or y.dtype is not hidden.dtype or not y.is_contiguous():
-        return (ys + torch.bmm(hidden, b)).to(y.dtype).view(y.shape)
+        return (ys + torch.bmm(hidden, scaled_b_transposed)).to(y.dtype).view(y.shape)
     if xs.shape[1] < 8:
-        ys.add_(torch.bmm(hidden, b))  # with cold caches, as in decoding, four times as fast as the fused call
+        ys.add_(torch.bmm(hidden, scaled_b_transposed))  # with cold caches, as in decoding, four times as fast as the fused call
     else:
-        ys.baddbmm_(hidden, b)
+        ys.baddbmm_(hidden, scaled_b_transposed)
     return y
 
 
 def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
-    """Return whether the batched path applies and is faster: plain modules, no variant, bias or tie, no active dropout, and at most
-    `MAX_ROWS_PER_ADAPTER` rows per adapter.
+    """Return whether `bmm` over stacked factors is possible and faster than one adapter after the other.
+
+    It needs plain modules, no variant, no bias, no tied factors, no active dropout, and at most `MAX_ROWS_PER_ADAPTER` rows per adapter.
     """
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row
@@ -123,7 +135,7 @@ def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
     for name in used:
         if name in layer.has_variant_or_bias or name in layer.tied or layer.drop_rate(name):
             return False
-        modules += layer.ends(name)
+        modules += layer.factor_modules(name)
         dropout = layer.dropout_of(name)
         if dropout is not None:
             modules.append(dropout)

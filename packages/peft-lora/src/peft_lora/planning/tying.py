@@ -1,7 +1,7 @@
-"""`ensure_weight_tying`: layers whose weight is one and the same in the base, an embedding and its output layer, have one A and one B.
+"""`ensure_weight_tying`: where modules of the base share a weight (an embedding and its output layer), their LoRA layers share A and B.
 
-The embedding has the parameters. The others use them transposed: with ΔE = s·(BA)ᵀ (vocabulary, dim), the output layer's ΔW is the same
-matrix, so that its A is Bᵀ and its B is Aᵀ.
+The embedding, here the owner, holds the parameters. With ΔE = s·(BA)ᵀ (vocabulary, dim), an output layer's ΔW is the same matrix, so it uses Bᵀ
+as its A and Aᵀ as its B. A further embedding uses A and B as they are.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 
 def with_ties(tuner: LayerTuner, base: BaseView, adapter: str, config: LoraConfig, wraps: Sequence[Wrap]) -> Iterator[Wrap]:
-    """Yield the wraps of modules; of those whose weight belongs to others too, all get a layer, and one of them the parameters.
+    """Yield `wraps`; each wrap of a tied module is replaced by wraps of all modules with its weight, which share the parameters of one embedding.
 
     Raises:
-        ConfigError: a variant, or `lora_bias`, which has no transposed form.
-        UnsupportedModuleError: a module with the weight is neither an embedding nor a Linear.
+        ConfigError: tied modules are targets, and the config has a variant or `lora_bias`, which have no transposed form.
+        UnsupportedModuleError: a tied module is neither an Embedding nor a Linear.
     """
     planned = {wrap.path: wrap for wrap in wraps}
     done: set[str] = set()
@@ -37,39 +37,41 @@ def with_ties(tuner: LayerTuner, base: BaseView, adapter: str, config: LoraConfi
         group = base.sharing(wrap.path)
         if not group:
             yield wrap
-        if not group or wrap.path in done:
+            continue
+        if wrap.path in done:
             continue
         done.update(group)
         owner = next(path for path in group if isinstance(base.modules[path], nn.Embedding))
-        own: LoraSettings = cast(Any, planned.get(owner, wrap).fill).settings
-        _check(base, config, own, group)
-        fill = _OwnerFiller(adapter, dataclasses.replace(own, path=owner))
-        own.initializer.require_kind("embedding", owner)
-        yield Wrap(owner, tuner.builder_for(base.modules[owner], owner), fill)
+        settings: LoraSettings = cast(Any, planned.get(owner, wrap).fill).settings  # the owner itself may be no target
+        _check_tieable(base, config, settings, group)
+        owner_filler = _OwnerFiller(adapter, dataclasses.replace(settings, path=owner))
+        settings.initializer.require_kind("embedding", owner)
+        yield Wrap(owner, tuner.builder_for(base.modules[owner], owner), owner_filler)
         for path in group:
             if path != owner:
-                yield Wrap(path, tuner.builder_for(base.modules[path], path), _TiedFiller(adapter, dataclasses.replace(own, path=path), fill))
+                filler = _TiedFiller(adapter, dataclasses.replace(settings, path=path), owner_filler)
+                yield Wrap(path, tuner.builder_for(base.modules[path], path), filler)
 
 
-def _check(base: BaseView, config: LoraConfig, settings: LoraSettings, group: Sequence[str]) -> None:
+def _check_tieable(base: BaseView, config: LoraConfig, settings: LoraSettings, group: Sequence[str]) -> None:
     if settings.variant is not None or config.lora_bias:
         what = settings.variant.name if settings.variant is not None else "lora_bias"
         raise ConfigError(f"ensure_weight_tying does not work with {what}", hint=f"use plain LoRA, or leave {list(group)} out")
     for path in group:
         if not isinstance(base.modules[path], (nn.Embedding, nn.Linear)):
             raise UnsupportedModuleError(
-                f"ensure_weight_tying: {path!r}, which has the weight of {group[0]!r}, is a {type(base.modules[path]).__name__}",
+                f"ensure_weight_tying: {path!r}, which shares its weight with {group[0]!r}, is a {type(base.modules[path]).__name__}",
                 hint="leave ensure_weight_tying out",
             )
 
 
 @dataclass(frozen=True)
 class _OwnerFiller:
-    """Adds the parameters."""
+    """Gives the owner's layer the parameters; `layers` holds that layer once it has them."""
 
     adapter: str
     settings: LoraSettings
-    filled: list[Embedding] = field(default_factory=list)
+    layers: list[Embedding] = field(default_factory=list)
 
     def __call__(self, layer: Any, init_options: InitOptions) -> None:
         layer.attach(self.adapter, self.settings, init_options)
@@ -79,12 +81,12 @@ class _OwnerFiller:
                 f"{self.settings.path!r} a weight of its own",
                 hint="start with True, or leave ensure_weight_tying out",
             )
-        self.filled.append(layer)
+        self.layers.append(layer)
 
 
 @dataclass(frozen=True)
 class _TiedFiller:
-    """Makes a layer use the parameters of another."""
+    """Makes a tied module's layer use the parameters of the owner's."""
 
     adapter: str
     settings: LoraSettings
@@ -92,10 +94,10 @@ class _TiedFiller:
 
     def __call__(self, layer: AdapterModule, init_options: InitOptions) -> None:
         assert isinstance(layer, LoraLayer)
-        source = self.owner.filled[0]
+        source = self.owner.layers[0]
         tie = Tie(source, self.adapter, transposed=not isinstance(layer, Embedding))
         layer.selection.register_adapter(self.adapter, layer.weight.device)
         layer.record_settings(self.adapter, self.settings)
         layer.tied[self.adapter] = tie
         frozen = source.frozen.get(self.adapter, frozenset())
-        layer.frozen[self.adapter] = frozenset({"A": "B", "B": "A"}[end] for end in frozen) if tie.transposed else frozen
+        layer.frozen[self.adapter] = frozenset({"A": "B", "B": "A"}[factor] for factor in frozen) if tie.transposed else frozen

@@ -27,7 +27,7 @@ from peft_core import (
 from peft_core.errors import did_you_mean, listed
 
 from .. import formulas
-from ..config import SETTINGS_OF_INITS, LoraConfig
+from ..config import INITIALIZER_SETTINGS, LoraConfig
 from ..extensions import initializer_of
 from ..layers import rank_padding
 from ..layers.common import LoraLayer
@@ -41,7 +41,7 @@ __all__ = [
     "prepare_model_for_compiled_hotswap",
 ]
 #: fields in which an adapter may differ from the one whose place it takes; they are written into that one's config
-SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *SETTINGS_OF_INITS})
+SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *INITIALIZER_SETTINGS})
 #: what `check_hotswap_configs_compatible` compares; the swap itself compares all that is not swappable
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 _CHECKS = ("error", "warn", "ignore")
@@ -85,7 +85,8 @@ def prepare_model_for_compiled_hotswap(
         check_compiled: what to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
-        ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled.
+        ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled; a
+            variant can't have a larger rank (`Variant.can_be_padded`).
         AdapterNotFoundError: there is no LoRA layer. The model is as before.
     """
     _require_check(check_compiled)
@@ -98,6 +99,8 @@ def prepare_model_for_compiled_hotswap(
         _require_room(target_rank, places, layers)
     wanted = max([target_rank or 0, *_ranks(config)])
     plans = [(layer, adapter, _padded_rank(layer, adapter, wanted)) for layer, adapter in places]
+    for layer, adapter, padded_rank in plans:
+        _require_padding(layer, adapter, padded_rank)
     for layer, adapter, padded_rank in plans:
         _widen(layer, adapter, padded_rank)
         _keep_scaling_as_tensor(layer, adapter)
@@ -143,6 +146,16 @@ def _require_room(target_rank: int, places: Sequence[tuple[LoraLayer, str]], lay
                 f"the adapter {adapter!r} has a layer of rank {layer.r[adapter]}, which is more than target_rank={target_rank}",
                 hint=f"give target_rank={max(max(each.r.values(), default=0) for each in layers)} or more",
             )
+
+
+def _require_padding(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
+    """Check that an adapter computes the same with factors of `padded_rank`, where that is more than they have."""
+    variant = layer.variants.get(adapter)
+    if variant is not None and not variant.can_be_padded and padded_rank > rank_padding.stored_rank(layer, adapter):
+        raise ConfigError(
+            f"the adapter {adapter!r} is {variant.name}, which can't have room for a larger rank than its own",
+            hint=f"leave target_rank out, or delete_adapter({adapter!r}) first",
+        )
 
 
 def _ranks(config: LoraConfig | Mapping[str, LoraConfig] | None) -> list[int]:
@@ -266,7 +279,7 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
         return _columns_of(layer, adapter, r), _zeros(layer, adapter, slots, part.path)
     missing = [end for end in slots if end not in part.tensors]
     if missing:
-        raise AdapterWeightsError(f"nothing came for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
+        raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
     b_end = next(end for end in slots if end in rank_padding.B_KEYS)
     padded_rank = rank_padding.stored_rank(layer, adapter)
     shape = tuple(part.tensors[b_end].shape)
@@ -293,7 +306,7 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str)
     """
     if adapter in layer.variants:
         raise AdapterWeightsError(
-            f"nothing came for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
+            f"no new tensor for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
             hint="delete the adapter and load the other",
         )
     return [(slot, torch.zeros(slot.shape)) for slot in slots.values()]

@@ -60,6 +60,7 @@ class Alora(LowRank):
     """y + s·B(A·drop(x)) on the tokens from the last invocation on, y on the tokens before it and in rows without one."""
 
     name = "aLoRA"
+    can_be_padded = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     @classmethod
@@ -107,7 +108,7 @@ class Alora(LowRank):
         mask = self._mask(x)
         if mask is None:
             return super().contribute(x, y)
-        down, up = layer.ends(self.adapter)
+        down, up = layer.factor_modules(self.adapter)
         dropout = layer.dropout_of(self.adapter)
         x = layer.cast_input(x, dtype_of(down, x))
         change = up(down(x if dropout is None else dropout(x)))

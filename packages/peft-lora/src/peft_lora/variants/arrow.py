@@ -85,7 +85,7 @@ class Arrow(Variant):
         count = experts.prototypes.shape[0]
         t = x.reshape(-1, x.shape[-1])
         score, chosen = coefficients(t, experts.prototypes, config.top_k, config.router_temperature)
-        if not are_plain(*(module for name in (*self.experts(), *self.general()) if name not in layer.tied for module in layer.ends(name))):
+        if not are_plain(*(module for name in (*self.experts(), *self.general()) if name not in layer.tied for module in layer.factor_modules(name))):
             return self._by_modules(x, y, score, chosen)
         dense = torch.compiler.is_compiling() or count <= SPARSE * config.top_k
         change = mixed_densely(t, experts, score, chosen) if dense else mixed_sparsely(t, experts, score, chosen)

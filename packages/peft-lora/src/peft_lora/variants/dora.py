@@ -36,6 +36,7 @@ class Dora(Variant):
     """
 
     name = "DoRA"
+    can_be_padded = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding", "convolution"})
     containers = ("lora_magnitude_vector",)
     additive = False
@@ -155,7 +156,7 @@ class Dora(Variant):
         """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
         layer: Any = self.layer
         adapter, s = self.adapter, layer.scaling[self.adapter]
-        down, up = layer.ends(adapter)
+        down, up = layer.factor_modules(adapter)
         dropout = layer.dropout_of(adapter)
         if layer.drop_rate(adapter) or not can_fuse(x, base, down, up, *(() if dropout is None else (dropout,))):
             return None

@@ -98,7 +98,7 @@ class Monteclora(LowRank):
         layer: Any = self.layer
         if not layer.training:
             return super().contribute(x, y)
-        down, up = layer.ends(self.adapter)
+        down, up = layer.factor_modules(self.adapter)
         dropout = layer.dropout_of(self.adapter)
         x = layer.cast_input(x, dtype_of(down, x))
         x = x if dropout is None else dropout(x)

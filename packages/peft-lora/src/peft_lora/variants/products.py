@@ -47,7 +47,7 @@ class LowRank(Variant):
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + s·B'A'·drop(x), with the bias of B where `lora_bias` gave it one."""
         layer: Any = self.layer
-        down, up = layer.ends(self.adapter)
+        down, up = layer.factor_modules(self.adapter)
         s = layer.scaling[self.adapter]
         dropout = layer.dropout_of(self.adapter)
         if are_plain(down, up, *(() if dropout is None else (dropout,))):

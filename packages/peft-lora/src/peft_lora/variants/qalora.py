@@ -27,6 +27,7 @@ class QaLora(LowRank):
     """
 
     name = "QALoRA"
+    can_be_padded = True
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)

@@ -1,4 +1,4 @@
-"""VeLoRA (arXiv 2405.17991): in training, the backward pass gets one number for each group of inputs instead of the inputs."""
+"""VeLoRA (arXiv 2405.17991): to save memory, the backward pass gets one number for each group of input features instead of the inputs."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ if TYPE_CHECKING:
 
 
 class Velora(LowRank):
-    """y + s·B(A·drop(x)) as in plain LoRA; only A's gradient is another: that of the inputs' projection on v, in each group of features.
+    """y + s·B(A·drop(x)) as in plain LoRA. Only A's gradient differs: it is computed from the inputs' projections on a vector v.
 
-    Shapes, of G groups with D = ⌈in / G⌉ features, the last ones padded with zeros: `lora_velora_embed` v (D,), of length 1; all zeros
-    before the first training step of the types that average.
+    The input features are split into G groups of D = ⌈in / G⌉, the last one padded with zeros, and each group is projected on the same v.
+
+    Buffer: `lora_velora_embed` is v (D,), a unit vector. With an `init_type` that averages it is zero until the first training step.
     """
 
     name = "VeLoRA"
+    can_be_padded = True
     containers = ("lora_velora_embed",)
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.velora_config
         self.scale, self.init_type = float(config.scale), str(config.init_type)
-        self.width = math.ceil(layer.matrix_shape[1] / config.num_groups)
+        self.group_width = math.ceil(layer.matrix_shape[1] / config.num_groups)
 
     def add(self) -> None:
-        """Create v: random, or zeros until the first training step."""
+        """Create v: a random unit vector, or zeros until the first training step."""
         layer: Any = self.layer
-        fill = _fill_with_direction if self.init_type == "random" else torch.Tensor.zero_
+        fill = _fill_with_random_unit_vector if self.init_type == "random" else torch.Tensor.zero_
         holder: Any = holder_of(layer, "lora_velora_embed", BufferDict)
-        holder[self.adapter] = layer.init_options.new_parameter((self.width,), fill).data
+        holder[self.adapter] = layer.init_options.new_parameter((self.group_width,), fill).data
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
         """Yield v: (end of the file key, module, attribute)."""
@@ -55,19 +57,19 @@ class Velora(LowRank):
         return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x)); in training what is kept for A's gradient is one number for each token and group.
+        """Return y + s·B(A·drop(x)); in training, one number for each token and group is kept for A's gradient.
 
         Raises:
-            ModelError: in training, `lora_A` has hooks or is no Linear.
+            ModelError: in training, `lora_A` has hooks or is not a Linear.
         """
         layer: Any = self.layer
-        down, up = layer.ends(self.adapter)
+        down, up = layer.factor_modules(self.adapter)
         if not layer.training or not torch.is_grad_enabled():
             return super().contribute(x, y)
         if is_observed(down) or not isinstance(down, nn.Linear):
             raise ModelError(
-                f"VeLoRA replaces the gradient of lora_A at {self.settings.path!r} and does not call the module in training, but it has hooks, or "
-                "is no Linear",
+                f"in training VeLoRA computes the gradient of lora_A at {self.settings.path!r} itself and does not call the module, which has hooks "
+                "or is not a Linear",
                 hint="remove the hooks while training, or use plain LoRA",
             )
         a = down.weight
@@ -77,59 +79,59 @@ class Velora(LowRank):
         x = layer.cast_input(x, a.dtype)
         dropped = x if dropout is None else dropout(x)
         if self.init_type != "random":
-            self._follow(dropped)
-        # a copy of v, which the next step writes to before this one's backward pass may have run
+            self._update_vector(dropped)
+        # a copy of v: a second forward may overwrite v before the backward pass of this one
         hidden: Tensor = CompressedProduct.apply(dropped, a, self.vector.clone(), self.scale)  # type: ignore[no-untyped-call]
         return add_scaled(y, up(hidden), s)
 
-    def _follow(self, x: Tensor) -> None:
-        """Set v to the direction of the mean over tokens and groups; with ``"batch_average_once"`` only if it is not set yet."""
+    def _update_vector(self, x: Tensor) -> None:
+        """Set v to the mean of `x` over tokens and groups, scaled to a unit vector; with ``"batch_average_once"`` only if v is still zero."""
         with torch.no_grad():
             vector = self.vector
             if self.init_type == "batch_average_once" and bool(vector.any()):
                 return
-            mean = grouped(x.detach().reshape(-1, x.shape[-1]), self.width).mean((0, 1), dtype=torch.float32)
-            vector.copy_(direction(mean))
+            mean = split_into_groups(x.detach().reshape(-1, x.shape[-1]), self.group_width).mean((0, 1), dtype=torch.float32)
+            vector.copy_(unit_vector(mean))
 
 
 class CompressedProduct(torch.autograd.Function):
-    """x ↦ xAᵀ, where the backward pass of A sees x̂ = scale · (x_g·v)v in each group g instead of x. The gradient of x is exact."""
+    """x ↦ xAᵀ. The gradient of x is exact; that of A is computed from x̂ instead of x: in each group i of features, x̂_i = scale · (x_i·v)v."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Return the hidden values (…, r) for `x` (…, in)."""
-        x2 = x.reshape(-1, x.shape[-1])
-        parts = grouped(x2, v.shape[0]) @ v.to(x.dtype)
-        ctx.save_for_backward(parts, a, v)
+        """Return xAᵀ (…, r) for `x` (…, in)."""
+        tokens = x.reshape(-1, x.shape[-1])
+        projections = split_into_groups(tokens, v.shape[0]) @ v.to(x.dtype)  # (tokens, groups)
+        ctx.save_for_backward(projections, a, v)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
         return F.linear(x, a.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        """Return the gradients of x and A. x̂ is never formed: gᵀx̂ = scale · (gᵀP) ⊗ v, with P (tokens, groups) the numbers kept."""
-        parts, a, v = ctx.saved_tensors
-        g2 = g.reshape(-1, g.shape[-1])
-        gx = g2.mm(a.to(g.dtype)).to(ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        ga = None
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        """Return the gradients of x and A. x̂ is never formed: with g = grad_output and projections P (tokens, groups), gᵀx̂ = scale · (gᵀP) ⊗ v."""
+        projections, a, v = ctx.saved_tensors
+        g = grad_output.reshape(-1, grad_output.shape[-1])
+        grad_x = g.mm(a.to(g.dtype)).to(ctx.dtype).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        grad_a = None
         if ctx.needs_input_grad[1]:
-            outer = (g2.t().mm(parts.to(g.dtype)) * ctx.scale).to(a.dtype)[:, :, None] * v.to(a.dtype)
-            ga = outer.flatten(1)[:, : a.shape[1]]
-        return gx, ga, None, None
+            outer = (g.t().mm(projections.to(g.dtype)) * ctx.scale).to(a.dtype)[:, :, None] * v.to(a.dtype)
+            grad_a = outer.flatten(1)[:, : a.shape[1]]
+        return grad_x, grad_a, None, None
 
 
-def grouped(x: Tensor, width: int) -> Tensor:
-    """Return (tokens, in) as (tokens, groups, width), the last features padded with zeros."""
+def split_into_groups(x: Tensor, width: int) -> Tensor:
+    """Return `x` (tokens, in) as (tokens, groups, width), the last group padded with zeros."""
     groups = math.ceil(x.shape[1] / width)
     padded = F.pad(x, (0, groups * width - x.shape[1])) if groups * width > x.shape[1] else x
     return padded.view(x.shape[0], groups, width)
 
 
-def direction(vector: Tensor) -> Tensor:
-    """Return v/‖v‖; for zeros the vector of equal numbers of length 1."""
+def unit_vector(vector: Tensor) -> Tensor:
+    """Return v/‖v‖; for a zero vector the unit vector whose entries are all equal."""
     norm = vector.norm()
     return torch.where(norm > 0, vector / norm.clamp(min=torch.finfo(vector.dtype).tiny), vector.shape[0] ** -0.5)
 
 
-def _fill_with_direction(tensor: Tensor) -> None:
+def _fill_with_random_unit_vector(tensor: Tensor) -> None:
     tensor.normal_()
-    tensor.copy_(direction(tensor))
+    tensor.copy_(unit_vector(tensor))

@@ -1,4 +1,4 @@
-"""EVA (arXiv 2410.07170): A starts as the principal directions of a layer's inputs, and ranks go where the variance is."""
+"""EVA (arXiv 2410.07170): A starts as the principal components of a layer's inputs, and layers get rank where components explain most variance."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
 ]
-#: passes over the data after which directions that still move are taken as they are
+#: passes over the data after which directions that have not converged are taken as they are
 MAX_PASSES = 10
 
 
@@ -53,16 +53,16 @@ def get_eva_state_dict(
 
     Args:
         model: a `PeftModel`, or, with `peft_config`, a model without adapters.
-        dataloader: gives batches, and gives them again when it is iterated again.
-        peft_config: the config; None: the model's.
+        dataloader: gives the batches; must be iterable several times.
+        peft_config: the LoRA config; None: that of the `PeftModel`.
         forward_fn: calls the model with a batch.
-        prepare_model_inputs_fn: from a batch and the config to what `prepare_layer_inputs_fn` gets; None: the batch itself.
-        prepare_layer_inputs_fn: from a layer's arguments, the above and the layer's name to rows (tokens, features); one for all, or by
-            name; None: all of the input, flattened.
+        prepare_model_inputs_fn: maps (batch, config) to the second argument of `prepare_layer_inputs_fn`; None: the batch itself.
+        prepare_layer_inputs_fn: maps (a layer's positional arguments, what `prepare_model_inputs_fn` returned, the layer's name) to a tensor
+            (tokens, features); one function for all layers, or a dict by layer name; None: the whole input, flattened.
         adapter_name: the adapter of a `PeftModel`.
         gather_distributed_inputs: with torch.distributed: use the rows of all processes.
-        show_progress_bar: show one.
-        max_passes: at most so many passes over the data; then what still moves is taken as it is, with a warning.
+        show_progress_bar: show a progress bar, if tqdm is installed.
+        max_passes: at most so many passes over the data; then directions that have not converged are taken as they are, with a warning.
 
     Returns:
         name → (rank, features) in float32, orthonormal rows (with `whiten`: each divided by the root of its singular value). Names of a
@@ -75,13 +75,11 @@ def get_eva_state_dict(
     settings = eva_config(config)
     statistics = _statistics(model, config, adapter_name, settings, prepare_layer_inputs_fn, gather_distributed_inputs)
     budget = sum(stats.rank for stats in statistics)
-    bar = _bar(budget, show_progress_bar)
-    with _inspecting(model), bar:
-        passes = 0
+    bar = _progress_bar(budget, show_progress_bar)
+    with _evaluation_mode(model), bar:
         for batch in _batches(dataloader, max_passes):
-            passes += batch is None
-            if batch is None:
-                _require_enough(statistics, passes)
+            if batch is None:  # the end of a pass
+                _require_enough_tokens(statistics)
                 continue
             prepared = batch if prepare_model_inputs_fn is None else prepare_model_inputs_fn(batch, config)
             _analyse(statistics, prepared, functools.partial(forward_fn, model, batch), settings.tau)
@@ -91,7 +89,7 @@ def get_eva_state_dict(
                 break
         else:
             moving = listed([stats.name for stats in statistics if stats.leads and not stats.settled], 4)
-            message = f"EVA: after {max_passes} passes over the data the directions of {moving} still move by more than tau={settings.tau} says"
+            message = f"EVA: after {max_passes} passes over the data the directions of {moving} have not converged (tau={settings.tau})"
             warnings.warn(message, PeftWarning, stacklevel=2)
     return {stats.name: stats.result(settings.whiten) for stats in statistics}
 
@@ -109,15 +107,15 @@ def initialize_lora_eva_weights(
     *,
     max_passes: int = MAX_PASSES,
 ) -> None:
-    """Give A of each layer the directions that EVA finds, and each layer the rank that it deserves; make an optimiser after that.
+    """Set A of each layer to the directions that EVA finds, and its rank to their number. Create the optimiser afterwards.
 
-    A layer whose rank changes gets new parameters, and with `adjust_scaling_factors` the alpha that keeps its scaling; one with rank 0 is
-    left by the adapter. The config then names the modules and their ranks, so that a saved adapter loads as any other.
+    A layer whose rank changes gets new parameters, and with `adjust_scaling_factors` the alpha that keeps its scaling; the adapter
+    is removed from a layer whose rank becomes 0. The config then names the modules and their ranks, so that a saved adapter loads as any other.
 
     Args:
         model: a `PeftModel` with an adapter whose `init_lora_weights` is "eva".
         dataloader: as `get_eva_state_dict`; not needed with `eva_state_dict`.
-        eva_state_dict: what that returned; layers that it lacks start as with `init_lora_weights=True`, with a warning.
+        eva_state_dict: what `get_eva_state_dict` returned; layers that it lacks start as with `init_lora_weights=True`, with a warning.
         forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs, show_progress_bar, max_passes: as
             `get_eva_state_dict`.
 
@@ -141,19 +139,19 @@ def initialize_lora_eva_weights(
             max_passes=max_passes,
         )
     layers = _layers(model, adapter_name)
-    _check(eva_state_dict, layers)
+    _check_directions(eva_state_dict, layers)
     absent = [name for name in layers if name not in eva_state_dict]
     if absent:
         warnings.warn(f"EVA: there are no directions for {listed(absent, 4)}, which start as with init_lora_weights=True", PeftWarning, stacklevel=2)
     for name, layer in layers.items():
         rows = eva_state_dict.get(name)
         if rows is None or rows.shape[0]:
-            _begin(layer, adapter_name, config, _original(name), rows)
-    leave_modules(require_index(model), adapter_name, [_original(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
-    _note(config, {_original(name): layer for name, layer in layers.items() if adapter_name in layer.scaling}, adapter_name)
+            _initialize_layer(layer, adapter_name, config, _name_in_base(name), rows)
+    leave_modules(require_index(model), adapter_name, [_name_in_base(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
+    _update_config(config, {_name_in_base(name): layer for name, layer in layers.items() if adapter_name in layer.scaling}, adapter_name)
 
 
-# ---- what takes part ----------------------------------------------------------------------------------------------------
+# ---- config and layers --------------------------------------------------------------------------------------------------
 def _config(model: nn.Module, given: LoraConfig | None, adapter: str) -> LoraConfig:
     config: Any = given if given is not None else (getattr(model, "peft_config", None) or {}).get(adapter)
     if config is None:
@@ -188,12 +186,12 @@ def _statistics(model: nn.Module, config: LoraConfig, adapter: str, settings: Ev
     if isinstance(model, PeftModel):
         found = {name: (layer, layer.r[adapter], layer.matrix_shape[1]) for name, layer in _layers(model, adapter).items()}
     else:
-        whole = dataclasses.replace(config, target_modules=_every_linear(model)) if config.target_modules is None else config
-        found = {name: (module, told.r, _features(module)) for name, (module, told) in planned(model, whole).items()}
+        complete = dataclasses.replace(config, target_modules=_every_linear(model)) if config.target_modules is None else config
+        found = {name: (module, layer.r, _features(module)) for name, (module, layer) in planned(model, complete).items()}
     if not found:
-        raise ConfigError("no layer of the model can be started by EVA", hint="it knows Linear and Conv1D")
+        raise ConfigError("EVA can initialise no layer of the model", hint="it supports Linear and Conv1D")
     rho = settings.rho
-    if rho > 1000:
+    if rho > 1000:  # as in the reference implementation, stands for no limit: all components of the widest layer
         rho = max(features for _, _, features in found.values()) // config.r
     return [
         LayerStatistics(name, module, rank, min(round(rank * rho), features), features, inputs, gather)
@@ -211,13 +209,13 @@ def _features(module: Any) -> int:
 
 # ---- passes -------------------------------------------------------------------------------------------------------------
 @contextmanager
-def _inspecting(model: nn.Module) -> Iterator[None]:
-    """In the block the model is in evaluation mode, without gradients and adapters; then each module is in the mode in which it was."""
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the model is in evaluation mode, without gradients and adapters; afterwards each module has its mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    off: AbstractContextManager[Any] = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+    without_adapters: AbstractContextManager[Any] = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
     try:
-        with torch.no_grad(), off:
+        with torch.no_grad(), without_adapters:
             yield
     finally:
         for module, mode in modes:
@@ -225,10 +223,10 @@ def _inspecting(model: nn.Module) -> Iterator[None]:
 
 
 def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
-    """Yield the batches of each pass, and None behind each.
+    """Yield the batches of each pass, and None after each pass.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: a pass has no batches.
     """
     for number in range(passes):
         empty = True
@@ -252,20 +250,20 @@ def _analyse(statistics: list[LayerStatistics], prepared: Any, call: Callable[[]
     """
     if not all(stats.grouped for stats in statistics):
         _group(statistics, prepared, call)
-    with _watching([stats for stats in statistics if stats.leads and not stats.settled], prepared, tau):
+    with _collecting_inputs([stats for stats in statistics if stats.leads and not stats.settled], prepared, tau):
         call()
 
 
 def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:
-    """Let layers with equal inputs share what is computed; each gets as many components as the greediest among them."""
-    seen: dict[str, Any] = {}
+    """Let layers with equal inputs, such as q_proj and k_proj, share one PCA with as many components as any of them needs."""
+    digests: dict[str, Any] = {}
     handles = []
     for stats in statistics:
 
-        def look(module: nn.Module, args: Any, stats: LayerStatistics = stats) -> None:
-            seen[stats.name] = digest(stats.rows(args, prepared))
+        def take_digest(module: nn.Module, args: Any, stats: LayerStatistics = stats) -> None:
+            digests[stats.name] = digest(stats.rows(args, prepared))
 
-        handles.append(stats.module.register_forward_pre_hook(look))
+        handles.append(stats.module.register_forward_pre_hook(take_digest))
     try:
         forward()
     finally:
@@ -273,13 +271,15 @@ def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[
             handle.remove()
     leaders: dict[Any, LayerStatistics] = {}
     for stats in statistics:
-        if stats.name not in seen:
-            raise ConfigError(f"{stats.name!r} is not run when the model is", hint="leave it out of the targets with exclude_modules")
-        stats.follow(leaders.setdefault(seen[stats.name], stats))
+        if stats.name not in digests:
+            raise ConfigError(f"{stats.name!r} is not called in a forward of the model", hint="leave it out of the targets with exclude_modules")
+        stats.follow(leaders.setdefault(digests[stats.name], stats))
 
 
 @contextmanager
-def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> Iterator[None]:
+def _collecting_inputs(statistics: list[LayerStatistics], prepared: Any, tau: float) -> Iterator[None]:
+    """Inside the block, the layers of `statistics` take in the inputs of forwards."""
+
     def take(module: nn.Module, args: Any) -> None:
         by_module[module].take(args, prepared, tau)
 
@@ -292,7 +292,7 @@ def _watching(statistics: list[LayerStatistics], prepared: Any, tau: float) -> I
             handle.remove()
 
 
-def _require_enough(statistics: list[LayerStatistics], passes: int) -> None:
+def _require_enough_tokens(statistics: list[LayerStatistics]) -> None:
     for stats in statistics:
         if stats.leads and not stats.pca.rows:
             raise ConfigError(
@@ -301,7 +301,7 @@ def _require_enough(statistics: list[LayerStatistics], passes: int) -> None:
             )
 
 
-class _NoBar(AbstractContextManager["_NoBar"]):
+class _NoProgressBar(AbstractContextManager["_NoProgressBar"]):
     n = 0
 
     def __exit__(self, *error: Any) -> None:
@@ -311,23 +311,23 @@ class _NoBar(AbstractContextManager["_NoBar"]):
         """Do nothing."""
 
 
-def _bar(total: int, show: bool) -> Any:
+def _progress_bar(total: int, show: bool) -> Any:
     if not show:
-        return _NoBar()
+        return _NoProgressBar()
     try:
         from tqdm.auto import tqdm
-    except ImportError:  # no dependency of ours
-        return _NoBar()
+    except ImportError:  # tqdm is optional
+        return _NoProgressBar()
     return tqdm(total=total, desc="EVA: converged directions")
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
-def _original(name: str) -> str:
+def _name_in_base(name: str) -> str:
     """Return a module's name in the base, given the one in the wrapped model."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _check(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer]) -> None:
+def _check_directions(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer]) -> None:
     for name, rows in state.items():
         if name not in layers:
             raise ConfigError(
@@ -338,8 +338,8 @@ def _check(state: Mapping[str, Tensor], layers: Mapping[str, LoraLayer]) -> None
             raise ConfigError(f"the directions of {name!r} are {tuple(rows.shape)}, and the layer takes (rank, {layers[name].matrix_shape[1]})")
 
 
-def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor | None) -> None:
-    """Let the adapter of one layer start with these directions (rank, in); None: as with True, if it has no values yet."""
+def _initialize_layer(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor | None) -> None:
+    """Set A of one layer to the directions `rows` (rank, in); with None, initialise it as with `init_lora_weights=True` if it is still on meta."""
     a, _ = layer.factors(adapter)
     r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
     rank = r if rows is None else rows.shape[0]
@@ -348,7 +348,7 @@ def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: 
             layer.slots(adapter)["lora_A.weight"].write(rows.to(a.device))
         return
     if rank != r and eva_config(config).adjust_scaling_factors:
-        # s = alpha/r, or alpha/√r, stays
+        # so that s = alpha/r, or alpha/√r, stays the same
         alpha *= (rank / r) ** 0.5 if config.use_rslora else rank / r
     trains = a.requires_grad
     variant = layer.variants.get(adapter)
@@ -360,8 +360,8 @@ def _begin(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: 
         parameter.requires_grad_(trains)
 
 
-def _note(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter: str) -> None:
-    """Let the config say which modules there are, and their ranks and alphas."""
+def _update_config(config: LoraConfig, layers: Mapping[str, LoraLayer], adapter: str) -> None:
+    """Write the adapted modules, their ranks and their alphas to the config."""
     config.target_modules = list(layers)
     config.rank_pattern = {path: layer.r[adapter] for path, layer in layers.items() if layer.r[adapter] != config.r}
     alphas: dict[str, Any] = {path: layer.lora_alpha[adapter] for path, layer in layers.items() if layer.lora_alpha[adapter] != config.lora_alpha}

@@ -1,4 +1,4 @@
-"""Starting values of prompts: random numbers, or word embeddings of the base."""
+"""Initial values of virtual tokens: random numbers, or word embeddings of the base."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .config import PromptTuningConfig
 
 
 @dataclass(frozen=True)
-class Words:
-    """The vocabulary of a base.
+class Vocabulary:
+    """The token embeddings of a base.
 
     Args:
         embed: the module that turns ids into embeddings.
@@ -27,7 +27,7 @@ class Words:
     special: frozenset[int]
 
     @classmethod
-    def of(cls, base: BaseView) -> Words:
+    def of(cls, base: BaseView) -> Vocabulary:
         """Return the vocabulary of a base."""
         config = base.text_config
         found: set[int] = set()
@@ -44,7 +44,7 @@ class Words:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of tokens in the vocabulary."""
         return int(self.embed.num_embeddings)  # type: ignore[arg-type]
 
     def std(self) -> float:
@@ -54,37 +54,37 @@ class Words:
         return float(weight.detach().float().std()) * float(scale)
 
 
-def starting_table(table: Tensor, config: PromptTuningConfig, words: Words | None) -> Tensor:
-    """Return the starting values of a prompt (tokens, hidden).
+def initial_table(table: Tensor, config: PromptTuningConfig, vocabulary: Vocabulary | None) -> Tensor:
+    """Return the initial values of a prompt (tokens, hidden).
 
     Args:
         table: uninitialised, (tokens, hidden); overwritten.
         config: selects the initialisation.
-        words: the base's vocabulary; None: draw from N(0, 1).
+        vocabulary: the base's vocabulary; None: draw from N(0, 1).
 
     Raises:
         ConfigError: the initial text has no tokens, or the vocabulary has fewer non-special tokens than `distinct_words` needs.
     """
     table.normal_()
-    if words is None:
+    if vocabulary is None:
         return table
     if config.prompt_tuning_init == "RANDOM":
-        return table.mul_(words.std())
-    ids = _distinct(len(table), words) if config.distinct_words else _ids(config, len(table), words)
-    return words(ids)
+        return table.mul_(vocabulary.std())
+    ids = _distinct(len(table), vocabulary) if config.distinct_words else _ids(config, len(table), vocabulary)
+    return vocabulary(ids)
 
 
-def needs_words(config: PromptTuningConfig) -> bool:
-    """Return whether the starting values depend on the base's vocabulary."""
+def needs_vocabulary(config: PromptTuningConfig) -> bool:
+    """Return whether the initial values depend on the base's vocabulary."""
     if config.prompt_tuning_init == "RANDOM":
         return config.random_scale == "words"
     return config.prompt_tuning_init in ("SAMPLE_VOCAB", "TEXT")
 
 
-def _ids(config: PromptTuningConfig, count: int, words: Words) -> Tensor:
-    """Return the ids (count,) of the tokens that a prompt starts from."""
+def _ids(config: PromptTuningConfig, count: int, vocabulary: Vocabulary) -> Tensor:
+    """Return the ids (count,) of the tokens whose embeddings are a prompt's initial values."""
     if config.prompt_tuning_init == "SAMPLE_VOCAB":
-        return torch.randint(0, words.count, (count,))
+        return torch.randint(0, vocabulary.count, (count,))
     from transformers import AutoTokenizer
 
     options: dict[str, Any] = dict(config.tokenizer_kwargs or {})
@@ -96,8 +96,8 @@ def _ids(config: PromptTuningConfig, count: int, words: Words) -> Tensor:
     return torch.tensor((ids * math.ceil(count / len(ids)))[:count])
 
 
-def _distinct(count: int, words: Words) -> Tensor:
-    usual = torch.tensor([word for word in range(words.count) if word not in words.special])
+def _distinct(count: int, vocabulary: Vocabulary) -> Tensor:
+    usual = torch.tensor([token for token in range(vocabulary.count) if token not in vocabulary.special])
     if len(usual) < count:
         raise ConfigError(
             f"distinct_words: the base has {len(usual)} tokens that are not special, but the prompt needs {count}", hint="use a shorter prompt"
