@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
@@ -23,8 +21,8 @@ from ..tuners.tokens import TOKENS
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 
 
-def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Tensor]:
-    """Return the embedding weights to write beside an adapter, by key.
+def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Slot]:
+    """Return key → slot of the embedding weights to write beside an adapter.
 
     Args:
         index, adapter: whose file.
@@ -47,7 +45,7 @@ def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wr
     if not hasattr(index.base, "get_input_embeddings"):
         warnings.warn(f"{index.view.name} has no get_input_embeddings(): no embedding layers are saved", PeftWarning, stacklevel=5)
         return {}
-    return {key: slot.read() for key, slot in slots(index, adapter, wrapped=wrapped).items()}
+    return slots(index, adapter, wrapped=wrapped)
 
 
 def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:

@@ -11,7 +11,7 @@ from ..errors import AdapterNotFoundError
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.saved_modules import ModulesToSaveWrapper
 from ..layers.slots import AdapterModule
-from ..tuners.index import AdapterIndex, index_of, uncompiled
+from ..tuners.index import AdapterIndex, adapted_model, index_of
 from . import parameters
 
 IRREGULAR = "irregular"
@@ -82,7 +82,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index, model = _index(model), uncompiled(model)
+    index, model = _index(model), adapted_model(model)
     prefix = "model." if index.base is not model else ""
     found = []
     for (kind, path), module in index.modules.items():
@@ -100,7 +100,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index, model = _index(model), uncompiled(model)
+    index, model = _index(model), adapted_model(model)
     layers = get_layer_status(model)
     trainable, total = parameters.count(model)
     wrapped = index.base is not model

@@ -68,11 +68,17 @@ class AdapterOperations:
             AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
         """
         names = None if adapter_names is None else _names(adapter_names)
-        return merging.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
+        merging.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
+        return self._given()
 
     def unload(self) -> nn.Module:
         """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up."""
-        return merging.unload(self._peft_index)
+        merging.unload(self._peft_index)
+        return self._given()
+
+    def _given(self) -> nn.Module:
+        """Return the model that was wrapped, with what others had put around it."""
+        raise NotImplementedError
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
