@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import ModelError
 from ..tensor_names import visible
 from .weight import MERGES
-from .wrappers import is_hidden
+from .wrappers import inside, is_hidden
 
 
 class BaseView:
@@ -158,10 +158,15 @@ class BaseView:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Return the module inside all adapter layers around it."""
-    while (inside := module._modules.get("base_layer")) is not None:
-        module = inside
+    """Return the module inside all adapter layers and wrappers of others around it."""
+    while (held := _held(module)) is not None:
+        module = held
     return module
+
+
+def _held(module: nn.Module) -> nn.Module | None:
+    wrapped = module._modules.get("base_layer")
+    return inside(module) if wrapped is None else wrapped
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..tensor_names import HIDDEN_PARTS
 
 #: the attribute under which parallel wrappers and engines hold the model
 _PARALLEL = "module"
+#: what FSDP1 calls its flat parameter
+_FLAT = "_flat_param"
 #: engines that are known by name: importing their libraries is slow
 _ENGINES = frozenset({"DeepSpeedEngine"})
 
@@ -48,6 +50,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def is_hidden(module: nn.Module) -> bool:
     """Return whether `module` is a wrapper whose part of a name is left out, wherever in a model it stands."""
     return any(module._modules.get(name) is not None for name in HIDDEN_PARTS)
+
+
+def parameter_names(module: nn.Module) -> list[str]:
+    """Return the attributes that hold a module's own parameters.
+
+    FSDP1 without ``use_orig_params`` replaces them by plain tensors, views of one flat parameter that it keeps elsewhere.
+    """
+    names = [name for name, parameter in module._parameters.items() if parameter is not None and name != _FLAT]
+    return names or [name for name, value in module.__dict__.items() if isinstance(value, Tensor)]
 
 
 def _sharded_roots(model: nn.Module) -> list[Any]:

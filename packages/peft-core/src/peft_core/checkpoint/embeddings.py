@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from ..base.wrappers import parameter_names
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
@@ -64,7 +65,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
     targeted = any(index.view.modules[path] is layer for path in wrapped_paths for layer in layers)
     found: dict[str, Slot] = {}
     for path, module in index.view.modules.items():
-        if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
+        if path in saved or not any(module is layer for layer in layers) or "weight" not in parameter_names(module):
             continue
         if targeted and path not in wrapped_paths:
             continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects

@@ -14,6 +14,7 @@ from ..base.forward import first_argument
 from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import MERGES, execution_device, in_memory, is_offloaded, read_weight, write_weight
+from ..base.wrappers import parameter_names, unwrapped
 from ..errors import AdapterNotFoundError, MergeError, listed
 from ..merging.changes import Product
 from ..merging.exact import pristine
@@ -349,14 +350,12 @@ class AdapterLayer(SelectionMixin):
         for container in self.containers:
             holder = self._modules.get(container)
             if isinstance(holder, nn.ParameterDict):
-                if adapter in holder._parameters or adapter in holder._buffers:
+                if adapter in holder._buffers or adapter in parameter_names(holder):
                     yield container, holder, adapter
             elif holder is not None and adapter in holder._modules:
-                part = holder._modules[adapter]
-                assert part is not None
-                for name, parameter in part._parameters.items():
-                    if parameter is not None:
-                        yield f"{container}.{name}", part, name
+                part = unwrapped(holder[adapter])
+                for name in parameter_names(part):
+                    yield f"{container}.{name}", part, name
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return the adapter's parameters by the end of their file key."""

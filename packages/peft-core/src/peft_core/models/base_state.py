@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.wrappers import is_sharded, whole_parameters
+from ..base.wrappers import is_sharded, parameter_names, whole_parameters
 from ..checkpoint.state_dict import names_by_module
 from ..errors import AdapterWeightsError, did_you_mean, listed
 from ..tensor_names import found_under, join, visible
@@ -78,8 +78,6 @@ def _holders(index: AdapterIndex) -> dict[str, tuple[nn.Module, str]]:
     """Return name → (the module that holds the tensor, the attribute), for what a state dict of the base would have."""
     found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in index.view.modules.items():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and key not in module._non_persistent_buffers_set:
-                    found[join(path, key)] = (module, key)
+        buffers = [key for key, tensor in module._buffers.items() if tensor is not None and key not in module._non_persistent_buffers_set]
+        found.update((join(path, key), (module, key)) for key in (*parameter_names(module), *buffers))
     return found
