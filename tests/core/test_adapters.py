@@ -215,10 +215,14 @@ def test_several_adapters_add_up(model: PeftModel) -> None:
     assert flags(model) == {"a": True, "b": False, "c": True}
 
 
-def test_several_adapters_act_in_load_order(model: PeftModel) -> None:
-    model.set_adapter(["c", "a"])
-    assert model.active_adapters == ["a", "c"]
-    assert model.active_adapter == ["a", "c"]
+def test_several_adapters_are_in_the_order_given(model: PeftModel) -> None:
+    model.set_adapter(["c", "a", "c"])
+    assert model.active_adapters == ["c", "a"]
+    assert model.active_adapter == ["c", "a"]
+    assert all(layer.active_adapters == ["c", "a"] for layer in model.get_layer_status())
+    model.add_adapter("d", dense())
+    model.delete_adapter("c")
+    assert model.active_adapters == ["a"]
 
 
 def test_an_unknown_name_is_refused_with_the_nearest(model: PeftModel) -> None:

@@ -29,7 +29,8 @@ class AdapterOperations:
         """Use one adapter, or several whose effects add up, from now on. They train; all others are frozen.
 
         Args:
-            adapter_name: a name or a list of names. Adapters act in the order in which they were added, not in list order.
+            adapter_name: a name or a list of names. In each layer the adapters of one method act in this order; where several methods wrap one
+                layer, the one that was added first is innermost.
             inference_mode: they do not train either.
 
         Raises:
@@ -148,7 +149,7 @@ class AdapterOperations:
         """
         index = self._peft_index
         index.require(*adapter_names)
-        route = Route(tuple(name for name in index.configs if name in adapter_names))
+        route = Route(tuple(dict.fromkeys(adapter_names)))
         check_route(index, route)
         with index.selection.use_in_context(route):
             yield
@@ -161,7 +162,7 @@ class AdapterOperations:
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters in use, in load order."""
+        """The adapters in use, in the order given."""
         return list(self._peft_index.active)
 
     @property

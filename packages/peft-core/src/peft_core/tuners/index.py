@@ -110,7 +110,7 @@ class AdapterIndex:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The adapters chosen for the whole model, in load order."""
+        """The adapters chosen for the whole model, in the order given."""
         return self.selection.names
 
     def refresh(self) -> None:
