@@ -29,7 +29,18 @@ def written(folder: Path, content: Any) -> Path:
 
 # ---- what is a config --------------------------------------------------------------------------------------------------
 
-FOREIGN = {"another library": {"model_type": "llama", "hidden_size": 3}, "no type": {"peft_type": None, "r": 3}, "a list": [1], "text": "LORA"}
+FOREIGN: dict[str, Any] = {
+    "another library": {"model_type": "llama", "hidden_size": 3},
+    "no type": {"peft_type": None, "r": 3},
+    "a list": [1],
+    "text": "LORA",
+    "a number": 3,
+    "nothing": None,
+    "a type that is none": {"peft_type": "NOPE"},
+    "a number as a type": {"peft_type": 3},
+    "a list as a type": {"peft_type": ["LORA"]},
+    "fields of two": {"r": 3, "hidden_size": 3},
+}
 
 
 @pytest.mark.parametrize("content", FOREIGN)
@@ -37,8 +48,18 @@ FOREIGN = {"another library": {"model_type": "llama", "hidden_size": 3}, "no typ
 def test_json_that_is_no_config_of_an_adapter_is_refused(kind: str, content: str, tmp_path: Path) -> None:
     if (kind, content) == ("LoraConfig", "no type"):
         pytest.skip("the class says the type")
-    with pytest.raises((TypeError, ValueError, KeyError), match=r"(?i)peft_type|required|object|mapping|None|list|str"):
+    with pytest.raises((TypeError, ValueError, KeyError), match=r"(?i)peft_type|required|object|mapping|None|list|str|int|NOPE|3"):
         getattr(peft, kind).from_pretrained(written(tmp_path, FOREIGN[content]))
+    from peft.helpers import check_if_peft_model
+
+    assert not check_if_peft_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{}, {"r": 3}, {"r": 3, "target_modules": ["q_proj"], "lora_alpha": 6}])
+def test_a_file_without_a_type_is_read_by_the_class_that_has_its_fields(content: dict[str, Any], tmp_path: Path) -> None:
+    config = peft.LoraConfig.from_pretrained(written(tmp_path, content))
+    assert type(config) is peft.LoraConfig
+    assert config.r == content.get("r", 8)
 
 
 def test_a_folder_with_json_of_another_library_holds_no_adapter(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from graphlib import CycleError, TopologicalSorter
-from itertools import pairwise
 from typing import Any
 
 from ..errors import AdapterNotFoundError, RoutingError, did_you_mean, listed
@@ -75,20 +73,10 @@ def _checked(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
-    """Return the route on which adapters act on each row in the order in which it names them; in load order where rows contradict one another."""
-    rows = dict.fromkeys(per_row)
-    if len(rows) == 1:
-        return Route(names=tuple(dict.fromkeys(per_row[0])))
-    follows: TopologicalSorter[str] = TopologicalSorter()
-    for row in rows:
-        for name in row:
-            follows.add(name)
-        for name, later in pairwise(dict.fromkeys(row)):
-            follows.add(later, name)
-    try:
-        order = list(follows.static_order())
-    except CycleError:
-        order = list(index.configs)
-    used = {name for row in rows for name in row}
-    number = {name: place for place, name in enumerate(order)}
-    return Route(tuple(name for name in order if name in used), tuple(tuple(sorted(set(row), key=number.__getitem__)) for row in per_row))
+    """Return the route on which adapters act in load order, whatever the order in which a caller names them."""
+    load_order = {name: number for number, name in enumerate(index.configs)}
+    ordered = {row: tuple(sorted(set(row), key=load_order.__getitem__)) for row in set(per_row)}
+    if len(ordered) == 1:
+        return Route(names=ordered[per_row[0]])
+    used = sorted({name for row in ordered for name in row}, key=load_order.__getitem__)
+    return Route(tuple(used), tuple(ordered[row] for row in per_row))

@@ -23,8 +23,9 @@ from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from ..operations.activate import activate, disabled
-from ..operations.add import check_name, get_or_create_index
+from ..operations.add import get_or_create_index
 from ..plugins import hooks, registry
+from ..tuners.adapter_names import check_name
 from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
@@ -69,7 +70,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             )
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
-        check_name(index, adapter_name, spec)
+        check_name(adapter_name, index.configs)
         self.base_model: nn.Module = TunerModel(index, model) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -194,7 +195,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         """Add a freshly initialised adapter, of the same method or another. It is neither in use nor trainable until `set_adapter`.
 
         Args:
-            adapter_name: its name; no dots, not part of a parameter prefix.
+            adapter_name: its name; no dots. With slashes (``"a/b"``) its files are in folders inside one another.
             peft_config: its config; kept, not copied.
             low_cpu_mem_usage: weights on the meta device, to be loaded later.
             autocast_adapter_dtype: half-precision weights are kept in float32.

@@ -142,14 +142,14 @@ class AdapterOperations:
         Where an event loop runs, the choice is that of the task: call this model then, not the one inside it.
 
         Args:
-            *adapter_names: none of them: the plain base.
+            *adapter_names: none of them: the plain base. They act in load order, as those of rows do.
 
         Raises:
             AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
         """
         index = self._peft_index
         index.require(*adapter_names)
-        route = Route(tuple(dict.fromkeys(adapter_names)))
+        route = Route(tuple(name for name in index.configs if name in adapter_names))
         check_route(index, route)
         with index.selection.use_in_context(route):
             yield

@@ -11,7 +11,7 @@ from ..base.view import BaseView
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftWarning, did_you_mean, listed
 from ..plugins.registry import registry
-from ..tensor_names import adapted_module
+from ..tensor_names import adapted_module, without_adapter
 from ..tuners.index import AdapterIndex
 
 
@@ -24,13 +24,13 @@ def chosen_by(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict:
     spec = registry.resolve(str(config.peft_type))
     if getattr(config, "target_parameters", None):
         raise ConfigError("the names in state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
-    view = index.view.choosing(_paths_in(state_dict, spec.parameter_prefix, index))
+    view = index.view.choosing(_paths_in(state_dict, adapter, spec.parameter_prefix, index))
     _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
     return view
 
 
-def _paths_in(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
-    paths = {path for key in state_dict if (path := adapted_module(key, prefix)) is not None}
+def _paths_in(state_dict: Mapping[str, Any], adapter: str, prefix: str, index: AdapterIndex) -> frozenset[str]:
+    paths = {path for key in state_dict if (path := adapted_module(without_adapter(key, adapter, prefix), prefix)) is not None}
     if not paths:
         raise ConfigError(f"no name in state_dict contains {prefix!r}, so that no module can be chosen by it")
     unknown = sorted(paths - index.view.modules.keys())

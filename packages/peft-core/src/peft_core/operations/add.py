@@ -18,7 +18,7 @@ from ..layers.init_options import INITIAL, InitOptions
 from ..layers.mounted import MountedModules
 from ..layers.slots import LeavesBehind
 from ..layers.token_rows import TrainableRowsLayer
-from ..plugins import TunerSpec, hooks, registry
+from ..plugins import hooks, registry
 from ..tuners import adapter_names, builtin
 from ..tuners.index import ATTRIBUTE, AdapterIndex, Key, index_of
 from ..tuners.tuner import Plan, TunerBase, Wrap
@@ -55,7 +55,7 @@ def add_adapter(
         AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
     """
     spec = registry.resolve(str(config.peft_type))
-    check_name(index, adapter, spec)
+    adapter_names.check_name(adapter, index.configs)
     config.check()
     tuner = index.tuner_for(spec)
     with collector_paused(), Undo() as undo:
@@ -123,16 +123,6 @@ def _freeze_base(index: AdapterIndex, undo: Undo) -> None:
             undo.call(parameter.requires_grad_, True)
     index.frozen_base = True
     undo.call(setattr, index, "frozen_base", False)
-
-
-def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
-    """Check that a new adapter of the method `spec` may be called `adapter`.
-
-    Raises:
-        AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
-    """
-    prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in index.tuners.values())}
-    adapter_names.check_name(adapter, index.configs, prefixes)
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:

@@ -44,7 +44,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
-        ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
+        ConfigError: no targets and no default; a malformed expression.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -196,18 +196,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
-    """Return the linear layers of a transformers model, without its output embeddings, its heads and what is saved whole.
+    """Return the linear layers of a model, without its heads and what is saved whole, and in models of transformers without the output embeddings.
 
     Raises:
-        ConfigError: it is none of transformers'.
         NoMatchingPeftModuleError: it has none.
     """
-    if not base.is_transformers_model:
-        raise ConfigError(
-            f'target_modules="{ALL_LINEAR}" is for transformers models, not {base.name}',
-            hint=f"name the modules: {listed(_linear_leaves(base))}",
-        )
-    output = base.output_embeddings
+    output = base.output_embeddings if base.is_transformers_model else None
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
     if not names:
