@@ -17,6 +17,7 @@ from ..base.ops import is_conv1d
 from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
+from .passed_by import without_passed_by
 
 Targets = Collection[str] | str
 ALL_LINEAR = "all-linear"
@@ -58,7 +59,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     matches = _matches(base, config, matching)
     if not matches.found:
         raise _no_match(base, config, targets, matches)
-    _refuse_fused_kernels(base, matches.found)
+    matches.found = without_passed_by(base, matches.found, named=not every_linear, trains=not config.inference_mode)
     _warn_unused(base, config, targets, matches.excluded)
     if not isinstance(targets, str):
         targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
@@ -92,17 +93,6 @@ def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool
         else:
             matches.found.append(name)
     return matches
-
-
-def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
-    if "mamba" not in (base.model_type or ""):
-        return
-    for name in found:
-        if name.rpartition(".")[2] in ("out_proj", "conv1d"):
-            raise ConfigError(
-                f"target module {name!r}: {base.model_type} hands the weights of out_proj and conv1d to a fused kernel, past any adapter",
-                hint="target in_proj or x_proj",
-            )
 
 
 def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
