@@ -115,6 +115,40 @@ def test_layers_whose_weights_go_to_a_fused_kernel_are_refused(model_type: str, 
         peft.get_peft_model(Mixer(model_type), peft.LoraConfig(r=2, target_modules=[target]))
 
 
+def bamba() -> Any:
+    config = transformers.BambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BambaForCausalLM(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "BambaForCausalLM"), reason="this transformers has no Bamba")
+def test_layers_of_other_mixers_whose_weights_go_to_a_kernel(tmp_path: Path) -> None:
+    """The peer looks at a list of architectures, on which this one is not; its kernel takes `out_proj` in training alone."""
+    for target in ("out_proj", "conv1d"):
+        with pytest.raises(ValueError, match=target):
+            peft.get_peft_model(bamba(), lora(target_modules=[target]))
+    with pytest.warns(UserWarning, match=r"out_proj.*left out"):
+        model = peft.get_peft_model(bamba(), lora(target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in model.targeted_module_names} >= {"in_proj", "q_proj", "down_proj"}
+    assert not any(name.endswith("out_proj") for name in model.targeted_module_names)
+    loaded = peft.get_peft_model(bamba(), lora(target_modules=["out_proj"], inference_mode=True))
+    loaded.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(bamba(), tmp_path).targeted_module_names == ["model.layers.0.mamba.out_proj"]
+
+
+def test_layers_that_are_never_called_are_refused() -> None:
+    """The attention of WavLM hands the weights of its projections to torch's function."""
+    config = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=[8], conv_kernel=[3], conv_stride=[2],
+        num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"q_proj.*never calls"):
+        peft.get_peft_model(transformers.WavLMModel(config), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+
+
 # ---- settings of a run, statistics -------------------------------------------------------------------------------------
 
 

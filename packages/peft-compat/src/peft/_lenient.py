@@ -34,7 +34,7 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
         found: bool = isinstance(instance, cls.__mro__[1]) if cls.__module__ == MODULE else super().__instancecheck__(instance)
         return found
 
-    def __call__(cls, model: Any, peft_config: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
         """Make a model. Where the base has an adapter of this name (a cell of a notebook that ran twice), it is made anew, with a warning."""
         with anew(model, adapter_name):
             return super().__call__(model, peft_config, adapter_name, *args, **kwargs)
