@@ -29,7 +29,18 @@ def written(folder: Path, content: Any) -> Path:
 
 # ---- what is a config --------------------------------------------------------------------------------------------------
 
-FOREIGN = {"another library": {"model_type": "llama", "hidden_size": 3}, "no type": {"peft_type": None, "r": 3}, "a list": [1], "text": "LORA"}
+FOREIGN: dict[str, Any] = {
+    "another library": {"model_type": "llama", "hidden_size": 3},
+    "no type": {"peft_type": None, "r": 3},
+    "a list": [1],
+    "text": "LORA",
+    "a number": 3,
+    "nothing": None,
+    "a type that is none": {"peft_type": "NOPE"},
+    "a number as a type": {"peft_type": 3},
+    "a list as a type": {"peft_type": ["LORA"]},
+    "fields of two": {"r": 3, "hidden_size": 3},
+}
 
 
 @pytest.mark.parametrize("content", FOREIGN)
@@ -37,8 +48,18 @@ FOREIGN = {"another library": {"model_type": "llama", "hidden_size": 3}, "no typ
 def test_json_that_is_no_config_of_an_adapter_is_refused(kind: str, content: str, tmp_path: Path) -> None:
     if (kind, content) == ("LoraConfig", "no type"):
         pytest.skip("the class says the type")
-    with pytest.raises((TypeError, ValueError, KeyError), match=r"(?i)peft_type|required|object|mapping|None|list|str"):
+    with pytest.raises((TypeError, ValueError, KeyError), match=r"(?i)peft_type|required|object|mapping|None|list|str|int|NOPE|3"):
         getattr(peft, kind).from_pretrained(written(tmp_path, FOREIGN[content]))
+    from peft.helpers import check_if_peft_model
+
+    assert not check_if_peft_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [{}, {"r": 3}, {"r": 3, "target_modules": ["q_proj"], "lora_alpha": 6}])
+def test_a_file_without_a_type_is_read_by_the_class_that_has_its_fields(content: dict[str, Any], tmp_path: Path) -> None:
+    config = peft.LoraConfig.from_pretrained(written(tmp_path, content))
+    assert type(config) is peft.LoraConfig
+    assert config.r == content.get("r", 8)
 
 
 def test_a_folder_with_json_of_another_library_holds_no_adapter(tmp_path: Path) -> None:
@@ -92,6 +113,40 @@ class Mixer(nn.Module):
 def test_layers_whose_weights_go_to_a_fused_kernel_are_refused(model_type: str, target: str) -> None:
     with pytest.raises(ValueError, match=target):
         peft.get_peft_model(Mixer(model_type), peft.LoraConfig(r=2, target_modules=[target]))
+
+
+def bamba() -> Any:
+    config = transformers.BambaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.BambaForCausalLM(config).eval()
+
+
+@pytest.mark.skipif(not hasattr(transformers, "BambaForCausalLM"), reason="this transformers has no Bamba")
+def test_layers_of_other_mixers_whose_weights_go_to_a_kernel(tmp_path: Path) -> None:
+    """The peer looks at a list of architectures, on which this one is not; its kernel takes `out_proj` in training alone."""
+    for target in ("out_proj", "conv1d"):
+        with pytest.raises(ValueError, match=target):
+            peft.get_peft_model(bamba(), lora(target_modules=[target]))
+    with pytest.warns(UserWarning, match=r"out_proj.*left out"):
+        model = peft.get_peft_model(bamba(), lora(target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in model.targeted_module_names} >= {"in_proj", "q_proj", "down_proj"}
+    assert not any(name.endswith("out_proj") for name in model.targeted_module_names)
+    loaded = peft.get_peft_model(bamba(), lora(target_modules=["out_proj"], inference_mode=True))
+    loaded.save_pretrained(tmp_path)
+    assert peft.PeftModel.from_pretrained(bamba(), tmp_path).targeted_module_names == ["model.layers.0.mamba.out_proj"]
+
+
+def test_layers_that_are_never_called_are_refused() -> None:
+    """The attention of WavLM hands the weights of its projections to torch's function."""
+    config = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=[8], conv_kernel=[3], conv_stride=[2],
+        num_feat_extract_layers=1, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"q_proj.*never calls"):
+        peft.get_peft_model(transformers.WavLMModel(config), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
 
 
 # ---- settings of a run, statistics -------------------------------------------------------------------------------------

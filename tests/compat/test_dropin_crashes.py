@@ -93,6 +93,42 @@ def test_the_status_of_a_model_in_fsdp1(one_process: None) -> None:
     assert [layer.module_type for layer in peft.get_layer_status(model)] == ["lora.Linear"] * 4
 
 
+@pytest.mark.parametrize("units", ["blocks", "what trains"])
+@pytest.mark.parametrize("original", [True, False], ids=["original parameters", "flat parameters"])
+def test_tensors_go_in_and_out_of_fsdp1_of_every_kind(one_process: None, units: str, original: bool, tmp_path: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    from peft.utils.hotswap import hotswap_adapter
+    from peft.utils.other import fsdp_auto_wrap_policy
+
+    def shard(model: Any) -> Any:
+        if units == "blocks" and original:
+            return sharded(model)
+        if units == "blocks":
+            model.requires_grad_(True)  # flat parameters train as a whole
+        policy = fsdp_auto_wrap_policy(model)
+        return FullyShardedDataParallel(model, auto_wrap_policy=policy, use_orig_params=original, device_id=torch.device("cpu"))
+
+    def fields() -> Any:
+        return lora(target_modules=["q_proj", "lm_head"], modules_to_save=["norm"])
+
+    source = randomise(peft.get_peft_model(llama(), fields()))
+    source.save_pretrained(tmp_path)
+    adapter, base, expected = peft.get_peft_model_state_dict(source), peft.get_base_model_state_dict(source), outputs(source)
+    model = shard(peft.get_peft_model(llama(), fields()))
+    peft.set_peft_model_state_dict(model, adapter)
+    assert worst(outputs(model), expected) < 1e-5
+    for found, wanted in ((peft.get_peft_model_state_dict(model), adapter), (peft.get_base_model_state_dict(model), base)):
+        assert set(found) == set(wanted)
+        assert all(found[name].shape == wanted[name].shape and worst(found[name], wanted[name]) == 0 for name in wanted)
+    peft.set_base_model_state_dict(model, {name: value * 2 for name, value in base.items()})
+    assert all(worst(value, base[name] * 2) == 0 for name, value in peft.get_base_model_state_dict(model).items())
+    other = shard(peft.get_peft_model(llama(), lora(target_modules=["q_proj"])))
+    peft.get_peft_model(llama(), lora(target_modules=["q_proj"])).save_pretrained(tmp_path / "plain")
+    hotswap_adapter(other, str(tmp_path / "plain"), "default")
+    assert worst(outputs(other), outputs(llama())) < 1e-5
+
+
 def test_a_model_in_fsdp1_saves_whole_tensors(one_process: None, tmp_path: Path) -> None:
     import safetensors.torch
 

@@ -281,7 +281,7 @@ def test_peft_adapter_activated(plug: Plug) -> None:
     heard: list[Any] = []
     plug(peft_adapter_activated=lambda model, adapter_names: heard.append((model, adapter_names)))
     model.set_adapter(["b", "a"])
-    assert heard == [(base, ("a", "b"))]
+    assert heard == [(base, ("b", "a"))]
 
 
 def test_peft_adapter_deleted(plug: Plug) -> None:

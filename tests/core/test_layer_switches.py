@@ -73,13 +73,13 @@ def test_one_two_and_no_adapter() -> None:
     torch.testing.assert_close(switch(model, ["b", "a"]), both)
 
 
-@pytest.mark.parametrize(("given", "shown"), [("a", "a"), (["a"], ["a"]), (["a", "b"], ["a", "b"]), (["nobody"], ["nobody"]), ([], [])])
-def test_the_choice_is_shown_as_it_was_given(given: Any, shown: Any) -> None:
+@pytest.mark.parametrize("given", ["a", ["a"], ["a", "b"], ["b", "a"], ["nobody"], []])
+def test_the_choice_is_shown_as_a_list_in_the_order_given(given: Any) -> None:
+    """diffusers reads `active_adapter` of layers and takes it for a list, as it is on the reference implementation."""
     model = two()
     switch(model, given)
     for layer in layers(model):
-        assert layer.active_adapter == shown
-        assert layer.active_adapters == ([given] if isinstance(given, str) else given)
+        assert layer.active_adapter == layer.active_adapters == ([given] if isinstance(given, str) else given)
 
 
 def test_a_name_without_weights_here_has_no_effect() -> None:
@@ -106,7 +106,7 @@ def test_layers_differ() -> None:
     model = two()
     first, *rest = layers(model)
     first.set_adapter("a")
-    assert [layer.active_adapter for layer in layers(model)] == ["a", "b", "b"]
+    assert [layer.active_adapter for layer in layers(model)] == [["a"], ["b"], ["b"]]
     assert first.selection is not rest[0].selection is rest[1].selection
     for layer in rest:
         layer.set_adapter("a")
@@ -191,7 +191,7 @@ def test_deleting_layer_by_layer() -> None:
     for layer in (*layers(model), *wrappers(model)):
         layer.delete_adapter("nobody")
         layer.delete_adapter("b")
-        assert layer.active_adapter == "a"
+        assert layer.active_adapters == ["a"]
     assert torch.equal(model(X), expected)
     assert not any("b" in name.split(".") for name, _ in model.named_parameters())
     for layer in (*layers(model), *wrappers(model)):
@@ -203,7 +203,7 @@ def test_deleting_from_a_model_whose_layers_were_switched() -> None:
     model = two()
     switch(model, "a")
     delete_adapter(model, "a")
-    assert [layer.active_adapter for layer in layers(model)] == ["b"] * 3
+    assert [layer.active_adapter for layer in layers(model)] == [["b"]] * 3
     switch(model, [])
     delete_adapter(model, "b")
     assert torch.equal(model(X), support.net()(X))
@@ -329,7 +329,7 @@ def test_rows_are_switched_through_the_layer_that_they_hold() -> None:
         assert torch.equal(model(ids).logits, expected)
         part.set_adapter("nobody")
         assert not part.trainable_tokens_delta["default"].requires_grad
-        assert part.active_adapter == model.get_input_embeddings().active_adapter == "nobody"
+        assert part.active_adapters == model.get_input_embeddings().active_adapters == ["nobody"]
         assert torch.equal(model(ids).logits, plain)
         part.set_adapter(["default"])
         assert torch.equal(model(ids).logits, expected)

@@ -124,9 +124,13 @@ def test_all_linear_respects_exclusions() -> None:
     assert not any(name.endswith("q_proj") for name in found)
 
 
-def test_all_linear_needs_a_transformers_model() -> None:
-    with pytest.raises(ConfigError, match=r"all-linear.*is for transformers models, not Net; name the modules: 'up', 'down', 'last', 'head'"):
-        targeted(support.net(), target_modules="all-linear")
+def test_all_linear_takes_every_linear_layer_of_a_model_that_is_none_of_transformers() -> None:
+    """As the reference implementation, which leaves out the output embeddings of transformers' models alone."""
+    every = [name for name, module in support.net().named_modules() if isinstance(module, nn.Linear)]
+    assert targeted(support.net(), target_modules="all-linear") == every
+    assert targeted(support.net(), target_modules="all-linear", modules_to_save=["head"]) == [name for name in every if name != "head"]
+    with pytest.raises(NoMatchingPeftModuleError, match="no linear layers"):
+        targeted(nn.Sequential(nn.ReLU()), target_modules="all-linear")
 
 
 def test_all_linear_takes_linears_alone_whatever_other_modules_end_in_their_names() -> None:
@@ -297,11 +301,46 @@ def test_an_unsupported_module_is_named_with_what_is_supported() -> None:
 def test_layers_that_a_fused_kernel_passes_by_are_refused() -> None:
     from types import SimpleNamespace
 
-    base: Any = nn.ModuleDict({"mixer": nn.ModuleDict({"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4)})})
+    layers = {"out_proj": nn.Linear(4, 4), "in_proj": nn.Linear(4, 4), "conv1d": nn.Conv1d(4, 4, 1)}
+    base: Any = nn.ModuleDict({"mixer": nn.ModuleDict(layers)})
     base.config = SimpleNamespace(model_type="falcon_mamba")
-    with pytest.raises(ConfigError, match=r"fused kernel.*in_proj"):
-        targeted(base, target_modules=["out_proj"])
-    assert targeted(base, target_modules=["in_proj"]) == ["mixer.in_proj"]
+    for name in ("out_proj", "conv1d"):
+        with pytest.raises(ConfigError, match=r"falcon_mamba.*fused kernel.*in_proj"):
+            targeted(base, target_modules=[name])
+    with pytest.warns(PeftWarning, match=r"out_proj.*left out"):
+        assert targeted(base, target_modules="all-linear") == ["mixer.in_proj"]
+
+
+class ByWeight(nn.Module):
+    """Computes with the weights of its layers in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.never, self.asked, self.sometimes, self.out_proj = (nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: Any) -> Any:
+        if self.asked.weight.dtype == x.dtype and isinstance(self.asked.weight, nn.Parameter):
+            x = nn.functional.linear(self.asked(self.called(x)), self.never.weight)
+        if self.training and x.is_floating_point():
+            return kernel(x, self.sometimes.weight, self.out_proj.weight)
+        return self.out_proj(self.sometimes(x))
+
+
+def kernel(x: Any, first: Any, second: Any) -> Any:
+    return x @ first.T @ second.T
+
+
+def test_what_the_code_of_a_module_does_decides_which_weights_pass_adapters_by() -> None:
+    assert targeted(ByWeight(), target_modules=["called", "asked"]) == ["called", "asked"]
+    with pytest.raises(ConfigError, match="out_proj.*fused kernel"):
+        targeted(ByWeight(), target_modules=["called", "out_proj"])
+    assert targeted(ByWeight(), target_modules=["out_proj"], inference_mode=True) == ["out_proj"]
+    with pytest.raises(ConfigError, match="never.*never calls"):
+        targeted(ByWeight(), target_modules=["never"])
+    with pytest.warns(PeftWarning, match=r"never.*no effect"):
+        assert targeted(ByWeight(), target_modules=["called", "never"]) == ["called", "never"]
+    with pytest.warns(PeftWarning, match=r"where kernels.*sometimes"):
+        assert targeted(ByWeight(), target_modules=["sometimes"]) == ["sometimes"]
 
 
 # ---- many targets -----------------------------------------------------------------------------------------------------

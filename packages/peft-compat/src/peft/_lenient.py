@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,7 +34,7 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
         found: bool = isinstance(instance, cls.__mro__[1]) if cls.__module__ == MODULE else super().__instancecheck__(instance)
         return found
 
-    def __call__(cls, model: Any, peft_config: Any, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
         """Make a model. Where the base has an adapter of this name (a cell of a notebook that ran twice), it is made anew, with a warning."""
         with anew(model, adapter_name):
             return super().__call__(model, peft_config, adapter_name, *args, **kwargs)
@@ -48,8 +48,14 @@ MODULE = "peft.peft_model"
 
 
 @contextlib.contextmanager
-def anew(model: Any, adapter_name: str) -> Iterator[None]:
-    """Take an adapter of this name out of the model until the block ends; if it fails, the adapter is put back."""
+def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None]:
+    """Take an adapter of this name out of the model until the block ends; if it fails, the adapter is put back.
+
+    Args:
+        model: with or without adapters.
+        adapter_name: the adapter that the block makes.
+        beside: adapters that were in use stay so beside the new one.
+    """
     index = index_of(model) if isinstance(model, nn.Module) else None
     if index is None or adapter_name not in index.configs:
         yield
@@ -62,7 +68,8 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
         delete(index, adapter_name)
     try:
         yield
-        activate(index, [*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
+        if beside:
+            activate(index, [*active, adapter_name], trainable=not index.configs[adapter_name].inference_mode)
     except BaseException:
         source = TensorSource.of(tensors)
         add_adapter(index, adapter_name, config, mount_on=model, before_commit=lambda: write_tensors(index, adapter_name, source) and None)
@@ -120,6 +127,18 @@ def get_peft_model(
     """As `peft_core.get_peft_model`, with the classes of this module."""
     kind = PeftMixedModel if mixed else PeftModel
     return factory.wrap(kind, model, peft_config, adapter_name, autocast_adapter_dtype, revision, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: peft_core.PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """As `peft_core.inject_adapter_in_model`; an adapter of this name that the model has is made anew, with a warning."""
+    with anew(model, adapter_name, beside=False):
+        return factory.inject_adapter_in_model(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
 
 
 def _auto(core: Any) -> Any:

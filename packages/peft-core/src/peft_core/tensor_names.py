@@ -19,8 +19,10 @@ WRAPPER_PREFIX = "base_model.model."
 BASE_LAYER = "base_layer"
 #: the attribute of `TokenRows` that holds the rows
 TOKEN_ADAPTER = "token_adapter"
-#: the part of a name that `torch.compile` adds
-_COMPILED = "_orig_mod"
+#: parts of names that wrappers add wherever they stand: `torch.compile`, FSDP1, torch's checkpoint wrapper; no file has them
+HIDDEN_PARTS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: what DDP, `DataParallel` and engines put before all names
+PARALLEL_PREFIX = "module."
 #: first part of the names of modules beside the base, which belong to no module of it (`base_model.vera_A`)
 _BESIDE_BASE = ["base_model"]
 #: attributes of `ModulesToSaveWrapper` under which the reference implementation saves duplicates
@@ -74,19 +76,23 @@ def parameter_rule(parameter_prefix: str, adapter: str) -> tuple[str, str]:
 
 # ---- matching files with models -----------------------------------------------------------------------------------------
 def without_wrapper(tensors: Mapping[str, _T]) -> dict[str, _T]:
-    """Return tensors (or shapes) under their names without `WRAPPER_PREFIX`."""
-    return {key.removeprefix(WRAPPER_PREFIX): value for key, value in tensors.items()}
+    """Return tensors (or shapes) under their names without `WRAPPER_PREFIX`, and without what other wrappers add."""
+    return {in_base(key): value for key, value in tensors.items()}
 
 
 def with_expected_prefix(tensors: Mapping[str, _T], expected: Collection[str]) -> dict[str, _T]:
-    """Return tensors (or shapes) under the names that are expected, where they differ in `WRAPPER_PREFIX` only."""
+    """Return tensors (or shapes) under the names that are expected, where they differ only in `WRAPPER_PREFIX` and what other wrappers add."""
     expected = frozenset(expected)
     return {_expected(key, expected) or key: value for key, value in tensors.items()}
 
 
 def _expected(key: str, expected: Collection[str]) -> str | None:
-    """Return the expected name that is `key`, with or without `WRAPPER_PREFIX`."""
-    candidates = (key, WRAPPER_PREFIX + key, key.removeprefix(WRAPPER_PREFIX))
+    """Return the expected name that is `key`, with or without `WRAPPER_PREFIX` and what other wrappers add."""
+    if key in expected:
+        return key
+    key = visible(key)
+    stem = key.removeprefix(PARALLEL_PREFIX).removeprefix(WRAPPER_PREFIX).removeprefix(PARALLEL_PREFIX)
+    candidates = (key, WRAPPER_PREFIX + key, key.removeprefix(WRAPPER_PREFIX), stem, WRAPPER_PREFIX + stem)
     return next((candidate for candidate in candidates if candidate in expected), None)
 
 
@@ -125,14 +131,27 @@ def has_part(name: str, part: str) -> bool:
     return part in name.split(".")
 
 
+def visible(name: str) -> str:
+    """Return a name in memory without the parts that are left out of files (`HIDDEN_PARTS`)."""
+    return ".".join(part for part in name.split(".") if part not in HIDDEN_PARTS)
+
+
 def in_base(name: str) -> str:
-    """Return the name that a tensor of a wrapped or compiled model has in its base."""
-    return name.replace(f"{_COMPILED}.", "").removeprefix(WRAPPER_PREFIX)
+    """Return the name that a tensor of a wrapped, compiled, parallel or sharded model has in its base."""
+    name = visible(name)
+    inner = name.removeprefix(PARALLEL_PREFIX)
+    return inner.removeprefix(WRAPPER_PREFIX) if inner.startswith(WRAPPER_PREFIX) else name
+
+
+def found_under(name: str, tensors: Mapping[str, _T]) -> _T | None:
+    """Return the tensor called `name` of a state dict whose names are visible; also one of a parallel wrapper. None if there is none."""
+    found = tensors.get(name)
+    return tensors.get(PARALLEL_PREFIX + name) if found is None else found
 
 
 def without_adapter(name: str, adapter: str, parameter_prefix: str) -> str:
-    """Return the key in a file for a name in memory: without the adapter after a parameter with this prefix, and without `_orig_mod`."""
-    parts = [part for part in name.split(".") if part != _COMPILED]
+    """Return the key in a file for a name in memory: without the adapter after a parameter with this prefix, and without `HIDDEN_PARTS`."""
+    parts = visible(name).split(".")
     for position, (part, following) in enumerate(itertools.pairwise(parts)):
         if part.startswith(parameter_prefix) and following == adapter:
             del parts[position + 1]
@@ -157,7 +176,7 @@ def split_at_parameter(key: str, parameter_prefix: str) -> tuple[str, str] | Non
 
 def adapted_module(key: str, parameter_prefix: str) -> str | None:
     """Return the path in the base of the module that a parameter with this prefix adapts; None for other tensors, and for modules beside the base."""
-    parts = key.removeprefix(WRAPPER_PREFIX).split(".")
+    parts = in_base(key).split(".")
     cut = next((i for i in reversed(range(len(parts))) if parts[i].startswith(parameter_prefix)), None)
     if not cut or parts[:cut] == _BESIDE_BASE:
         return None

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from ..errors import ModelError
+from ..tensor_names import visible
 from .weight import MERGES
+from .wrappers import inside, is_hidden
 
 
 class BaseView:
-    """A base model as it was before anything was wrapped.
+    """A base model as it was before anything was wrapped. Wrappers of others inside it (compiled or sharded blocks) have no part in its names.
 
     Args:
         base: the model. It must not contain adapter layers yet.
@@ -45,15 +47,20 @@ class BaseView:
         self.sites: dict[str, list[tuple[nn.Module, str]]] = {}
         first_name: dict[int, str] = {}
         owners: dict[int, int] = defaultdict(int)
-        for name, module in self.base.named_modules():
+        parents = []
+        for path, module in self.base.named_modules():
+            parents.append(module)
+            if is_hidden(module):
+                continue
+            name = visible(path)
             self.modules[name] = module
             first_name[id(module)] = name
             for parameter in module._parameters.values():
                 if parameter is not None:
                     owners[id(parameter)] += 1
-        for module in self.modules.values():
+        for module in parents:
             for attribute, child in module._modules.items():
-                if child is not None:
+                if child is not None and not is_hidden(child):
                     self.sites.setdefault(first_name[id(child)], []).append((module, attribute))
         self.shared_weights = frozenset(key for key, count in owners.items() if count > 1)
         self.tied = {name: group for group in self._tied_groups() for name in group}
@@ -151,10 +158,15 @@ class BaseView:
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Return the module inside all adapter layers around it."""
-    while (inside := module._modules.get("base_layer")) is not None:
-        module = inside
+    """Return the module inside all adapter layers and wrappers of others around it."""
+    while (held := _held(module)) is not None:
+        module = held
     return module
+
+
+def _held(module: nn.Module) -> nn.Module | None:
+    wrapped = module._modules.get("base_layer")
+    return inside(module) if wrapped is None else wrapped
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:

@@ -7,8 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from ..base.wrappers import parameter_names
 from ..config import PeftConfig
 from ..errors import ConfigError, ModelError, PeftWarning
 from ..layers.slots import Slot
@@ -23,8 +22,8 @@ from ..tuners.tokens import TOKENS
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 
 
-def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Tensor]:
-    """Return the embedding weights to write beside an adapter, by key.
+def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Slot]:
+    """Return key → slot of the embedding weights to write beside an adapter.
 
     Args:
         index, adapter: whose file.
@@ -47,7 +46,7 @@ def tensors_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wr
     if not hasattr(index.base, "get_input_embeddings"):
         warnings.warn(f"{index.view.name} has no get_input_embeddings(): no embedding layers are saved", PeftWarning, stacklevel=5)
         return {}
-    return {key: slot.read() for key, slot in slots(index, adapter, wrapped=wrapped).items()}
+    return slots(index, adapter, wrapped=wrapped)
 
 
 def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
@@ -66,7 +65,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
     targeted = any(index.view.modules[path] is layer for path in wrapped_paths for layer in layers)
     found: dict[str, Slot] = {}
     for path, module in index.view.modules.items():
-        if path in saved or not any(module is layer for layer in layers) or module._parameters.get("weight") is None:
+        if path in saved or not any(module is layer for layer in layers) or "weight" not in parameter_names(module):
             continue
         if targeted and path not in wrapped_paths:
             continue  # if only one of the two embeddings is targeted, write only that one, as the file format expects

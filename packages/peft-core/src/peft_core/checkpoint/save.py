@@ -67,10 +67,8 @@ def save_adapters(
     with AtomicFolder() as staged:
         for adapter, folder in folders.items():
             config = index.configs[adapter]
-            tensors: Mapping[str, Tensor] = {
-                **adapter_tensors(index, adapter, state_dict=state_dict, model=model),
-                **embeddings.tensors_to_save(index, adapter, save_embedding_layers),
-            }
+            embedded = embeddings.slots_to_save(index, adapter, save_embedding_layers)
+            tensors: Mapping[str, Tensor] = adapter_tensors(index, adapter, state_dict=state_dict, model=model, further=embedded)
             if created is not None:
                 converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, AdapterCheckpoint(config, tensors), created)
                 config, tensors = converted.config, converted.tensors

@@ -1,4 +1,4 @@
-"""The manifest of a model with several adapters: which there are, where, in what order they act, and which were in use."""
+"""The manifest of a model with several adapters: which there are, where, in what order they came, and which were in use, in what order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Stack:
-    """A manifest. Members are in load order, which is the order in which adapters act."""
+    """A manifest. Members are in load order, those in use in the order in which they were chosen, in which they act in each layer."""
 
     members: tuple[Member, ...]
     active: tuple[str, ...]

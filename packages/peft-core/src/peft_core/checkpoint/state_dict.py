@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..base.wrappers import is_sharded, unwrapped
 from ..layers.slots import Slot
 from ..plugins.registry import registry
-from ..tensor_names import file_key, has_part, in_base, join
+from ..tensor_names import PARALLEL_PREFIX, file_key, found_under, has_part, in_base, join, visible
 from ..tuners.index import AdapterIndex
 from ..tuners.saved_modules import SAVED
+
+EMPTY: Mapping[str, Slot] = MappingProxyType({})
 
 
 def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
@@ -38,26 +42,46 @@ def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> d
 
 
 def adapter_tensors(
-    index: AdapterIndex, adapter: str, *, wrapped: bool = True, state_dict: Mapping[str, Any] | None = None, model: nn.Module | None = None
+    index: AdapterIndex,
+    adapter: str,
+    *,
+    wrapped: bool = True,
+    state_dict: Mapping[str, Any] | None = None,
+    model: nn.Module | None = None,
+    further: Mapping[str, Slot] = EMPTY,
 ) -> dict[str, Tensor]:
     """Return the tensors of an adapter's file, detached, not copied.
 
     Args:
         index, adapter, wrapped: as `keyed_slots`.
         state_dict: take the tensors from here (in-memory names of `model`) instead of from the model; ones that it lacks from the model.
-        model: what `state_dict` was taken of.
+        model: what `state_dict` was taken of; others may have put wrappers around it. In FSDP1 its own state dict is taken where none is given,
+            of the kind that `FullyShardedDataParallel.state_dict_type` says; every process has to call this, and the result is empty where
+            that is.
+        further: more that is to be in the file: key → slot.
     """
-    slots = {key: slot for key, slot in keyed_slots(index, adapter, wrapped=wrapped).items() if not slot.unread}
+    model = index.base if model is None else model
+    slots = {key: slot for key, slot in keyed_slots(index, adapter, wrapped=wrapped).items() if not slot.unread} | dict(further)
+    if state_dict is None and is_sharded(model):
+        state_dict = model.state_dict()
+        if not state_dict:
+            return {}
     if state_dict is None:
         return {key: slot.read() for key, slot in slots.items()}
-    names = {id(module): name for name, module in (model or index.base).named_modules()}
+    given = {visible(name): value for name, value in state_dict.items()}
+    names = names_by_module(model)
     tensors = {}
     for key, slot in slots.items():
         found = None
         if slot.owner is not None and id(slot.owner[0]) in names:
-            found = state_dict.get(join(names[id(slot.owner[0])], slot.owner[1]))
+            found = found_under(join(names[id(slot.owner[0])], slot.owner[1]), given)
         tensors[key] = slot.read() if found is None else found.detach()
     return tensors
+
+
+def names_by_module(model: nn.Module) -> dict[int, str]:
+    """Return id of a module → its name in `model`, from inside the wrappers that others have put around the model and its parts."""
+    return {id(module): visible(name) for name, module in unwrapped(model).named_modules()}
 
 
 def names_in_memory(index: AdapterIndex, adapter: str, slots: Mapping[str, Slot], names: Iterable[str]) -> dict[str, str]:
@@ -71,7 +95,7 @@ def names_in_memory(index: AdapterIndex, adapter: str, slots: Mapping[str, Slot]
     base_names = {name: in_base(name) for name in names}
     if not any(has_part(base_name, adapter) for base_name in base_names.values()):
         return {}
-    paths = {id(module): path for path, module in index.base.named_modules()}
+    paths = names_by_module(index.base)
     owners = {key: slot.owner for key, slot in slots.items() if slot.owner is not None}
     keys = {join(paths[id(module)], attribute): key for key, (module, attribute) in owners.items() if id(module) in paths}
-    return {name: keys[base_name] for name, base_name in base_names.items() if base_name in keys}
+    return {name: key for name, base_name in base_names.items() if (key := keys.get(base_name) or keys.get(base_name.removeprefix(PARALLEL_PREFIX)))}

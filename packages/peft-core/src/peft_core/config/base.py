@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ..errors import ConfigError, ConfigFileError, did_you_mean
 from ..plugins import registry
 from .names import PeftType, TaskType, jsonable, to_builtin
-from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config
+from .reading import CONFIG_NAME, FORMAT_VERSION, HUB_KEYS, config_from_dict, find_config, require_config
 from .values import require_list_of_names, require_names_or_expression, require_number, require_pattern, require_positive_integer
 
 
@@ -153,12 +153,13 @@ class PeftConfig:
             **kwargs: download options (`revision`, `token`, `cache_dir`, ...), and values for fields that the file lacks.
 
         Raises:
-            ConfigFileError: there is no `adapter_config.json`, or it isn't a JSON object.
+            ConfigFileError: there is no `adapter_config.json`, or it isn't a JSON object, or it says no `peft_type` and is no config of this class.
             UnknownTunerError: its `peft_type` isn't installed.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
         loaded = cls.from_json_file(path)
+        require_config(loaded, cls, str(path))
         fields = {**kwargs, **loaded}
         found: PeftConfig = config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
         return found

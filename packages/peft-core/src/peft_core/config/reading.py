@@ -41,6 +41,8 @@ def config_from_dict(
         ConfigError: it is missing and there is no `fallback`, or a value is bad.
     """
     peft_type = config_dict.get("peft_type")
+    if peft_type is not None and not isinstance(peft_type, str):
+        raise ConfigError(f"{f'{origin}: ' if origin else ''}peft_type={peft_type!r} is no name of a method")
     cls: Any = registry.config_class(peft_type) if peft_type else fallback
     if cls is None:
         raise ConfigError("the config has no 'peft_type'", hint=f"add one of {listed(registry.names(), 20) or 'the installed tuners (none is)'}")
@@ -55,6 +57,31 @@ def config_from_dict(
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{origin or cls.__name__}: {error}") from error
+
+
+def require_config(loaded: Mapping[str, Any], cls: type[Any], origin: str) -> None:
+    """Check that the object in a file is the config of an adapter: it says its `peft_type`, or has nothing but fields of the class that was asked.
+
+    Args:
+        loaded: the object.
+        cls: the class that was asked to read it; `PeftConfig` for any.
+        origin: the file, for the message.
+
+    Raises:
+        ConfigFileError: it is something else, the config of another library for example.
+    """
+    if loaded.get("peft_type") is not None:
+        return
+    known = {f.name for f in dataclasses.fields(cls) if f.init} | LEGACY_KEYS
+    foreign = sorted(str(key) for key in loaded if key not in known)
+    says_none = "peft_type" in loaded and cls.default_peft_type is None
+    if foreign or says_none:
+        raise ConfigFileError(
+            f"{origin!r} is no config of an adapter: it has no 'peft_type', which is required{f', but {listed(foreign)}' if foreign else ''}",
+            hint=f"add one of {listed(registry.names(), 20)}, or read it by the class of its method"
+            if not foreign
+            else "is it the config of another library?",
+        )
 
 
 def _warn_dropped(dropped: Sequence[str], cls: type, origin: str | None) -> None:

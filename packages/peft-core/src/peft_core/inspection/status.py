@@ -11,7 +11,7 @@ from ..errors import AdapterNotFoundError
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.saved_modules import ModulesToSaveWrapper
 from ..layers.slots import AdapterModule
-from ..tuners.index import AdapterIndex, index_of, uncompiled
+from ..tuners.index import AdapterIndex, adapted_model, index_of
 from . import parameters
 
 IRREGULAR = "irregular"
@@ -25,7 +25,7 @@ class TunerLayerStatus:
         name: its path, which begins with ``model.`` in a wrapped model.
         module_type: method and class (``"lora.Linear"``).
         enabled: whether its adapters are switched on.
-        active_adapters: the adapters in use, in load order.
+        active_adapters: the adapters in use, in the order given.
         merged_adapters: those folded into the base weight.
         requires_grad: adapter → whether its parameters train; ``"irregular"``: some.
         available_adapters: those with weights here.
@@ -74,21 +74,20 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """Return the status of every module that holds adapter weights.
+    """Return the status of every module that holds adapter weights, in the order of the modules.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters.
+        model: a `PeftModel`, or a model with injected adapters; what others put around it is looked through.
 
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index, model = _index(model), uncompiled(model)
+    index, model = _index(model), adapted_model(model)
     prefix = "model." if index.base is not model else ""
-    found = []
-    for (kind, path), module in index.modules.items():
-        if isinstance(module, nn.Module):
-            found.append(_layer(index, f"{prefix}{path}" if kind else path, kind, module))
-    return found
+    # what is beside the base comes last; of several around one module the one that came first, which is innermost
+    place = {path: number for number, path in enumerate(index.view.modules)}
+    entries = sorted(index.modules.items(), key=lambda entry: place.get(entry[0][1], len(place)) if entry[0][0] else len(place))
+    return [_layer(index, f"{prefix}{path}" if kind else path, kind, module) for (kind, path), module in entries if isinstance(module, nn.Module)]
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -100,7 +99,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     Raises:
         AdapterNotFoundError: the model has none.
     """
-    index, model = _index(model), uncompiled(model)
+    index, model = _index(model), adapted_model(model)
     layers = get_layer_status(model)
     trainable, total = parameters.count(model)
     wrapped = index.base is not model

@@ -14,6 +14,7 @@ from ..base.forward import first_argument
 from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import MERGES, execution_device, has_accelerate_hook, in_memory, read_weight, write_weight
+from ..base.wrappers import parameter_names, unwrapped
 from ..errors import AdapterNotFoundError, MergeError, listed
 from ..merging.changes import Product
 from ..merging.exact import pristine
@@ -268,13 +269,20 @@ class AdapterLayer(SelectionMixin):
             active: bool (adapters,), or (rows, adapters), by the numbers in `AdapterSelection.adapter_ids`.
             x, y: as in `contribute`.
         """
-        for adapter in self.scaling:
+        for adapter in self._order_of_graph():
             changed = self.contribute(adapter, x, y.clone())
             flag = active[..., self.selection.adapter_ids[adapter]]
             if flag.dim():
                 flag = flag.repeat_interleave(y.shape[0] // flag.shape[0]).view(-1, *([1] * (y.dim() - 1)))
             y = torch.where(flag, changed, y)
         return y
+
+    def _order_of_graph(self) -> Sequence[str]:
+        """Return all adapters in the order in which a compiled graph computes them: one order for all choices, except where effects do not commute."""
+        if all(self.is_additive(adapter) for adapter in self.scaling):
+            return list(self.scaling)
+        chosen = self.selection.current().used  # part of the graph
+        return list(dict.fromkeys((*(name for name in chosen if name in self.scaling), *self.scaling)))
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it."""
@@ -349,14 +357,12 @@ class AdapterLayer(SelectionMixin):
         for container in self.containers:
             holder = self._modules.get(container)
             if isinstance(holder, nn.ParameterDict):
-                if adapter in holder._parameters or adapter in holder._buffers:
+                if adapter in holder._buffers or adapter in parameter_names(holder):
                     yield container, holder, adapter
             elif holder is not None and adapter in holder._modules:
-                part = holder._modules[adapter]
-                assert part is not None
-                for name, parameter in part._parameters.items():
-                    if parameter is not None:
-                        yield f"{container}.{name}", part, name
+                part = unwrapped(holder[adapter])
+                for name in parameter_names(part):
+                    yield f"{container}.{name}", part, name
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
         """Return the adapter's parameters by the end of their file key."""

@@ -9,7 +9,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..tensor_names import join
+from ..base.wrappers import is_hidden, parameter_names
+from ..tensor_names import join, visible
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,10 @@ def module_slots(module: nn.Module) -> dict[str, Slot]:
     """Return a slot for every parameter and persistent buffer of a whole module, by its name in the state dict."""
     found = {}
     for path, part in module.named_modules():
-        names = [name for name, p in part._parameters.items() if p is not None]
+        if is_hidden(part):
+            continue
+        names = parameter_names(part)
         names += [name for name, b in part._buffers.items() if b is not None and name not in part._non_persistent_buffers_set]
         for name in names:
-            found[join(path, name)] = Slot.of(part, name)
+            found[join(visible(path), name)] = Slot.of(part, name)
     return found

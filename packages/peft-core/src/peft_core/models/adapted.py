@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from ..base.view import checkpointed
+from ..base.wrappers import unwrapped
 from ..calls import checkpointing, generation, run
 from ..checkpoint import model_card, save
 from ..checkpoint.load import LoadResult, Strict, TensorSource
@@ -22,8 +23,9 @@ from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from ..operations.activate import activate, disabled
-from ..operations.add import check_name, get_or_create_index
+from ..operations.add import get_or_create_index
 from ..plugins import hooks, registry
+from ..tuners.adapter_names import check_name
 from ..tuners.index import ATTRIBUTE
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
@@ -68,18 +70,19 @@ class AdaptedModel(nn.Module, AdapterOperations):
             )
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
-        check_name(index, adapter_name, spec)
-        self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
+        check_name(adapter_name, index.configs)
+        self.base_model: nn.Module = TunerModel(index, model) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
-        model.__dict__[ATTRIBUTE] = index
+        index.attach(with_configs=isinstance(self.base_model, TunerModel))
         activate(index, [*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
-        if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
-            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+        base = index.base
+        if getattr(getattr(base, "config", None), "pretraining_tp", 1) != 1:
+            base.config.pretraining_tp = 1  # type: ignore[union-attr]
         # without the attribute, assume checkpointing; read from the class, since the property warns
-        if checkpointed(model) or not (hasattr(type(model), CHECKPOINTED) or CHECKPOINTED in model.__dict__):
-            self.prepare_model_for_gradient_checkpointing(model)
+        if checkpointed(base) or not (hasattr(type(base), CHECKPOINTED) or CHECKPOINTED in base.__dict__):
+            self.prepare_model_for_gradient_checkpointing(base)
 
     # ---- making one ------------------------------------------------------------------------------------------------
     @classmethod
@@ -137,7 +140,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         before, config.inference_mode = config.inference_mode, not is_trainable
         target = cls.class_for(str(config.task_type) if config.task_type is not None else "")
         try:
-            file, source = options.source(model_id, config, model)
+            file, source = options.source(model_id, config, unwrapped(model))
             wrapped = target(
                 model,
                 config,
@@ -192,7 +195,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         """Add a freshly initialised adapter, of the same method or another. It is neither in use nor trainable until `set_adapter`.
 
         Args:
-            adapter_name: its name; no dots, not part of a parameter prefix.
+            adapter_name: its name; no dots. With slashes (``"a/b"``) its files are in folders inside one another.
             peft_config: its config; kept, not copied.
             low_cpu_mem_usage: weights on the meta device, to be loaded later.
             autocast_adapter_dtype: half-precision weights are kept in float32.
@@ -209,7 +212,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
             raise ConfigError(f"peft_config is a {type(config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
 
     def _check_task(self, model: nn.Module) -> None:
-        if self.task.generates and not hasattr(model, "prepare_inputs_for_generation"):
+        if self.task.generates and not hasattr(unwrapped(model), "prepare_inputs_for_generation"):
             raise MissingMethodError(
                 f"{type(model).__name__} has no prepare_inputs_for_generation, which task_type={self.task.name} needs",
                 hint="use a model with a language-modelling head, or another task_type",
@@ -454,9 +457,12 @@ class AdaptedModel(nn.Module, AdapterOperations):
         return first.peft_type if first is not None else None
 
     def get_base_model(self) -> nn.Module:
-        """Return the object that was wrapped; its layers still are."""
+        """Return the object that was wrapped, with what others had put around it; its layers still are adapted."""
         base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model
         return base
+
+    def _given(self) -> nn.Module:
+        return self.get_base_model()
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -29,7 +29,8 @@ class AdapterOperations:
         """Use one adapter, or several whose effects add up, from now on. They train; all others are frozen.
 
         Args:
-            adapter_name: a name or a list of names. Adapters act in the order in which they were added, not in list order.
+            adapter_name: a name or a list of names. In each layer the adapters of one method act in this order; where several methods wrap one
+                layer, the one that was added first is innermost.
             inference_mode: they do not train either.
 
         Raises:
@@ -68,11 +69,17 @@ class AdapterOperations:
             AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
         """
         names = None if adapter_names is None else _names(adapter_names)
-        return merging.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
+        merging.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
+        return self._given()
 
     def unload(self) -> nn.Module:
         """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up."""
-        return merging.unload(self._peft_index)
+        merging.unload(self._peft_index)
+        return self._given()
+
+    def _given(self) -> nn.Module:
+        """Return the model that was wrapped, with what others had put around it."""
+        raise NotImplementedError
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
@@ -135,7 +142,7 @@ class AdapterOperations:
         Where an event loop runs, the choice is that of the task: call this model then, not the one inside it.
 
         Args:
-            *adapter_names: none of them: the plain base.
+            *adapter_names: none of them: the plain base. They act in load order, as those of rows do.
 
         Raises:
             AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
@@ -155,7 +162,7 @@ class AdapterOperations:
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters in use, in load order."""
+        """The adapters in use, in the order given."""
         return list(self._peft_index.active)
 
     @property

@@ -8,21 +8,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.wrappers import is_sharded, parameter_names, whole_parameters
+from ..checkpoint.state_dict import names_by_module
 from ..errors import AdapterWeightsError, did_you_mean, listed
-from ..tensor_names import join
-from ..tuners.index import require_index
+from ..tensor_names import found_under, join, visible
+from ..tuners.index import AdapterIndex, require_index
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's tensors under their original names; those of adapters are left out, merged ones are in as they are.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters.
+        model: a `PeftModel`, or a model with injected adapters. What others put around it (compiled, parallel, sharded) is looked through; in
+            FSDP1 the tensors come from its state dict, which every process has to take.
 
     Raises:
         AdapterNotFoundError: the model has no adapters.
     """
-    return {name: tensors[key] for name, (tensors, key) in _holders(model).items()}
+    index = require_index(model)
+    if not is_sharded(model):
+        return {name: getattr(module, key) for name, (module, key) in _holders(index).items()}
+    names = names_by_module(model)
+    given = {visible(name): value for name, value in model.state_dict().items()}
+    found = {name: found_under(join(names[id(module)], key), given) for name, (module, key) in _holders(index).items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -40,7 +49,12 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
         AdapterNotFoundError: the model has no adapters.
         AdapterWeightsError: names or shapes do not fit; nothing was written.
     """
-    holders = _holders(model)
+    index = require_index(model)
+    with whole_parameters(model):
+        return _write(_holders(index), state_dict, strict)
+
+
+def _write(holders: Mapping[str, tuple[nn.Module, str]], state_dict: Mapping[str, Any], strict: bool) -> Any:
     missing = [name for name in holders if name not in state_dict]
     unexpected = [name for name in state_dict if name not in holders]
     if strict and (missing or unexpected):
@@ -50,23 +64,20 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
         )
     fitting = {name: state_dict[name] for name in holders if name in state_dict}
     for name, value in fitting.items():
-        tensors, key = holders[name]
-        if tensors[key].shape != value.shape:
-            raise AdapterWeightsError(f"{name} has the shape {tuple(value.shape)}, but the base's is {tuple(tensors[key].shape)}")
+        module, key = holders[name]
+        if getattr(module, key).shape != value.shape:
+            raise AdapterWeightsError(f"{name} has the shape {tuple(value.shape)}, but the base's is {tuple(getattr(module, key).shape)}")
     with torch.no_grad():
         for name, value in fitting.items():
-            tensors, key = holders[name]
-            tensors[key].copy_(value)
+            module, key = holders[name]
+            getattr(module, key).copy_(value)
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _holders(model: nn.Module) -> dict[str, tuple[dict[str, Any], str]]:
-    """Return name → (the dict that holds the tensor, its key there), for what a state dict of the base would have."""
-    index = require_index(model)
-    found: dict[str, tuple[dict[str, Any], str]] = {}
+def _holders(index: AdapterIndex) -> dict[str, tuple[nn.Module, str]]:
+    """Return name → (the module that holds the tensor, the attribute), for what a state dict of the base would have."""
+    found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in index.view.modules.items():
-        for tensors in (module._parameters, module._buffers):
-            for key, tensor in tensors.items():
-                if tensor is not None and key not in module._non_persistent_buffers_set:
-                    found[join(path, key)] = (tensors, key)
+        buffers = [key for key, tensor in module._buffers.items() if tensor is not None and key not in module._non_persistent_buffers_set]
+        found.update((join(path, key), (module, key)) for key in (*parameter_names(module), *buffers))
     return found

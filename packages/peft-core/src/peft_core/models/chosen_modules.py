@@ -11,7 +11,7 @@ from ..base.view import BaseView
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftWarning, did_you_mean, listed
 from ..plugins.registry import registry
-from ..tensor_names import adapted_module
+from ..tensor_names import adapted_module, without_adapter
 from ..tuners.index import AdapterIndex
 
 
@@ -26,14 +26,14 @@ def view_for_state_dict(index: AdapterIndex, config: PeftConfig, adapter: str, s
     spec = registry.resolve(str(config.peft_type))
     if getattr(config, "target_parameters", None):
         raise ConfigError("the keys of state_dict can't say which parameters are adapted", hint="leave state_dict or target_parameters out")
-    view = index.view.choosing(_adapted_paths(state_dict, spec.parameter_prefix, index))
+    view = index.view.choosing(_adapted_paths(state_dict, adapter, spec.parameter_prefix, index))
     _warn_if_config_differs(index, config, adapter, view.chosen or frozenset())
     return view
 
 
-def _adapted_paths(state_dict: Mapping[str, Any], prefix: str, index: AdapterIndex) -> frozenset[str]:
+def _adapted_paths(state_dict: Mapping[str, Any], adapter: str, prefix: str, index: AdapterIndex) -> frozenset[str]:
     """Return the modules of the base that have tensors in `state_dict`; warns of modules that the base lacks, if it has others."""
-    paths = {path for key in state_dict if (path := adapted_module(key, prefix)) is not None}
+    paths = {path for key in state_dict if (path := adapted_module(without_adapter(key, adapter, prefix), prefix)) is not None}
     if not paths:
         raise ConfigError(f"no key of state_dict contains {prefix!r}, so it chooses no module")
     unknown = sorted(paths - index.view.modules.keys())

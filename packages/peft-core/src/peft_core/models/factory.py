@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 
 from torch import Tensor, nn
 
+from ..base.wrappers import unwrapped, whole_parameters
 from ..checkpoint import embeddings
 from ..checkpoint import load as loading
 from ..checkpoint.files import find_weights
@@ -22,7 +23,7 @@ from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
 from ..tensor_names import key_renamer
-from ..tuners.index import ATTRIBUTE, require_index, uncompiled
+from ..tuners.index import adapted_model, require_index
 from .adapted import AdaptedModel
 from .chosen_modules import view_for_state_dict
 from .configs import checked_hub_arguments
@@ -100,7 +101,7 @@ def wrap(
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
     task = str(peft_config.task_type) if peft_config.task_type is not None else ""
     before = {name: getattr(peft_config, name) for name in ("base_model_name_or_path", "revision")}
-    name = getattr(model, "name_or_path", None)
+    name = getattr(unwrapped(model), "name_or_path", None)
     name = name if isinstance(name, str) and name else None
     if before["base_model_name_or_path"] not in (None, name):
         warnings.warn(
@@ -169,11 +170,10 @@ def inject_adapter_in_model(
         peft_config,
         init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False),
         view=view,
-        mount_on=model,
+        mount_on=index.base,
         adapt_config=True,
     )
-    model.__dict__[ATTRIBUTE] = index
-    model.__dict__["peft_config"] = index.configs
+    index.attach()
     follow_model(index)
     index.selection.select([adapter_name])
     set_trainable(index, adapter_name, not peft_config.inference_mode)
@@ -191,22 +191,21 @@ def get_peft_model_state_dict(
     """Return the tensors of one adapter as its file names them.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters (then without the prefix `base_model.model.`).
+        model: a `PeftModel`, or a model with injected adapters (then without the prefix `base_model.model.`). What others put around it
+            (compiled, parallel, sharded) is looked through; in FSDP1 the tensors come from its state dict, which every process has to take.
         state_dict: take the tensors from this state dict of `model` instead.
         adapter_name: which adapter.
-        unwrap_compiled: accepted and not needed: what `torch.compile` returned is unwrapped anyway.
+        unwrap_compiled: accepted and not needed.
         save_embedding_layers: as `PeftModel.save_pretrained`.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
     """
-    model = uncompiled(model)
     index = require_index(model)
     index.require(adapter_name)
-    wrapped = isinstance(model, AdaptedModel)
-    tensors = adapter_tensors(index, adapter_name, wrapped=wrapped, state_dict=state_dict, model=model)
-    tensors.update(embeddings.tensors_to_save(index, adapter_name, save_embedding_layers, wrapped=wrapped))
-    return tensors
+    wrapped = isinstance(adapted_model(model), AdaptedModel)
+    embedded = embeddings.slots_to_save(index, adapter_name, save_embedding_layers, wrapped=wrapped)
+    return adapter_tensors(index, adapter_name, wrapped=wrapped, state_dict=state_dict, model=model, further=embedded)
 
 
 def set_peft_model_state_dict(
@@ -221,7 +220,8 @@ def set_peft_model_state_dict(
     """Write tensors, named as in a file, into an adapter.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters; keys may have the wrapper's prefix or not.
+        model: a `PeftModel`, or a model with injected adapters; keys may have the wrapper's prefix or not. What others put around it
+            (compiled, parallel, sharded) is looked through; a model in FSDP1 is gathered for it, in every process.
         peft_model_state_dict: the tensors.
         adapter_name: which adapter.
         ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
@@ -236,19 +236,19 @@ def set_peft_model_state_dict(
         AdapterWeightsError: tensors do not fit; nothing was written.
         ConfigError: the tensors are no mapping.
     """
-    model = uncompiled(model)
     index = require_index(model)
     index.require(adapter_name)
     if not isinstance(peft_model_state_dict, Mapping):
         raise ConfigError(f"peft_model_state_dict is a {type(peft_model_state_dict).__name__}", hint="give a dict: name → tensor")
-    return loading.write_tensors(
-        index,
-        adapter_name,
-        loading.translated(index, copy.copy(index.configs[adapter_name]), TensorSource.of(peft_model_state_dict)),
-        wrapped=isinstance(model, AdaptedModel),
-        strict=strict,
-        ignore_mismatched_sizes=ignore_mismatched_sizes,
-    )
+    with whole_parameters(model):
+        return loading.write_tensors(
+            index,
+            adapter_name,
+            loading.translated(index, copy.copy(index.configs[adapter_name]), TensorSource.of(peft_model_state_dict)),
+            wrapped=isinstance(adapted_model(model), AdaptedModel),
+            strict=strict,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
+        )
 
 
 def load_peft_weights(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base.wrappers import whole_parameters
 from ..checkpoint import embeddings
 from ..checkpoint.files import find_weights
 from ..checkpoint.load import TensorSource
@@ -17,7 +18,7 @@ from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
 from ..tensor_names import file_key, with_expected_prefix, without_adapter, without_weight
-from ..tuners.index import AdapterIndex, require_index, uncompiled
+from ..tuners.index import AdapterIndex, adapted_model, require_index
 from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, checked_hub_arguments, default_key_mapping, read_config
@@ -58,7 +59,8 @@ def hotswap_adapter(
     file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index.base, config)
     source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
-    _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(uncompiled(model), AdaptedModel))
+    with whole_parameters(model):
+        _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(adapted_model(model), AdaptedModel))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
 
@@ -82,15 +84,9 @@ def hotswap_adapter_from_state_dict(
         AdapterWeightsError: the tensors do not fit. Nothing is changed in all these cases.
     """
     index = require_index(model)
-    _swap(
-        index,
-        adapter_name,
-        config,
-        lambda: state_dict,
-        "the given state dict",
-        wrapped=isinstance(uncompiled(model), AdaptedModel),
-        parameter_prefix=parameter_prefix,
-    )
+    wrapped = isinstance(adapted_model(model), AdaptedModel)
+    with whole_parameters(model):
+        _swap(index, adapter_name, config, lambda: state_dict, "the given state dict", wrapped=wrapped, parameter_prefix=parameter_prefix)
 
 
 def _swap(

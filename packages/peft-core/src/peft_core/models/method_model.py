@@ -43,7 +43,7 @@ class _OfMethod(type(nn.Module)):  # type: ignore[misc]
             )
             raise ConfigError(f"{cls.__name__} takes a config of {cls.peft_type}, and there is {kind}")
         inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
-        return TunerModel(require_index(model))
+        return TunerModel(require_index(model), model)
 
 
 class MethodModel(TunerModel, metaclass=_OfMethod):

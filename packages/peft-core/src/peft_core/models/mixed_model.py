@@ -15,7 +15,8 @@ from .adapted import AdaptedModel
 class PeftMixedModel(AdaptedModel):
     """A base model with adapters of any methods, several of which are in use at a time.
 
-    Adapters act in the order in which they were loaded, and this order is kept in the saved stack. Any method may take part: those that wrap
+    Where adapters of several methods wrap one layer, the one that was loaded first is innermost; those of one method act in the order in which they
+    are chosen. Saved stacks keep both. Any method may take part: those that wrap
     layers, those with virtual tokens, and those of third parties. It trains, saves (`save_pretrained`, `from_stack`) and has a status.
 
     Args:

@@ -57,12 +57,12 @@ class PeftModel(AdaptedModel):
     @property
     def base_model_torch_dtype(self) -> Any:
         """The base's dtype, or None."""
-        return getattr(self.get_base_model(), "dtype", None)
+        return getattr(self._peft_index.base, "dtype", None)
 
     @property
     def transformer_backbone_name(self) -> str:
         """The name of the base's first child that is a transformers model; ``"base_model"`` if the base itself is all there is."""
-        for name, child in self.get_base_model().named_children():
+        for name, child in self._peft_index.base.named_children():
             if any(cls.__name__ == "PreTrainedModel" for cls in type(child).__mro__):
                 return name
         return "base_model"
@@ -70,7 +70,7 @@ class PeftModel(AdaptedModel):
     @property
     def word_embeddings(self) -> nn.Module:
         """The module that embeds tokens."""
-        found: nn.Module = self.get_base_model().get_input_embeddings()  # type: ignore[operator]
+        found: nn.Module = self._peft_index.base.get_input_embeddings()  # type: ignore[operator]
         return found
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class _TaskModel(PeftModel):
     @property
     def cls_layer_name(self) -> str | None:
         """The name of the base's first child that is a head of this task."""
-        for name, _ in self.get_base_model().named_children():
+        for name, _ in self._peft_index.base.named_children():
             if any(name == head or name.endswith(f".{head}") for head in self.task.heads):
                 return name
         return None
@@ -194,7 +194,7 @@ class PeftModelForCausalLM(_TaskModel):
 def _own_preparation(model: PeftModel) -> Any:
     from ..calls.generation import METHOD, GenerationHook
 
-    hook = getattr(model.get_base_model(), METHOD)
+    hook = getattr(model._peft_index.base, METHOD)
     return hook.original if isinstance(hook, GenerationHook) else hook
 
 
@@ -211,7 +211,7 @@ class PeftModelForSeq2SeqLM(_TaskModel):
     @property
     def base_model_prepare_encoder_decoder_kwargs_for_generation(self) -> Any:
         """The base's own run of its encoder before the first step; None where transformers has no method for it (5.23 has none)."""
-        return getattr(self.get_base_model(), "_prepare_encoder_decoder_kwargs_for_generation", None)
+        return getattr(self._peft_index.base, "_prepare_encoder_decoder_kwargs_for_generation", None)
 
 
 #: task → class of its models

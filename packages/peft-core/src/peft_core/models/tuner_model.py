@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base.wrappers import unwrapped
 from ..config import PeftConfig
 from ..errors import AdapterNameError, AdapterNotFoundError, ModelError
 from ..layers.init_options import InitOptions
@@ -21,11 +22,12 @@ class TunerModel(nn.Module, AdapterOperations):
 
     Args:
         index: the adapters of the base.
+        model: what is called: the base, or what others put around it. Default the base.
     """
 
-    def __init__(self, index: AdapterIndex) -> None:
+    def __init__(self, index: AdapterIndex, model: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = index.base
+        self.model = index.base if model is None else model
         self.__dict__[ATTRIBUTE] = index
 
     @property
@@ -70,7 +72,7 @@ class TunerModel(nn.Module, AdapterOperations):
         """
         index = self._peft_index
         index.require(adapter_name)
-        if model is not index.base:
+        if unwrapped(model) is not index.base:
             raise ModelError(f"model is not the base of this {type(self).__name__}, a {type(index.base).__name__}", hint="pass its `.model`")
         if adapter_name in index.keys_by_adapter:
             raise AdapterNameError(f"the adapter {adapter_name!r} already exists", hint="delete_adapter it first, or take another name")
@@ -93,6 +95,9 @@ class TunerModel(nn.Module, AdapterOperations):
         """Call the base with `args` and `kwargs`."""
         return self.model(*args, **kwargs)
 
+    def _given(self) -> nn.Module:
+        return self.model
+
     @staticmethod
     def get_model_config(model: nn.Module) -> dict[str, Any]:
         """Return the config of `model` as a dict; ``{"model_type": "custom"}`` if it has none."""
@@ -110,4 +115,10 @@ class TunerModel(nn.Module, AdapterOperations):
             if name == "model":  # not set yet, as in copies and pickles: looking it up below would never end
                 raise
             operation = self._operation(name)
-            return getattr(self.model, name) if operation is None else operation
+            return getattr(_having(name, self.model), name) if operation is None else operation
+
+
+def _having(name: str, model: nn.Module) -> nn.Module:
+    """Return the model that has an attribute: `model`, or the one inside what others put around it, which may not show those of what it wraps."""
+    inner = unwrapped(model)
+    return model if inner is model or hasattr(model, name) else inner

@@ -16,7 +16,7 @@ from . import merge
 
 
 def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = True) -> None:
-    """Use these adapters from now on; they train if `trainable`, all others are frozen. Order is load order.
+    """Use these adapters from now on; they train if `trainable`, all others are frozen. In each layer they act in this order.
 
     Raises:
         AdapterNotFoundError: the model lacks one.
@@ -25,7 +25,7 @@ def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = 
     if index.merged_adapters():
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=4)
         merge.unmerge(index)
-    chosen = tuple(name for name in index.configs if name in adapters)
+    chosen = tuple(dict.fromkeys(adapters))
     follow_model(index)
     index.selection.select(chosen)
     for adapter in index.configs:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.undo import Undo, collector_paused
 from ..base.view import BaseView
+from ..base.wrappers import unwrapped
 from ..calls import backbone, generation
 from ..config import PeftConfig
 from ..errors import CapabilityError, UnsupportedModuleError, listed
@@ -17,9 +18,9 @@ from ..layers.init_options import INITIAL, InitOptions
 from ..layers.mounted import MountedModules
 from ..layers.slots import LeavesBehind
 from ..layers.token_rows import TrainableRowsLayer
-from ..plugins import TunerSpec, hooks, registry
+from ..plugins import hooks, registry
 from ..tuners import adapter_names, builtin
-from ..tuners.index import AdapterIndex, Key, index_of
+from ..tuners.index import ATTRIBUTE, AdapterIndex, Key, index_of
 from ..tuners.tuner import Plan, TunerBase, Wrap
 from . import reshape
 from .delete import retire
@@ -54,7 +55,7 @@ def add_adapter(
         AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
     """
     spec = registry.resolve(str(config.peft_type))
-    check_name(index, adapter, spec)
+    adapter_names.check_name(adapter, index.configs)
     config.check()
     tuner = index.tuner_for(spec)
     with collector_paused(), Undo() as undo:
@@ -122,16 +123,6 @@ def _freeze_base(index: AdapterIndex, undo: Undo) -> None:
             undo.call(parameter.requires_grad_, True)
     index.frozen_base = True
     undo.call(setattr, index, "frozen_base", False)
-
-
-def check_name(index: AdapterIndex, adapter: str, spec: TunerSpec) -> None:
-    """Check that a new adapter of the method `spec` may be called `adapter`.
-
-    Raises:
-        AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
-    """
-    prefixes = {spec.parameter_prefix, *(tuner.spec.parameter_prefix for tuner in index.tuners.values())}
-    adapter_names.check_name(adapter, index.configs, prefixes)
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:
@@ -234,23 +225,12 @@ def _configure(index: AdapterIndex, path: str, module: Any) -> None:
 def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
     """Return the index of a base model and whether it is new. A model that already has one keeps it.
 
-    Where somebody else took the last config out and the wrappers off, as libraries that know layers do, there is nothing to keep.
+    Where somebody else took the wrappers off, as libraries that know layers do, what was recorded of them is removed.
     """
     found = index_of(model)
-    wrapped = [key for key in found.modules if key[0]] if found is not None and not found.configs else []
-    if found is not None and wrapped and not any(_is_installed(found, key) for key in wrapped):
-        retire(found)
-        found = None
-    return (found, False) if found is not None else (AdapterIndex(model), True)
-
-
-def _is_installed(index: AdapterIndex, key: Key) -> bool:
-    module = index.modules[key]
-    for parent, leaf in index.view.sites.get(key[1], ()):
-        found: Any = getattr(parent, leaf, None)
-        while found is not None and found is not module:
-            inside = found._modules
-            found = inside.get("base_layer") or inside.get("original_module")
-        if found is module:
-            return True
-    return False
+    if found is not None:
+        return found, False
+    stale = unwrapped(model).__dict__.get(ATTRIBUTE)
+    if isinstance(stale, AdapterIndex):
+        retire(stale)
+    return AdapterIndex(model), True

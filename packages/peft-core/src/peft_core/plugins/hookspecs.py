@@ -254,7 +254,7 @@ def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
 
     Args:
         model: the base.
-        adapter_names: all of them, in load order.
+        adapter_names: all of them, in the order given.
 
     Example:
         >>> from peft_core import hookimpl

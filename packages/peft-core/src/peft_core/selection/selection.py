@@ -53,10 +53,8 @@ class AdapterSelection:
         self.active_mask = torch.zeros(0, dtype=torch.bool)
         #: the selection of the whole model; `self`, unless this is a variant
         self.root = self
-        #: the names were given as a list, and are shown as one
-        self.as_list = False
-        #: (names, enabled, as_list) → the selection of layers that were switched individually; layers in the same state share one
-        self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool, bool], AdapterSelection] = weakref.WeakValueDictionary()
+        #: (names, enabled) → the selection of layers that were switched individually; layers in the same state share one
+        self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool], AdapterSelection] = weakref.WeakValueDictionary()
         #: saved modules that were disabled individually; enabled again together with the layers
         self.switched_off: list[Any] = []
         #: the cache scope that a caller opened for the whole model
@@ -71,7 +69,7 @@ class AdapterSelection:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters chosen for the whole model, also while they are disabled."""
+        """The adapters chosen for the whole model, in the order in which they act, also while they are disabled."""
         return self.selected.names
 
     def select(self, names: Sequence[str]) -> None:
@@ -242,21 +240,20 @@ class AdapterSelection:
             scope.close()
             warnings.warn("train() was called inside cached(model); nothing is cached from here on", PeftWarning, stacklevel=3)
 
-    def variant(self, names: Sequence[str], enabled: bool, as_list: bool = False) -> AdapterSelection:
+    def variant(self, names: Sequence[str], enabled: bool) -> AdapterSelection:
         """Return the selection of layers whose adapters differ from the model's. Thread-local overrides stay shared with the model.
 
         Args:
             names: the adapters in use there.
             enabled: whether they are switched on.
-            as_list: the names were given as a list, and are shown as one.
         """
         root = self.root
         root._switches += 1
-        key = (tuple(names), enabled, as_list)
+        key = (tuple(names), enabled)
         found = root.variants.get(key)
         if found is None:
             found = AdapterSelection(names)
-            found.root, found.local, found.as_list = root, root.local, as_list
+            found.root, found.local = root, root.local
             found.adapter_ids, found.active_mask = root.adapter_ids, root.active_mask
             found.enable(enabled)
             root.variants[key] = found
@@ -266,7 +263,6 @@ class AdapterSelection:
         state = {
             "names": self.names,
             "enabled": self.enabled,
-            "as_list": self.as_list,
             "adapter_ids": self.adapter_ids,
             "device": str(self.active_mask.device),
         }
@@ -274,13 +270,13 @@ class AdapterSelection:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["names"])  # type: ignore[misc]
-        self.as_list, self.adapter_ids, self.active_mask = state["as_list"], dict(state["adapter_ids"]), self.active_mask.to(state["device"])
+        self.adapter_ids, self.active_mask = dict(state["adapter_ids"]), self.active_mask.to(state["device"])
         self.switched_off = state.get("switched_off", [])
         self._join(state.get("root", self), state["enabled"])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdapterSelection:
         twin = memo[id(self)] = AdapterSelection(copy.deepcopy(self.names))
-        twin.as_list, twin.adapter_ids, twin.active_mask = self.as_list, dict(self.adapter_ids), self.active_mask
+        twin.adapter_ids, twin.active_mask = dict(self.adapter_ids), self.active_mask
         twin.switched_off = copy.deepcopy(self.switched_off, memo)
         twin._join(twin if self.root is self else copy.deepcopy(self.root, memo), self.enabled)
         return twin
@@ -288,5 +284,5 @@ class AdapterSelection:
     def _join(self, root: AdapterSelection, enabled: bool) -> None:
         if root is not self:
             self.root, self.local, self.adapter_ids = root, root.local, root.adapter_ids
-            root.variants[self.names, enabled, self.as_list] = self
+            root.variants[self.names, enabled] = self
         self.enable(enabled)

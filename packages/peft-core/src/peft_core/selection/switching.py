@@ -30,14 +30,13 @@ class SelectionMixin(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters chosen here, also those that have no weights here."""
+        """The adapters chosen here, in the order in which they act, also those that have no weights here."""
         return list(self.selection.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The same: one name, or a list if a list was chosen."""
-        names = self.selection.names
-        return names[0] if len(names) == 1 and not self.selection.as_list else list(names)
+        """The same, under the name by which libraries that know layers ask for it: always a list, unlike that of a model or a saved module."""
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
@@ -52,14 +51,14 @@ class SelectionMixin(nn.Module):
             inference_mode: they do not train either.
         """
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
-        self.selection = self.selection.variant(given, self.selection.enabled, not isinstance(adapter_names, str))
+        self.selection = self.selection.variant(given, self.selection.enabled)
         for name in self.adapters():
             let_train(self.parameters_of(name).values(), name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch adapters on or off in this module, as `enabled` says; which of them train does not change."""
         if enabled is not self.selection.enabled:
-            self.selection = self.selection.variant(self.selection.names, enabled, self.selection.as_list)
+            self.selection = self.selection.variant(self.selection.names, enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter's weights out of this module; a name without weights here is ignored.
@@ -76,7 +75,7 @@ class SelectionMixin(nn.Module):
         active = self.selection
         if adapter_name in active.names:
             rest = tuple(name for name in active.names if name != adapter_name) or self.adapters()[:1]
-            self.selection = active.variant(rest, active.enabled, active.as_list)
+            self.selection = active.variant(rest, active.enabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let adapters train in this module or not, whether they are in use or not."""
@@ -97,6 +96,12 @@ class AuxiliaryTrainingWrapper(SelectionMixin):
 
     Methods take an adapter's name as `adapter_name`.
     """
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The adapter chosen here; a list if there are several, or none."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Return key in an adapter's file → key in memory, both behind the path of this module."""

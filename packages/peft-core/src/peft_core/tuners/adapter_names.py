@@ -10,16 +10,17 @@ from ..errors import AdapterNameError
 from ..selection.route import BASE
 
 
-def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]) -> None:
+def check_name(adapter: str, present: Collection[str]) -> None:
     """Check that a new adapter may be called so.
+
+    It becomes a key of module containers, and a folder: with slashes, folders inside others, never one outside.
 
     Args:
         adapter: its name.
         present: the names that are taken.
-        prefixes: what parameter names of the methods in the model begin with.
 
     Raises:
-        AdapterNameError: taken, not a legal key, or colliding with a parameter prefix.
+        AdapterNameError: taken, or not a legal key or path.
     """
     if not isinstance(adapter, str) or not adapter:
         raise AdapterNameError(f"{adapter!r} is not an adapter name", hint="give a non-empty string")
@@ -29,14 +30,13 @@ def check_name(adapter: str, present: Collection[str], prefixes: Collection[str]
             hint="choose another name, or delete_adapter it; if the same lines ran before, begin with the base: model.unload()",
             code="name-taken",
         )
-    if adapter == BASE or any(mark in adapter for mark in "./\\") or any(hasattr(kind(), adapter) for kind in (nn.ModuleDict, nn.ParameterDict)):
+    if adapter == BASE or not _is_key(adapter) or not all(adapter.split("/")):
         raise AdapterNameError(
             f"{adapter!r} can't be the name of an adapter",
-            hint=f"it becomes a key of a ModuleDict and the name of a folder: no dots or slashes, none of its attributes, not {BASE!r}",
+            hint="it becomes a key of a ModuleDict and the name of a folder: no dots or backslashes, none of its attributes, slashes only between "
+            f"names of folders, not {BASE!r}",
         )
-    for prefix in sorted(p for p in prefixes if p):
-        if adapter.startswith(prefix):
-            raise AdapterNameError(
-                f"the adapter name {adapter!r} collides with the parameter prefix {prefix!r}: its keys would be ambiguous in files",
-                hint="choose another name",
-            )
+
+
+def _is_key(adapter: str) -> bool:
+    return not any(mark in adapter for mark in ".\\\0") and not any(hasattr(kind(), adapter) for kind in (nn.ModuleDict, nn.ParameterDict))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..base.forward import BaseForward
 from ..base.view import BaseView
+from ..base.wrappers import inside, unwrapped
 from ..config import PeftConfig
 from ..errors import AdapterNotFoundError, CapabilityError, did_you_mean, listed
 from ..layers.adapter_layer import AdapterLayer
@@ -29,7 +30,7 @@ class AdapterIndex:
     """The adapters of one base model, of whatever methods. `PeftModel` and the plain functions are views of it.
 
     Attributes:
-        base: the base model, wrapped in place.
+        base: the base model, adapted in place; the one inside, where others have put wrappers around it.
         view: the base under its original names.
         selection: which adapters act.
         configs: adapter → config, in load order.
@@ -37,7 +38,7 @@ class AdapterIndex:
     """
 
     def __init__(self, base: nn.Module) -> None:
-        self.base = base
+        self.base = base = unwrapped(base)
         self.view = BaseView(base)
         self.selection = AdapterSelection()
         self.configs: dict[str, PeftConfig] = {}
@@ -109,7 +110,7 @@ class AdapterIndex:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The adapters chosen for the whole model, in load order."""
+        """The adapters chosen for the whole model, in the order given."""
         return self.selection.names
 
     def refresh(self) -> None:
@@ -128,26 +129,60 @@ class AdapterIndex:
         if not spec.can(capability):
             raise CapabilityError(f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}")
 
+    def attach(self, *, with_configs: bool = True) -> None:
+        """Let the base know its adapters.
+
+        Args:
+            with_configs: give it `peft_config`, too, by which other libraries recognise a model whose layers are adapted.
+        """
+        self.base.__dict__[ATTRIBUTE] = self
+        if with_configs:
+            self.base.__dict__["peft_config"] = self.configs
+
+    def is_in_place(self) -> bool:
+        """Return whether the layers of adapters stand in the base: False where somebody else took all of them off."""
+        wrapped = [key for key, module in self.modules.items() if key[0] and isinstance(module, nn.Module) and key[1] in self.view.sites]
+        return not wrapped or any(self._is_installed(key) for key in wrapped)
+
+    def _is_installed(self, key: Key) -> bool:
+        module = self.modules[key]
+        for parent, leaf in self.view.sites[key[1]]:
+            found: Any = getattr(parent, leaf, None)
+            while found is not None and found is not module:
+                children = found._modules
+                held = [children[name] for name in ("base_layer", "original_module") if children.get(name) is not None]
+                found = held[0] if held else inside(found)
+            if found is module:
+                return True
+        return False
+
     def merged_adapters(self) -> list[str]:
         """Return the merged adapters, each once, in load order."""
         merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merged for name in module.merged_adapters}
         return [name for name in self.configs if name in merged]
 
 
+def adapted_model(model: nn.Module) -> nn.Module:
+    """Return the model that has adapters inside what others put around it (compiled, parallel, sharded, nested in any order); `model` if none has."""
+    found: nn.Module | None = model
+    while found is not None:
+        if isinstance(getattr(found, "__dict__", {}).get(ATTRIBUTE), AdapterIndex):
+            return found
+        found = inside(found, any_holder=True)
+    return model
+
+
 def index_of(model: nn.Module) -> AdapterIndex | None:
-    """Return the index of a `PeftModel` (compiled or not), or of a model with injected adapters; None if it has none."""
-    found = getattr(uncompiled(model), "__dict__", {}).get(ATTRIBUTE)
-    return found if isinstance(found, AdapterIndex) else None
+    """Return the index of a `PeftModel`, or of a model with injected adapters; None if it has none. Wrappers around it are looked through.
 
-
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Return the model inside what `torch.compile` returned; any other as it is."""
-    inside: nn.Module | None = getattr(model, "__dict__", {}).get("_modules", {}).get("_orig_mod")
-    return model if inside is None else inside
+    An index whose layers others have taken off, as libraries that know layers do, is none.
+    """
+    found = getattr(adapted_model(model), "__dict__", {}).get(ATTRIBUTE)
+    return found if isinstance(found, AdapterIndex) and found.is_in_place() else None
 
 
 def require_index(model: nn.Module) -> AdapterIndex:
-    """Return the index of a `PeftModel` (compiled or not), or of a model with injected adapters.
+    """Return the index of a `PeftModel`, or of a model with injected adapters. Wrappers around it are looked through.
 
     Raises:
         AdapterNotFoundError: the model has no adapters.

@@ -17,6 +17,7 @@ from ..base.ops import is_conv1d
 from ..base.view import BaseView
 from ..config import LayerConfig
 from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
+from .passed_by import without_passed_by
 
 Targets = Collection[str] | str
 ALL_LINEAR = "all-linear"
@@ -44,7 +45,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
-        ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
+        ConfigError: no targets and no default; a malformed expression.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -58,7 +59,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     matches = _matches(base, config, matching)
     if not matches.found:
         raise _no_match(base, config, targets, matches)
-    _refuse_modules_of_fused_kernels(base, matches.found)
+    matches.found = without_passed_by(base, matches.found, named=not every_linear, trains=not config.inference_mode)
     _warn_unused(base, config, targets, matches.excluded)
     if not isinstance(targets, str):
         targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
@@ -92,17 +93,6 @@ def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool
         else:
             matches.found.append(name)
     return matches
-
-
-def _refuse_modules_of_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
-    if "mamba" not in (base.model_type or ""):
-        return
-    for name in found:
-        if name.rpartition(".")[2] in ("out_proj", "conv1d"):
-            raise ConfigError(
-                f"target module {name!r}: {base.model_type} hands the weights of out_proj and conv1d to a fused kernel, past any adapter",
-                hint="target in_proj or x_proj",
-            )
 
 
 def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
@@ -196,18 +186,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
-    """Return the linear layers of a transformers model, without its output embeddings, its heads and the modules in `modules_to_save`.
+    """Return the linear layers of a model, without its heads and what is saved whole, and in models of transformers without the output embeddings.
 
     Raises:
-        ConfigError: the model is not from transformers.
-        NoMatchingPeftModuleError: it has no linear layers.
+        NoMatchingPeftModuleError: it has none.
     """
-    if not base.is_transformers_model:
-        raise ConfigError(
-            f'target_modules="{ALL_LINEAR}" is for transformers models, not {base.name}',
-            hint=f"name the modules: {listed(_linear_leaf_names(base))}",
-        )
-    output = base.output_embeddings
+    output = base.output_embeddings if base.is_transformers_model else None
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
     if not names:

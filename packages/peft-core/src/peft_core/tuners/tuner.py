@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base.ops import LAYER_TYPES, capability_for
 from ..base.view import BaseView
 from ..config import LayerConfig
-from ..errors import AdapterWeightsError, CapabilityError, UnsupportedModuleError, listed
+from ..errors import AdapterWeightsError, CapabilityError, NoMatchingPeftModuleError, PeftWarning, UnsupportedModuleError, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule, Slot
@@ -266,16 +266,23 @@ class LayerTuner(TunerBase):
             ConfigError: a regular expression in the config is malformed.
         """
         targets = config.target_modules
+        chosen, unmatched = targeting.Selection((), targets), None
         if targets or self.adapts_modules(config):
-            chosen = targeting.select(base, config, self.default_targets(base))
-        else:
-            chosen = targeting.Selection((), targets)
+            try:
+                chosen = targeting.select(base, config, self.default_targets(base))
+            except NoMatchingPeftModuleError as error:
+                unmatched = error
         patterns = {name: targeting.Patterns(getattr(config, name), name) for name in ("rank_pattern", "alpha_pattern")}
         values = partial(ModuleValues, ranks=patterns["rank_pattern"], alphas=patterns["alpha_pattern"])
         wraps = [
             Wrap(path, self.builder_for(base.modules[path], path), Filler(adapter, self.settings(config, values(path)))) for path in chosen.names
         ]
-        wraps.extend(self.further_wraps(base, adapter, config, values))
+        further = tuple(self.further_wraps(base, adapter, config, values))
+        if unmatched is not None:
+            if not further:
+                raise unmatched
+            warnings.warn(str(unmatched), PeftWarning, stacklevel=5)
+        wraps.extend(further)
         for name, pattern in patterns.items():
             if pattern.unused:
                 warnings.warn(f"{name}: {pattern.unused} matched none of the adapted modules", RuntimeWarning, stacklevel=5)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterFileError, AdapterNotFoundError, ConfigError, PeftModel
+from peft_core import AdapterFileError, AdapterNotFoundError, ConfigError, PeftModel, require_index
 from peft_core.errors import did_you_mean
 
 from ...layers.common import LoraLayer
@@ -42,7 +42,7 @@ def replace_lora_weights_loftq(
     """
     if adapter_name not in peft_model.peft_config:
         raise AdapterNotFoundError(f"Adapter {adapter_name!r} not found", hint=did_you_mean(adapter_name, peft_model.peft_config) or None)
-    base = peft_model.get_base_model()
+    base = require_index(peft_model).base
     layers = {
         name.replace(".base_layer", ""): module
         for name, module in base.named_modules()
