@@ -228,7 +228,7 @@ def test_kasa_takes_out_the_smallest_components_while_the_adapter_exists() -> No
         expected = copy.deepcopy(original)
         expected.down.weight.data, expected.up.weight.data = truncated(original.down.weight, 4), truncated(original.up.weight, 4)
         close(model(x), expected(x))
-    unloaded = model.unload()
+    unloaded = model.unload(restore_base=True)
     assert all(torch.equal(value, original.state_dict()[key]) for key, value in unloaded.state_dict().items())
 
 
@@ -248,7 +248,7 @@ def test_kasa_adapters_share_the_truncated_base() -> None:
     assert torch.equal(layer.weight, before)
     model.delete_adapter("again")
     close(layer.weight, truncated(weight, 2))
-    model.unload()
+    model.unload(restore_base=True)
     assert torch.equal(layer.weight, weight)
 
 
@@ -261,7 +261,7 @@ def test_kasa_the_first_of_two_ranks_can_go(first: bool) -> None:
     model.set_adapter("two")
     model.delete_adapter("one")
     close(layer.weight, truncated(weight, 2 if first else 4))
-    model.unload()
+    model.unload(restore_base=True)
     assert torch.equal(layer.weight, weight)
 
 

@@ -72,6 +72,7 @@ def anew(model: Any, adapter_name: str) -> Iterator[None]:
 
 def _lenient(core: Any) -> Any:
     members = {"__module__": MODULE, "__doc__": core.__doc__, "strict_loading": "warn", "class_for": classmethod(_class_for)}
+    members["restores_base"] = False  # recipes save what `unload` returns beside an adapter that changed it
     members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__, (*HUB_KEYS, "subfolder")))
     members["load_adapter"] = _tolerant(core.load_adapter, (*HUB_KEYS, "subfolder"))
     members["save_pretrained"] = _tolerant(core.save_pretrained, (*OF_UPLOAD, *OF_WHOLE_MODELS))

@@ -263,12 +263,14 @@ class Variant(Extension):
         kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
+        shifts_base: it takes something out of W by itself (`layer.shift_base`), also when its adapter is loaded; adapters of this variant share that.
     """
 
     name: ClassVar[str] = ""
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     containers: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    shifts_base: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:

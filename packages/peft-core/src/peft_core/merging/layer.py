@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -154,6 +154,11 @@ class LayerMerging:
         change = merge.folds[0].change if merge is not None else None
         return change.matrix(execution_device(self.layer.get_base_layer(), self.layer.weight_name)) if isinstance(change, Subtraction) else None
 
+    def unmerged_shifts(self) -> list[str]:
+        """Return the adapters that a `shift` belongs to and that are not merged: what is merged was made for the shifted weight."""
+        merged = self.adapters
+        return [adapter for adapter in self.shifts if adapter not in merged]
+
     def restore(self, adapter: str | None = None) -> None:
         """Undo the `shift` of an adapter, or all; the base weight returns bit for bit."""
         chosen = [adapter] if adapter is not None else list(self.shifts)
@@ -185,7 +190,7 @@ def _tidy(base: nn.Module) -> None:
         del base.__dict__[MERGES]
 
 
-def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
+def refuse_wrong_order(layer: Any, adapters: Sequence[str], inside_merges: Mapping[Any, Sequence[str]] | None = None) -> None:
     """Check that folding adapters into a weight gives what the layers around it compute.
 
     A factor acts on what is inside it. Folded in while something inside is still applied beside the weight, it misses that; what is
@@ -194,7 +199,8 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
 
     Args:
         layer: the `AdapterLayer` where adapters are about to be merged.
-        adapters: all that the caller merges, here and in the layers inside.
+        adapters: those that the caller merges in it.
+        inside_merges: for each of the layers inside, those that the caller merges there; None: the same.
 
     Raises:
         MergeError: the order is wrong; nothing has changed.
@@ -203,8 +209,8 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
     if not mergeable:
         return
     multiplies = next((name for name in mergeable if not layer.is_additive(name)), None)
-    inside = list(_inside(layer))
-    beside = {id(inner): _stay_beside(inner, adapters) for inner in inside}
+    inside = list(layers_inside(layer))
+    beside = {id(inner): _stay_beside(inner, adapters if inside_merges is None else inside_merges[inner]) for inner in inside}
     pending = [] if multiplies is None else [*_act_before(layer, multiplies, mergeable), *(name for names in beside.values() for name in names)]
     if pending:
         raise MergeError(
@@ -227,7 +233,7 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
         )
 
 
-def _inside(layer: Any) -> Iterator[Any]:
+def layers_inside(layer: Any) -> Iterator[Any]:
     """Yield the adapter layers inside `layer`, the outermost first."""
     inner = layer._modules["base_layer"]
     while isinstance(getattr(inner, "merging", None), LayerMerging):

@@ -69,7 +69,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(index, adapter_name, spec)
-        self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
+        self.base_model: nn.Module = TunerModel(index, self.restores_base) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
@@ -180,7 +180,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
                 wrapped.load_adapter(root / member.folder, member.name, is_trainable, strict=strict)
             wrapped.set_adapter(stack.active, inference_mode=not is_trainable)
         except BaseException:
-            wrapped.unload()
+            wrapped.unload(restore_base=True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             model.train(was_training)

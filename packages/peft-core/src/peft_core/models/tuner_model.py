@@ -21,11 +21,13 @@ class TunerModel(nn.Module, AdapterOperations):
 
     Args:
         index: the adapters of the base.
+        restores_base: as of the model that this is `base_model` of.
     """
 
-    def __init__(self, index: AdapterIndex) -> None:
+    def __init__(self, index: AdapterIndex, restores_base: bool = True) -> None:
         super().__init__()
         self.model = index.base
+        self.restores_base = restores_base
         self.__dict__[ATTRIBUTE] = index
 
     @property

@@ -27,6 +27,12 @@ class LoraMerging(LayerMerging):
         merge = tied[mergeable[0]].plan_merge(self.layer, mergeable) if mergeable and all(adapter in tied for adapter in mergeable) else None
         return super().plan(adapters) if merge is None else merge
 
+    def unmerged_shifts(self) -> list[str]:
+        """Return the adapters that a shift belongs to and that are not merged, nor share it with one that is."""
+        variants, merged = self.layer.variants, self.adapters
+        sharing = {type(variants[name]) for name in merged if name in variants and variants[name].shifts_base}
+        return [name for name in super().unmerged_shifts() if type(variants.get(name)) not in sharing]
+
 
 class LoraLayer(FactorLayer):
     """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
