@@ -171,7 +171,7 @@ class LoraTuner(LayerTuner):
         Raises:
             ConfigError, AdapterWeightsError: `initial` is no such adapter in its first state, or the initialisation can't be converted.
         """
-        return relative_to_base(adapter, now, initial, initializer_of(now.config))
+        return relative_to_base(adapter, now, initial)
 
     def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Return what writes the weights of another adapter in the place of one, its rank and scale included.

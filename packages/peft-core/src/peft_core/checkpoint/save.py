@@ -72,7 +72,9 @@ def save_adapters(
                 **embeddings.tensors_to_save(index, adapter, save_embedding_layers),
             }
             if created is not None:
-                converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, AdapterCheckpoint(config, tensors), created)
+                kind = str(config.peft_type)
+                modules = {path: module for (method, path), module in index.modules_of(adapter) if method == kind}
+                converted = index.tuners[kind].relative_to_base(adapter, AdapterCheckpoint(config, tensors, modules), created)
                 config, tensors = converted.config, converted.tensors
             name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
             staged.remove(folder / other)  # a stale file in the other format could be loaded instead of this one

@@ -79,10 +79,12 @@ class AdapterCheckpoint:
     Args:
         config: its config.
         tensors: by their keys in the file.
+        modules: of an adapter in a model: path in the base → the module there that holds its weights.
     """
 
     config: Any
     tensors: Mapping[str, Tensor]
+    modules: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ class TunerBase:
 
         Args:
             adapter: its name, for messages.
-            now: the adapter as it would be saved.
+            now: the adapter as it would be saved. What it did to the base, its `modules` know; its config may have been edited since.
             initial: as it was saved when it had just been created.
 
         Raises:
