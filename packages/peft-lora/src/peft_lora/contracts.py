@@ -102,6 +102,11 @@ class FactorLayer(AdapterLayer):
         return None if held is None else held._modules.get(adapter)
 
 
+def continues(layer: FactorLayer, settings: LoraSettings) -> bool:
+    """Return whether the adapter being added was created before: its tensors come from a file, or it is not to train (other loaders than ours)."""
+    return layer.init_options.continues or settings.config.inference_mode
+
+
 class SharedFactors(Protocol):
     """The A and B of another layer around the same weight (`ensure_weight_tying`)."""
 

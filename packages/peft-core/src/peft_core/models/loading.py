@@ -105,7 +105,7 @@ def add(
         return None
     source = translated(index, config, source)
     entire = options.strict is True and not options.ignore_mismatched_sizes  # all initial values will be overwritten
-    init_options = InitOptions(meta=options.meta and entire, autocast=options.autocast, initialise=not entire)
+    init_options = InitOptions(meta=options.meta and entire, autocast=options.autocast, initialise=not entire, from_file=True)
     result: list[LoadResult] = []
 
     def write() -> None:

@@ -84,7 +84,7 @@ class TunerModel(nn.Module, AdapterOperations):
                 index,
                 adapter_name,
                 config,
-                init_options=InitOptions(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype),
+                init_options=InitOptions(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, from_file=state_dict is not None),
                 view=view,
                 mount_on=self,
             )

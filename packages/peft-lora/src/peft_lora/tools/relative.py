@@ -88,7 +88,7 @@ def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
         if not (isinstance(change, Subtraction) and isinstance(change.delta, Product)):
             initializer_of(now.config).subtracts_start()  # says why in words of its own, unless the config was edited
             raise ConfigError(
-                f"what the initialisation of {adapter!r} took out of {path!r} is no s·B·A, so that the adapter can't be converted for the base as it was",
+                f"what the initialisation of {adapter!r} took out of {path!r} is no s·B·A: it can't be converted for the base as it was",
                 hint="save it without path_initial_model_for_weight_conversion, beside the base that unload(restore_base=False) returns",
             )
         found[path] = change.delta
