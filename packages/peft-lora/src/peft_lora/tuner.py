@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_core import (
     AdapterCheckpoint,
+    AdapterModule,
     AdapterSelection,
     BaseView,
     Call,
@@ -41,6 +42,7 @@ from .planning.tying import with_ties
 from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projections
 from .tools.hotswap import SWAPPABLE, plan_swap
 from .tools.relative import relative_to_base
+from .tools.starts import START_FIELDS, check_start
 from .tools.weighted import add_weighted_adapter
 
 
@@ -50,6 +52,7 @@ class LoraTuner(LayerTuner):
     layers = (Linear, Embedding, Convolution, Attention)
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
+    start_fields: ClassVar[frozenset[str]] = START_FIELDS
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         extensions = offers.extension_specs()
@@ -164,6 +167,14 @@ class LoraTuner(LayerTuner):
         """Return rank, alpha and the rest for one module."""
         initializer, variant = self._chosen
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
+
+    def check_start(self, adapter: str, config: LoraConfig, modules: Mapping[str, AdapterModule]) -> None:
+        """Check that tensors which started in another way belong to the base as this adapter has it.
+
+        Raises:
+            ConfigError: their start changed the base in another way.
+        """
+        check_start(adapter, self.configs[adapter], self._extensions[adapter], config, modules)
 
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Return an adapter whose initialiser took its first values out of the base as plain LoRA of twice the rank for the original base.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterFileError
 from ..plugins import hooks
+from ..tuners.exchange import AdapterCheckpoint
 from ..tuners.index import AdapterIndex, require_index
-from ..tuners.tuner import AdapterCheckpoint
 from . import embeddings, model_card
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target, find_weights
 from .passport import passport

@@ -22,6 +22,7 @@ from ..selection.selection import AdapterSelection
 from ..tensor_names import parameter_rule
 from . import targeting
 from .call import Call, Output
+from .exchange import AdapterCheckpoint, CheckpointTranslation, IncomingWeights
 from .reshape import Reshape
 
 
@@ -57,49 +58,6 @@ class Plan:
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class IncomingWeights:
-    """New weights of an adapter in one module, which are to replace the present ones.
-
-    Args:
-        path: the module's original name in the base.
-        module: it holds the weights.
-        tensors: the new ones by the end of their file key; empty if nothing came for this module.
-    """
-
-    path: str
-    module: AdapterModule
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class AdapterCheckpoint:
-    """The content of an adapter's file.
-
-    Args:
-        config: its config.
-        tensors: by their keys in the file.
-        modules: of an adapter in a model: path in the base → the module there that holds its weights.
-    """
-
-    config: Any
-    tensors: Mapping[str, Tensor]
-    modules: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class CheckpointTranslation:
-    """How an adapter that was written for another layout of a base is read on this one.
-
-    Args:
-        fields: fields of its config → their values here.
-        convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
-    """
-
-    fields: Mapping[str, Any]
-    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
 class TunerBase:
     """Base class of tuners. One object per model and method, shared by its adapters.
 
@@ -110,10 +68,12 @@ class TunerBase:
         configs: the configs of this tuner's adapters, in load order, set by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
         swappable: fields of a config in which an adapter may differ from the one that it replaces (`Capability.HOTSWAP`).
+        start_fields: fields of a config that say only what a new adapter starts with: tensors of a file do without them.
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
     swappable: ClassVar[frozenset[str]] = frozenset()
+    start_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         self.spec = spec
@@ -219,6 +179,18 @@ class TunerBase:
 
         return write
 
+    def check_start(self, adapter: str, config: Any, modules: Mapping[str, AdapterModule]) -> None:
+        """Check that tensors which started in another way belong to the base as this adapter has it; by default, they do.
+
+        Args:
+            adapter: the adapter that the tensors are to be loaded over.
+            config: theirs; it differs from the adapter's in `start_fields` only.
+            modules: path in the base → the module there that holds the adapter's weights.
+
+        Raises:
+            ConfigError: the start of one of them changed the base.
+        """
+
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Return an adapter whose creation changed the base as one for the original base, to be saved. Changes nothing.
 
@@ -255,6 +227,7 @@ class LayerTuner(TunerBase):
 
     #: adapter layers, each with its `base_types`; the first that fits a module wraps it
     layers: tuple[type[AdapterLayer], ...] = ()
+    start_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def plan(self, base: BaseView, adapter: str, config: LayerConfig) -> Plan:
         """Choose the modules as `targeting` says, and wrap each with the layer class that fits.

@@ -15,6 +15,7 @@ from peft_core import AdapterCheckpoint, AdapterWeightsError, ConfigError, Patte
 
 from ..config import LoraConfig
 from ..extensions import initializer_of
+from .starts import shifts_of_start
 
 #: end of the key of A → of B
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
@@ -79,11 +80,7 @@ def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
         ConfigError: it is something else than s·B₀·A₀.
     """
     found = {}
-    for path, layer in now.modules.items():
-        merging, variant = getattr(layer, "merging", None), getattr(layer, "variants", {}).get(adapter)
-        merge = None if merging is None or (variant is not None and variant.shifts_base) else merging.shifts.get(adapter)
-        if merge is None:
-            continue
+    for path, merge in shifts_of_start(adapter, now.modules).items():
         change = merge.folds[0].change
         if not (isinstance(change, Subtraction) and isinstance(change.delta, Product)):
             initializer_of(now.config).subtracts_start()  # says why in words of its own, unless the config was edited
