@@ -32,6 +32,7 @@ from .configs import take_hub_arguments
 from .loading import LoadOptions
 from .tuner_model import TunerModel
 from .uploading import hub_options, upload_folder
+from .write_through import WriteThrough
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 CHECKPOINTED = "is_gradient_checkpointing"
 
 
-class AdaptedModel(nn.Module, AdapterOperations):
+class AdaptedModel(WriteThrough, AdapterOperations):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
@@ -479,6 +480,10 @@ class AdaptedModel(nn.Module, AdapterOperations):
     def print_trainable_parameters(self) -> None:
         """Print how much of the model trains. (Differs from transformers' `num_parameters`: adapters are counted.)"""
         print(counting.summary(self))
+
+    def _written_through(self) -> nn.Module | None:
+        index = self.__dict__.get(ATTRIBUTE)
+        return index.base if index is not None and "base_model" in self._modules else None
 
     def __getattr__(self, name: str) -> Any:
         try:

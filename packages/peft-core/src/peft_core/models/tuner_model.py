@@ -14,9 +14,10 @@ from ..operations.add import add_adapter
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 from .adapter_operations import AdapterOperations
 from .chosen_modules import chosen_by
+from .write_through import WriteThrough
 
 
-class TunerModel(nn.Module, AdapterOperations):
+class TunerModel(WriteThrough, AdapterOperations):
     """The base model as `model`, plus the operations on its adapters. Parameter names go through it: `base_model.model.…`.
 
     Args:
@@ -104,6 +105,9 @@ class TunerModel(nn.Module, AdapterOperations):
             return {"model_type": "custom"}
         found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
         return found
+
+    def _written_through(self) -> nn.Module | None:
+        return self._modules.get("model")
 
     def __getattr__(self, name: str) -> Any:
         try:
