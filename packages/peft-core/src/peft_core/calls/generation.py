@@ -140,8 +140,10 @@ def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict
     if kwargs.get("next_sequence_length") == length - cached:  # transformers 5
         changed["next_sequence_length"] = length - cached + virtual
     at = kwargs.get("cache_position")
-    if at is not None and (not at.numel() or int(at[-1]) != length - 1):  # transformers 4, in this step and in those that count on from it
-        changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
+    if at is not None:  # transformers 4, whose caches of fixed size count keys that are not zero, so that in later steps they say less
+        later = getattr(cache, "is_compileable", False) and at.shape[0] == 1 and int(at[0]) == length - 1
+        if at.shape[0] != length - cached + virtual and not later:
+            changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
     return changed
 
 
