@@ -102,11 +102,6 @@ class FactorLayer(AdapterLayer):
         return None if held is None else held._modules.get(adapter)
 
 
-def continues(layer: FactorLayer, settings: LoraSettings) -> bool:
-    """Return whether the adapter being added was created before: its tensors come from a file, or it is not to train (other loaders than ours)."""
-    return layer.init_options.continues or settings.config.inference_mode
-
-
 class SharedFactors(Protocol):
     """The A and B of another layer around the same weight (`ensure_weight_tying`)."""
 
@@ -268,6 +263,7 @@ class Variant(Extension):
         kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
+        by_token: its effect is s·B·A on some tokens and nothing on the others: no change of the base weight, though A and B are all of it.
         shifts_base: it takes something out of W by itself (`layer.shift_base`), also when its adapter is loaded; adapters of this variant share that.
     """
 
@@ -275,6 +271,7 @@ class Variant(Extension):
     kinds: ClassVar[frozenset[str]] = frozenset({"linear"})
     containers: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
+    by_token: ClassVar[bool] = False
     shifts_base: ClassVar[bool] = False
 
     @classmethod

@@ -223,6 +223,25 @@ class LoraLayer(FactorLayer):
         variant = self.variants.get(adapter)
         return variant.delta() if variant is not None else self.plain_delta(adapter)
 
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
+
+        Of an effect on some tokens only, it is the change that these see.
+
+        Raises:
+            AdapterNotFoundError: the adapter has no weights here.
+            MergeError: the effect is no change of this weight.
+        """
+        variant = self.variants.get(adapter)
+        if variant is None or not variant.by_token:
+            return super().get_delta_weight(adapter)
+        return self.ops.to_weight_layout(self.plain_delta(adapter))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether what the adapter does here is a sum W + ΔW for every token."""
+        variant = self.variants.get(adapter_name)
+        return super().supports_lora_conversion(adapter_name) and not (variant is not None and variant.by_token)
+
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where a variant's is no such product."""
         variant = self.variants.get(adapter)

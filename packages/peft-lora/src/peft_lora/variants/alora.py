@@ -60,6 +60,7 @@ class Alora(LowRank):
     """y + s·B(A·drop(x)) on the tokens from the last invocation on, y on the tokens before it and in rows without one."""
 
     name = "aLoRA"
+    by_token = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     @classmethod

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError
 
-from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings, continues
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..continuing import continues
 from ..matrices import float_matrix, split
 
 if TYPE_CHECKING:

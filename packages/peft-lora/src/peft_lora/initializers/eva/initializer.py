@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peft_core import PeftWarning
 
-from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings, continues
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..continuing import continues
 from ..plain import Plain
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from peft_core import ConfigError, PeftWarning
 
-from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings, continues
+from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ...subconfigs import LoraGAConfig
+from ..continuing import continues
 from ..matrices import float_matrix, svd, wide
 from ..plain import uniform
 
