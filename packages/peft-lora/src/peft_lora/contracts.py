@@ -235,6 +235,17 @@ class Initializer(Extension):
                 stacklevel=2,
             )
 
+    def tell_of_others(self, adapters: Sequence[str], path: str) -> None:
+        """Warn, once, that `adapters`, others of the layer at `path`, have changed the base that the new one sees."""
+        if adapters and not self._told:
+            self._told = True
+            warnings.warn(
+                f"the start of {listed(adapters)} changes the base weight of {path!r}, and perhaps of others: the new adapter computes with it, and "
+                "otherwise elsewhere, or when they are deleted",
+                PeftWarning,
+                stacklevel=2,
+            )
+
     def require_kind(self, kind: str, path: str) -> None:
         """Check that the `kind` of the base layer at `path` is one that this initialiser knows.
 

@@ -87,6 +87,8 @@ class LoraTuner(LayerTuner):
         fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
         if parameters:
             self._require_plain(base, modules, config)
+        if config.lora_bias and not config.inference_mode:
+            _tell_of_missing_bias(base, modules)
         if config.ensure_weight_tying:
             modules = list(with_ties(self, base, adapter, config, modules))
         wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
@@ -212,6 +214,17 @@ class LoraTuner(LayerTuner):
             stacklevel=6,
         )
         return actual
+
+
+def _tell_of_missing_bias(base: BaseView, modules: Sequence[Wrap]) -> None:
+    """Warn of the first module without a bias: what `lora_bias` trains there has no place in the base."""
+    path = next((wrap.path for wrap in modules if hasattr(base.modules[wrap.path], "bias") and base.modules[wrap.path].bias is None), None)
+    if path is not None:
+        warnings.warn(
+            f"lora_bias=True, and {path!r} has no bias, as perhaps others: the adapter can't be merged",
+            PeftWarning,
+            stacklevel=6,
+        )
 
 
 def _adapted_config(base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:

@@ -161,6 +161,8 @@ class PeftConfig:
         loaded = cls.from_json_file(path)
         fields = {**kwargs, **loaded}
         found: PeftConfig = config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
+        for name in found.transient & kwargs.keys():  # which no file has
+            setattr(found, name, kwargs[name])
         return found
 
     @classmethod

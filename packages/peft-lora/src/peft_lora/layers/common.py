@@ -89,6 +89,8 @@ class LoraLayer(FactorLayer):
         self.frozen[adapter] = config.initializer.frozen if start is None else config.initializer.frozen | start.frozen
         if start is not None:
             self._take_out_of_base(adapter, config, start)
+        if variant is None or not variant.shifts_base:
+            config.initializer.tell_of_others([name for name in self.merging.shifts if name != adapter], config.path)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
