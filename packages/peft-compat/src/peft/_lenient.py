@@ -94,7 +94,7 @@ def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
         if runtime is not None:
             bound = signature.bind(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
             bound.apply_defaults()
-            model = found if isinstance(found, nn.Module) else self
+            model: Any = found if isinstance(found, nn.Module) else self
             _set_runtime(model.peft_config[bound.arguments["adapter_name"]], runtime)
         return found
 
