@@ -110,7 +110,8 @@ def test_matrices_with_a_rank_below_r(tmp_path: Path) -> None:
 def test_one_of_several_adapters(tmp_path: Path) -> None:
     model = created("pissa")
     expected = trained(model, tmp_path / "initial")
-    model.add_adapter("other", LoraConfig(target_modules=["a"]))
+    with pytest.warns(PeftWarning, match="the start of 'default' changes the base weight"):
+        model.add_adapter("other", LoraConfig(target_modules=["a"]))
     model.save_pretrained(tmp_path / "plain", selected_adapters=["default"], path_initial_model_for_weight_conversion=tmp_path / "initial")
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)

@@ -23,6 +23,8 @@ from peft_core import (
 )
 from peft_lora import BdLoraConfig, KasaConfig, LoraConfig, LoraLayer, convert_to_lora, kasa_loss, merged_zero_points, qalora_from_peer
 
+pytestmark = pytest.mark.filterwarnings("ignore:lora_bias=True, and")  # nothing is merged where the base has no bias
+
 BLOCKS = {"target_modules_bd_a": ["down"], "target_modules_bd_b": ["up"], "nblocks": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bdlora": {"use_bdlora": BLOCKS},

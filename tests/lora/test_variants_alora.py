@@ -13,6 +13,8 @@ from peft_core import Call, ConfigError, MergeError, PeftModel, PeftWarning, Rou
 from peft_core.testing import tiny
 from peft_lora import LoraConfig, LoraLayer
 
+pytestmark = pytest.mark.filterwarnings("ignore:lora_bias=True, and")  # nothing is merged where the base has no bias
+
 TOKENS = [5, 6]
 #: rows with an invocation in the middle, without one, with two, and with one that is cut off at the end
 IDS = torch.tensor([[1, 5, 6, 2, 5, 6, 3], [4, 4, 4, 4, 4, 4, 4], [5, 6, 1, 1, 1, 1, 5], [9, 9, 9, 5, 6, 9, 5]])

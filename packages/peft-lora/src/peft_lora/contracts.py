@@ -215,36 +215,26 @@ class Initializer(Extension):
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
 
     def subtracts_start(self) -> bool:
-        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`InitialFactors.base_offset` is True).
-
-        Then an adapter can be saved relative to the original base, given what it started with.
+        """Return whether what it takes out of the base is s·B·A of the values that A and B start with, so that adapters can be converted.
 
         Raises:
-            ConfigError: it takes out something else, so that it can't.
+            ConfigError: it takes out something else; layers know that, but not why.
         """
         return False
 
     def tell_others(self, adapters: Sequence[str], path: str) -> None:
         """Warn, once, that `adapters`, others of the layer at `path`, see another base from now on."""
-        if adapters and not self._told:
-            self._told = True
-            warnings.warn(
-                f"init_lora_weights={self.config.init_lora_weights!r} changes the base weight of {path!r}, and perhaps of others, which "
-                f"{listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted",
-                PeftWarning,
-                stacklevel=2,
-            )
+        how = f"which {listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted"
+        self._tell(adapters, f"init_lora_weights={self.config.init_lora_weights!r}", path, how)
 
     def tell_of_others(self, adapters: Sequence[str], path: str) -> None:
         """Warn, once, that `adapters`, others of the layer at `path`, have changed the base that the new one sees."""
+        self._tell(adapters, f"the start of {listed(adapters)}", path, "with which the new adapter computes, and otherwise on another base")
+
+    def _tell(self, adapters: Sequence[str], who: str, path: str, how: str) -> None:
         if adapters and not self._told:
             self._told = True
-            warnings.warn(
-                f"the start of {listed(adapters)} changes the base weight of {path!r}, and perhaps of others: the new adapter computes with it, and "
-                "otherwise elsewhere, or when they are deleted",
-                PeftWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{who} changes the base weight of {path!r}, and perhaps of others, {how}", PeftWarning, stacklevel=3)
 
     def require_kind(self, kind: str, path: str) -> None:
         """Check that the `kind` of the base layer at `path` is one that this initialiser knows.
@@ -274,8 +264,8 @@ class Variant(Extension):
         kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
-        by_token: its effect is s·B·A on some tokens and nothing on the others: no change of the base weight, though A and B are all of it.
-        shifts_base: it takes something out of W by itself (`layer.shift_base`), also when its adapter is loaded; adapters of this variant share that.
+        by_token: its effect is s·B·A on some tokens only, which no change of the base weight is.
+        shifts_base: it takes something out of W by itself, also when its adapter is loaded; adapters of this variant share that.
     """
 
     name: ClassVar[str] = ""

@@ -456,8 +456,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     def get_base_model(self) -> nn.Module:
         """Return the object that was wrapped; its layers still are."""
-        base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model
-        return base
+        return self._peft_index.base
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -480,10 +479,6 @@ class AdaptedModel(WriteThrough, AdapterOperations):
     def print_trainable_parameters(self) -> None:
         """Print how much of the model trains. (Differs from transformers' `num_parameters`: adapters are counted.)"""
         print(counting.summary(self))
-
-    def _written_through(self) -> nn.Module | None:
-        index = self.__dict__.get(ATTRIBUTE)
-        return index.base if index is not None and "base_model" in self._modules else None
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -106,9 +106,6 @@ class TunerModel(WriteThrough, AdapterOperations):
         found: dict[str, Any] = dict(config) if isinstance(config, dict) else config.to_dict()
         return found
 
-    def _written_through(self) -> nn.Module | None:
-        return self._modules.get("model")
-
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..calls.generation import GenerationHook
+from ..tuners.index import ATTRIBUTE, AdapterIndex
 
 _MISSING = object()
 
@@ -20,8 +21,9 @@ class WriteThrough(nn.Module):
     """
 
     def _written_through(self) -> nn.Module | None:
-        """Return the base; None while there is none yet."""
-        raise NotImplementedError
+        """Return the base; None while the wrapper is being made."""
+        index: AdapterIndex | None = self.__dict__.get(ATTRIBUTE)
+        return None if index is None else index.base
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = None if name.startswith("_") or isinstance(value, nn.Module) or self._is_own(name) else self._written_through()
