@@ -371,7 +371,6 @@ def fitting(model: Any, **changes: Any) -> tuple[dict[str, Tensor], Any]:
 @pytest.mark.parametrize(
     ("changes", "spoil", "error", "words"),
     [
-        ({"r": 3}, None, AdapterWeightsError, r"is \(4, 3\), and there is room for a rank of 2; call prepare_model"),
         ({}, "surplus", AdapterWeightsError, "unexpected keys:"),
         ({"target_modules": ["up", "last", "down"]}, None, AdapterWeightsError, "unexpected keys:"),
         ({}, "missing", AdapterWeightsError, "no new tensor for 'lora_B.weight'"),
@@ -521,3 +520,52 @@ def test_variants_have_room_for_a_larger_rank_or_say_that_they_cannot(variant: s
     torch.testing.assert_close(model(x), expected)
     model.unmerge_adapter()
     model.train()(x).sum().backward()
+
+
+# ---- a larger rank where nothing is compiled ------------------------------------------------------------------------------
+
+
+def larger(**changes: Any) -> tuple[Any, dict[str, Tensor], Any]:
+    other = lora(7, **{"r": 5, "lora_alpha": 3, **changes})
+    return other, get_peft_model_state_dict(other), other.peft_config["default"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"rank_pattern": {"up": 3}}], ids=["all", "one"])
+def test_a_larger_rank_grows_the_adapter(changes: Any, tmp_path: Path) -> None:
+    model = lora(1, r=2)
+    other, state, config = larger(**changes)
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    hotswap_adapter_from_state_dict(model, state, "default", config)
+    assert [parameter.requires_grad for parameter in model.parameters()] == trains
+    torch.testing.assert_close(model(X), other(X))
+    assert model.peft_config["default"].r == 5
+    assert {name: tuple(value.shape) for name, value in get_peft_model_state_dict(model).items()} == {k: tuple(v.shape) for k, v in state.items()}
+    small, config = fitting(model)
+    hotswap_adapter_from_state_dict(model, small, "default", config)  # and back, which leaves room
+    torch.testing.assert_close(model(X), lora(7, r=2)(X))
+
+
+def test_modules_for_which_nothing_came_grow_with_the_rest() -> None:
+    model = lora(1, r=2)
+    other, state, config = larger(target_modules=["up"])
+    hotswap_adapter_from_state_dict(model, state, "default", config)
+    torch.testing.assert_close(model(X), other(X))
+    again, state, config = larger()
+    hotswap_adapter_from_state_dict(model, state, "default", config)
+    torch.testing.assert_close(model(X), again(X))
+
+
+@pytest.mark.parametrize("how", ["prepared", "compiled", "compile()"])
+def test_a_larger_rank_is_refused_where_a_graph_holds_the_parameters(how: str) -> None:
+    model: Any = lora(1, r=2)
+    if how == "prepared":
+        prepare_model_for_compiled_hotswap(model, target_rank=3)
+    elif how == "compiled":
+        model = torch.compile(model)
+    else:
+        model.compile()
+    _, state, config = larger()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(AdapterWeightsError, match=r"room for a rank of \d in its compiled graph, and a rank of 5 came; call prepare_model"):
+        hotswap_adapter_from_state_dict(model, state, "default", config)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

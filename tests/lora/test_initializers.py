@@ -222,7 +222,7 @@ def test_deleting_and_unloading_give_the_base_back_bit_for_bit(init: str) -> Non
         model.delete_adapter("default")
         assert torch.equal(bits(model.base_model.model.linear.weight), before["linear.weight"])
         model.add_adapter("other", config(init))
-        found = model.unload().state_dict()
+        found = model.unload(restore_base=True).state_dict()
         assert all(torch.equal(bits(found[name]), value) for name, value in before.items())
 
 
@@ -276,7 +276,7 @@ def test_tied_weights_are_untied_for_as_long_as_the_adapter_exists(init: str) ->
         model = get_peft_model(base, config(init, ["head"]))
         torch.testing.assert_close(model(IDS), expected, atol=1e-5, rtol=1e-5)
         assert torch.equal(bits(base.tokens.weight), table)
-    assert model.unload() is base
+    assert model.unload(restore_base=True) is base
     assert base.head.weight is base.tokens.weight
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def test_matrices_with_a_rank_below_r(tmp_path: Path) -> None:
 def test_one_of_several_adapters(tmp_path: Path) -> None:
     model = created("pissa")
     expected = trained(model, tmp_path / "initial")
-    model.add_adapter("other", LoraConfig(target_modules=["a"]))
+    with pytest.warns(PeftWarning, match="the start of 'default' changes the base weight"):
+        model.add_adapter("other", LoraConfig(target_modules=["a"]))
     model.save_pretrained(tmp_path / "plain", selected_adapters=["default"], path_initial_model_for_weight_conversion=tmp_path / "initial")
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
@@ -161,3 +163,99 @@ def test_initial_adapters_that_do_not_fit(tmp_path: Path) -> None:
     (tmp_path / "alpha" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterFileError, match="Can't find weights"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "alpha")
+
+
+# ---- the config as edited says nothing of what was done to the base --------------------------------------------------------
+
+
+@pytest.mark.parametrize("edited", [True, False, "gaussian"])
+def test_an_edited_config_changes_nothing(edited: Any, tmp_path: Path) -> None:
+    model = created("pissa")
+    model.peft_config["default"].init_lora_weights = edited
+    expected = trained(model, tmp_path / "initial")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_config_that_was_edited_to_another_start_that_changes_the_base(tmp_path: Path) -> None:
+    model = created(True)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    trained(model, tmp_path / "initial")
+    with pytest.warns(PeftWarning, match="left the base as it was"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+
+
+@pytest.mark.filterwarnings("ignore:`loftq_config` is ignored")
+def test_a_rounded_base_with_an_edited_config(tmp_path: Path) -> None:
+    model = created("loftq")
+    model.peft_config["default"].init_lora_weights = True
+    trained(model, tmp_path / "initial")
+    with pytest.raises(ConfigError, match=r"is no s·B·A"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    assert not files_in(tmp_path / "plain")
+
+
+def test_what_left_the_base_is_what_the_layers_say(tmp_path: Path) -> None:
+    """An initial folder that was written too late gives the right adapter all the same."""
+    model = created("pissa")
+    trained(model, tmp_path / "early")
+    expected = trained(model, tmp_path / "late")
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "late")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", [True, False])
+@pytest.mark.parametrize("options", [{}, {"rank_pattern": {"a": 2}}, {"use_rslora": True}], ids=["plain", "patterns", "rslora"])
+def test_an_adapter_on_a_residual_that_somebody_saved(init: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    model = created("pissa", **options)
+    model.peft_config["default"].init_lora_weights = init
+    model.save_pretrained(tmp_path / "initial")
+    residual = model.unload(restore_base=False)
+    model = PeftModel.from_pretrained(residual, tmp_path / "initial", is_trainable=True)
+    expected = trained(model, tmp_path / "again")
+    with pytest.warns(PeftWarning, match="taken for one without its first values"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_a_kasa_is_saved_as_it_is(tmp_path: Path) -> None:
+    """It truncates the base by itself, also when it is loaded."""
+    config = LoraConfig(r=3, target_modules=["a", "b"], kasa_config=peft_lora.KasaConfig())
+    model = get_peft_model(Net(), config)
+    expected = trained(model, tmp_path / "initial")
+    with pytest.warns(PeftWarning, match="left the base as it was"):
+        model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_convolutions_and_embeddings_beside_a_residual(tmp_path: Path) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.words, self.conv, self.head = nn.Embedding(9, 6), nn.Conv1d(6, 6, 3, padding=1), nn.Linear(6, 2)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.conv(self.words(ids).transpose(1, 2)).transpose(1, 2))
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 8]])
+    config = LoraConfig(r=2, target_modules=["words", "conv", "head"], init_lora_weights=False)
+    model = get_peft_model(Words(), config)
+    trained_on = copy.deepcopy(model)
+    model.save_pretrained(tmp_path / "initial")
+    original = Words()
+    with torch.no_grad():  # the base without what the adapter starts with
+        for name in ("words", "conv", "head"):
+            layer = getattr(model.base_model.model, name)
+            getattr(original, name).weight.add_(layer.get_delta_weight("default"))
+            for parameter in getattr(trained_on.base_model.model, name).parameters_of("default").values():
+                parameter.add_(0.1)
+        expected = trained_on.eval()(ids)
+    with pytest.warns(PeftWarning, match="taken for one without"):
+        trained_on.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
+    with torch.no_grad():
+        torch.testing.assert_close(PeftModel.from_pretrained(original, tmp_path / "plain")(ids), expected, atol=2e-5, rtol=1e-5)

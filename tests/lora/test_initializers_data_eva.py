@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,3 +312,13 @@ def test_eva_stops_after_some_passes() -> None:
     noise = [torch.randn(8, 6, generator=generator)]
     with pytest.warns(PeftWarning, match=r"after 1 passes.*'base_model.model.a'.*\(tau=1"):
         peft_lora.get_eva_state_dict(eva(("a",), EvaConfig(rho=1.0, tau=1.0)), noise, max_passes=1, **PLAIN)
+
+
+@pytest.mark.parametrize("strict", [True, "warn", False])
+def test_a_file_needs_no_values_that_would_be_thrown_away(strict: Any, tmp_path: Path) -> None:
+    with pytest.warns(PeftWarning, match="thrown away"):
+        model = get_peft_model(Net(), config("eva", eva_config=EvaConfig()))
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(Net(), tmp_path, strict=strict)

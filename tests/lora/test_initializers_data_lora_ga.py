@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peft_lora
 from lora.data_net import BATCHES, Net, config, corda, run
-from peft_core import ConfigError, PeftModel, PeftWarning, get_peft_model
+from peft_core import ConfigError, PeftModel, PeftWarning, get_peft_model, inject_adapter_in_model
 from peft_lora import LoraConfig, LoraGAConfig
 from support import Unchanged
 
@@ -208,3 +208,22 @@ def test_lora_ga_of_unknown_scaling_and_of_a_quantised_base() -> None:
     base.a.weight = nn.Parameter(base.a.weight.data.to(torch.int8), requires_grad=False)
     with pytest.raises(ConfigError, match="'a' is quantised"):
         peft_lora.preprocess_loraga(base, loraga(), step(base))
+
+
+@pytest.mark.parametrize("strict", [True, "warn", False])
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_a_file_is_refused_on_the_original_base_in_every_strictness(strict: Any, low_memory: bool, tmp_path: Path) -> None:
+    settings, base = loraga(), Net()
+    peft_lora.preprocess_loraga(base, settings, step(base))
+    get_peft_model(base, settings).save_pretrained(tmp_path)
+    base = Net()
+    with pytest.raises(ConfigError, match="a file does not hold"):
+        PeftModel.from_pretrained(base, tmp_path, strict=strict, low_cpu_mem_usage=low_memory)
+    assert not [module for module in base.modules() if hasattr(module, "base_layer")]
+
+
+def test_other_loaders_are_refused_too() -> None:
+    """transformers' `load_adapter` injects the file's config for inference, and fills in the tensors afterwards."""
+    config = LoraConfig(r=2, target_modules=["a"], init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), inference_mode=True)
+    with pytest.raises(ConfigError, match="a file does not hold"):
+        inject_adapter_in_model(config, Net())

@@ -16,6 +16,8 @@ from peft_core.testing.helpers import randomise
 from peft_loha import LoHaConfig
 from peft_lora import LoraConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:lora_bias=True, and")  # nothing is merged where the base has no bias
+
 FIELDS: dict[str, dict[str, Any]] = {"lora": {}, "dora": {"use_dora": True}, "bias": {"lora_bias": True}, "dropout": {"lora_dropout": 0.5}}
 BASES: dict[str, Callable[[], nn.Module]] = {"linear": lambda: nn.Linear(6, 5), "conv": lambda: nn.Conv1d(6, 5, 3, padding=1)}
 X = {

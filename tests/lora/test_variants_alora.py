@@ -13,6 +13,8 @@ from peft_core import Call, ConfigError, MergeError, PeftModel, PeftWarning, Rou
 from peft_core.testing import tiny
 from peft_lora import LoraConfig, LoraLayer
 
+pytestmark = pytest.mark.filterwarnings("ignore:lora_bias=True, and")  # nothing is merged where the base has no bias
+
 TOKENS = [5, 6]
 #: rows with an invocation in the middle, without one, with two, and with one that is cut off at the end
 IDS = torch.tensor([[1, 5, 6, 2, 5, 6, 3], [4, 4, 4, 4, 4, 4, 4], [5, 6, 1, 1, 1, 1, 5], [9, 9, 9, 5, 6, 9, 5]])
@@ -347,14 +349,20 @@ def test_the_bias_of_b_acts_there_only() -> None:
     torch.testing.assert_close(y[2], layer.get_base_layer()(x[2]) + s * (x[2] @ a.T @ b.T + 0.5), rtol=1e-5, atol=1e-5)
 
 
-def test_it_can_not_be_merged_or_said_as_a_delta() -> None:
+def test_it_can_not_be_merged() -> None:
     model = made()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    for action in (model.merge_adapter, model.merge_and_unload, lambda: layer_of(model).get_delta_weight("default")):
+    for action in (model.merge_adapter, model.merge_and_unload, lambda: layer_of(model).delta_weight("default")):
         with pytest.raises(MergeError, match="acts on some tokens only"):
             action()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not layer_of(model).merged
+
+
+def test_the_delta_of_the_tokens_on_which_it_acts() -> None:
+    layer = layer_of(made())
+    a, b = layer.factors("default")
+    torch.testing.assert_close(layer.get_delta_weight("default"), layer.ops.to_weight_layout(layer.scaling["default"] * b @ a))
 
 
 def test_encoder_decoders_are_refused() -> None:

@@ -25,6 +25,8 @@ from peft_lora import (
 
 from .variants_net import base, close, inputs, layer_of, made
 
+pytestmark = pytest.mark.filterwarnings("ignore:lora_bias=True, and")  # nothing is merged where the base has no bias
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "kasa": {"kasa_config": KasaConfig()},

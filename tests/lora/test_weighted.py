@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from peft_core import (
 )
 from peft_core.testing import tiny
 from peft_core.testing.models import OneLayer
-from peft_lora import LoraConfig, VeloraConfig, add_weighted_adapter, prepare_model_for_compiled_hotswap
+from peft_lora import LoraConfig, VeloraConfig, add_weighted_adapter, convert_to_lora, prepare_model_for_compiled_hotswap
 from peft_lora.tools.combining import disjoint_mean, elected_sign, keep_largest, keep_random
 
 LAYERS: dict[str, tuple[Any, Tensor]] = {
@@ -473,3 +474,60 @@ def test_what_fails_halfway_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
         out[name] = model.eval()(x)
     with model.disable_adapter():
         assert_near(out["n"], out["a"] + out["bb"] - model(x))
+
+
+# ---- adapters that act from their invocation tokens on ---------------------------------------------------------------------
+
+
+def activated(**second: Any) -> Any:
+    fields: dict[str, Any] = {"r": 2, "target_modules": ["q_proj"], "alora_invocation_tokens": [4, 7], "task_type": "CAUSAL_LM"}
+    model: Any = get_peft_model(tiny("llama"), LoraConfig(**fields), "a").eval()
+    model.add_adapter("b", LoraConfig(**{**fields, **second}))
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+ACTIVATED = torch.tensor([[3, 5, 4, 7, 6, 8], [9, 4, 7, 5, 6, 1]])
+
+
+@pytest.mark.parametrize("how", ["cat", "exact", "svd", "linear", "ties"])
+def test_activated_adapters(how: str) -> None:
+    model = activated()
+    options = {"svd_rank": 4} if how in ("exact", "svd") else {"density": 1.0} if how == "ties" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "both", combination_type=how, **options)
+    assert model.peft_config["both"].alora_invocation_tokens == [4, 7]
+    layer = model.get_base_model().model.layers[0].self_attn.q_proj
+    if how in ("cat", "exact", "svd"):
+        expected = 0.7 * layer.get_delta_weight("a") - 0.3 * layer.get_delta_weight("b")
+        torch.testing.assert_close(layer.get_delta_weight("both"), expected, atol=1e-5, rtol=1e-5)
+    with model.disable_adapter(), torch.no_grad():
+        plain = model(ACTIVATED).logits
+    model.set_adapter("both")
+    with torch.no_grad():
+        found = model(ACTIVATED).logits
+    torch.testing.assert_close(found[0, :2], plain[0, :2])  # before the invocation
+    assert not torch.allclose(found[0, 2:], plain[0, 2:])
+
+
+@pytest.mark.parametrize("tokens", [[4, 8], None])
+@pytest.mark.parametrize("how", ["cat", "svd", "linear"])
+def test_adapters_that_act_on_different_tokens_are_not_combined(how: str, tokens: Any) -> None:
+    model = activated(alora_invocation_tokens=tokens)
+    with pytest.raises(ConfigError, match="act on different tokens"):
+        model.add_weighted_adapter(["a", "b"], [1, 1], "both", combination_type=how)
+    assert "both" not in model.peft_config
+
+
+def test_activated_adapters_are_still_neither_merged_nor_converted() -> None:
+    model = activated()
+    with pytest.raises(MergeError, match="acts on some tokens only"):
+        model.merge_adapter()
+    with pytest.raises(MergeError, match="acts on some tokens only"):
+        convert_to_lora(model, 2, "a")
+    assert not model.supports_lora_conversion("a")

@@ -302,7 +302,7 @@ def test_a_start_that_is_taken_out_of_the_base_is_rounded_and_given_back(name: s
     close(kind.read(layer.get_base_layer()), matrix - delta(layer), 0.15)
     assert not torch.allclose(kind.read(layer.get_base_layer()).double(), matrix, atol=1e-3)
     close(out(model, X), plain, 0.3)
-    model.unload()
+    model.unload(restore_base=True)
     assert same([tensor for part in (base.first, base.second) for tensor in kind.bytes_of(part)], before)
 
 

@@ -289,7 +289,7 @@ def test_disabled_it_is_the_base_and_unloaded_it_is_again(pair: Any) -> None:
         assert torch.equal(output(model), bare)
         assert torch.equal(output(model, adapter_names=ROWS), bare)
     assert torch.equal(output(model), both)
-    base = model.unload()
+    base = model.unload(restore_base=True)
     assert torch.equal(output(base), bare)
     assert not [module for module in base.modules() if isinstance(module, AdapterLayer)]
 

@@ -79,6 +79,7 @@ def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None
 
 def _lenient(core: Any) -> Any:
     members = {"__module__": MODULE, "__doc__": core.__doc__, "strict_loading": "warn", "class_for": classmethod(_class_for)}
+    members["restores_base"] = False  # recipes save what `unload` returns beside an adapter that changed it
     members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__, (*HUB_KEYS, "subfolder")))
     members["load_adapter"] = _tolerant(core.load_adapter, (*HUB_KEYS, "subfolder"))
     members["save_pretrained"] = _tolerant(core.save_pretrained, (*OF_UPLOAD, *OF_WHOLE_MODELS))
@@ -87,16 +88,32 @@ def _lenient(core: Any) -> Any:
 
 def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
     """Return a method that ignores keywords, but its own and `further` ones, with one warning: model cards pass those of whole models."""
-    known = {*inspect.signature(function).parameters, *further}
+    signature = inspect.signature(function)
+    known = {*signature.parameters, *further}
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        runtime = kwargs.pop("runtime_config", None) if "adapter_name" in known else None
         unknown = [name for name in kwargs if name not in known]
         if unknown:
             warnings.warn(f"{function.__name__} ignores {', '.join(map(repr, unknown))}: an adapter has no use for it", PeftWarning, stacklevel=2)
-        return function(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+        found = function(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+        if runtime is not None:
+            bound = signature.bind(self, *args, **{name: value for name, value in kwargs.items() if name not in unknown})
+            bound.apply_defaults()
+            model: Any = found if isinstance(found, nn.Module) else self
+            _set_runtime(model.peft_config[bound.arguments["adapter_name"]], runtime)
+        return found
 
     return method
+
+
+def _set_runtime(config: Any, runtime: Any) -> None:
+    """Give an adapter's config the settings of this process that a call brought along; warn if it has no place for them."""
+    if hasattr(config, "runtime_config"):
+        config.runtime_config = runtime
+    else:
+        warnings.warn(f"runtime_config has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=3)
 
 
 def _class_for(cls: Any, task: str) -> Any:

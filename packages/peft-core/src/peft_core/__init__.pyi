@@ -115,6 +115,9 @@ from .tensor_names import file_key as file_key
 from .tuners.call import Call as Call
 from .tuners.call import Site as Site
 from .tuners.call import VirtualTokens as VirtualTokens
+from .tuners.exchange import AdapterCheckpoint as AdapterCheckpoint
+from .tuners.exchange import CheckpointTranslation as CheckpointTranslation
+from .tuners.exchange import IncomingWeights as IncomingWeights
 from .tuners.index import AdapterIndex as AdapterIndex
 from .tuners.index import require_index as require_index
 from .tuners.reshape import Reshape as Reshape
@@ -122,9 +125,6 @@ from .tuners.targeting import Patterns as Patterns
 from .tuners.targeting import target_matcher as target_matcher
 from .tuners.tokens import TokenRequest as TokenRequest
 from .tuners.tokens import plan_token_rows as plan_token_rows
-from .tuners.tuner import AdapterCheckpoint as AdapterCheckpoint
-from .tuners.tuner import CheckpointTranslation as CheckpointTranslation
-from .tuners.tuner import IncomingWeights as IncomingWeights
 from .tuners.tuner import LayerTuner as LayerTuner
 from .tuners.tuner import ModuleValues as ModuleValues
 from .tuners.tuner import Plan as Plan

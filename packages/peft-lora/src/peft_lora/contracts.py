@@ -217,25 +217,26 @@ class Initializer(Extension):
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
 
     def subtracts_start(self) -> bool:
-        """Return whether what it takes out of the base is s·B·A of the values that A and B start with (`InitialFactors.base_offset` is True).
-
-        Then an adapter can be saved relative to the original base, given what it started with.
+        """Return whether what it takes out of the base is s·B·A of the values that A and B start with, so that adapters can be converted.
 
         Raises:
-            ConfigError: it takes out something else, so that it can't.
+            ConfigError: it takes out something else; layers know that, but not why.
         """
         return False
 
     def tell_others(self, adapters: Sequence[str], path: str) -> None:
         """Warn, once, that `adapters`, others of the layer at `path`, see another base from now on."""
+        how = f"which {listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted"
+        self._tell(adapters, f"init_lora_weights={self.config.init_lora_weights!r}", path, how)
+
+    def tell_of_others(self, adapters: Sequence[str], path: str) -> None:
+        """Warn, once, that `adapters`, others of the layer at `path`, have changed the base that the new one sees."""
+        self._tell(adapters, f"the start of {listed(adapters)}", path, "with which the new adapter computes, and otherwise on another base")
+
+    def _tell(self, adapters: Sequence[str], who: str, path: str, how: str) -> None:
         if adapters and not self._told:
             self._told = True
-            warnings.warn(
-                f"init_lora_weights={self.config.init_lora_weights!r} changes the base weight of {path!r}, and perhaps of others, which "
-                f"{listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted",
-                PeftWarning,
-                stacklevel=2,
-            )
+            warnings.warn(f"{who} changes the base weight of {path!r}, and perhaps of others, {how}", PeftWarning, stacklevel=3)
 
     def require_kind(self, kind: str, path: str) -> None:
         """Check that the `kind` of the base layer at `path` is one that this initialiser knows.
@@ -267,6 +268,8 @@ class Variant(Extension):
         additive: its effect is a sum W + ΔW.
         can_be_padded: rows of zeros behind A and columns of zeros behind B have no effect: it has no parameters of the rank's size, and does not
             divide A and B by their shapes. Then `prepare_model_for_compiled_hotswap` can make room for a larger rank.
+        by_token: its effect is s·B·A on some tokens only, which no change of the base weight is.
+        shifts_base: it takes something out of W by itself, also when its adapter is loaded; adapters of this variant share that.
     """
 
     name: ClassVar[str] = ""
@@ -274,6 +277,8 @@ class Variant(Extension):
     containers: ClassVar[tuple[str, ...]] = ()
     additive: ClassVar[bool] = True
     can_be_padded: ClassVar[bool] = False
+    by_token: ClassVar[bool] = False
+    shifts_base: ClassVar[bool] = False
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:

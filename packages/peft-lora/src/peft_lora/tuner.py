@@ -12,6 +12,7 @@ from torch import nn
 
 from peft_core import (
     AdapterCheckpoint,
+    AdapterModule,
     AdapterSelection,
     BaseView,
     Call,
@@ -41,6 +42,7 @@ from .planning.tying import with_ties
 from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projections
 from .tools.hotswap import SWAPPABLE, plan_swap
 from .tools.relative import relative_to_base
+from .tools.starts import START_FIELDS, check_start
 from .tools.weighted import add_weighted_adapter
 
 
@@ -50,6 +52,7 @@ class LoraTuner(LayerTuner):
     layers = (Linear, Embedding, Convolution, Attention)
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
     swappable: ClassVar[frozenset[str]] = SWAPPABLE
+    start_fields: ClassVar[frozenset[str]] = START_FIELDS
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         extensions = offers.extension_specs()
@@ -84,6 +87,8 @@ class LoraTuner(LayerTuner):
         fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
         if parameters:
             self._require_plain(base, modules, config)
+        if config.lora_bias and not config.inference_mode:
+            _tell_of_missing_bias(base, modules)
         if config.ensure_weight_tying:
             modules = list(with_ties(self, base, adapter, config, modules))
         wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
@@ -165,13 +170,21 @@ class LoraTuner(LayerTuner):
         initializer, variant = self._chosen
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
 
+    def check_start(self, adapter: str, config: LoraConfig, modules: Mapping[str, AdapterModule]) -> None:
+        """Check that tensors which started in another way belong to the base as this adapter has it.
+
+        Raises:
+            ConfigError: their start changed the base in another way.
+        """
+        check_start(adapter, self.configs[adapter], self._extensions[adapter], config, modules)
+
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Return an adapter whose initialiser took its first values out of the base as plain LoRA of twice the rank for the original base.
 
         Raises:
             ConfigError, AdapterWeightsError: `initial` is no such adapter in its first state, or the initialisation can't be converted.
         """
-        return relative_to_base(adapter, now, initial, initializer_of(now.config))
+        return relative_to_base(adapter, now, initial)
 
     def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Return what writes the weights of another adapter in the place of one, its rank and scale included.
@@ -201,6 +214,17 @@ class LoraTuner(LayerTuner):
             stacklevel=6,
         )
         return actual
+
+
+def _tell_of_missing_bias(base: BaseView, modules: Sequence[Wrap]) -> None:
+    """Warn of the first module without a bias: what `lora_bias` trains there has no place in the base."""
+    path = next((wrap.path for wrap in modules if hasattr(base.modules[wrap.path], "bias") and base.modules[wrap.path].bias is None), None)
+    if path is not None:
+        warnings.warn(
+            f"lora_bias=True, and {path!r} has no bias, as perhaps others: the adapter can't be merged",
+            PeftWarning,
+            stacklevel=6,
+        )
 
 
 def _adapted_config(base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:

@@ -40,6 +40,12 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
     LSTM = "LSTM"
 
 
+#: fields that say only what a table of embeddings starts with
+START_FIELDS = frozenset(
+    {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "random_scale", "distinct_words"}
+)
+
+
 @dataclass
 class PromptTuningConfig(PromptLearningConfig):
     """Prompt tuning: a learned table of embeddings before the input.

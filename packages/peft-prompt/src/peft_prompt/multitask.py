@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_core import BaseView, Call, InitOptions, Plan, RoutingError, Site, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
-from .config import MultitaskPromptTuningConfig
+from .config import START_FIELDS, MultitaskPromptTuningConfig
 from .encoders import Encoder
 from .initial_values import Vocabulary, initial_table, needs_vocabulary
 from .sources import read_source
@@ -99,6 +99,8 @@ class MultitaskPromptEmbedding(Encoder):
 
 class MultitaskPromptTuner(TunerBase):
     """Puts the prompt of its task before each row that uses one."""
+
+    start_fields: ClassVar[frozenset[str]] = START_FIELDS | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         """Mount a `MultitaskPromptEmbedding`.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, VirtualTokens
 
 from . import dimensions
-from .config import PromptTuningConfig
+from .config import START_FIELDS, PromptTuningConfig
 from .encoders import Encoder
 from .initial_values import Vocabulary, initial_table, needs_vocabulary
 from .tensor_names import TABLE
@@ -52,6 +52,8 @@ class PromptEmbedding(Encoder):
 
 class PromptTuner(TunerBase):
     """Prepends learned virtual tokens to the inputs of the rows that use the adapter."""
+
+    start_fields: ClassVar[frozenset[str]] = START_FIELDS
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
         """Plan a `PromptEmbedding`, mounted beside the base.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from peft_core import BaseView, ConfigError, NoMatchingPeftModuleError, Plan, TokenRequest, TunerBase, plan_token_rows, target_matcher
 
@@ -12,6 +13,8 @@ from .layer import TrainableTokensLayer
 
 class TrainableTokensTuner(TunerBase):
     """Wraps the embedding whose rows train, and what has its weight in common with it."""
+
+    start_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def plan(self, base: BaseView, adapter: str, config: TrainableTokensConfig) -> Plan:
         """Find the embeddings, and check the indices.

@@ -60,6 +60,7 @@ def generate(index: AdapterIndex, task: TaskSpec, args: tuple[Any, ...], kwargs:
                 route_for(index, names, given[0].shape[0])  # checks the length
         with generating(index, task, names, arguments):
             check_assisted(index, task, arguments, kwargs)
+            check_chunks(index, task, arguments, kwargs)
             if index.forward.encoder_decoder:
                 args, kwargs = encoder_arguments(index, task, arguments, args, kwargs)
             try:
@@ -102,20 +103,48 @@ class GenerationHook:
         return inspect.signature(self.original)  # generate() checks its keywords against it
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        given = self.original(input_ids, *args, **kwargs)
         index, local = self.index, self.index.selection.local
         arguments = getattr(local, "generating", None)
         if arguments is None:  # somebody else's `generate`
-            return given
+            return self.original(input_ids, *args, **kwargs)
         route, task = index.selection.current(), getattr(local, "task", None)
         call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
         call = prepared(index, call)
         if call.route is not route:  # context for the layers in this step, and for the tuner in the next
             local.route = call.route
         two = index.forward.encoder_decoder
-        if not call.virtual or (two and all(tokens.site is Site.INPUT for tokens in call.virtual)):  # then the encoder has run
-            return given
+        virtual = sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER)
+        if not virtual:  # those before an encoder's text it has seen already
+            return self.original(input_ids, *args, **kwargs)
+        given = self.original(input_ids, *args, **_continuing(input_ids, kwargs, virtual))
         return _step(index, call, given, kwargs.get("decoder_attention_mask" if two else "attention_mask"))
+
+
+def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict[str, Any]:
+    """Return the arguments of a step in which the text that is not in the caller's cache yet is counted without virtual tokens.
+
+    A cache that an earlier call of `generate` has returned holds virtual tokens, too, and transformers takes them for tokens of the text.
+
+    Args:
+        input_ids: the whole text so far (rows, tokens).
+        kwargs: of the base's own preparation.
+        virtual: how many virtual tokens a cache begins with.
+    """
+    cache = kwargs.get("past_key_values")
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    if cached < virtual or kwargs.get("use_cache") is False:
+        return kwargs
+    embedded = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
+    length = input_ids.shape[1] if embedded is None else embedded.shape[1]
+    changed = dict(kwargs)
+    if kwargs.get("next_sequence_length") == length - cached:  # transformers 5
+        changed["next_sequence_length"] = length - cached + virtual
+    at = kwargs.get("cache_position")
+    if at is not None:  # transformers 4, whose caches of fixed size count keys that are not zero, so that in later steps they say less
+        later = getattr(cache, "is_compileable", False) and at.shape[0] == 1 and int(at[0]) == length - 1
+        if at.shape[0] != length - cached + virtual and not later:
+            changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
+    return changed
 
 
 def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> dict[str, Any]:
@@ -171,12 +200,31 @@ def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, 
     Raises:
         CapabilityError: this version of transformers cuts caches to a length that does not count them.
     """
-    if not index.call_tuners or newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
+    if newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
         return
-    call = Call(task.name or None, {}, index.selection.current(), 1, torch.device("cpu"), arguments=arguments)
-    call = prepared(index, call)
-    if call.virtual:
+    if _has_virtual_tokens(index, task, arguments):
         raise CapabilityError("assisted generation with virtual tokens needs transformers 5", hint="generate without an assistant or prompt lookup")
+
+
+def check_chunks(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
+    """Check that the text is not read in chunks behind a cache with virtual tokens: transformers cuts it before anybody is asked.
+
+    Raises:
+        CapabilityError: it is.
+    """
+    cache, config = kwargs.get("past_key_values"), kwargs.get("generation_config") or getattr(index.base, "generation_config", None)
+    chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if chunk is not None and cache is not None and int(cache.get_seq_length()) and _has_virtual_tokens(index, task, arguments):
+        raise CapabilityError(
+            "prefill_chunk_size does not go together with a cache that holds virtual tokens", hint="leave one of them out of this call"
+        )
+
+
+def _has_virtual_tokens(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any]) -> bool:
+    if not index.call_tuners:
+        return False
+    call = Call(task.name or None, {}, index.selection.current(), 1, torch.device("cpu"), arguments=arguments)
+    return bool(prepared(index, call).virtual)
 
 
 def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -96,20 +96,35 @@ def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None
         # with TrainableRowsLayer only some rows train; the other rows are unchanged and need no saving
         if embedded and not any(isinstance(index.modules[key], TrainableRowsLayer) for key in index.keys_by_adapter[adapter]):
             return "embedding layers are targeted"
-    original = _local_vocabulary(config.base_model_name_or_path)
+    original = _local_vocabulary(config.base_model_name_or_path, getattr(index.view.config, "_commit_hash", None) or config.revision)
     current = getattr(index.view.text_config, "vocab_size", None)
     if original is not None and current is not None and original != current:
         return f"the vocabulary was resized from {original} to {current}"
     return None
 
 
-def _local_vocabulary(name: str | None) -> int | None:
-    path = Path(name or "") / "config.json"
-    if not name or not path.is_file():
-        return None  # never asks the network: saving must work offline
+def _local_vocabulary(name: str | None, revision: str | None) -> int | None:
+    """Return the size of the vocabulary that the base's own config.json says, in its folder or in the Hub's local cache; None if there is none."""
+    path = _local_config(name, revision) if name else None
+    if path is None:
+        return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     size = found.get("vocab_size", (found.get("text_config") or {}).get("vocab_size"))
     return int(size) if isinstance(size, int) else None
+
+
+def _local_config(name: str, revision: str | None) -> Path | None:
+    """Return the path of a base's config.json; never asks the network: saving must work offline."""
+    path = Path(name) / "config.json"
+    if path.is_file():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(found) if isinstance(found, str) else None

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..base.statistics import batches_seen
 from ..config import PeftConfig
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, PeftWarning, listed
 from ..plugins import hooks
+from ..tuners.exchange import AdapterCheckpoint
 from ..tuners.index import AdapterIndex, require_index
-from ..tuners.tuner import AdapterCheckpoint
 from . import embeddings, model_card
 from .files import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, AtomicFolder, config_target, find_weights
 from .passport import passport
@@ -70,7 +72,9 @@ def save_adapters(
             embedded = embeddings.slots_to_save(index, adapter, save_embedding_layers)
             tensors: Mapping[str, Tensor] = adapter_tensors(index, adapter, state_dict=state_dict, model=model, further=embedded)
             if created is not None:
-                converted = index.tuners[str(config.peft_type)].relative_to_base(adapter, AdapterCheckpoint(config, tensors), created)
+                kind = str(config.peft_type)
+                modules = {path: module for (method, path), module in index.modules_of(adapter) if method == kind}
+                converted = index.tuners[kind].relative_to_base(adapter, AdapterCheckpoint(config, tensors, modules), created)
                 config, tensors = converted.config, converted.tensors
             name, other = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if safe_serialization else (WEIGHTS_NAME, SAFETENSORS_WEIGHTS_NAME)
             staged.remove(folder / other)  # a stale file in the other format could be loaded instead of this one
@@ -79,8 +83,22 @@ def save_adapters(
         if len(folders) > 1:
             staged.text(root / MANIFEST_NAME, manifest_text(index, root, folders))
         staged.text(root / "README.md", model_card.render(index, root / "README.md"))
+    _tell_of_statistics(index)
     for adapter, folder in folders.items():
         hooks.adapter_saved(index.base, adapter, str(folder))
+
+
+def _tell_of_statistics(index: AdapterIndex) -> None:
+    """Warn if running statistics of the base have changed since the first adapter came: no adapter's file has them."""
+    now = batches_seen(index.view)
+    moved = [path for path, count in index.batches_seen.items() if now.get(path, count) != count]
+    if moved:
+        warnings.warn(
+            f"running statistics of the base changed in training and are not saved: {listed(moved)} ({len(moved)} modules with running_mean, "
+            "running_var); name them in modules_to_save, or call eval() on them before training",
+            PeftWarning,
+            stacklevel=4,
+        )
 
 
 def _contents_of(folder: str | os.PathLike[str]) -> AdapterCheckpoint:

@@ -162,6 +162,8 @@ class PeftConfig:
         require_config(loaded, cls, str(path))
         fields = {**kwargs, **loaded}
         found: PeftConfig = config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
+        for name in found.transient & kwargs.keys():  # which no file has
+            setattr(found, name, kwargs[name])
         return found
 
     @classmethod

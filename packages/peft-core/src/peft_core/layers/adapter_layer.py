@@ -278,7 +278,7 @@ class AdapterLayer(SelectionMixin):
         return y
 
     def _order_of_graph(self) -> Sequence[str]:
-        """Return all adapters in the order in which a compiled graph computes them: one order for all choices, except where effects do not commute."""
+        """Return all adapters in the order of a compiled graph: one order for all choices, except where effects do not commute."""
         if all(self.is_additive(adapter) for adapter in self.scaling):
             return list(self.scaling)
         chosen = self.selection.current().used  # part of the graph
@@ -360,7 +360,7 @@ class AdapterLayer(SelectionMixin):
                 if adapter in holder._buffers or adapter in parameter_names(holder):
                     yield container, holder, adapter
             elif holder is not None and adapter in holder._modules:
-                part = unwrapped(holder[adapter])
+                part = unwrapped(holder._modules[adapter])  # type: ignore[arg-type]
                 for name in parameter_names(part):
                     yield f"{container}.{name}", part, name
 

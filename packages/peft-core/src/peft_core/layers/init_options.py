@@ -20,15 +20,22 @@ class InitOptions:
     Args:
         meta: on the meta device, without storage, because a file will supply them.
         autocast: keep half-precision weights in float32.
-        initialise: draw initial values; False when a file will overwrite them.
+        initialise: draw initial values; False when a file will overwrite all of them.
+        from_file: tensors come from a file, which may lack some, so that initial values are drawn all the same.
         base_dtype, device: of the base layer; a layer that an adapter is attached to fills them in.
     """
 
     meta: bool = False
     autocast: bool = True
     initialise: bool = True
+    from_file: bool = False
     base_dtype: torch.dtype = torch.float32
     device: torch.device = _CPU
+
+    @property
+    def continues(self) -> bool:
+        """Whether the adapter is one that was created before, and its tensors are on their way: what changed its base then has to be repeated."""
+        return self.from_file or self.meta or not self.initialise
 
     @property
     def dtype(self) -> torch.dtype:

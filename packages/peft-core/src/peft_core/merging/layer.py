@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -158,6 +158,11 @@ class LayerMerging:
         change = merge.folds[0].change if merge is not None else None
         return change.matrix(execution_device(self.layer.get_base_layer(), self.layer.weight_name)) if isinstance(change, Subtraction) else None
 
+    def unmerged_shifts(self) -> list[str]:
+        """Return the adapters that a `shift` belongs to and that are not merged: what is merged was made for the shifted weight."""
+        merged = self.adapters
+        return [adapter for adapter in self.shifts if adapter not in merged]
+
     def restore(self, adapter: str | None = None) -> None:
         """Undo the `shift` of an adapter, or of all adapters if None; the base weight is restored bit for bit."""
         chosen = [adapter] if adapter is not None else list(self.shifts)
@@ -191,7 +196,7 @@ def _drop_empty_stack(base: nn.Module) -> None:
         del base.__dict__[MERGES]
 
 
-def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
+def refuse_wrong_order(layer: Any, adapters: Sequence[str], inside_merges: Mapping[Any, Sequence[str]] | None = None) -> None:
     """Check that the model computes the same after merging adapters of `layer` as before.
 
     An adapter with a factor, factor ⊙ (W + ΔW) (DoRA), also multiplies what acts before it: earlier adapters of its layer, and the layers
@@ -203,7 +208,8 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
 
     Args:
         layer: the `AdapterLayer` where adapters are about to be merged.
-        adapters: all that the caller merges, here and in the layers inside.
+        adapters: those that the caller merges in it.
+        inside_merges: for each of the layers inside, those that the caller merges there; None: the same.
 
     Raises:
         MergeError: one of the three would happen; nothing has changed.
@@ -212,8 +218,8 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
     if not mergeable:
         return
     with_factor = next((name for name in mergeable if not layer.is_additive(name)), None)
-    inside = list(_inner_layers(layer))
-    unmerged = {id(inner): _left_unmerged(inner, adapters) for inner in inside}
+    inside = list(layers_inside(layer))
+    unmerged = {id(inner): _left_unmerged(inner, adapters if inside_merges is None else inside_merges[inner]) for inner in inside}
     missed: list[str] = []  # adapters that the factor would no longer multiply
     if with_factor is not None:
         missed = [*_left_unmerged_before(layer, with_factor, mergeable), *(name for names in unmerged.values() for name in names)]
@@ -238,7 +244,7 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str]) -> None:
         )
 
 
-def _inner_layers(layer: Any) -> Iterator[Any]:
+def layers_inside(layer: Any) -> Iterator[Any]:
     """Yield the adapter layers inside `layer`, the outermost first."""
     inner = layer._modules["base_layer"]
     while isinstance(getattr(inner, "merging", None), LayerMerging):

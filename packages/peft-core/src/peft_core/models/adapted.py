@@ -34,6 +34,7 @@ from .configs import checked_hub_arguments
 from .loading import LoadOptions
 from .tuner_model import TunerModel
 from .uploading import hub_options, upload_folder
+from .write_through import WriteThrough
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 CHECKPOINTED = "is_gradient_checkpointing"
 
 
-class AdaptedModel(nn.Module, AdapterOperations):
+class AdaptedModel(WriteThrough, AdapterOperations):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
@@ -71,7 +72,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(adapter_name, index.configs)
-        self.base_model: nn.Module = TunerModel(index, model) if spec.base_prefix.endswith(".model.") else model
+        self.base_model: nn.Module = TunerModel(index, model, self.restores_base) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
@@ -183,7 +184,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
                 wrapped.load_adapter(root / member.folder, member.name, is_trainable, strict=strict)
             wrapped.set_adapter(stack.active, inference_mode=not is_trainable)
         except BaseException:
-            wrapped.unload()
+            wrapped.unload(restore_base=True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             model.train(was_training)

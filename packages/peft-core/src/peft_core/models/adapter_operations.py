@@ -24,6 +24,8 @@ class AdapterOperations:
     """Operations on the adapters of a model, for every class that has an index."""
 
     _peft_index: AdapterIndex
+    #: what `restore_base` is where a call of `unload` or `merge_and_unload` does not say
+    restores_base: bool = True
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use one adapter, or several whose effects add up, from now on. They train; all others are frozen.
@@ -42,7 +44,7 @@ class AdapterOperations:
         """Fold adapters into the base weights, all or nothing; `unmerge_adapter` takes them out again bit for bit.
 
         Args:
-            adapter_names: which; None: those in use.
+            adapter_names: which; None: those in use, in layers that were switched individually those in use there.
             safe_merge: refuse results that are not finite.
 
         Raises:
@@ -57,24 +59,41 @@ class AdapterOperations:
             return
         merging.unmerge(self._peft_index)
 
-    def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: str | Sequence[str] | None = None,
+        *,
+        restore_base: bool | None = None,
+    ) -> nn.Module:
         """Fold adapters in, take all wrappers off, and return the base: the same object as was given. This model is used up.
 
         Args:
             progressbar: show a progress bar.
             safe_merge: refuse results that are not finite.
-            adapter_names: which; None: those in use.
+            adapter_names: which; all others are dropped. None: those in use.
+            restore_base: what becomes of weights that adapters which are dropped took a part out of; as `unload`.
 
         Raises:
             AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
         """
         names = None if adapter_names is None else _names(adapter_names)
-        merging.unload(self._peft_index, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
-        return self._given()
+        return self._unload(restore_base, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
 
-    def unload(self) -> nn.Module:
-        """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up."""
-        merging.unload(self._peft_index)
+    def unload(self, *, restore_base: bool | None = None) -> nn.Module:
+        """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up.
+
+        Args:
+            restore_base: what becomes of weights out of which adapters took a part when they were created (with LoRA: PiSSA, OLoRA, CorDA, LoRA-GA,
+                LoftQ, KaSA). True gives it back, so that the base has its original weights, bit for bit. False leaves it out: W − s·B₀·A₀ is the
+                base for the adapter's weights as they are, without its initialisation. None: as the attribute `restores_base` says, with a warning.
+        """
+        return self._unload(restore_base)
+
+    def _unload(self, restore_base: bool | None, **how: Any) -> nn.Module:
+        restored = self.restores_base if restore_base is None else restore_base
+        merging.unload(self._peft_index, restore_base=restored, announce=restore_base is None, **how)
         return self._given()
 
     def _given(self) -> nn.Module:

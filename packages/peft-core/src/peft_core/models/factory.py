@@ -168,7 +168,7 @@ def inject_adapter_in_model(
         index,
         adapter_name,
         peft_config,
-        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False),
+        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False, from_file=state_dict is not None),
         view=view,
         mount_on=index.base,
         adapt_config=True,

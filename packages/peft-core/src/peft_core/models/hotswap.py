@@ -1,9 +1,10 @@
-"""Replacing the weights of an adapter in place: parameters stay the same objects, so that compiled graphs and optimisers keep them."""
+"""Replacing the weights of an adapter in place: parameters of the same size stay the same objects, which compiled graphs and optimisers keep."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ..errors import AdapterWeightsError, MergeError, did_you_mean, listed
 from ..layers.slots import Slot
 from ..plugins import Capability, hooks
 from ..tensor_names import file_key, with_expected_prefix, without_adapter, without_weight
+from ..tuners.exchange import IncomingWeights
 from ..tuners.index import AdapterIndex, adapted_model, require_index
-from ..tuners.tuner import IncomingWeights
 from .adapted import AdaptedModel
 from .configs import check_same_effect, checked_hub_arguments, default_key_mapping, read_config
 
@@ -59,8 +60,9 @@ def hotswap_adapter(
     file = find_weights(model_name_or_path, **hub)
     mapping = key_mapping if key_mapping is not None else default_key_mapping(index.base, config)
     source = TensorSource.of_file(file, torch_device, str(config.peft_type), config, mapping)
+    wrapped = isinstance(adapted_model(model), AdaptedModel)
     with whole_parameters(model):
-        _swap(index, adapter_name, config, source.read, source.origin, wrapped=isinstance(adapted_model(model), AdaptedModel))
+        _swap(index, adapter_name, config, source.read, source.origin, wrapped=wrapped, compiled=_is_compiled(model))
     hooks.adapter_loaded(index.base, adapter_name, file.path.parent, str(model_name_or_path))
 
 
@@ -84,13 +86,22 @@ def hotswap_adapter_from_state_dict(
         AdapterWeightsError: the tensors do not fit. Nothing is changed in all these cases.
     """
     index = require_index(model)
-    wrapped = isinstance(adapted_model(model), AdaptedModel)
+    wrapped, compiled = isinstance(adapted_model(model), AdaptedModel), _is_compiled(model)
+    origin = "the given state dict"
     with whole_parameters(model):
-        _swap(index, adapter_name, config, lambda: state_dict, "the given state dict", wrapped=wrapped, parameter_prefix=parameter_prefix)
+        _swap(index, adapter_name, config, lambda: state_dict, origin, wrapped=wrapped, compiled=compiled, parameter_prefix=parameter_prefix)
 
 
 def _swap(
-    index: AdapterIndex, adapter: str, config: PeftConfig, read: Any, origin: str, *, wrapped: bool, parameter_prefix: str | None = None
+    index: AdapterIndex,
+    adapter: str,
+    config: PeftConfig,
+    read: Any,
+    origin: str,
+    *,
+    wrapped: bool,
+    compiled: bool,
+    parameter_prefix: str | None = None,
 ) -> None:
     index.require(adapter)
     index.require_capability(adapter, Capability.HOTSWAP, "replaced in place")
@@ -101,12 +112,17 @@ def _swap(
     tuner = index.tuners[str(present.peft_type)]
     check_same_effect(present, config, adapter, allowed=tuner.swappable | _TARGETING)
     parts = _incoming(index, adapter, read(), origin, wrapped=wrapped, parameter_prefix=parameter_prefix)
+    parts = {kind: [replace(part, resizable=not compiled) for part in incoming] for kind, incoming in parts.items()}
     writes = [index.tuners.get(kind, tuner).swap(adapter, config, incoming) for kind, incoming in parts.items()]
     for write in writes:
         write()
     for name in tuner.swappable:
         if hasattr(config, name):
             setattr(present, name, getattr(config, name))
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any("_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
 
 
 def _incoming(

@@ -105,7 +105,7 @@ def add(
         return None
     source = translated(index, config, source)
     entire = options.strict is True and not options.ignore_mismatched_sizes  # all initial values will be overwritten
-    init_options = InitOptions(meta=options.meta and entire, autocast=options.autocast, initialise=not entire)
+    init_options = InitOptions(meta=options.meta and entire, autocast=options.autocast, initialise=not entire, from_file=True)
     result: list[LoadResult] = []
 
     def write() -> None:
@@ -124,7 +124,7 @@ def load(
     file, source = options.source(model_id, config, index.base)
     if name in index.configs:
         source = translated(index, config, source)
-        check_same_effect(index.configs[name], config, name)
+        _check_over(index, name, config)
         result = write_tensors(index, name, source, strict=options.strict, ignore_mismatched_sizes=options.ignore_mismatched_sizes)
     else:
         added = add(index, name, config, options, source, heads=heads, mount_on=mount_on)
@@ -135,3 +135,17 @@ def load(
             mount_on.eval()  # but not where only the weights of an adapter in training are replaced
     hooks.adapter_loaded(index.base, name, file.path.parent, str(model_id))
     return result
+
+
+def _check_over(index: AdapterIndex, name: str, config: PeftConfig) -> None:
+    """Check that the tensors that belong to `config` can be loaded over an adapter that is there.
+
+    Raises:
+        ConfigError: they compute something else, or for another base.
+    """
+    present = index.configs[name]
+    kind = str(present.peft_type)
+    tuner = index.tuners[kind]
+    check_same_effect(present, config, name, allowed=tuner.start_fields)
+    if any(getattr(present, field, None) != getattr(config, field, None) for field in tuner.start_fields):
+        tuner.check_start(name, config, {path: module for (method, path), module in index.modules_of(name) if method == kind})

@@ -15,19 +15,22 @@ from ..operations.add import add_adapter
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 from .adapter_operations import AdapterOperations
 from .chosen_modules import view_for_state_dict
+from .write_through import WriteThrough
 
 
-class TunerModel(nn.Module, AdapterOperations):
+class TunerModel(WriteThrough, AdapterOperations):
     """Holds the base model as `model`, and has the operations on its adapters. It is why parameter names begin with `base_model.model.`.
 
     Args:
         index: the adapters of the base.
         model: what is called: the base, or what others put around it. Default the base.
+        restores_base: as of the model that this is `base_model` of.
     """
 
-    def __init__(self, index: AdapterIndex, model: nn.Module | None = None) -> None:
+    def __init__(self, index: AdapterIndex, model: nn.Module | None = None, restores_base: bool = True) -> None:
         super().__init__()
         self.model = index.base if model is None else model
+        self.restores_base = restores_base
         self.__dict__[ATTRIBUTE] = index
 
     @property
@@ -83,7 +86,7 @@ class TunerModel(nn.Module, AdapterOperations):
                 index,
                 adapter_name,
                 config,
-                init_options=InitOptions(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype),
+                init_options=InitOptions(meta=low_cpu_mem_usage, autocast=autocast_adapter_dtype, from_file=state_dict is not None),
                 view=view,
                 mount_on=self,
             )

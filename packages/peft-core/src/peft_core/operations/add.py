@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base.statistics import batches_seen
 from ..base.undo import Undo, collector_paused
 from ..base.view import BaseView
 from ..base.wrappers import unwrapped
@@ -123,6 +124,7 @@ def _freeze_base(index: AdapterIndex, undo: Undo) -> None:
             undo.call(parameter.requires_grad_, True)
     index.frozen_base = True
     undo.call(setattr, index, "frozen_base", False)
+    index.batches_seen = batches_seen(index.view)
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:

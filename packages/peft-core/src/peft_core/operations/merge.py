@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,9 +12,10 @@ from torch import nn
 from ..base.undo import collector_paused
 from ..errors import PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
-from ..layers.slots import LeavesBehind
-from ..merging.layer import refuse_wrong_order
+from ..layers.slots import AdapterModule, LeavesBehind
+from ..merging.layer import layers_inside, refuse_wrong_order
 from ..plugins import Capability, hooks
+from ..selection.switching import SelectionMixin
 from ..tuners.index import AdapterIndex
 from . import reshape
 from .delete import retire
@@ -23,7 +25,8 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     """Fold adapters into the base weights; all or nothing.
 
     Args:
-        adapters: None: those in use.
+        index: the adapters of a model.
+        adapters: None: in each layer those that act there, which are the layer's own choice where it was switched individually.
         safe: refuse results that are not finite.
         progress: show a progress bar.
 
@@ -31,7 +34,8 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         AdapterNotFoundError, CapabilityError: before anything changes.
         MergeError: a result is not finite; nothing is changed then.
     """
-    chosen = index.active if adapters is None else tuple(adapters)
+    layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
+    chosen = _acting_somewhere(index, layers) if adapters is None else tuple(adapters)
     index.require(*chosen)
     for adapter in chosen:
         index.require_capability(adapter, Capability.MERGE, "merged")
@@ -40,25 +44,42 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
     if chosen:
         reshape.refuse_merge(index)
-    layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
-    for layer in layers:
-        refuse_wrong_order(layer, chosen)
+    names_in = {layer: chosen if adapters is not None else acting_in(index, layer) for layer in layers}
+    for layer, names in names_in.items():
+        refuse_wrong_order(layer, names, {inner: names_in.get(inner, ()) for inner in layers_inside(layer)})
+    folded = _fold(names_in, safe, progress)
+    if folded:
+        index.selection.drop_cached()
+        hooks.adapter_merged(index.base, tuple(name for name in dict.fromkeys(chosen) if name in folded))
+
+
+def _fold(names_in: Mapping[AdapterLayer, Sequence[str]], safe: bool, progress: bool) -> set[str]:
+    """Merge into each layer the adapters given for it, or into none; return the names of those that had weights somewhere."""
     done: list[AdapterLayer] = []
     try:
         with collector_paused():
-            for layer in _progress(layers, "merging", progress):
+            for layer in _progress(list(names_in), "merging", progress):
                 before = len(layer.merging.merges)
-                layer.merge(safe, chosen)
+                layer.merge(safe, names_in[layer])
                 if len(layer.merging.merges) > before:
                     done.append(layer)
     except BaseException:
         for layer in reversed(done):
             layer.merging.undo_last()
         raise
-    folded = tuple(name for name in dict.fromkeys(chosen) if any(name in layer.merging.merges[-1].adapters for layer in done))
-    if folded:
-        index.selection.drop_cached()
-        hooks.adapter_merged(index.base, folded)
+    return {name for layer in done for name in layer.merging.merges[-1].adapters}
+
+
+def acting_in(index: AdapterIndex, module: AdapterModule) -> tuple[str, ...]:
+    """Return the adapters chosen for a module: the model's, or its own where it was switched individually; none where it was switched off so."""
+    own = module.selection if isinstance(module, SelectionMixin) else index.selection
+    return () if own is not index.selection and index.selection.enabled and not own.enabled else own.names
+
+
+def _acting_somewhere(index: AdapterIndex, layers: Sequence[AdapterLayer]) -> tuple[str, ...]:
+    """Return the model's choice and, in load order, what layers that were switched individually have chosen."""
+    found = {name for layer in layers if layer.selection is not index.selection for name in acting_in(index, layer) if name in layer.scaling}
+    return tuple(name for name in index.configs if name in found or name in index.active)
 
 
 def unmerge(index: AdapterIndex) -> None:
@@ -73,45 +94,96 @@ def unmerge(index: AdapterIndex) -> None:
 
 
 def unload(
-    index: AdapterIndex, *, fold: bool = False, adapters: Sequence[str] | None = None, safe: bool = False, progress: bool = False
+    index: AdapterIndex,
+    *,
+    fold: bool = False,
+    adapters: Sequence[str] | None = None,
+    safe: bool = False,
+    progress: bool = False,
+    restore_base: bool = True,
+    announce: bool = False,
 ) -> nn.Module:
     """Take all wrappers off, after merging if asked, and return the base.
 
     Args:
+        index: the adapters of a model.
         fold: merge the adapters first; saved modules in use take the place of the originals.
-        adapters: which to merge; None: those in use.
+        adapters: which to merge; all others are dropped, whether they are in use or not. None: those in use.
         safe: refuse results that are not finite.
         progress: show a progress bar.
+        restore_base: give back what adapters that are not merged took out of base weights when they were created; False leaves it out for good.
+        announce: say in one warning which of the two was done, where it makes a difference.
 
     Raises:
         as `merge`.
     """
-    if fold:
-        merge(index, adapters, safe=safe, progress=progress)
-        kept = index.active if adapters is None else tuple(adapters)
-    else:
+    if not fold:
         unmerge(index)
-        kept = index.active
+    elif adapters is None:
+        merge(index, None, safe=safe, progress=progress)
+    else:
+        index.require(*adapters)
+        with _in_use_alone(index, adapters):  # what is dropped afterwards stays beside no weight
+            merge(index, adapters, safe=safe, progress=progress)
     names, folded = tuple(index.configs), tuple(index.merged_adapters())
-    replaced: dict[str, nn.Module] = {}
-    for (_, path), module in index.modules.items():
-        if isinstance(module, LeavesBehind):
-            replaced[path] = module.remains(kept)
-        elif isinstance(module, AdapterLayer):
-            for adapter in [name for name in module.merging.shifts if name not in module.merged_adapters]:
-                module.merging.restore(adapter)  # only what is merged may leave the base weight as its initialisation changed it
-    for module in index.modules.values():
-        if isinstance(module, AdapterLayer):
-            module.merging.settle()
+    replaced = {
+        path: module.remains(acting_in(index, module) if not fold or adapters is None else tuple(adapters))
+        for (_, path), module in index.modules.items()
+        if isinstance(module, LeavesBehind)
+    }
+    changed = _settle(index, restore_base)
     for path in {path for kind, path in index.modules if kind and path}:
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
     reshape.restore(index)
     retire(index)
-    if fold:
+    if fold or (changed and not restore_base):
         _untie(index.base)
+    if changed and announce:
+        _announce(changed, restore_base)
     hooks.adapter_unloaded(index.base, names, folded)
     return index.base
+
+
+@contextmanager
+def _in_use_alone(index: AdapterIndex, adapters: Sequence[str]) -> Iterator[None]:
+    """Use these adapters and no others, in all layers alike; if the block fails, what was in use before is so again."""
+    selections = [(module, module.selection) for module in index.modules.values() if isinstance(module, SelectionMixin)]
+    before = index.selection.names
+    try:
+        for module, _ in selections:
+            module.selection = index.selection
+        index.selection.select([name for name in index.configs if name in adapters])
+        yield
+    except BaseException:
+        for module, selection in selections:
+            module.selection = selection
+        index.selection.select(before)
+        raise
+
+
+def _settle(index: AdapterIndex, restore_base: bool) -> list[str]:
+    """Make base weights final, and return the adapters that took something out of them and are not merged."""
+    layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
+    changed: dict[str, None] = {}
+    for layer in layers:
+        for adapter in layer.merging.unmerged_shifts():
+            changed[adapter] = None
+            if restore_base:
+                layer.merging.restore(adapter)
+    for layer in layers:
+        layer.merging.settle()
+    return list(changed)
+
+
+def _announce(adapters: Sequence[str], restored: bool) -> None:
+    took = f"{listed(adapters)} took a part out of base weights when {'it was' if len(adapters) == 1 else 'they were'} created, which"
+    message = (
+        f"{took} was given back: the base has its original weights; restore_base=False leaves it out"
+        if restored
+        else f"{took} stays out: this is the base for the adapter's weights as they are, without its initialisation; restore_base=True gives it back"
+    )
+    warnings.warn(message, PeftWarning, stacklevel=5)
 
 
 def _untie(model: nn.Module) -> None:

@@ -168,7 +168,7 @@ class BehaviourChecks(SuiteBase):
         base = self.base(name)
         modules = {key: id(module) for key, module in base.named_modules()}
         model = self.model(name, base=base)
-        restored = model.unload()
+        restored = model.unload(restore_base=True)
         assert restored is base, "unload returned another object"
         if not model.task.heads:  # a saved head replaces the original
             assert {key: id(module) for key, module in base.named_modules()} == modules, "unload left other modules behind"

@@ -49,6 +49,8 @@ class AdapterIndex:
         self.call_tuners: tuple[TunerBase, ...] = ()
         self.call_arguments: frozenset[str] = frozenset()
         self.frozen_base = False
+        #: path → batches that a normalisation of the base had seen when the first adapter came
+        self.batches_seen: dict[str, int] = {}
         self.forward = BaseForward(self.view)
         #: the change that was made to the base's structure, and the method that asked for it
         self.reshaped: Reshape | None = None

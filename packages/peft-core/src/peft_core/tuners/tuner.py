@@ -23,6 +23,7 @@ from ..selection.selection import AdapterSelection
 from ..tensor_names import parameter_rule
 from . import targeting
 from .call import Call, Output
+from .exchange import AdapterCheckpoint, CheckpointTranslation, IncomingWeights
 from .reshape import Reshape
 
 
@@ -58,47 +59,6 @@ class Plan:
     resolved: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class IncomingWeights:
-    """New weights of an adapter in one module, which are to replace the present ones.
-
-    Args:
-        path: the module's original name in the base.
-        module: holds the present weights.
-        tensors: new tensors by the keys of `AdapterModule.slots`; empty if there are none for this module.
-    """
-
-    path: str
-    module: AdapterModule
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class AdapterCheckpoint:
-    """The content of an adapter's file.
-
-    Args:
-        config: the adapter's config.
-        tensors: key in the file → tensor.
-    """
-
-    config: Any
-    tensors: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class CheckpointTranslation:
-    """How to read an adapter that was saved for another layout of the base model.
-
-    Args:
-        fields: config field → its value for this base.
-        convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
-    """
-
-    fields: Mapping[str, Any]
-    convert: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-
-
 class TunerBase:
     """Base class of tuners. One object per model and method, shared by the method's adapters.
 
@@ -109,10 +69,12 @@ class TunerBase:
         configs: the configs of this tuner's adapters, in load order, set by core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
         swappable: config fields in which an adapter may differ from the one that it replaces in hot-swapping (`Capability.HOTSWAP`).
+        start_fields: fields of a config that say only what a new adapter starts with: tensors of a file do without them.
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
     swappable: ClassVar[frozenset[str]] = frozenset()
+    start_fields: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, spec: TunerSpec, selection: AdapterSelection) -> None:
         self.spec = spec
@@ -220,12 +182,24 @@ class TunerBase:
 
         return write
 
+    def check_start(self, adapter: str, config: Any, modules: Mapping[str, AdapterModule]) -> None:
+        """Check that tensors which started in another way belong to the base as this adapter has it; by default, they do.
+
+        Args:
+            adapter: the adapter that the tensors are to be loaded over.
+            config: theirs; it differs from the adapter's in `start_fields` only.
+            modules: path in the base → the module there that holds the adapter's weights.
+
+        Raises:
+            ConfigError: the start of one of them changed the base.
+        """
+
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
         """Convert an adapter whose creation changed the base's weights (PiSSA) into one for the original base, to be saved. Changes nothing.
 
         Args:
             adapter: name of the adapter, for messages.
-            now: the adapter with its present weights.
+            now: the adapter as it would be saved. What it did to the base, its `modules` know; its config may have been edited since.
             initial: the adapter as it was saved right after its creation.
 
         Raises:
@@ -256,6 +230,7 @@ class LayerTuner(TunerBase):
 
     #: adapter layer classes; the first that accepts a module (`AdapterLayer.accepts`) wraps it
     layers: tuple[type[AdapterLayer], ...] = ()
+    start_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def plan(self, base: BaseView, adapter: str, config: LayerConfig) -> Plan:
         """Choose the modules as `targeting.select` does, and wrap each with the first layer class that accepts it.

@@ -27,6 +27,12 @@ class LoraMerging(LayerMerging):
         merge = tied[mergeable[0]].plan_merge(self.layer, mergeable) if mergeable and all(adapter in tied for adapter in mergeable) else None
         return super().plan(adapters) if merge is None else merge
 
+    def unmerged_shifts(self) -> list[str]:
+        """Return the adapters that a shift belongs to and that are not merged, nor share it with one that is."""
+        variants, merged = self.layer.variants, self.adapters
+        sharing = {type(variants[name]) for name in merged if name in variants and variants[name].shifts_base}
+        return [name for name in super().unmerged_shifts() if type(variants.get(name)) not in sharing]
+
 
 class LoraLayer(FactorLayer):
     """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
@@ -93,6 +99,8 @@ class LoraLayer(FactorLayer):
         self.frozen[adapter] = config.initializer.frozen if start is None else config.initializer.frozen | start.frozen
         if start is not None:
             self._take_out_of_base(adapter, config, start)
+        if variant is None or not variant.shifts_base:
+            config.initializer.tell_of_others([name for name in self.merging.shifts if name != adapter], config.path)
         if config.config.lora_bias:
             self._add_bias(adapter, config)
         if variant is not None:
@@ -226,6 +234,25 @@ class LoraLayer(FactorLayer):
         """Return s·ΔW (out, in); with a factor, what is added before it."""
         variant = self.variants.get(adapter)
         return variant.delta() if variant is not None else self.plain_delta(adapter)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
+
+        Of an effect on some tokens only, it is the change that these see.
+
+        Raises:
+            AdapterNotFoundError: the adapter has no weights here.
+            MergeError: the effect is no change of this weight.
+        """
+        variant = self.variants.get(adapter)
+        if variant is None or not variant.by_token:
+            return super().get_delta_weight(adapter)
+        return self.ops.to_weight_layout(self.plain_delta(adapter))
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Return whether what the adapter does here is a sum W + ΔW for every token."""
+        variant = self.variants.get(adapter_name)
+        return super().supports_lora_conversion(adapter_name) and not (variant is not None and variant.by_token)
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
         """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where a variant's is no such product."""

@@ -64,7 +64,7 @@ def create_arrow_model(
         model.set_adapter(ROUTER, inference_mode=True)
     except BaseException:
         if model is not None:
-            model.unload()
+            model.unload(restore_base=True)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
             base_model.train(training)

@@ -81,7 +81,7 @@ def change_of(layer: AdapterLayer, adapter: str) -> Tensor:
         MergeError: the effect is no change of this weight.
     """
     with torch.no_grad():
-        change = layer.ops.matrix(layer.get_delta_weight(adapter))
+        change = layer.delta_weight(adapter) if layer.is_additive(adapter) else layer.ops.matrix(layer.get_delta_weight(adapter))
         shift = layer.merging.shift_of(adapter)
         return change if shift is None else change - shift.to(change)
 

@@ -1,4 +1,7 @@
-"""Hot-swapping: an adapter's weights, rank and scale replaced in place, so that compiled graphs and optimisers go on."""
+"""Hot-swapping: an adapter's weights, rank and scale replaced in place, so that compiled graphs and optimisers go on.
+
+Where nothing is compiled, a larger rank may come: A and B are new parameters then.
+"""
 
 from __future__ import annotations
 
@@ -271,25 +274,25 @@ def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str
 def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tuple[int, list[tuple[Slot, Tensor]]]:
     """Return how many columns the new B has, and (slot, tensor) for each whole parameter, the room that is not in use included.
 
+    Where more columns come than are stored, the tensors have the size to which the parameters will have grown.
+
     Raises:
         AdapterWeightsError: it does not fit.
     """
     slots = {end: Slot.of(module, name) for end, module, name in layer.holders(adapter)}
     if not part.tensors:
-        return _columns_of(layer, adapter, r), _zeros(layer, adapter, slots, part.path)
+        columns = _columns_of(layer, adapter, r)
+        stored = _stored_shapes(layer, adapter, slots, columns, part)
+        return columns, _zeros(layer, adapter, slots, stored, part.path)
     missing = [end for end in slots if end not in part.tensors]
     if missing:
         raise AdapterWeightsError(f"no new tensor for {listed(missing)} of {part.path!r}", hint="does the config belong to these weights?")
     b_end = next(end for end in slots if end in rank_padding.B_KEYS)
-    padded_rank = rank_padding.stored_rank(layer, adapter)
     shape = tuple(part.tensors[b_end].shape)
     columns = shape[1] if len(shape) > 1 else 0
-    if columns > padded_rank:
-        raise AdapterWeightsError(
-            f"size mismatch: {b_end!r} of {part.path!r} is {shape}, and there is room for a rank of {padded_rank}",
-            hint="call prepare_model_for_compiled_hotswap(model, target_rank=...) when the first adapter is loaded, before compiling",
-        )
-    pairs = [(slot, _with_room(end, part.tensors[end], slot.shape, columns, padded_rank, part.path)) for end, slot in slots.items()]
+    stored = _stored_shapes(layer, adapter, slots, columns, part)
+    room = max(columns, rank_padding.stored_rank(layer, adapter))
+    pairs = [(slot, _with_room(end, part.tensors[end], stored[end], columns, room, part.path)) for end, slot in slots.items()]
     if layer.merging.shift_of(adapter) is None and columns != _columns_of(layer, adapter, r):
         raise AdapterWeightsError(
             f"{b_end!r} of {part.path!r} is {shape}, and the config says that the rank is {r}",
@@ -298,7 +301,31 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
     return columns, pairs
 
 
-def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str) -> list[tuple[Slot, Tensor]]:
+def _stored_shapes(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], columns: int, part: IncomingWeights) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter when there is room for `columns` of B.
+
+    Raises:
+        AdapterWeightsError: there is none, and a compiled graph holds the parameters, or was to.
+    """
+    present = rank_padding.stored_rank(layer, adapter)
+    if columns <= present:
+        return {end: slot.shape for end, slot in slots.items()}
+    if not part.resizable or isinstance(layer.scaling[adapter], Tensor):
+        raise AdapterWeightsError(
+            f"size mismatch: {part.path!r} has room for a rank of {present} in its compiled graph, and a rank of {columns} came",
+            hint="call prepare_model_for_compiled_hotswap(model, target_rank=...) when the first adapter is loaded, before compiling",
+        )
+    return {
+        end: tuple(rank_padding.padded(end, torch.empty(slot.shape, device="meta"), present, columns).shape) if _is_factor(end) else slot.shape
+        for end, slot in slots.items()
+    }
+
+
+def _is_factor(end: str) -> bool:
+    return end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS)
+
+
+def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], stored: Mapping[str, tuple[int, ...]], path: str) -> list[tuple[Slot, Tensor]]:
     """Return zeros for each slot of a layer for which nothing came: the new adapter has no effect there.
 
     Raises:
@@ -309,7 +336,7 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], path: str)
             f"no new tensor for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
             hint="delete the adapter and load the other",
         )
-    return [(slot, torch.zeros(slot.shape)) for slot in slots.values()]
+    return [(slot, torch.zeros(stored[end])) for end, slot in slots.items()]
 
 
 def _with_room(end: str, tensor: Tensor, stored: tuple[int, ...], columns: int, padded_rank: int, path: str) -> Tensor:
@@ -325,7 +352,7 @@ def _with_room(end: str, tensor: Tensor, stored: tuple[int, ...], columns: int, 
     Raises:
         AdapterWeightsError: another shape.
     """
-    factor = end in (*rank_padding.A_KEYS, *rank_padding.B_KEYS)
+    factor = _is_factor(end)
     expected = tuple(rank_padding.unpadded(end, torch.empty(stored, device="meta"), padded_rank, columns).shape) if factor else stored
     if tuple(tensor.shape) != expected:
         raise AdapterWeightsError(
@@ -341,6 +368,8 @@ def _columns_of(layer: LoraLayer, adapter: str, r: int) -> int:
 
 
 def _write(layer: LoraLayer, adapter: str, r: int, alpha: float, columns: int, pairs: Sequence[tuple[Slot, Tensor]]) -> None:
+    if columns > rank_padding.stored_rank(layer, adapter):
+        _widen(layer, adapter, columns)
     for slot, tensor in pairs:
         slot.write(tensor)
     if columns < rank_padding.stored_rank(layer, adapter):

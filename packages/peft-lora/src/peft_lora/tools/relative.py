@@ -11,19 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_core import AdapterCheckpoint, AdapterWeightsError, ConfigError, Patterns, PeftWarning
+from peft_core import AdapterCheckpoint, AdapterWeightsError, ConfigError, Patterns, PeftWarning, Product, Subtraction
 
 from ..config import LoraConfig
-from ..contracts import Initializer
+from ..extensions import initializer_of
+from .starts import shifts_of_start
 
-#: ends of the keys of A and B
-A_KEY, B_KEY = ".lora_A.weight", ".lora_B.weight"
+#: end of the key of A → of B
+PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
 #: fields that say how much of A₀ and B₀ left the base
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_PREFIX = "base_model.model."
+_FOLDER = "path_initial_model_for_weight_conversion is the folder into which this adapter was saved before training"
+
+Factors = tuple[Tensor, Tensor]
 
 
-def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint, initializer: Initializer) -> AdapterCheckpoint:
+def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
     """Return the adapter [A; A₀] and [B, −B₀], whose product is BA − B₀A₀: what training changed, seen from the base before it was shifted.
+
+    What left the base is asked of the layers. If nothing did in this model, the base is taken for one from which the A₀ and B₀ of `initial` have
+    been taken out already: the adapter was loaded as a plain one onto a residual that somebody had saved.
 
     Rank and alpha grow such that the scaling stays; a variant's own tensors (DoRA's magnitudes) are right as they are.
 
@@ -31,54 +39,106 @@ def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheck
         adapter: its name, for messages.
         now: the adapter as it would be saved.
         initial: as it was saved when it had just been created.
-        initializer: the adapter's.
 
     Raises:
-        ConfigError: `initial` has another config, or the initialisation takes out of the base what A₀ and B₀ do not say.
+        ConfigError: `initial` has another config; the initialisation took out of the base what A₀ and B₀ do not say; or an A and its B are no
+            single product.
         AdapterWeightsError: `initial` lacks tensors, or has them in other shapes.
     """
-    config: LoraConfig = now.config
-    if not initializer.subtracts_start():
+    pairs = {key: key.removesuffix(a) + b for a, b in PAIRS.items() for key in now.tensors if key.endswith(a)}
+    shifts = _shifts(adapter, now)
+    if not shifts and not any(_is_product(initial.tensors.get(key), initial.tensors.get(other)) for key, other in pairs.items()):
         warnings.warn(
-            f"the adapter {adapter!r} with init_lora_weights={config.init_lora_weights!r} left the base as it was: it is saved as it is, and "
+            f"the adapter {adapter!r} left the base as it was, and what it started with is nothing: it is saved as it is, and "
             "path_initial_model_for_weight_conversion is of no use",
             PeftWarning,
             stacklevel=2,
         )
         return now
-    _require_same(adapter, config, initial.config)
-    ranks = Patterns(config.rank_pattern, "rank_pattern")
+    _require_same(adapter, now.config, initial.config)
+    if not shifts:
+        warnings.warn(
+            f"the adapter {adapter!r} took nothing out of this base, which is taken for one without its first values already; if it is the original "
+            "base, save without path_initial_model_for_weight_conversion",
+            PeftWarning,
+            stacklevel=2,
+        )
     tensors = dict(now.tensors)
-    for key in [key for key in now.tensors if key.endswith(A_KEY)]:
-        path = key.removesuffix(A_KEY)
-        a, b = now.tensors[key], now.tensors[path + B_KEY]
-        a0, b0 = (_first(adapter, initial.tensors, name, like) for name, like in ((key, a), (path + B_KEY, b)))
-        stacked = torch.cat([a, a0]), torch.cat([b, -b0], dim=1)
-        # a weight with fewer singular vectors than r has smaller factors, which a plain adapter of rank 2r has not
-        rest = 2 * ranks.value(path.removeprefix("base_model.model."), config.r) - stacked[0].shape[0]
-        tensors[key], tensors[path + B_KEY] = F.pad(stacked[0], (0, 0, 0, rest)), F.pad(stacked[1], (0, rest))
-    return AdapterCheckpoint(_grown(config), tensors)
+    for key, other in pairs.items():
+        path = key.removeprefix(_PREFIX).removesuffix(next(end for end in PAIRS if key.endswith(end)))
+        first = _first(adapter, initial.tensors, key, now.tensors[key]), _first(adapter, initial.tensors, other, now.tensors[other])
+        if shifts:
+            first = _taken_out(shifts.get(path), first)
+        tensors[key], tensors[other] = _stacked(path, (now.tensors[key], now.tensors[other]), first, now.config)
+    return AdapterCheckpoint(_grown(now.config), tensors)
+
+
+def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
+    """Return the path of each layer out of whose weight the initialisation took something → A₀ and B₀ of that.
+
+    Raises:
+        ConfigError: it is something else than s·B₀·A₀.
+    """
+    found = {}
+    for path, merge in shifts_of_start(adapter, now.modules).items():
+        change = merge.folds[0].change
+        if not (isinstance(change, Subtraction) and isinstance(change.delta, Product)):
+            initializer_of(now.config).subtracts_start()  # says why in words of its own, unless the config was edited
+            raise ConfigError(
+                f"what the initialisation of {adapter!r} took out of {path!r} is no s·B·A: it can't be converted for the base as it was",
+                hint="save it without path_initial_model_for_weight_conversion, beside the base that unload(restore_base=False) returns",
+            )
+        found[path] = change.delta
+    return found
+
+
+def _is_product(a: Tensor | None, b: Tensor | None) -> bool:
+    """Return whether B·A is more than nothing, up to rounding."""
+    if a is None or b is None or not (a.any() and b.any()):
+        return False
+    a, b = a.flatten(1).float(), b.flatten(1).float()
+    if a.shape[0] != b.shape[1]:  # groups, experts: several products
+        return True
+    return bool((b @ a).abs().max() > 1e-5 * a.abs().max() * b.abs().max())
 
 
 def _first(adapter: str, tensors: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:
     found = tensors.get(key)
     if found is None or found.shape != like.shape:
         what = "lacks it" if found is None else f"has {tuple(found.shape)}"
-        raise AdapterWeightsError(
-            f"{key!r} of {adapter!r} is {tuple(like.shape)}, and the initial adapter {what}",
-            hint="path_initial_model_for_weight_conversion is the folder into which this adapter was saved before training",
-        )
+        raise AdapterWeightsError(f"{key!r} of {adapter!r} is {tuple(like.shape)}, and the initial adapter {what}", hint=_FOLDER)
     return found.to(like)
+
+
+def _taken_out(product: Product | None, like: Factors) -> Factors:
+    """Return A₀ and B₀ that left the base; zeros for a layer that kept its weight."""
+    if product is None:
+        return torch.zeros_like(like[0]), torch.zeros_like(like[1])
+    return product.a.reshape(like[0].shape).to(like[0]), product.b.reshape(like[1].shape).to(like[1])
+
+
+def _stacked(path: str, now: Factors, first: Factors, config: LoraConfig) -> Factors:
+    """Return [A; A₀] and [B, −B₀], with zeros up to the doubled rank.
+
+    Raises:
+        ConfigError: they are several products: of the groups of a convolution, or of experts.
+    """
+    a, b = torch.cat([now[0], first[0]]), torch.cat([now[1], -first[1]], dim=1)
+    # a weight with fewer singular vectors than r has smaller factors, which a plain adapter of rank 2r has not
+    rest = 2 * Patterns(config.rank_pattern, "rank_pattern").value(path, config.r) - a.shape[0]
+    if rest < 0 or a.shape[0] != b.shape[1]:
+        raise ConfigError(
+            f"the A and B of {path!r} are more than one product, and can't be saved with those that it started with",
+            hint="save it without path_initial_model_for_weight_conversion",
+        )
+    return F.pad(a, (0, 0) * (a.ndim - 1) + (0, rest)), F.pad(b, (0, 0) * (b.ndim - 2) + (0, rest))
 
 
 def _require_same(adapter: str, config: LoraConfig, initial: Any) -> None:
     differing = [name for name in _SAME if getattr(initial, name, None) != getattr(config, name)]
     if differing:
         shown = ", ".join(f"{name}={getattr(initial, name, None)!r} instead of {getattr(config, name)!r}" for name in differing)
-        raise ConfigError(
-            f"the initial adapter of {adapter!r} has {shown}",
-            hint="path_initial_model_for_weight_conversion is the folder into which this adapter was saved before training",
-        )
+        raise ConfigError(f"the initial adapter of {adapter!r} has {shown}", hint=_FOLDER)
 
 
 def _grown(config: LoraConfig) -> LoraConfig:

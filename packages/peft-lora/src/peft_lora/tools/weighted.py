@@ -66,6 +66,8 @@ def add_weighted_adapter(
     - ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``: A and B each pruned to `density` and combined; with ``"_svd"``
       behind the name it is done to the ΔWᵢ, of which then an SVD is taken.
 
+    Adapters that act from their invocation tokens on (aLoRA) can be combined where all have the same ones, which are the result's, too.
+
     Changes of DoRA are exact in those that work on ΔWᵢ; in the others they are refused, because A and B are not all of it. Biases of
     `lora_bias` are summed. One plain adapter is copied, whatever the type (but ``"exact"``), its weight in A and B.
 
@@ -170,7 +172,7 @@ def _combined(layer: LoraLayer, weights: dict[str, float], request: Request, ran
         return (*_stacked(layer, weights, rank), 0.0)
     if not svd:
         return (*_by_factors(layer, weights, request), None)
-    if method == "exact":
+    if method == "exact" and not any(name in layer.variants and layer.variants[name].by_token for name in weights):
         found = decompose(layer, weights)
     else:
         # in the base's own layout: a seed then prunes the entries that it prunes in the reference implementation

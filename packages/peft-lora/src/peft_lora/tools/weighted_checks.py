@@ -16,6 +16,7 @@ from peft_core import AdapterIndex, ConfigError
 from peft_core.errors import did_you_mean, listed
 
 from ..config import LoraConfig
+from ..extensions import variant_of
 from ..layers.common import LoraLayer
 from ..offers import variant_specs
 from . import combining
@@ -70,6 +71,7 @@ def check(index: AdapterIndex, request: Request) -> Layers:
     index.require(*request.adapters)
     for name in request.adapters:
         _check_config(index.configs[name], name)
+    _check_tokens(index, request)
     _check_saved(index, request)
     layers: Layers = {}
     for name in request.adapters:
@@ -151,14 +153,36 @@ def _check_config(config: Any, name: str) -> None:
             raise ConfigError(f"add_weighted_adapter does not support {field}, which the adapter {name!r} has", hint="leave the adapter out")
 
 
+def _check_tokens(index: AdapterIndex, request: Request) -> None:
+    """Check that all adapters act on the same tokens."""
+    first, *others = request.adapters
+    ours = _token_settings(index.configs[first])
+    for name in others:
+        theirs = _token_settings(index.configs[name])
+        if ours != theirs:
+            raise ConfigError(
+                f"{first!r} and {name!r} act on different tokens ({ours or 'all'} and {theirs or 'all'}): no adapter does what both do",
+                hint="combine adapters with the same invocation tokens",
+            )
+
+
+def _token_settings(config: Any) -> dict[str, Any]:
+    """Return field → value of the settings by which an adapter acts on some tokens only; empty if it acts on all."""
+    variant = variant_of(config)
+    if variant is None or not variant.by_token:
+        return {}
+    given = {spec.field: getattr(config, spec.field) for spec in variant_specs() if spec.field is not None and hasattr(config, spec.field)}
+    return {field: value for field, value in given.items() if value}
+
+
 def _check_layer(layer: LoraLayer, name: str, path: str, request: Request) -> None:
     if layer.merging.shift_of(name) is not None:
         raise ConfigError(
             f"the initialisation of {name!r} took out of the base weight what it put into the adapter: it has no effect of its own to be weighted",
             hint="convert_to_lora makes plain LoRA of it; load that on the original base",
         )
-    if name in layer.variants and request.combination_type in (*BY_FACTORS, "cat"):
-        variant = layer.variants[name]
+    variant = layer.variants.get(name)
+    if variant is not None and not variant.by_token and request.combination_type in (*BY_FACTORS, "cat"):
         raise ConfigError(
             f"combination_type={request.combination_type!r} combines A and B, which is not all of the adapter {name!r} in {path!r} ({variant.name})",
             hint="use 'exact' or 'svd', which work on whole changes of weights",
@@ -216,6 +240,8 @@ def combined_config(index: AdapterIndex, request: Request, layers: Layers) -> tu
     for spec in variant_specs():
         if spec.field is not None and spec.field in defaults:
             setattr(result, spec.field, defaults[spec.field])
+    for field, value in _token_settings(configs[0]).items():
+        setattr(result, field, copy.copy(value))
     result.lora_bias = any(config.lora_bias for config in configs)
     result.inference_mode = True
     saved = dict.fromkeys(name for config in configs for name in config.modules_to_save or ())

@@ -61,6 +61,7 @@ class Alora(LowRank):
 
     name = "aLoRA"
     can_be_padded = True
+    by_token = True
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
 
     @classmethod

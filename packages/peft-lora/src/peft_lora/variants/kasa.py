@@ -29,6 +29,7 @@ class Kasa(LowRank):
     """
 
     worth_caching = True
+    shifts_base = True
     name = "KaSA"
     containers = ("lora_diag",)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from peft_core import ConfigError
 
 from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..continuing import continues
 from ..matrices import float_matrix, split
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Corda(Initializer):
         if eigens is None:
             missing = (
                 "an adapter file does not contain the components that were subtracted from the base weight"
-                if not layer.init_options.initialise
+                if continues(layer, settings)
                 else "it needs data"
             )
             raise ConfigError(

@@ -11,6 +11,7 @@ from torch import Tensor
 from peft_core import PeftWarning
 
 from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
+from ..continuing import continues
 from ..plain import Plain
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Eva(Plain):
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
         """Return how A and B are filled; these values will be thrown away, which is said once."""
-        if not self._warned:
+        if not self._warned and not continues(layer, settings):
             self._warned = True
             warnings.warn(
                 "lora with eva initialization used with low_cpu_mem_usage=False: the starting values are computed and thrown away; "

@@ -13,6 +13,7 @@ from peft_core import ConfigError, PeftWarning
 
 from ...contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 from ...subconfigs import LoraGAConfig
+from ..continuing import continues
 from ..matrices import float_matrix, svd, wide
 from ..plain import uniform
 
@@ -122,7 +123,7 @@ class LoraGA(Initializer):
         return (a / s, b / s) if scale == "gd_scale" else (a, b)
 
     def _complain(self, layer: FactorLayer, settings: LoraSettings) -> None:
-        if not layer.init_options.initialise:
+        if continues(layer, settings):
             raise ConfigError(
                 f"init_lora_weights='lora_ga': a file does not hold what the adapter took out of {settings.path!r} when it was created",
                 hint="call preprocess_loraga(model, config, None, cache_file) with the gradients of then before loading; if the base is the changed "
