@@ -119,6 +119,7 @@ from .tuners.index import AdapterIndex as AdapterIndex
 from .tuners.index import require_index as require_index
 from .tuners.reshape import Reshape as Reshape
 from .tuners.targeting import Patterns as Patterns
+from .tuners.targeting import layer_filter as layer_filter
 from .tuners.targeting import target_matcher as target_matcher
 from .tuners.tokens import TokenRequest as TokenRequest
 from .tuners.tokens import plan_token_rows as plan_token_rows
@@ -244,6 +245,7 @@ __all__ = [
     "inject_adapter_in_model",
     "is_conv1d",
     "is_observed",
+    "layer_filter",
     "leave_modules",
     "list_tuners",
     "load_peft_weights",
