@@ -21,7 +21,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from ..operations.activate import activate, disabled
+from ..operations.activate import activate, activate_new, disabled
 from ..operations.add import check_name, get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.index import ATTRIBUTE
@@ -74,7 +74,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
         model.__dict__[ATTRIBUTE] = index
-        activate(index, [*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
+        activate_new(index, adapter_name, [] if new else index.active, trainable=not peft_config.inference_mode)
         if getattr(getattr(model, "config", None), "pretraining_tp", 1) != 1:
             model.config.pretraining_tp = 1  # type: ignore[union-attr]
         # without the attribute, assume checkpointing; read from the class, since the property warns

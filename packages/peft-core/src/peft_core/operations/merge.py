@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from ..base.undo import collector_paused
-from ..errors import PeftWarning, listed
+from ..errors import MergeError, PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.slots import LeavesBehind
 from ..merging.layer import refuse_wrong_order
 from ..plugins import Capability, hooks
 from ..tuners.index import AdapterIndex
+from ..tuners.tokens import refuse_common_rows
 from . import reshape
 from .delete import retire
 
@@ -29,7 +30,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
 
     Raises:
         AdapterNotFoundError, CapabilityError: before anything changes.
-        MergeError: a result is not finite; nothing is changed then.
+        MergeError: a result is not finite, or two adapters have rows of the same tokens; nothing is changed then.
     """
     chosen = index.active if adapters is None else tuple(adapters)
     index.require(*chosen)
@@ -38,6 +39,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     already = [name for name in index.merged_adapters() if name in chosen]
     if already:
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
+    refuse_common_rows(index, (*index.merged_adapters(), *chosen), MergeError)
     if chosen:
         reshape.refuse_merge(index)
     layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]

@@ -64,7 +64,7 @@ class _Meaning:
     def __init__(self, base: BaseView, config: LoraConfig, projections: Mapping[str, Sequence[str]], *, shared: bool) -> None:
         targets: Any = config.target_modules
         self.every_linear = _is_all_linear(targets)
-        self.named = (lambda name: True) if self.every_linear else target_matcher(targets, "target_modules")
+        self.named = target_matcher(r"(?s:.*)" if self.every_linear else targets, "target_modules")
         self.projections = projections
         excluded, in_layers = target_matcher(config.exclude_modules, "exclude_modules"), layer_filter(config)
         saved = target_matcher([*(config.modules_to_save or ()), *base.heads], "modules_to_save")
@@ -143,7 +143,8 @@ def _routers(base: BaseView, stems: Collection[str]) -> list[str]:
 
 def _old_names(path: str) -> tuple[str, ...]:
     """Return the names that a part of a mixture may have had: Mixtral and its relatives called the block in another way."""
-    renamed = path.replace(*reversed(RENAMED))
+    before, now = RENAMED
+    renamed = path.replace(now, before)
     return (path,) if renamed == path else (path, renamed)
 
 
