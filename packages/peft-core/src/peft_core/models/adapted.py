@@ -21,7 +21,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from ..operations.activate import activate, activate_new, disabled
+from ..operations.activate import activate_new, disabled
 from ..operations.add import check_name, get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.index import ATTRIBUTE

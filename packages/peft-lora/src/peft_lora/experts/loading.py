@@ -68,7 +68,7 @@ class _Meaning:
         self.projections = projections
         excluded, in_layers = target_matcher(config.exclude_modules, "exclude_modules"), layer_filter(config)
         saved = target_matcher([*(config.modules_to_save or ()), *base.heads], "modules_to_save")
-        self.left_out = lambda path: excluded(path) or saved(path) or not in_layers(path)
+        self._filters = excluded, saved, in_layers
         #: without a number in any name, what holds for one expert holds for all
         self.of_all = not isinstance(targets, str) and not any(re.search(r"\.\d", f".{target}") for target in targets)
         names = {name for parts in projections.values() for name in parts}
@@ -99,6 +99,11 @@ class _Meaning:
     def router(self, path: str) -> bool:
         """Return whether a router is meant that is a module with a bare weight."""
         return self._means(path)
+
+    def left_out(self, path: str) -> bool:
+        """Return whether other fields of the config leave a part of the base out."""
+        excluded, saved, in_layers = self._filters
+        return excluded(path) or saved(path) or not in_layers(path)
 
     def _means(self, path: str) -> bool:
         names = _old_names(path)
