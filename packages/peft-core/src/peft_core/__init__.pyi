@@ -131,6 +131,10 @@ from .tuners.tuner import ModuleValues as ModuleValues
 from .tuners.tuner import Plan as Plan
 from .tuners.tuner import TunerBase as TunerBase
 from .tuners.tuner import Wrap as Wrap
+from .virtual_tokens.trial import CacheLayer as CacheLayer
+from .virtual_tokens.trial import cache_layers as cache_layers
+from .virtual_tokens.trial import require_embeddings as require_embeddings
+from .virtual_tokens.trial import require_prefix as require_prefix
 
 __version__: str
 __all__ = [
@@ -265,4 +269,8 @@ __all__ = [
     "with_weight",
     "write_adapter",
     "write_tensor",
+    "CacheLayer",
+    "cache_layers",
+    "require_embeddings",
+    "require_prefix",
 ]

@@ -57,8 +57,9 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     own: Any = getattr(cache, "self_attention_cache", cache)
     if not length or not hasattr(own, "layers"):
         return
+    with_keys = [layer for layer in own.layers if getattr(layer, "keys", None) is not None]
     readers = getattr(own, "readers", None)  # under checkpointing, what layers add is not kept
-    if not (any(layer.get_seq_length() > length for layer in own.layers) if readers is None else readers):
+    if not (any(layer.get_seq_length() > length for layer in with_keys) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
             hint=f"the layers of {forward.view.name} look at no cache; use a method with virtual embeddings",
