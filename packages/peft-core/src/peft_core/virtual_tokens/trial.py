@@ -94,11 +94,13 @@ def require_embeddings(view: BaseView) -> None:
     with _quiet(view.base):
         try:
             view.base(**given)
-            embedded = BaseForward(view).embed(given["input_ids"])
+            forward = BaseForward(view)
+            further = forward.per_layer_inputs(given["input_ids"])
+            embedded = forward.embed(given["input_ids"]) * 1.5  # of no token
         except Exception:  # not a question of virtual tokens
             return
         try:
-            view.base(**{name: value for name, value in given.items() if name != "input_ids"}, inputs_embeds=embedded)
+            view.base(**{name: value for name, value in given.items() if name != "input_ids"}, **further, inputs_embeds=embedded)
         except Exception as error:
             raise CapabilityError(
                 f"{view.name} does not take embeddings in the place of token ids: {type(error).__name__}: {str(error)[:200]}",
