@@ -304,3 +304,17 @@ def test_a_dense_layer_of_a_mixture_named_in_full_is_loaded(loader: str, tmp_pat
         again = mixtral()
         again.load_adapter(str(tmp_path))
     assert worst(outputs(again), expected) < 1e-5
+
+
+@pytest.mark.parametrize("loader", ["peft", "transformers"])
+def test_an_old_adapter_with_dropout_gives_the_outputs_it_gave(loader: str, tmp_path: Path) -> None:
+    """Inputs of parameters can't be dropped: the peer raises ValueError."""
+    found = old_mixtral_file(tmp_path, OLD_TARGETS["listed"])
+    config = settings(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.05}))
+    if loader == "peft":
+        model = peft.PeftModel.from_pretrained(mixtral(), tmp_path)
+    else:
+        model = mixtral()
+        model.load_adapter(str(tmp_path))
+    assert worst(outputs(model), outputs(by_hand(found))) < 1e-4

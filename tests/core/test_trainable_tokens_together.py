@@ -14,7 +14,17 @@ from torch import nn
 
 import support
 from core.token_models import IDS, MODELS, ROWS, T, base_weight, llama, logits, new_rows, overwritten, rows, table_of, with_rows
-from peft_core import AdapterWeightsError, ConfigError, MergeError, PeftModel, UnsupportedModuleError, get_peft_model, get_peft_model_state_dict
+from peft_core import (
+    AdapterWeightsError,
+    ConfigError,
+    MergeError,
+    PeftModel,
+    PeftWarning,
+    RoutingError,
+    UnsupportedModuleError,
+    get_peft_model,
+    get_peft_model_state_dict,
+)
 from peft_core.layers import token_rows
 from support import DenseConfig
 
@@ -34,15 +44,70 @@ def model() -> PeftModel:
 # ---- conflicts ----------------------------------------------------------------------------------------------------------
 
 
-def test_no_token_trains_in_two_adapters(model: PeftModel) -> None:
+COMMON = r"in 'model.embed_tokens' '(default|b)' and '(default|b)' have rows of the same tokens \[2, 5\]"
+
+
+def test_adapters_with_rows_of_the_same_tokens_are_not_used_at_once(model: PeftModel) -> None:
+    model.add_adapter("b", rows([2, 7, 5]))
+    model.add_adapter("c", rows([9]))
     before = support.picture(model)
-    with pytest.raises(ConfigError, match=r"the tokens \[2, 5\] of 'model.embed_tokens' train in 'default' already"):
-        model.add_adapter("b", rows([2, 7, 5]))
+    layer: Any = model.get_base_model().get_input_embeddings()
+    for use in (
+        lambda: model.set_adapter(["default", "b"]),
+        lambda: model.use_adapters("default", "b").__enter__(),
+        lambda: model(input_ids=IDS, adapter_names=[["default", "b"], "c"]),
+        lambda: model.get_base_model().get_input_embeddings().set_adapter(["b", "default"]),
+        lambda: layer.token_adapter.set_adapter(["b", "default"]),
+    ):
+        with pytest.raises(RoutingError, match=r"have rows of the same tokens \[2, 5\]"):
+            use()
+    for names in (["default", "b"], ["b", "default"]):
+        with pytest.raises(MergeError, match=COMMON):
+            model.merge_adapter(names)
     assert support.picture(model) == before
-    model.add_adapter("c", rows([7]))
-    model.set_adapter("c")
+    assert model.active_adapters == ["default"]
+    model.set_adapter(["default", "c"])
+    model.merge_adapter()
+    with pytest.raises(MergeError, match=COMMON):
+        model.merge_adapter(["b"])
+    assert layer.merged_adapters == ["default", "c"]
+
+
+def test_each_of_two_adapters_has_its_own_rows_of_the_same_tokens(model: PeftModel) -> None:
+    plain, first = llama(), model(input_ids=IDS).logits
+    model.add_adapter("b", rows([2, 7, 5]))
+    model.set_adapter("b")
+    torch.testing.assert_close(model(input_ids=IDS).logits, plain(input_ids=IDS).logits)  # begins as the base, not as the other adapter
+    layer: Any = model.get_base_model().get_input_embeddings()
+    with torch.no_grad():
+        layer.token_adapter.trainable_tokens_delta["b"].fill_(0.25)
+        plain.get_input_embeddings().weight[[2, 7, 5]] = 0.25
+    second = model(input_ids=IDS).logits
+    torch.testing.assert_close(second, plain(input_ids=IDS).logits)
+    rowwise = model(input_ids=IDS, adapter_names=["default", "b"]).logits
+    torch.testing.assert_close(rowwise, torch.stack([first[0], second[1]]))
+    for name, expected in (("default", first), ("b", second)):
+        model.set_adapter(name)
+        model.merge_adapter([name])
+        torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+        model.unmerge_adapter()
     model.delete_adapter("default")
-    model.add_adapter("b", rows([2, 6, 5]))
+    torch.testing.assert_close(model(input_ids=IDS).logits, second)
+    torch.testing.assert_close(model.merge_and_unload()(input_ids=IDS).logits, second)
+
+
+def test_one_is_merged_into_the_base_and_the_other_dropped(model: PeftModel) -> None:
+    first = model(input_ids=IDS).logits
+    model.add_adapter("b", rows([2, 7, 5]))
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["default"])(input_ids=IDS).logits, first)
+
+
+def test_wrapping_a_model_again_is_refused_where_both_would_be_in_use(model: PeftModel) -> None:
+    before = support.picture(model)
+    with pytest.warns(PeftWarning, match="already has adapters"), pytest.raises(RoutingError, match=COMMON):
+        get_peft_model(model.get_base_model(), rows([2, 7, 5]), "b")
+    assert support.picture(model) == before
+    assert list(model.peft_config) == ["default"]
 
 
 def test_a_module_is_saved_whole_or_has_rows() -> None:

@@ -114,7 +114,7 @@ def second(case: Case) -> Case:
     """Return the case of a second adapter of the same kind."""
     other = dict(SECOND[case.config])
     if "trainable_token_indices" in case.options:
-        other["trainable_token_indices"] = [7, 11]  # rows of two adapters must not overlap
+        other["trainable_token_indices"] = [7, 11]  # rows of two adapters in use at once must not overlap
     return Case(id=f"{case.id}-second", base=case.base, config=case.config, options={**case.options, **other})
 
 

@@ -208,3 +208,25 @@ def test_old_qwen_adapters_keep_their_experts_where_the_peer_loses_them(tmp_path
     mine, theirs = read(ours, qwen(), tmp_path), read(peer, qwen(), tmp_path)
     assert any(".experts." in key for key in tensors(ours, mine))
     assert not any(".experts." in key for key in tensors(peer, theirs))
+
+
+def qwen3() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 24, "num_experts": 3, "num_experts_per_tok": 2}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **sizes)).eval()
+
+
+@pytest.mark.parametrize("base", [mixtral, qwen3])
+@pytest.mark.parametrize(("writer", "reader"), [(ours, peer), (peer, ours)], ids=["ours", "peer"])
+def test_all_linear_adapts_what_the_peer_adapts(writer: Any, reader: Any, base: Any, tmp_path: Path) -> None:
+    made = [adapted(library, base(), target_parameters=None, target_modules="all-linear") for library in (ours, peer)]
+    mine, theirs = (model.peft_config["default"] for model in made)
+    assert (mine.rank_pattern, mine.alpha_pattern) == (theirs.rank_pattern, theirs.alpha_pattern)
+    assert set(mine.target_parameters) == set(theirs.target_parameters)
+    one, other = tensors(ours, made[0]), tensors(peer, made[1])
+    assert {key: value.shape for key, value in one.items()} == {key: value.shape for key, value in other.items()}
+    model = made[0] if writer is ours else made[1]
+    shake(model)
+    with using(writer):
+        model.save_pretrained(tmp_path)
+    torch.testing.assert_close(read(reader, base(), tmp_path)(input_ids=IDS).logits, model(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)

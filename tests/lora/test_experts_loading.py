@@ -93,3 +93,100 @@ SIZES_OF_GPT_OSS = {
     "num_local_experts": 2,
     "num_experts_per_tok": 1,
 }
+
+
+# ---- "all-linear": experts and routers were linear layers ----------------------------------------------------------------
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+SHARED = {"gate_proj", "up_proj", "down_proj", "shared_expert_gate"}
+
+
+@pytest.mark.parametrize("name", BASES)
+@pytest.mark.parametrize("how", ["inject", "get"])
+def test_all_linear_means_experts_and_routers(name: str, how: str) -> None:
+    model, config = BASES[name][0](), config_for(name, target_modules="all-linear")
+    if how == "inject":
+        inject_adapter_in_model(config, model)
+    else:
+        get_peft_model(model, config)
+    assert {target.rpartition(".")[2] for target in config.target_modules} == (ATTENTION | SHARED if name == "qwen" else ATTENTION)
+    assert config.target_parameters == ["down_proj", "gate.weight", "gate_up_proj"]
+    assert (config.rank_pattern, config.alpha_pattern) == ({r".*\.gate_up_proj": 4}, {r".*\.gate_up_proj": 6})
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({"exclude_modules": ["gate"]}, ["down_proj", "gate_up_proj"]),
+        ({"exclude_modules": r".*\.experts(\..*)?"}, ["gate.weight"]),
+        ({"modules_to_save": ["mlp.gate"]}, ["down_proj", "gate_up_proj"]),
+    ],
+    ids=["router", "experts", "saved"],
+)
+def test_all_linear_leaves_out_what_the_config_leaves_out(fields: dict[str, Any], parameters: list[str]) -> None:
+    config = config_for("mixtral", target_modules="all-linear", **fields)
+    get_peft_model(mixtral(), config)
+    assert config.target_parameters == parameters
+
+
+@pytest.mark.parametrize("fields", [{"lora_dropout": 0.1}, {"use_dora": True}, {"init_lora_weights": "pissa"}, {"lora_bias": True}])
+def test_all_linear_is_refused_where_parameters_can_not_be_adapted_so(fields: dict[str, Any]) -> None:
+    model = mixtral()
+    with pytest.raises(ConfigError):
+        get_peft_model(model, config_for("mixtral", target_modules="all-linear", **fields))
+    assert not any("lora_" in key for key, _ in model.named_parameters())
+
+
+def test_experts_of_the_layers_that_are_asked_for() -> None:
+    config = config_for("mixtral", layers_to_transform=[1])
+    get_peft_model(mixtral(), config)
+    assert config.target_parameters == ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"]
+
+
+# ---- which names are those of experts ------------------------------------------------------------------------------------
+def dense_first() -> Any:
+    """A mixture whose first layer is dense."""
+    torch.manual_seed(0)
+    sizes = {"moe_intermediate_size": 12, "num_experts": 3, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **sizes)).eval()
+
+
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("targets", [["layers.0.mlp.gate_proj"], r".*\.0\.mlp\.gate_proj", [f"0.mlp.{name}" for name in NAMES]])
+def test_a_qualified_name_of_a_dense_layer_is_no_name_of_experts(targets: Any) -> None:
+    config = config_for("qwen", target_modules=targets)
+    inject_adapter_in_model(config, dense_first())
+    assert (config.target_parameters, config.rank_pattern) == (None, {})
+
+
+@pytest.mark.parametrize("targets", [[f"experts.{number}.{name}" for number in range(3) for name in NAMES], r".*\.experts\.\d+\.\w+_proj"])
+def test_qualified_names_of_experts_mean_these_alone(targets: Any) -> None:
+    config = config_for("qwen", target_modules=targets)
+    get_peft_model(qwen(), config)
+    assert (config.target_modules, config.target_parameters) == (set(), ["down_proj", "gate_up_proj"])
+
+
+@pytest.mark.parametrize("targets", [["experts.0.w2"], r".*\.experts\.[01]\.w2"])
+def test_some_of_the_experts_are_refused(targets: Any) -> None:
+    with pytest.raises(ConfigError, match="'w2' of some experts alone"):
+        get_peft_model(mixtral(), config_for("mixtral", target_modules=targets))
+
+
+def test_experts_of_one_layer() -> None:
+    config = config_for("mixtral", target_modules=r".*layers\.1\..*\.(q_proj|w[123])")
+    get_peft_model(mixtral(), config)
+    assert config.target_modules == {"model.layers.1.self_attn.q_proj"}
+    assert config.target_parameters == ["model.layers.1.mlp.experts.down_proj", "model.layers.1.mlp.experts.gate_up_proj"]
+
+
+def test_a_router_is_adapted_by_itself() -> None:
+    config = config_for("mixtral", target_modules=["q_proj", "gate"])
+    get_peft_model(mixtral(), config)
+    assert (config.target_modules, config.target_parameters) == ({"q_proj"}, ["gate.weight"])
+
+
+def test_patterns_that_say_something_of_the_pair_stay() -> None:
+    config = config_for("mixtral", target_modules="all-linear", rank_pattern={r".*\.gate_up_proj": 6})
+    get_peft_model(mixtral(), config)
+    assert config.rank_pattern == {r".*\.gate_up_proj": 6}

@@ -182,10 +182,13 @@ def tied_outputs_use_the_same_rows() -> None:
 
 def overlapping_rows_are_refused() -> None:
     model = fresh("lora", name="a", trainable_token_indices=[1, 5])
+    model.add_adapter("b", config("lora", trainable_token_indices=[5, 6]))
     with refused(ValueError, "5"):
-        model.add_adapter("b", config("lora", trainable_token_indices=[5, 6]))
-    model.add_adapter("c", config("lora", trainable_token_indices=[6]))
-    assert list(model.peft_config) == ["a", "c"]
+        model.base_model.set_adapter(["a", "b"])
+    with refused(ValueError, "5"):
+        model.merge_adapter(["a", "b"])
+    assert list(model.peft_config) == ["a", "b"]
+    assert model.active_adapters == ["a"]
 
 
 def saved_embeddings_have_no_rows() -> None:

@@ -46,7 +46,7 @@ TUNERS: dict[str, dict[str, Any]] = {
 }
 OUTSIDE = ("IA3", "VERA")
 LAYERS = ("LORA", "LOHA", "IA3", "VERA")
-#: where two adapters train the same rows of a table, those of the last count and the other one does nothing: tests/tokens
+#: two adapters that train the same rows of a table can't be used at once: tests/tokens
 PAIRS = [pair for pair in itertools.product(TUNERS, repeat=2) if pair != ("TRAINABLE_TOKENS",) * 2]
 NESTED = list(itertools.permutations(LAYERS, 2))
 #: three adapters on a batch of five: alone, together in both orders of naming, none

@@ -122,6 +122,7 @@ from .tuners.index import AdapterIndex as AdapterIndex
 from .tuners.index import require_index as require_index
 from .tuners.reshape import Reshape as Reshape
 from .tuners.targeting import Patterns as Patterns
+from .tuners.targeting import layer_filter as layer_filter
 from .tuners.targeting import target_matcher as target_matcher
 from .tuners.tokens import TokenRequest as TokenRequest
 from .tuners.tokens import plan_token_rows as plan_token_rows
@@ -130,6 +131,10 @@ from .tuners.tuner import ModuleValues as ModuleValues
 from .tuners.tuner import Plan as Plan
 from .tuners.tuner import TunerBase as TunerBase
 from .tuners.tuner import Wrap as Wrap
+from .virtual_tokens.trial import CacheLayer as CacheLayer
+from .virtual_tokens.trial import cache_layers as cache_layers
+from .virtual_tokens.trial import require_embeddings as require_embeddings
+from .virtual_tokens.trial import require_prefix as require_prefix
 
 __version__: str
 __all__ = [
@@ -244,6 +249,7 @@ __all__ = [
     "inject_adapter_in_model",
     "is_conv1d",
     "is_observed",
+    "layer_filter",
     "leave_modules",
     "list_tuners",
     "load_peft_weights",
@@ -263,4 +269,8 @@ __all__ = [
     "with_weight",
     "write_adapter",
     "write_tensor",
+    "CacheLayer",
+    "cache_layers",
+    "require_embeddings",
+    "require_prefix",
 ]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft_core import BaseView, ConfigError, ModelError, PromptLearningConfig
+from peft_core import BaseView, CacheLayer, ConfigError, ModelError, PromptLearningConfig, cache_layers, require_embeddings
 
 _SOURCES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
@@ -17,7 +17,10 @@ _DECODERS = {"num_layers": ("num_decoder_layers", "decoder_layers"), "num_attent
 
 
 def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool = False) -> dict[str, Any]:
-    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules`.
+    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules`; of keys and values also `cache`.
+
+    Keys and values are measured where the base can be run (`peft_core.cache_layers`): models whose layers differ have the largest number of
+    heads and the largest width here. `cache` is what each layer caches; None: all layers alike, as the config says.
 
     Args:
         base: the base model.
@@ -28,6 +31,7 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     Raises:
         ConfigError: the number of virtual tokens is not given, a dimension is neither given nor in the model's config, or it does not fit.
         ModelError: the base has no config.
+        CapabilityError: the base takes no embeddings.
     """
     if config.num_virtual_tokens is None:
         raise ConfigError(f"num_virtual_tokens is not set in {type(config).__name__}", hint="20 is a usual number")
@@ -36,6 +40,9 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
         raise ModelError(f"{base.name} has no config, from which a prompt's dimensions are read", hint="use a transformers model")
     if keys_values:
         source = _Decoder(base) if is_encoder_decoder(base) else source
+        source = _Measured(source, layers) if (layers := cache_layers(base)) is not None else source
+    else:
+        require_embeddings(base)
     found: dict[str, Any] = {}
     for field, names in _SOURCES.items():
         value = getattr(config, field)
@@ -52,6 +59,7 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     submodules = config.num_transformer_submodules
     found["num_transformer_submodules"] = submodules or (2 if str(config.task_type) == "SEQ_2_SEQ_LM" else 1)
     if keys_values:
+        found["cache"] = source.cache if isinstance(source, _Measured) else None
         _check_layers(base, source, found)
     _check_width(base, source, found, keys_values)
     return found
@@ -80,6 +88,19 @@ class _Decoder:
     def __getattr__(self, name: str) -> Any:
         renamed = self.__dict__["renamed"]
         return renamed[name] if name in renamed else getattr(self.__dict__["config"], name)
+
+
+class _Measured:
+    """The config of a decoder whose keys and values were measured, under the names that configs of decoder-only models have."""
+
+    def __init__(self, source: Any, cache: Sequence[CacheLayer | None]) -> None:
+        layers = [layer for layer in cache if layer is not None]
+        self.source, self.cache = source, cache
+        self.num_key_value_heads = max(layer.heads for layer in layers)
+        self.head_dim = max(max(layer.key_width, layer.value_width) for layer in layers)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["source"], name)
 
 
 def _first(source: Any, names: tuple[str, ...]) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, Call, InitOptions, Plan, Site, Slot, TunerBase, VirtualTokens
+from peft_core import BaseView, CacheLayer, Call, ConfigError, InitOptions, Plan, Site, Slot, TunerBase, VirtualTokens, require_prefix
 
 from . import dimensions
 from .config import PrefixTuningConfig
@@ -19,15 +19,17 @@ from .tensor_names import GATE
 #: the gates of a neutral prefix at first: so small that nothing is seen of it, and large enough for the logarithm's gradient in float32
 INITIAL_GATE, SMALLEST = 1e-7, 1e-20
 
-KeysValues = tuple[tuple[Tensor, Tensor], ...]
+KeysValues = tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 class PrefixEncoder(TableEncoder):
     """Keys and values of a prefix for every layer.
 
-    The table has them layer by layer, keys before values. On encoder-decoder models with `num_transformer_submodules` 2, which is their default,
-    files of this format are read as if there were a second copy for the cross-attention between the layers: layer i takes the part 2i mod layers,
-    so that for an even number of layers half of the table is not used. With 1, each layer has a part of its own.
+    The table has them layer by layer, keys before values, and for each layer as many heads of such a width as the largest layer has: others use
+    the first of the heads, and the first entries of a head. Layers without keys use none. On encoder-decoder models with
+    `num_transformer_submodules` 2, which is their default, files of this format are read as if there were a second copy for the cross-attention
+    between the layers: layer i takes the part 2i mod layers, so that for an even number of layers half of the table is not used. With 1, each
+    layer has a part of its own.
 
     Without projection a table `embedding.weight` (tokens, 2·layers·width). With it, a table (tokens, width) and the network
     `transform`: Linear, tanh, Linear. Files: see `TableEncoder`.
@@ -37,7 +39,8 @@ class PrefixEncoder(TableEncoder):
 
     Args:
         config: projection and starting values.
-        found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`.
+        found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`; `cache`: what each layer caches, None where that was not
+            measured and all layers are alike.
         init_options: whether starting values are needed.
         site: where the prefix goes.
     """
@@ -48,6 +51,9 @@ class PrefixEncoder(TableEncoder):
         self.heads: int = found["num_attention_heads"]
         width: int = found["token_dim"]
         self.head_dim = width // self.heads
+        cache: Sequence[CacheLayer | None] = found.get("cache") or [CacheLayer(self.heads, self.head_dim, self.head_dim)] * self.layers
+        #: what each layer caches; those behind the last one use another layer's
+        self.cache = (*cache, *[None] * (self.layers - len(cache)))
         self.site = site
         step = 2 if site is Site.DECODER and found["num_transformer_submodules"] == 2 else 1
         self.order = tuple(step * layer % self.layers for layer in range(self.layers))
@@ -66,9 +72,13 @@ class PrefixEncoder(TableEncoder):
         return found
 
     def keys_values(self) -> KeysValues:
-        """Return for each layer its keys and values, each (heads, tokens, head_dim)."""
+        """Return for each layer its keys and values, each (heads, tokens, head_dim) of that layer; None for a layer without keys."""
         table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
-        return tuple((table[2 * part], table[2 * part + 1]) for part in self.order)
+        parts = [(table[2 * part], table[2 * part + 1]) for part in self.order]
+        return tuple(
+            None if layer is None else (keys[: layer.heads, :, : layer.key_width], values[: layer.heads, :, : layer.value_width])
+            for layer, (keys, values) in zip(self.cache, parts, strict=True)
+        )
 
     def weights(self) -> Tensor | None:
         """Return log|g| of each token's gate g (tokens,), to be added to the scores of its keys; None: there are no gates."""
@@ -109,9 +119,18 @@ class PrefixTuner(TunerBase):
 
         Raises:
             ConfigError, ModelError: the dimensions are unknown, or do not fit.
+            CapabilityError: the base does not compute with a cache that begins with keys and values.
         """
         found = dimensions.resolve(base, config, keys_values=True)
-        resolved = {**found, "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"]}
+        cache = found["cache"]
+        if cache is not None:
+            require_prefix(base, cache)
+            if config.init_weights == "neutral" and not all(cache):
+                raise ConfigError('init_weights="neutral" is for models whose layers all have keys', hint="use another init_weights")
+        resolved = {
+            **{name: value for name, value in found.items() if name != "cache"},
+            "encoder_hidden_size": config.encoder_hidden_size or found["token_dim"],
+        }
         site = Site.DECODER if dimensions.is_encoder_decoder(base) else Site.INPUT
         return Plan(mounts={"prompt_encoder": partial(PrefixEncoder, config, found, site=site)}, resolved=resolved)
 

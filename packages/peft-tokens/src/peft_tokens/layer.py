@@ -8,9 +8,5 @@ from peft_core import TrainableRowsLayer
 class TrainableTokensLayer(TrainableRowsLayer):
     """E' = E with E'[T] = D around an embedding, or around the output layer that shares its weight; see `peft_core.TrainableRowsLayer`.
 
-    Adapters may train the same rows; where several are in use at once, the last one's count.
-
     Shapes: `trainable_tokens_delta.<adapter>` (|T|, dim), in the order of `token_indices`.
     """
-
-    may_overlap = True

@@ -26,6 +26,8 @@ class BaseForward:
         self.takes_cache = "past_key_values" in found or keywords
         #: the inner model that takes a cache if the forward takes none
         self.backbone = None if self.takes_cache else backbone.find(view.base)
+        #: the inner model that has an embedding for each layer, which its forward computes from token ids
+        self.per_layer = next((module for module in view.modules.values() if hasattr(type(module), "get_per_layer_inputs")), None)
         #: a layer has read the keys and values of a prefix from a cache
         self.reads_cache = False
         #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
@@ -44,6 +46,20 @@ class BaseForward:
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
         return name in self.parameters
+
+    def per_layer_inputs(self, ids: Any, count: int = 0) -> dict[str, Tensor]:
+        """Return what the forward is given beside embeddings, where its layers look token ids up again (Gemma 3n, Gemma 4); empty elsewhere.
+
+        Args:
+            ids: (batch, tokens); without them the base has to do.
+            count: virtual tokens before them, which count as padding there, as tokens of an image do.
+        """
+        config = self.view.text_config
+        inner: Any = self.per_layer
+        if inner is None or not isinstance(ids, Tensor) or not getattr(config, "hidden_size_per_layer_input", None):
+            return {}
+        padding = getattr(config, "pad_token_id", None) or 0
+        return {"per_layer_inputs": inner.get_per_layer_inputs(nn.functional.pad(ids, (count, 0), value=padding))}
 
     def embed(self, ids: Any, *, decoder: bool = False) -> Tensor:
         """Return the embeddings of token ids, adapters on the embedding included.

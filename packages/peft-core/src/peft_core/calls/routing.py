@@ -9,6 +9,7 @@ from ..errors import AdapterNotFoundError, RoutingError, did_you_mean, listed
 from ..plugins.spec import Capability
 from ..selection.route import BASE, Route, read_names
 from ..tuners.index import AdapterIndex
+from ..tuners.tokens import refuse_common_rows
 from . import checkpointing
 
 
@@ -18,7 +19,7 @@ def check_route(index: AdapterIndex, route: Route) -> None:
     Raises:
         AdapterNotFoundError: it names an adapter that the model lacks.
         CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
-        RoutingError: adapters are merged.
+        RoutingError: adapters are merged, or two on one row have rows of the same tokens.
     """
     check_moment(index)
     unknown = [name for name in route.used if name not in index.configs]
@@ -27,6 +28,8 @@ def check_route(index: AdapterIndex, route: Route) -> None:
             f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}",
             hint=did_you_mean(unknown[0], [*index.configs, BASE]) or f"the model has {listed(index.configs) or 'none'}",
         )
+    for names in {route.names} if route.per_row is None else set(route.per_row):
+        refuse_common_rows(index, names, RoutingError)
     if route.per_row is not None and len(set(route.per_row)) > 1:
         for name in route.used:
             index.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -46,6 +47,10 @@ class TokenAdapter(SelectionMixin):
         if name in _OF_ROWS:
             return getattr(self.__dict__["rows"], name)
         return super().__getattr__(name)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """As of a layer."""
+        self.__dict__["rows"].set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """As of a layer."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.ops import with_weight
-from ..errors import ConfigError, ModelError, listed
+from ..errors import ModelError, PeftError, RoutingError, listed
 from ..merging.exact import Merge
 from ..merging.layer import LayerMerging
 from ..merging.rows import RowsChange, RowsFold
@@ -110,8 +110,6 @@ class TrainableRowsLayer(AdapterLayer):
     other_param_names: ClassVar[tuple[str, ...]] = ("indices",)
     #: what files call the rows, behind the path of the module
     key: ClassVar[str] = "trainable_tokens_delta"
-    #: whether adapters may train the same row; where they are in use at once, that of the last one counts
-    may_overlap: ClassVar[bool] = False
     #: whether files have rows that two modules have in common under the names of both
     written_twice: ClassVar[bool] = True
 
@@ -143,16 +141,8 @@ class TrainableRowsLayer(AdapterLayer):
     def add(self, adapter: str, config: RowSettings) -> None:
         """Create an adapter's rows with the values of the base's, or use those of another layer.
 
-        Raises:
-            ConfigError: another adapter trains one of the rows.
+        Others may have rows of the same tokens; only one of them can be in use at a time (`refuse_common_rows`).
         """
-        for other, indices in () if self.may_overlap else self.indices.items():
-            common = sorted({*indices} & {*config.indices})
-            if common:
-                raise ConfigError(
-                    f"the tokens {common} of {config.path!r} train in {other!r} already, so that they can't in {adapter!r}",
-                    hint="give each adapter tokens of its own, or delete_adapter the other one",
-                )
         self.indices[adapter], self.partly_tied[adapter] = config.indices, config.partly_tied
         container_module = self.container_module
         if config.source is not None:
@@ -167,6 +157,16 @@ class TrainableRowsLayer(AdapterLayer):
         start = rows.new_empty(rows.shape).normal_() if config.random and self.init_options.initialise else rows
         container_module.trainable_tokens_original.register_buffer(adapter, rows.clone(), persistent=False)
         container_module.trainable_tokens_delta[adapter] = self.init_options.parameter_of(start)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use these adapters in this module, as every layer.
+
+        Raises:
+            RoutingError: two of them have rows of the same tokens; nothing changes then.
+        """
+        if not isinstance(adapter_names, str):
+            refuse_common_rows("this module", [self], adapter_names, RoutingError)
+        super().set_adapter(adapter_names, inference_mode)
 
     def _initial_rows(self, adapter: str) -> Tensor:
         """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""
@@ -279,6 +279,27 @@ class TrainableRowsLayer(AdapterLayer):
         weight = self.get_base_layer()._parameters.get(self.weight_name)
         folds = [fold for merge in source.merging.merges if adapter in merge.adapters for fold in merge.folds]
         return any(isinstance(fold, RowsFold) and fold.written is weight for fold in folds)
+
+
+def refuse_common_rows(path: str, layers: Iterable[TrainableRowsLayer], adapters: Iterable[str], error: type[PeftError]) -> None:
+    """Check that no two of some adapters have rows of the same tokens: they can't be in use at once, nor in one weight.
+
+    Args:
+        path: of a module of the base, for the message.
+        layers: those around it.
+        adapters: names.
+        error: what is raised otherwise.
+    """
+    owners: dict[int, str] = {}
+    for adapter in dict.fromkeys(adapters):
+        indices = {index for layer in layers for index in layer.indices.get(adapter, ())}
+        common = sorted(indices & owners.keys())
+        if common:
+            raise error(
+                f"in {path!r} {owners[common[0]]!r} and {adapter!r} have rows of the same tokens {common}, of which one counts",
+                hint="use or merge one of the two at a time, or use them for different rows of a batch by adapter_names",
+            )
+        owners |= dict.fromkeys(indices, adapter)
 
 
 class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):

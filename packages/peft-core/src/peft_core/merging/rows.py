@@ -17,11 +17,8 @@ class RowsChange:
     invertible = False
 
     def __init__(self, rows: Sequence[tuple[Tensor, Tensor]]) -> None:
-        indices = torch.cat([indices for indices, _ in rows])
-        # of a row that several adapters have, the last one counts; written twice, it could be either
-        last = sorted({int(index): place for place, index in enumerate(indices)}.values())
-        self.indices = indices[last]
-        self.rows = torch.cat([values.detach() for _, values in rows])[last]
+        self.indices = torch.cat([indices for indices, _ in rows])
+        self.rows = torch.cat([values.detach() for _, values in rows])
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return a weight with the rows."""

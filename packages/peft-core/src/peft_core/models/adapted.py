@@ -22,7 +22,7 @@ from ..config import PeftConfig
 from ..errors import ConfigError, MissingMethodError, ModelError, PeftWarning
 from ..inspection import parameters as counting
 from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-from ..operations.activate import activate, disabled
+from ..operations.activate import activate_new, disabled
 from ..operations.add import get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.adapter_names import check_name
@@ -77,7 +77,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
         index.attach(with_configs=isinstance(self.base_model, TunerModel))
-        activate(index, [*index.active, adapter_name] if not new else [adapter_name], trainable=not peft_config.inference_mode)
+        activate_new(index, adapter_name, [] if new else index.active, trainable=not peft_config.inference_mode)
         base = index.base
         if getattr(getattr(base, "config", None), "pretraining_tp", 1) != 1:
             base.config.pretraining_tp = 1  # type: ignore[union-attr]

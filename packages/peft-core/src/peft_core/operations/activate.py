@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from ..calls import checkpointing
-from ..errors import PeftWarning
+from ..errors import PeftWarning, RoutingError
 from ..plugins import hooks
 from ..selection.route import Route
 from ..selection.switching import SelectionMixin, let_train
 from ..tuners.index import AdapterIndex
+from ..tuners.tokens import refuse_common_rows
 from . import merge
+from .delete import delete
 
 
 def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = True) -> None:
@@ -20,8 +22,10 @@ def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = 
 
     Raises:
         AdapterNotFoundError: the model lacks one.
+        RoutingError: two have rows of the same tokens; nothing has changed.
     """
     index.require(*adapters)
+    refuse_common_rows(index, adapters, RoutingError)
     if index.merged_adapters():
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=4)
         merge.unmerge(index)
@@ -31,6 +35,19 @@ def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = 
     for adapter in index.configs:
         set_trainable(index, adapter, trainable and adapter in chosen)
     hooks.adapter_activated(index.base, chosen)
+
+
+def activate_new(index: AdapterIndex, adapter: str, others: Sequence[str], *, trainable: bool = True) -> None:
+    """Use an adapter that was just added, beside `others`; if they can't be used together, it is taken out again.
+
+    Raises:
+        RoutingError: they can't.
+    """
+    try:
+        activate(index, [*others, adapter], trainable=trainable)
+    except RoutingError:
+        delete(index, adapter)
+        raise
 
 
 def follow_model(index: AdapterIndex) -> None:

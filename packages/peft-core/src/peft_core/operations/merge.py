@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from ..base.undo import collector_paused
-from ..errors import PeftWarning, listed
+from ..errors import MergeError, PeftWarning, listed
 from ..layers.adapter_layer import AdapterLayer
 from ..layers.slots import AdapterModule, LeavesBehind
 from ..merging.layer import layers_inside, refuse_wrong_order
 from ..plugins import Capability, hooks
 from ..selection.switching import SelectionMixin
 from ..tuners.index import AdapterIndex
+from ..tuners.tokens import refuse_common_rows
 from . import reshape
 from .delete import retire
 
@@ -32,7 +33,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
 
     Raises:
         AdapterNotFoundError, CapabilityError: before anything changes.
-        MergeError: a result is not finite; nothing is changed then.
+        MergeError: a result is not finite, or two adapters have rows of the same tokens; nothing is changed then.
     """
     layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
     chosen = _acting_somewhere(index, layers) if adapters is None else tuple(adapters)
@@ -42,6 +43,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
     already = [name for name in index.merged_adapters() if name in chosen]
     if already:
         warnings.warn(f"{listed(already)} are already merged, which is not repeated", PeftWarning, stacklevel=4)
+    refuse_common_rows(index, (*index.merged_adapters(), *chosen), MergeError)
     if chosen:
         reshape.refuse_merge(index)
     names_in = {layer: chosen if adapters is not None else acting_in(index, layer) for layer in layers}

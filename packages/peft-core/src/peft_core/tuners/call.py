@@ -30,7 +30,7 @@ class VirtualTokens:
         rows: the rows that use them: `ALL`, or row numbers (rows,).
         site: where they go.
         embeds: (n, hidden), or (rows, n, hidden) where the rows differ.
-        keys_values: for each layer keys and values, each (heads, n, head_dim).
+        keys_values: for each layer keys and values, each (heads, n, head_dim) of that layer; None for a layer without keys.
         weights: added to the attention scores of the keys (n,): the logarithm of how much each counts; None: as any other key. Keys with weights
             take no positions, so that with no weight at all the base computes what it computes alone.
     """
@@ -38,7 +38,7 @@ class VirtualTokens:
     rows: Rows
     site: Site = Site.INPUT
     embeds: Tensor | None = None
-    keys_values: tuple[tuple[Tensor, Tensor], ...] | None = None
+    keys_values: tuple[tuple[Tensor, Tensor] | None, ...] | None = None
     weights: Tensor | None = None
 
     @property
@@ -47,7 +47,7 @@ class VirtualTokens:
         if self.embeds is not None:
             return self.embeds.shape[-2]
         assert self.keys_values is not None
-        return self.keys_values[0][0].shape[-2]
+        return next(pair[0].shape[-2] for pair in self.keys_values if pair is not None)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     if not matches.found:
         raise _no_match(base, config, targets, matches)
     matches.found = without_passed_by(base, matches.found, named=not every_linear, trains=not config.inference_mode)
-    _warn_unused(base, config, targets, matches.excluded)
+    # "all-linear" may have meant parameters of a module, which a layout of LoRA has left out
+    parts = target_matcher(config.exclude_modules if every_linear else None, "exclude_modules")
+    _warn_unused(base, config, targets, matches.excluded or list(filter(parts, base.modules)))
     if not isinstance(targets, str):
         targets = shortest_suffixes(matches.found, base.modules) if len(targets) >= SHORTEN_FROM else set(targets)
     return Selection(tuple(matches.found), targets)

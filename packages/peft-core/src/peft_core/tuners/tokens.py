@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from ..base.view import BaseView, is_inside
-from ..errors import ConfigError, ModelError, UnsupportedModuleError, did_you_mean, listed
+from ..errors import ConfigError, ModelError, PeftError, UnsupportedModuleError, did_you_mean, listed
+from ..layers import token_rows
 from ..layers.init_options import InitOptions
 from ..layers.slots import AdapterModule
 from ..layers.token_rows import RowSettings, TokenRows, TrainableRowsLayer
 from ..plugins import Capability, TunerSpec
 from ..selection.selection import AdapterSelection
+from .index import AdapterIndex
 from .targeting import target_matcher
 from .tuner import Plan, TunerBase, Wrap
 
@@ -86,6 +88,24 @@ def plan_token_rows(
         wraps.append(Wrap(path, build, owner))
         wraps += [Wrap(other, build, _Filler(adapter, replace(settings, path=other), owner)) for other in followers]
     return Plan(wraps=tuple(wraps))
+
+
+def refuse_common_rows(index: AdapterIndex, adapters: Collection[str], error: type[PeftError]) -> None:
+    """Check that no two of some adapters have rows of the same tokens: they can't be in use at once, nor in one weight.
+
+    Args:
+        index: the adapters of a model.
+        adapters: names.
+        error: what is raised otherwise.
+    """
+    if len(adapters) < 2:
+        return
+    layers: dict[str, list[TrainableRowsLayer]] = {}
+    for (_, path), module in index.modules.items():
+        if isinstance(module, TrainableRowsLayer):
+            layers.setdefault(path, []).append(module)
+    for path, around in layers.items():
+        token_rows.refuse_common_rows(path, around, adapters, error)
 
 
 def checked_indices(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:

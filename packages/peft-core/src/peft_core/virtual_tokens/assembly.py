@@ -110,6 +110,7 @@ def _with_embeddings(
     count = sum(tokens.length for tokens in embeds)
     lead: Lead = count
     inputs["inputs_embeds"] = prepend_embeddings(embeds, forward.embed(ids) if embedded is None else embedded)
+    inputs |= forward.per_layer_inputs(ids, count)
     labelled = task.labels_each_token(inputs.get("labels"), shape)
     for name, value in (("token_type_ids", 0), *((("labels", IGNORED),) if labelled else ())):
         if isinstance(inputs.get(name), Tensor):
@@ -150,7 +151,7 @@ def _move_unused_to_front(
     leading = torch.cat([torch.ones_like(seen[:, :n_embeds]), seen[:, n_embeds:].cumsum(dim=1) == 0], dim=1)
     order = torch.where(leading, seen.long(), 2).argsort(dim=1, stable=True)
     moved = dict(inputs)
-    for name in ("inputs_embeds", "labels"):
+    for name in ("inputs_embeds", "labels", *(["per_layer_inputs"] if "per_layer_inputs" in inputs else [])):
         value = inputs[name]
         moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
     seen = seen.gather(1, order)
@@ -163,8 +164,11 @@ def _move_unused_to_front(
 def _move_masked_to_front(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
     """Move all that a row does not look at before what it uses: among embeddings, a model can't tell which token is the last."""
     order = (mask[:, n_kv:] != 0).to(torch.int8).argsort(dim=1, stable=True)
-    value = inputs["inputs_embeds"]
-    moved = {**inputs, "inputs_embeds": value.gather(1, order.unsqueeze(2).expand_as(value))}
+    moved = dict(inputs)
+    for name in ("inputs_embeds", "per_layer_inputs"):
+        if name in inputs:
+            value = inputs[name]
+            moved[name] = value.gather(1, order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value))
     mask = torch.cat([mask[:, :n_kv], mask[:, n_kv:].gather(1, order)], dim=1)
     return moved, mask, None if positions is None else positions.gather(1, order)
 

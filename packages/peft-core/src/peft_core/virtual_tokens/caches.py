@@ -31,16 +31,24 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
         recomputing: layers are recomputed in the backward pass, so the cache does not store what they add.
 
     Raises:
-        CapabilityError: the cache is too short.
+        CapabilityError: the cache is too short, or layers that have no keys are to be recomputed.
     """
+    if recomputing and any(pair is None for part in tokens for pair in part.keys_values or ()):
+        raise CapabilityError(
+            f"layers of {view.name} have states beside keys and values, which can't be computed twice from one cache",
+            hint="gradient_checkpointing_disable() for prefixes",
+        )
     if cache is None or recomputing:
-        cache = _new_cache(view, len(tokens[0].keys_values or ()), recomputing)
+        cache = new_cache(view, len(tokens[0].keys_values or ()), recomputing)
     decoder_cache = self_attention_cache(cache)
     _check_size(decoder_cache, sum(part.length for part in tokens))
     write = decoder_cache.begin if recomputing else decoder_cache.update
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
-        pairs = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
+        offered = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
+        pairs = [pair for pair in offered if pair is not None]
+        if not pairs:  # a layer without keys
+            continue
         keys = [expand_to_batch(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [expand_to_batch(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
@@ -48,7 +56,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
     return cache
 
 
-def _new_cache(view: BaseView, layers: int, recomputing: bool) -> Any:
+def new_cache(view: BaseView, layers: int, recomputing: bool = False) -> Any:
     """Return an empty cache that grows, for a decoder with so many layers; of an encoder-decoder model for both kinds of attention."""
     from transformers import DynamicCache, EncoderDecoderCache
 

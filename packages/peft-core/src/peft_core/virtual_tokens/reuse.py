@@ -44,7 +44,8 @@ class VirtualKeysValues:
         words: Any = index.base.get_input_embeddings()  # type: ignore[operator]
         sequence = torch.cat(self.embeds).to(device=call.device, dtype=words.weight.dtype).unsqueeze(0)
         with index.selection.use(call.route):
-            found = base(inputs_embeds=sequence, use_cache=True, return_dict=True)
+            further = index.forward.per_layer_inputs(torch.zeros(1, 0, dtype=torch.long, device=call.device), sequence.shape[1])
+            found = base(inputs_embeds=sequence, use_cache=True, return_dict=True, **further)
         self.keys_values = _plain_layers(found.get("past_key_values"), sequence.shape[1])
         values = {name: found.get(name) for name in _PER_TOKEN}
         self.outputs: Mapping[str, Tensor] = {

@@ -60,8 +60,9 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     decoder_cache: Any = getattr(cache, "self_attention_cache", cache)
     if not length or not hasattr(decoder_cache, "layers"):
         return
+    with_keys = [layer for layer in decoder_cache.layers if getattr(layer, "keys", None) is not None]
     readers = getattr(decoder_cache, "readers", None)  # under checkpointing, the cache does not keep what layers append, but records who read it
-    if not (any(layer.get_seq_length() > length for layer in decoder_cache.layers) if readers is None else readers):
+    if not (any(layer.get_seq_length() > length for layer in with_keys) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",
             hint=f"the layers of {forward.view.name} do not use the cache; use a method with virtual embeddings",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, CheckpointTranslation, ConfigError
+from peft_core import BaseView, CheckpointTranslation, ConfigError, PeftWarning
 
 if TYPE_CHECKING:
     from ..config import LoraConfig
@@ -25,7 +26,7 @@ GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _PLACES = {"w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0), "gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, 0)}
 _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.lora_(?P<factor>[AB])\.weight")
 _ROUTER = re.compile(r"(?P<stem>.*\.gate)\.lora_[AB]\.weight")
-_RENAMED = (".block_sparse_moe.", ".mlp.")
+RENAMED = (".block_sparse_moe.", ".mlp.")
 ELSEWHERE = "such an adapter can be used with transformers 4 only"
 
 
@@ -101,10 +102,14 @@ def _bare_routers(base: BaseView, known: Collection[str], shapes: Mapping[str, t
     for match in filter(None, map(_ROUTER.fullmatch, shapes)):
         stem = _renamed(match["stem"], base.modules)
         router = base.modules.get(stem)
-        bare = router is not None and not isinstance(router, nn.Linear) and "weight" in router._parameters
-        if bare and not any(f".{stem}.weight".endswith(f".{target}") for target in known):
+        if router is not None and is_bare_router(router) and not any(f".{stem}.weight".endswith(f".{target}") for target in known):
             routers.add(stem)
     return routers
+
+
+def is_bare_router(module: nn.Module) -> bool:
+    """Return whether a router is no Linear any more."""
+    return not isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
 
 
 def _check(stem: str, one: _Fused, shapes: Mapping[str, tuple[int, ...]], config: LoraConfig) -> None:
@@ -153,16 +158,34 @@ def _fields(
     }
     if any(GATE_UP in found for found in fused.values()):
         fields |= widened(config)
-    return fields
+    return fields | without_dropout(config)
 
 
 def widened(config: LoraConfig) -> dict[str, Any]:
     """Return the patterns for two projections of rank r side by side: they have rank 2r; the scale stays what it was."""
     alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
-    return {
-        "rank_pattern": {**config.rank_pattern, rf".*\.{GATE_UP}": 2 * config.r},
-        "alpha_pattern": {**config.alpha_pattern, rf".*\.{GATE_UP}": alpha},
+    key = rf".*\.{GATE_UP}"
+    ranks, alphas = {key: 2 * config.r}, {key: alpha}
+    return {  # what the config says of the parameter already stays
+        "rank_pattern": {**config.rank_pattern, **ranks, **config.rank_pattern},
+        "alpha_pattern": {**config.alpha_pattern, **alphas, **config.alpha_pattern},
     }
+
+
+def without_dropout(config: LoraConfig) -> dict[str, Any]:
+    """Return the field that switches dropout off, which has no place where a parameter is adapted, and warn of it; empty if it is off.
+
+    For files: what they give in evaluation does not depend on it.
+    """
+    if not config.lora_dropout:
+        return {}
+    warnings.warn(
+        f"lora_dropout={config.lora_dropout} is 0 from now on: the experts are parameters on this base, whose inputs can't be dropped. "
+        "This makes a difference to further training only",
+        PeftWarning,
+        stacklevel=7,
+    )
+    return {"lora_dropout": 0.0}
 
 
 def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
@@ -175,7 +198,7 @@ def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
 
 def _renamed(path: str, known: Mapping[str, nn.Module]) -> str:
     """Return a path as the base has it."""
-    return path if path in known else path.replace(*_RENAMED)
+    return path if path in known else path.replace(*RENAMED)
 
 
 def _renamed_key(key: str, known: Mapping[str, nn.Module]) -> str:

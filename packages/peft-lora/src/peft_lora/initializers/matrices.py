@@ -21,7 +21,7 @@ def float_matrix(layer: FactorLayer, settings: LoraSettings) -> Tensor:
     """Return the base weight as a matrix (out, in) in float32, or in float64 if that is its dtype; detached.
 
     Raises:
-        ConfigError: it is not of a floating-point dtype (a quantised base).
+        ConfigError: it is not of a floating-point dtype (a quantised base), or has entries that are not finite.
     """
     weight = layer.base_weight()
     if weight.dtype not in _FLOATS:
@@ -29,7 +29,22 @@ def float_matrix(layer: FactorLayer, settings: LoraSettings) -> Tensor:
             f"init_lora_weights={settings.config.init_lora_weights!r} needs the numbers of {settings.path!r}, whose dtype is {weight.dtype}",
             hint="load the base in float32, float16 or bfloat16",
         )
-    return wide(layer.ops.matrix(weight).detach())
+    return finite(wide(layer.ops.matrix(weight).detach()), settings.path)
+
+
+def finite(matrix: Tensor, path: str) -> Tensor:
+    """Return a matrix that is to be decomposed, on a device with numbers.
+
+    Args:
+        matrix: (out, in).
+        path: the layer it belongs to.
+
+    Raises:
+        ConfigError: it has entries that are infinite or no numbers.
+    """
+    if matrix.is_meta or bool(matrix.isfinite().all()):
+        return matrix
+    raise ConfigError(f"the weight of {path!r} has entries that are infinite or no numbers, so that it can't be decomposed", hint="check the base")
 
 
 def wide(matrix: Tensor) -> Tensor:

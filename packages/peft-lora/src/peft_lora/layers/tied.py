@@ -46,6 +46,12 @@ class Tie:
             yield "lora_embedding_A", a, self.adapter
             yield "lora_embedding_B", b, self.adapter
 
+    def show_in(self, layer: nn.Module) -> None:
+        """Put A and B into the containers of `layer` (`lora_A`, `lora_B`), where it multiplies by the weight."""
+        if self.transposed:
+            for container, held in (("lora_A", self.source.lora_embedding_B), ("lora_B", self.source.lora_embedding_A)):
+                layer.get_submodule(container)._modules[self.adapter] = SharedFactor(held, self.adapter)
+
     def slots(self) -> dict[str, Slot]:
         """Return A and B as files have them: for this module a second time."""
         found = self.source.slots(self.adapter)
@@ -66,6 +72,31 @@ class Tie:
 def _transposed(slot: Slot) -> Slot:
     rows, columns = slot.shape
     return Slot((columns, rows), lambda: slot.read().t().contiguous(), lambda value: slot.write(value.t().contiguous()))
+
+
+class SharedFactor(nn.Module):
+    """What a tied layer shows as its A or B: the other's transposed, as it is now. It has no parameter of its own, and files do not hold it.
+
+    Args:
+        held: the container in the layer of the embedding.
+        adapter: the adapter.
+    """
+
+    def __init__(self, held: nn.ParameterDict, adapter: str) -> None:
+        super().__init__()
+        self.__dict__["held"] = held  # no child of this module
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> Tensor:
+        """A (r, in) or B (out, r); what is written to it is written to the embedding's."""
+        held: nn.ParameterDict = self.__dict__["held"]
+        found: Tensor = held[self.adapter]
+        return found.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T``."""
+        return nn.functional.linear(x, self.weight)
 
 
 class _TieFold(Fold):

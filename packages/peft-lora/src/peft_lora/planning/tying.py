@@ -99,5 +99,6 @@ class _TiedFiller:
         layer.selection.register_adapter(self.adapter, layer.weight.device)
         layer.record_settings(self.adapter, self.settings)
         layer.tied[self.adapter] = tie
+        tie.show_in(layer)
         frozen = source.frozen.get(self.adapter, frozenset())
         layer.frozen[self.adapter] = frozenset({"A": "B", "B": "A"}[factor] for factor in frozen) if tie.transposed else frozen

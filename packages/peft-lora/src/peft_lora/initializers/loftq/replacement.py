@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peft_core import AdapterFileError, AdapterNotFoundError, ConfigError, PeftModel, require_index
+from peft_core import AdapterFileError, AdapterNotFoundError, ConfigError, PeftModel, Slot, require_index
 from peft_core.errors import did_you_mean
 
 from ...layers.common import LoraLayer
-from ..matrices import split, svd, wide
+from ..matrices import finite, split, svd, wide
 
 
 def replace_lora_weights_loftq(
@@ -35,9 +36,12 @@ def replace_lora_weights_loftq(
         callback: called after each layer with the model and the layer's name in the base; if it returns False, the layer gets its old
             A and B back.
 
+    All corrections are computed before the first is written; where `callback` raises, all layers get their old A and B back.
+
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        ConfigError: no layer of the adapter is quantised; the base does not say what it is; a tensor is missing or of another shape.
+        ConfigError: no layer of the adapter is quantised; the base does not say what it is; a tensor is missing, of another shape, or has
+            entries that are not finite.
         AdapterFileError: there is no such file.
     """
     if adapter_name not in peft_model.peft_config:
@@ -54,16 +58,28 @@ def replace_lora_weights_loftq(
             hint="for a base in float32, float16 or bfloat16 use init_lora_weights='loftq'",
         )
     original = _Original(_find(model_path, base), getattr(base, "base_model_prefix", ""))
-    for name, layer in layers.items():
-        weight = original.weight(name, layer)
-        a, b = split(*svd(weight - effective_weight(layer), layer.r[adapter_name]), layer.scaling[adapter_name], name)
-        slots = {key: slot for key, slot in layer.slots(adapter_name).items() if key in ("lora_A.weight", "lora_B.weight")}
-        before = {key: slot.read().clone() for key, slot in slots.items()}
-        for key, value in (("lora_A.weight", a), ("lora_B.weight", b)):
-            slots[key].write(value)
-        if callback is not None and not callback(peft_model, name):
-            for key, value in before.items():
-                slots[key].write(value)
+    corrections = {name: _correction(original.weight(name, layer), layer, adapter_name, name) for name, layer in layers.items()}
+    with contextlib.ExitStack() as undo:
+        for name, factors in corrections.items():
+            slots = {key: slot for key, slot in layers[name].slots(adapter_name).items() if key in factors}
+            before = {key: slot.read().clone() for key, slot in slots.items()}
+            undo.callback(_write, slots, before)
+            _write(slots, factors)
+            if callback is not None and not callback(peft_model, name):
+                _write(slots, before)
+        undo.pop_all()
+
+
+def _correction(weight: Tensor, layer: LoraLayer, adapter: str, name: str) -> dict[str, Tensor]:
+    """Return A and B for what quantising the matrix `weight` (out, in) lost in a layer, by the end of their keys."""
+    residual = finite(weight - effective_weight(layer), name)
+    a, b = split(*svd(residual, layer.r[adapter]), layer.scaling[adapter], name)
+    return {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def _write(slots: Mapping[str, Slot], values: Mapping[str, Tensor]) -> None:
+    for key, value in values.items():
+        slots[key].write(value)
 
 
 def is_quantised(module: nn.Module) -> bool:

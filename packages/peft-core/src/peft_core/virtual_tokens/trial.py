@@ -1,0 +1,162 @@
+"""Asks a base, by running it on two tokens, what its cache holds and whether it takes virtual tokens: configs do not say it for all models."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.forward import BaseForward
+from ..base.view import BaseView
+from ..errors import CapabilityError
+from . import caches
+
+#: how far logits of tokens fed one by one may be from those fed at once, relative to the largest: rounding in half precision
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """What the cache of one layer holds per token.
+
+    Args:
+        heads: of keys and values.
+        key_width, value_width: of one head.
+    """
+
+    heads: int
+    key_width: int
+    value_width: int
+
+
+def cache_layers(view: BaseView) -> tuple[CacheLayer | None, ...] | None:
+    """Return what each layer of a base's decoder caches, measured by a forward on two tokens; nothing of the base changes.
+
+    A layer without keys (linear attention, state spaces) is None. The answer is None if it can't be measured: the base is none of
+    transformers', takes no text, returns no cache, or has weights on the meta device or in shards.
+
+    Args:
+        view: the base.
+    """
+    if not _can_run(view):
+        return None
+    try:
+        with _quiet(view.base):
+            cache = view.base(**_tokens(view), use_cache=True).past_key_values
+        layers = caches.self_attention_cache(cache).layers
+    except Exception:  # whatever the base raises: its config has to do
+        return None
+    found = tuple(_measured(layer) for layer in layers)
+    return found if found and any(found) else None
+
+
+def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
+    """Check that a base computes with a cache that begins with keys and values of virtual tokens.
+
+    Args:
+        view: the base.
+        layers: as `cache_layers` found them.
+
+    Raises:
+        CapabilityError: it raises an error, or tokens that are fed one by one give something else than tokens fed at once.
+    """
+    if not BaseForward(view).takes_cache or getattr(view.config, "is_encoder_decoder", False):
+        return
+    try:
+        with _quiet(view.base):
+            at_once = _logits(view, layers, [3])
+            in_steps = _logits(view, layers, [2, 1])
+    except Exception as error:
+        raise CapabilityError(
+            f"{view.name} does not compute with a cache that begins with keys and values: {type(error).__name__}: {str(error)[:200]}",
+            hint="use a method with virtual embeddings (prompt tuning, p-tuning), or one that wraps layers",
+        ) from error
+    if isinstance(at_once, Tensor) and float((at_once - in_steps).abs().max()) > TOLERANCE * float(at_once.abs().max()):
+        raise CapabilityError(
+            f"with a cache that begins with keys and values, {view.name} gives other outputs for tokens one by one than for all at once",
+            hint="use a method with virtual embeddings (prompt tuning, p-tuning), or one that wraps layers",
+        )
+
+
+def require_embeddings(view: BaseView) -> None:
+    """Check that a base takes embeddings in the place of token ids; what can't be run passes.
+
+    Raises:
+        CapabilityError: it does not.
+    """
+    if not _can_run(view):
+        return
+    given = _tokens(view)
+    with _quiet(view.base):
+        try:
+            view.base(**given)
+            forward = BaseForward(view)
+            further = forward.per_layer_inputs(given["input_ids"])
+            embedded = forward.embed(given["input_ids"]) * 1.5  # of no token
+        except Exception:  # not a question of virtual tokens
+            return
+        try:
+            view.base(**{name: value for name, value in given.items() if name != "input_ids"}, **further, inputs_embeds=embedded)
+        except Exception as error:
+            raise CapabilityError(
+                f"{view.name} does not take embeddings in the place of token ids: {type(error).__name__}: {str(error)[:200]}",
+                hint="use a method that wraps layers",
+            ) from error
+
+
+def _measured(layer: Any) -> CacheLayer | None:
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.ndim != 4 or values.ndim != 4:
+        return None
+    return CacheLayer(keys.shape[1], keys.shape[3], values.shape[3])
+
+
+def _can_run(view: BaseView) -> bool:
+    """Return whether two tokens can be run through a base: a transformers model for text with all its weights here."""
+    if not view.is_transformers_model or getattr(view.base, "main_input_name", None) != "input_ids":
+        return False
+    return all(type(p) is nn.Parameter and not p.is_meta and p.numel() for p in view.base.parameters() if p.is_floating_point())
+
+
+def _tokens(view: BaseView, count: int = 2) -> dict[str, Tensor]:
+    """Return inputs with `count` tokens, for the decoder of an encoder-decoder model as well."""
+    device = next(view.base.parameters()).device
+    ids = torch.arange(1, count + 1, device=device).unsqueeze(0)
+    return {"input_ids": ids, "decoder_input_ids": ids} if getattr(view.config, "is_encoder_decoder", False) else {"input_ids": ids}
+
+
+def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence[int]) -> Any:
+    """Return the last output for three tokens behind two virtual ones, fed in `steps`."""
+    ids = _tokens(view, 3)["input_ids"]
+    cache, start, n = caches.new_cache(view, len(layers)), 0, 2
+    generator = torch.Generator().manual_seed(0)
+    for number, layer in enumerate(layers):
+        if layer is not None:
+            pair = [torch.randn(1, layer.heads, n, width, generator=generator) for width in (layer.key_width, layer.value_width)]
+            keys, values = (tensor.to(ids.device, caches.dtype_of(view.base)) for tensor in pair)
+            cache.update(keys, values, number)
+    found: Any = None
+    for step in steps:
+        mask = ids.new_ones(1, n + start + step)
+        found = view.base(input_ids=ids[:, start : start + step], attention_mask=mask, past_key_values=cache, use_cache=True)
+        cache, start = found.past_key_values, start + step
+    logits = getattr(found, "logits", None)
+    return logits[:, -1].float() if isinstance(logits, Tensor) and logits.ndim == 3 else None
+
+
+@contextlib.contextmanager
+def _quiet(base: nn.Module) -> Iterator[None]:
+    """Let a base compute in evaluation, without gradients; its modules are in training again afterwards where they were."""
+    training = [module for module in base.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
