@@ -87,10 +87,10 @@ class LoraTuner(LayerTuner):
         fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
         if parameters:
             self._require_plain(base, modules, config)
-        if config.lora_bias and not config.inference_mode:
-            _tell_of_missing_bias(base, modules)
         if config.ensure_weight_tying:
             modules = list(with_ties(self, base, adapter, config, modules))
+        if config.lora_bias and not config.inference_mode:
+            _tell_of_missing_bias(base, modules)
         wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
         return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
