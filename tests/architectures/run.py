@@ -59,7 +59,7 @@ def table(found: dict[str, dict[str, str]]) -> str:
             "# Architectures",
             "",
             f"Each class of transformers {transformers.__version__} of which a tiny model can be made, and each method: forward, a training step,",
-            "`generate`, saving, loading and merging, compared with the formula on the bare base. **ok**: right; a number: refused with a typed error,",
+            "`generate`, saving, loading and merging, compared with the formula on the bare base. **ok**: right; a number: a typed refusal,",
             "whose text is below; empty: not for this kind of model. Written by `nox -s architectures -- --table` after its parts.",
             "",
             *lines,
