@@ -332,10 +332,10 @@ def kernel(x: Any, first: Any, second: Any) -> Any:
 
 def test_what_the_code_of_a_module_does_decides_which_weights_pass_adapters_by() -> None:
     assert targeted(ByWeight(), target_modules=["called", "asked"]) == ["called", "asked"]
-    with pytest.raises(ConfigError, match="out_proj.*fused kernel"):
+    with pytest.raises(ConfigError, match=r"out_proj.*fused kernel"):
         targeted(ByWeight(), target_modules=["called", "out_proj"])
     assert targeted(ByWeight(), target_modules=["out_proj"], inference_mode=True) == ["out_proj"]
-    with pytest.raises(ConfigError, match="never.*never calls"):
+    with pytest.raises(ConfigError, match=r"never.*never calls"):
         targeted(ByWeight(), target_modules=["never"])
     with pytest.warns(PeftWarning, match=r"never.*no effect"):
         assert targeted(ByWeight(), target_modules=["called", "never"]) == ["called", "never"]

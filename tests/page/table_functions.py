@@ -67,7 +67,12 @@ ROWS: list[Row] = [
     says("6.1", "dimensions of prompts", making.prompts_get_their_dimensions),
     says("6.1", "a second time", making.a_second_call_is_warned_of, adapters.a_wrapped_model_is_one_with_adapters),
     says("6.1", "EVA", making.eva_without_low_memory_is_warned_of),
-    says("6.1", "name in a parameter prefix", adapters.names_that_begin_as_parameters_do_are_no_collision, differs="no warning: keys can be told apart (§12.26)"),
+    says(
+        "6.1",
+        "name in a parameter prefix",
+        adapters.names_that_begin_as_parameters_do_are_no_collision,
+        differs="no warning: keys can be told apart (§12.26)",
+    ),
     member(
         "6.2",
         "inject_adapter_in_model",

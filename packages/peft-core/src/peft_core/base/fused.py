@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import itertools
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,8 +49,8 @@ def weight_uses(parent: nn.Module) -> dict[str, WeightUse]:
 
 
 @functools.lru_cache(maxsize=512)
-def _of_class(cls: type[nn.Module]) -> dict[str, WeightUse] | None:
-    if cls.forward is nn.Module.forward:
+def _of_class(cls: type) -> dict[str, WeightUse] | None:
+    if getattr(cls, "forward", None) is nn.Module.forward:
         return None
     reads: list[tuple[str, bool, bool]] = []
     called: set[str] = set()
@@ -93,8 +94,8 @@ def _attribute_of_self(node: ast.AST) -> str | None:
 
 
 def _by_kernel(above: list[ast.AST]) -> bool | None:
-    """Return whether a function that is none of torch's takes a weight (the first of the nodes from it to the root); None: nothing computes with it."""
-    for inner, outer in zip(above, above[1:], strict=False):
+    """Return whether a function that is none of torch's takes a weight, the first of the nodes up to the root; None: nothing computes with it."""
+    for inner, outer in itertools.pairwise(above):
         if isinstance(outer, ast.Attribute) and outer.attr in _PROPERTIES:
             return None
         if isinstance(outer, ast.Call) and inner is not outer.func:
@@ -108,7 +109,7 @@ def _by_kernel(above: list[ast.AST]) -> bool | None:
 
 
 def _in_training(above: list[ast.AST]) -> bool:
-    for inner, outer in zip(above, above[1:], strict=False):
+    for inner, outer in itertools.pairwise(above):
         if isinstance(outer, ast.If) and inner in outer.body:
             parts = outer.test.values if isinstance(outer.test, ast.BoolOp) and isinstance(outer.test.op, ast.And) else [outer.test]
             if any(_attribute_of_self(part) == "training" for part in parts):

@@ -20,7 +20,7 @@ _ENGINES = frozenset({"DeepSpeedEngine"})
 
 
 def inside(model: nn.Module, *, any_holder: bool = False) -> nn.Module | None:
-    """Return the model that a wrapper holds: of `torch.compile`, FSDP1, checkpoint wrappers, DDP, `DataParallel`, DeepSpeed. None if it is no wrapper.
+    """Return the model that a wrapper (`torch.compile`, FSDP1, checkpoint wrappers, DDP, `DataParallel`, DeepSpeed) holds; None if it is none.
 
     Args:
         model: a wrapper or a model.

@@ -87,9 +87,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     # what is beside the base comes last; of several around one module the one that came first, which is innermost
     place = {path: number for number, path in enumerate(index.view.modules)}
     entries = sorted(index.modules.items(), key=lambda entry: place.get(entry[0][1], len(place)) if entry[0][0] else len(place))
-    return [
-        _layer(index, f"{prefix}{path}" if kind else path, kind, module) for (kind, path), module in entries if isinstance(module, nn.Module)
-    ]
+    return [_layer(index, f"{prefix}{path}" if kind else path, kind, module) for (kind, path), module in entries if isinstance(module, nn.Module)]
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:

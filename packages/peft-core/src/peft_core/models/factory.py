@@ -23,7 +23,7 @@ from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
 from ..tensor_names import key_renamer
-from ..tuners.index import ATTRIBUTE, adapted_model, require_index
+from ..tuners.index import adapted_model, require_index
 from .adapted import AdaptedModel
 from .chosen_modules import chosen_by
 from .configs import take_hub_arguments
