@@ -9,6 +9,7 @@ import itertools
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,7 +43,8 @@ def weight_uses(parent: nn.Module) -> dict[str, WeightUse]:
 
     Read from the source of its class. A class without a forward of its own, or without source, is judged by what it consists of.
     """
-    found = _of_class(type(parent))
+    cls: Any = type(parent)
+    found = _of_class(cls)
     if found is None:
         return dict.fromkeys(("conv1d", "out_proj"), WeightUse(True, False, True)) if parent._modules.keys() >= _MIXER else {}
     return found
