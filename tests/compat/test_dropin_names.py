@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import peft
-from compat.tiny import IDS, llama, mixtral, outputs, randomise
+from compat.tiny import IDS, llama, mixtral, net, outputs, randomise, rows, worst
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -223,6 +223,39 @@ def test_adapters_in_use_of_a_mixed_model_are_in_the_order_given() -> None:
     model.add_adapter("y", peft.LoHaConfig(r=2, target_modules=["q_proj"]))
     model.set_adapter(["y", "x"])
     assert model.active_adapters == ["y", "x"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_effects_that_do_not_commute_act_in_the_order_given(compiled: bool, tmp_path: Path) -> None:
+    """Two DoRAs on one layer: the second multiplies the first. A saved stack keeps the order."""
+    config = peft.LoraConfig(r=2, target_modules=["0"], use_dora=True)
+    model = peft.get_peft_model(net(), config, "x")
+    model.add_adapter("y", peft.LoraConfig(r=2, target_modules=["0"], use_dora=True))
+    generator = torch.Generator().manual_seed(1)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        for name in ("x", "y"):
+            layer.lora_B[name].weight.copy_(torch.randn(16, 2, generator=generator))
+            layer.lora_magnitude_vector[name].weight.copy_(torch.rand(16, generator=generator) + 0.5)
+
+    def change(name: str, y: torch.Tensor) -> torch.Tensor:
+        delta = layer.scaling[name] * layer.lora_B[name].weight @ layer.lora_A[name].weight
+        factor = layer.lora_magnitude_vector[name].weight / (layer.weight + delta).norm(dim=1)
+        return factor * (y + rows() @ delta.T)
+
+    with torch.no_grad():
+        plain = rows() @ layer.weight.T
+        forwards, backwards = change("y", change("x", plain)) + layer.bias, change("x", change("y", plain)) + layer.bias
+        assert worst(forwards, backwards) > 1e-2
+        called = torch.compile(layer, backend="eager") if compiled else layer
+        model.eval()
+        for names, expected in ((["x", "y"], forwards), (["y", "x"], backwards)):
+            model.base_model.set_adapter(names, inference_mode=True)
+            assert worst(called(rows()), expected) < 1e-5
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_stack(net(), tmp_path)
+    assert (list(again.peft_config), again.active_adapters) == (["x", "y"], ["y", "x"])
+    assert worst(again(rows()), model(rows())) < 1e-6
 
 
 def test_layers_in_a_status_are_in_the_order_of_modules() -> None:

@@ -169,7 +169,7 @@ def compatible_types_are_one_list() -> None:
 
 # ---- 26 --------------------------------------------------------------------------------------------------------------
 def bad_names_are_refused() -> None:
-    for name in ("a.b", "lora_", "keys", "items", "training", "__base__", "a/b"):
+    for name in ("a.b", "keys", "items", "training", "__base__", "../b", "/b", "a\\b"):
         for base, make in ((tiny(), get_peft_model), (tiny(), None)):
             with support.Unchanged(base), refused(ValueError, "name"):
                 get_peft_model(base, config("lora"), name) if make else inject_adapter_in_model(config("lora"), base, name)

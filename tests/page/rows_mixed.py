@@ -213,7 +213,7 @@ def names_and_configs_are_shown() -> None:
     model = mixed("lora", "loha")
     assert model.active_adapter == "lora"
     assert _set(model, "loha", "lora").active_adapter == ["loha", "lora"]
-    assert model.active_adapters == ["lora", "loha"]
+    assert model.active_adapters == ["loha", "lora"]
     assert {name: str(own.peft_type) for name, own in model.peft_config.items()} == {name: CONFIGS[name]["peft_type"] for name in LAYERS}
 
 
@@ -222,7 +222,7 @@ def stacks_are_saved_and_read(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     found = PeftMixedModel.from_stack(tiny(), tmp_path)
     assert list(found.peft_config) == ["prefix", "loha", "lora"]
-    assert found.active_adapters == ["prefix", "lora"]
+    assert found.active_adapters == ["lora", "prefix"]
     assert same(run(found), run(model))
     assert {path.name for path in tmp_path.iterdir()} >= {"README.md", "prefix", "loha", "lora"}
 

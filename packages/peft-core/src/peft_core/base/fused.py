@@ -9,6 +9,7 @@ import itertools
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -42,15 +43,16 @@ def weight_uses(parent: nn.Module) -> dict[str, WeightUse]:
 
     Read from the source of its class. A class without a forward of its own, or without source, is judged by what it consists of.
     """
-    found = _of_class(type(parent))  # type: ignore[arg-type]
+    cls: Any = type(parent)
+    found = _of_class(cls)
     if found is None:
         return dict.fromkeys(("conv1d", "out_proj"), WeightUse(True, False, True)) if parent._modules.keys() >= _MIXER else {}
     return found
 
 
 @functools.lru_cache(maxsize=512)
-def _of_class(cls: type[nn.Module]) -> dict[str, WeightUse] | None:
-    if cls.forward is nn.Module.forward:
+def _of_class(cls: type) -> dict[str, WeightUse] | None:
+    if getattr(cls, "forward", None) is nn.Module.forward:
         return None
     reads: list[tuple[str, bool, bool]] = []
     called: set[str] = set()

@@ -269,20 +269,14 @@ class AdapterLayer(SelectionMixin):
             active: bool (adapters,), or (rows, adapters), by the numbers in `AdapterSelection.adapter_ids`.
             x, y: as in `contribute`.
         """
-        for adapter in self._order_of_graph():
+        first = () if getattr(self.selection.local, "route", None) is not None else self.selection.reordered
+        for adapter in dict.fromkeys((*(name for name in first if name in self.scaling), *self.scaling)):
             changed = self.contribute(adapter, x, y.clone())
             flag = active[..., self.selection.adapter_ids[adapter]]
             if flag.dim():
                 flag = flag.repeat_interleave(y.shape[0] // flag.shape[0]).view(-1, *([1] * (y.dim() - 1)))
             y = torch.where(flag, changed, y)
         return y
-
-    def _order_of_graph(self) -> Sequence[str]:
-        """Return all adapters in the order of a compiled graph: one order for all choices, except where effects do not commute."""
-        if all(self.is_additive(adapter) for adapter in self.scaling):
-            return list(self.scaling)
-        chosen = self.selection.current().used  # part of the graph
-        return list(dict.fromkeys((*(name for name in chosen if name in self.scaling), *self.scaling)))
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
         """Return `y` with each row under the adapters that the route gives it."""
@@ -360,7 +354,7 @@ class AdapterLayer(SelectionMixin):
                 if adapter in holder._buffers or adapter in parameter_names(holder):
                     yield container, holder, adapter
             elif holder is not None and adapter in holder._modules:
-                part = unwrapped(holder._modules[adapter])  # type: ignore[arg-type]
+                part = unwrapped(holder.get_submodule(adapter))
                 for name in parameter_names(part):
                     yield f"{container}.{name}", part, name
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..base.wrappers import unwrapped
 from ..calls.checkpointing import require_output_grad
 from ..errors import ConfigError, PeftWarning
 
@@ -34,8 +35,9 @@ def prepare_model_for_kbit_training(
     Returns:
         `model`.
     """
-    loaded_in_k_bits = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-    method = getattr(model, "quantization_method", None)
+    base = unwrapped(model)
+    loaded_in_k_bits = any(getattr(base, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    method = getattr(base, "quantization_method", None)
     name = str(getattr(method, "value", method) or "").lower()
     for parameter in model.parameters():
         parameter.requires_grad = False
@@ -46,7 +48,7 @@ def prepare_model_for_kbit_training(
         if auto_clear_cache and torch.cuda.is_available():
             torch.cuda.empty_cache()
     if (loaded_in_k_bits or name) and use_gradient_checkpointing:
-        _enable_checkpointing(model, dict(gradient_checkpointing_kwargs or {}))
+        _enable_checkpointing(base, dict(gradient_checkpointing_kwargs or {}))
     return model
 
 

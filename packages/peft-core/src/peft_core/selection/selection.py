@@ -51,6 +51,8 @@ class AdapterSelection:
         self.adapter_ids: dict[str, int] = {}
         #: mask of the active adapters, by index: compiled graphs read it, so that switching adapters does not recompile
         self.active_mask = torch.zeros(0, dtype=torch.bool)
+        #: the active adapters, if they were not chosen in load order: part of compiled graphs, which otherwise do not depend on the choice
+        self.reordered: tuple[str, ...] = ()
         #: the selection of the whole model; `self`, unless this is a variant
         self.root = self
         #: (names, enabled) → the selection of layers that were switched individually; layers in the same state share one
@@ -96,6 +98,8 @@ class AdapterSelection:
 
     def _refresh(self) -> None:
         self.default = self.selected if self.enabled and not self.root.suspended else NO_ROUTE
+        numbers = [self.adapter_ids.get(name, -1) for name in self.default.names]
+        self.reordered = () if numbers == sorted(numbers) else self.default.names
         if self.root is self:
             for variant in list(self.variants.values()):
                 variant._refresh()
