@@ -21,38 +21,84 @@ KINDS = {
 }
 #: what configs are told, each where the class knows the name
 SIZES: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "max_position_embeddings": 64,
-    "n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "ffn_dim": 48,
-    "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "rotary_dim": 8, "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
-    "mamba_n_groups": 1, "state_size": 8, "ssm_state_size": 8, "d_state": 8, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
-
-        "vocab_size_per_layer_input": 64,
-        "num_kv_shared_layers": 0,
-        "sliding_window": 32,
-        "embedding_size": 32,
-        "shared_expert_intermediate_size": 24
-    ,
-
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "image_size": 32,
-        "patch_size": 8
-    ,
-
-        "hidden_dropout": 0.0,
-        "layerdrop": 0.0,
-        "encoder_layerdrop": 0.0,
-        "decoder_layerdrop": 0.0,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+    "max_position_embeddings": 64,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_inner": 48,
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "ffn_dim": 48,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "rotary_dim": 8,
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "state_size": 8,
+    "ssm_state_size": 8,
+    "d_state": 8,
+    "global_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 32,
+    "embedding_size": 32,
+    "shared_expert_intermediate_size": 24,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_dropout": 0.0,
+    "layerdrop": 0.0,
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
+}
+#: what some kinds are told besides
+FURTHER: dict[str, dict[str, Any]] = {
+    "causal": {"is_decoder": True},
+    "audio": {
         "conv_dim": (32, 32, 32),
-        "conv_stride": (5, 2, 2)
-    ,
-    "conv_kernel": (10, 3, 3), "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4, "num_feat_extract_layers": 3,
+        "conv_stride": (5, 2, 2),
+        "conv_kernel": (10, 3, 3),
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "num_feat_extract_layers": 3,
+    },
 }
 #: what is tried one after the other, until a model can be made and run
 ATTEMPTS: tuple[dict[str, Any], ...] = (
@@ -63,7 +109,7 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"layer_types": ["linear_attention", "full_attention"]},
     {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     {"attn_layer_indices": [1], "attn_layer_period": 2, "attn_layer_offset": 1},
-    {"is_decoder": True},
+    {"is_decoder": False},
     {"head_dim": 16},
 )
 LARGEST = 3_000_000
@@ -131,7 +177,7 @@ def maker(architecture: Architecture) -> Any:
 def _config(architecture: Architecture, changes: dict[str, Any]) -> Any:
     kind = getattr(transformers, architecture.name).config_class
     known = kind()
-    given = {key: value for key, value in {**SIZES, **changes}.items() if _has(known, key)}
+    given = {key: value for key, value in {**SIZES, **FURTHER.get(architecture.kind, {}), **changes}.items() if _has(known, key)}
     while True:
         try:
             return kind(**given)

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..base.ops import is_conv1d
+from ..base.ops import is_conv1d, is_linear_map
 from ..base.view import BaseView
 from ..config import LayerConfig
-from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
+from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 
 Targets = Collection[str] | str
 ALL_LINEAR = "all-linear"
@@ -45,6 +45,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
         ConfigError: no targets and no default; a malformed expression; "all-linear" on a model without linear layers.
+        UnsupportedModuleError: a target is a Linear that computes something else.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -59,6 +60,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     if not matches.found:
         raise _no_match(base, config, targets, matches)
     _refuse_fused_kernels(base, matches.found)
+    _refuse_other_maps(base, matches.found)
     # "all-linear" may have meant parameters of a module, which a layout of LoRA has left out
     parts = target_matcher(config.exclude_modules if every_linear else None, "exclude_modules")
     _warn_unused(base, config, targets, matches.excluded or list(filter(parts, base.modules)))
@@ -105,6 +107,15 @@ def _refuse_fused_kernels(base: BaseView, found: Sequence[str]) -> None:
                 f"target module {name!r}: {base.model_type} hands the weights of out_proj and conv1d to a fused kernel, past any adapter",
                 hint="target in_proj or x_proj",
             )
+
+
+def _refuse_other_maps(base: BaseView, found: Sequence[str]) -> None:
+    other = next((name for name in found if not is_linear_map(base.modules[name])), None)
+    if other is not None:
+        raise UnsupportedModuleError(
+            f"target module {other!r}: a {type(base.modules[other]).__name__} is a Linear that computes something else than x @ W.T + b",
+            hint=f"leave it out, or adapt its parameter by target_parameters=[{f'{other}.weight'!r}], where the method has them",
+        )
 
 
 def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
@@ -212,6 +223,7 @@ def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
     output = base.output_embeddings
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
+    names = {name for name in names if is_linear_map(base.modules[name])}
     if not names:
         raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")
     return names
