@@ -265,6 +265,13 @@ def consumers(session: nox.Session) -> None:
 
 
 @nox.session
+def architectures(session: nox.Session) -> None:
+    """Each class of transformers that a tiny config can build × each method; `-- 1/4` for a quarter (minutes), then `-- --table` for the docs."""
+    session.install(*PINS, *editable(*PACKAGES), "accelerate==1.15.0")
+    session.run("python", "tests/architectures/run.py", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
 def quantised(session: nox.Session) -> None:
     """LoRA on quantised layers, prompts under quantised caches, with the real libraries (bitsandbytes, torchao, optimum-quanto) on the CPU."""
     session.install(*PINS, *editable(*PACKAGES), *PYTEST, "accelerate==1.15.0")

@@ -87,12 +87,18 @@ SIZES: dict[str, Any] = {
     "layerdrop": 0.0,
     "encoder_layerdrop": 0.0,
     "decoder_layerdrop": 0.0,
-    "conv_dim": (32, 32, 32),
-    "conv_stride": (5, 2, 2),
-    "conv_kernel": (10, 3, 3),
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "num_feat_extract_layers": 3,
+}
+#: what some kinds are told besides
+FURTHER: dict[str, dict[str, Any]] = {
+    "causal": {"is_decoder": True},
+    "audio": {
+        "conv_dim": (32, 32, 32),
+        "conv_stride": (5, 2, 2),
+        "conv_kernel": (10, 3, 3),
+        "num_conv_pos_embeddings": 16,
+        "num_conv_pos_embedding_groups": 4,
+        "num_feat_extract_layers": 3,
+    },
 }
 #: what is tried one after the other, until a model can be made and run
 ATTEMPTS: tuple[dict[str, Any], ...] = (
@@ -103,7 +109,7 @@ ATTEMPTS: tuple[dict[str, Any], ...] = (
     {"layer_types": ["linear_attention", "full_attention"]},
     {"layer_types": ["mamba", "attention"], "layers_block_type": ["mamba", "attention"]},
     {"attn_layer_indices": [1], "attn_layer_period": 2, "attn_layer_offset": 1},
-    {"is_decoder": True},
+    {"is_decoder": False},
     {"head_dim": 16},
 )
 LARGEST = 3_000_000
@@ -171,7 +177,7 @@ def maker(architecture: Architecture) -> Any:
 def _config(architecture: Architecture, changes: dict[str, Any]) -> Any:
     kind = getattr(transformers, architecture.name).config_class
     known = kind()
-    given = {key: value for key, value in {**SIZES, **changes}.items() if _has(known, key)}
+    given = {key: value for key, value in {**SIZES, **FURTHER.get(architecture.kind, {}), **changes}.items() if _has(known, key)}
     while True:
         try:
             return kind(**given)

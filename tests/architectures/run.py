@@ -6,6 +6,7 @@ Each part writes its results to `.architectures/<transformers>-<part>.json`; the
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from architectures import building, checking  # noqa: E402
 
 def results(part: int, parts: int, only: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Return architecture → method → what came out; `wrong: …` is a fault."""
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity(logging.CRITICAL)
     found: dict[str, dict[str, str]] = {}
     for number, architecture in enumerate(building.architectures()):
         if (only and architecture.model_type not in only) or (not only and number % parts != part - 1):
@@ -59,8 +60,8 @@ def table(found: dict[str, dict[str, str]]) -> str:
             "# Architectures",
             "",
             f"Each class of transformers {transformers.__version__} of which a tiny model can be made, and each method: forward, a training step,",
-            "`generate`, saving, loading and merging, compared with the formula on the bare base. **ok**: right; a number: a typed refusal,",
-            "whose text is below; empty: not for this kind of model. Written by `nox -s architectures -- --table` after its parts.",
+            "`generate`, saving, loading and merging, compared with the formula on the bare base. **ok**: right; a number: refused with a typed",
+            "error, whose text is below; empty: not for this kind of model. Written by `nox -s architectures -- --table` after its parts.",
             "",
             *lines,
             "",

@@ -94,7 +94,7 @@ class _Measured:
     """The config of a decoder whose keys and values were measured, under the names that configs of decoder-only models have."""
 
     def __init__(self, source: Any, cache: Sequence[CacheLayer | None]) -> None:
-        layers = [layer for layer in cache if layer is not None]
+        layers = [layer for layer in cache if layer is not None] or [CacheLayer(1, 1, 1)]  # without keys no prefix is made
         self.source, self.cache = source, cache
         self.num_key_value_heads = max(layer.heads for layer in layers)
         self.head_dim = max(max(layer.key_width, layer.value_width) for layer in layers)

@@ -216,6 +216,22 @@ def capability_for(module: nn.Module) -> Capability:
     return next((kind.capability for kind in LAYER_KINDS if isinstance(module, kind.types)), Capability.NONE)
 
 
+def is_linear_map(module: nn.Module) -> bool:
+    """Return False for a subclass of `nn.Linear` that computes something else, as some routers of experts do.
+
+    It is asked with zeros. Adapters that add B·A·x to the output would be wrong around it. Anything else is True.
+    """
+    weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward or weight is None or not weight.is_floating_point():
+        return True
+    try:
+        with torch.no_grad():
+            found: Any = module(weight.new_zeros(1, 1, module.in_features))
+    except Exception:  # it takes another shape
+        return False
+    return isinstance(found, Tensor) and tuple(found.shape) == (1, 1, module.out_features)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Return whether `module` is transformers' `Conv1D` (the transposed Linear of GPT-2) or a subclass of it."""
     # by name: importing transformers takes a second, and the model may not use it

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from ..base.ops import is_conv1d
+from ..base.ops import is_conv1d, is_linear_map
 from ..base.view import BaseView
 from ..config import LayerConfig
-from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, did_you_mean, listed
+from ..errors import ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedModuleError, did_you_mean, listed
 from .passed_by import without_passed_by
 
 Targets = Collection[str] | str
@@ -46,6 +46,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
         ConfigError: no targets and no default; a malformed expression.
+        UnsupportedModuleError: a target is a Linear that computes something else.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -60,6 +61,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
     if not matches.found:
         raise _no_match(base, config, targets, matches)
     matches.found = without_passed_by(base, matches.found, named=not every_linear, trains=not config.inference_mode)
+    _refuse_other_maps(base, matches.found)
     # "all-linear" may have meant parameters of a module, which a layout of LoRA has left out
     parts = target_matcher(config.exclude_modules if every_linear else None, "exclude_modules")
     _warn_unused(base, config, targets, matches.excluded or list(filter(parts, base.modules)))
@@ -95,6 +97,15 @@ def _matches(base: BaseView, config: LayerConfig, matching: Callable[[str], bool
         else:
             matches.found.append(name)
     return matches
+
+
+def _refuse_other_maps(base: BaseView, found: Sequence[str]) -> None:
+    other = next((name for name in found if not is_linear_map(base.modules[name])), None)
+    if other is not None:
+        raise UnsupportedModuleError(
+            f"target module {other!r}: a {type(base.modules[other]).__name__} is a Linear that computes something else than x @ W.T + b",
+            hint=f"leave it out, or adapt its parameter by target_parameters=[{f'{other}.weight'!r}], where the method has them",
+        )
 
 
 def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool]:
@@ -196,6 +207,7 @@ def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
     output = base.output_embeddings if base.is_transformers_model else None
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
     names = {name for name, module in base.modules.items() if name and _is_linear(module) and module is not output and not _inside(name, saved)}
+    names = {name for name in names if is_linear_map(base.modules[name])}
     if not names:
         raise NoMatchingPeftModuleError(f"{base.name} has no linear layers to adapt")
     return names

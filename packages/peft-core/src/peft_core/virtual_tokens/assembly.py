@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..base.forward import BaseForward
-from ..errors import CapabilityError, PeftWarning, RoutingError
+from ..errors import CapabilityError, PeftWarning, RoutingError, listed
 from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
 from ..tuners.tasks import IGNORED, Lead, TaskSpec
@@ -109,6 +109,12 @@ def _with_embeddings(
     shape = tuple((ids if embedded is None else embedded).shape[:2])
     count = sum(tokens.length for tokens in embeds)
     lead: Lead = count
+    other = [name for name, value in inputs.items() if name not in _EXTENDED and _is_per_token(value, shape)]
+    if other:
+        raise CapabilityError(
+            f"{listed(other)} have a value for each token, and there is none for virtual tokens",
+            hint="leave them out, or use a method that wraps layers",
+        )
     inputs["inputs_embeds"] = prepend_embeddings(embeds, forward.embed(ids) if embedded is None else embedded)
     inputs |= forward.per_layer_inputs(ids, count)
     labelled = task.labels_each_token(inputs.get("labels"), shape)
@@ -122,6 +128,15 @@ def _with_embeddings(
     elif mask is not None and forward.causal and labelled and (task.generates or (task.token_labels is None and forward.predicts)):
         inputs, mask, positions = _move_unused_to_front(inputs, mask, positions, n_kv, count)
     return task.shift(inputs, lead), mask, positions, lead
+
+
+#: inputs with a value for each token of which is known what virtual tokens have there
+_EXTENDED = frozenset(["inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"])
+
+
+def _is_per_token(value: Any, shape: tuple[int, ...]) -> bool:
+    """Return whether an input has whole numbers of the shape (batch, tokens)."""
+    return isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point() and value.dtype is not torch.bool
 
 
 def _move_unused_behind_text(

@@ -63,7 +63,9 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
         RoutingError: the caller's mask is not (batch, tokens).
     """
     if mask is None:
-        if all(tokens.rows is ALL and tokens.weights is None for tokens in virtual) and caller_positions is None:
+        # where some layers have no keys, the base may ask one of these for the number of tokens: the mask and positions say it
+        plain = all(tokens.rows is ALL and tokens.weights is None and None not in (tokens.keys_values or ()) for tokens in virtual)
+        if plain and caller_positions is None:
             return None
         mask = torch.ones(call.batch, text_length, dtype=torch.long, device=call.device)
     if not isinstance(mask, Tensor) or mask.ndim != 2:

@@ -46,12 +46,14 @@ def cache_layers(view: BaseView) -> tuple[CacheLayer | None, ...] | None:
         return None
     try:
         with _quiet(view.base):
-            cache = view.base(**_tokens(view), use_cache=True).past_key_values
+            cache = getattr(view.base(**_tokens(view), use_cache=True), "past_key_values", None)
+            if cache is None:  # it makes none, and may fill one
+                cache = caches.new_cache(view, 0)
+                view.base(**_tokens(view), past_key_values=cache, use_cache=True)
         layers = caches.self_attention_cache(cache).layers
     except Exception:  # whatever the base raises: its config has to do
         return None
-    found = tuple(_measured(layer) for layer in layers)
-    return found if found and any(found) else None
+    return tuple(_measured(layer) for layer in layers) or None
 
 
 def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
@@ -62,8 +64,13 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
         layers: as `cache_layers` found them.
 
     Raises:
-        CapabilityError: it raises an error, or tokens that are fed one by one give something else than tokens fed at once.
+        CapabilityError: no layer has keys, it raises an error, or tokens that are fed one by one give something else than tokens fed at once.
     """
+    if not any(layers):
+        raise CapabilityError(
+            f"no layer of {view.name} has keys and values, before which those of virtual tokens could stand",
+            hint="use a method with virtual embeddings (prompt tuning, p-tuning), or one that wraps layers",
+        )
     if not BaseForward(view).takes_cache or getattr(view.config, "is_encoder_decoder", False):
         return
     try:
@@ -143,7 +150,7 @@ def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence
     for step in steps:
         mask = ids.new_ones(1, n + start + step)
         found = view.base(input_ids=ids[:, start : start + step], attention_mask=mask, past_key_values=cache, use_cache=True)
-        cache, start = found.past_key_values, start + step
+        start += step
     logits = getattr(found, "logits", None)
     return logits[:, -1].float() if isinstance(logits, Tensor) and logits.ndim == 3 else None
 

@@ -1,0 +1,53 @@
+"""A sample of all architectures × methods, by seed: `nox -s architectures` runs all."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import transformers
+
+from architectures import building, checking
+
+SAMPLE = 12
+#: another one each time that transformers changes
+SEED = transformers.__version__
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(int(transformers.__version__.split(".")[0]) < 5, reason="the table is for transformers 5"),
+]
+
+
+def sample() -> list[building.Architecture]:
+    """Return some classes, at least one of each kind."""
+    by_kind: dict[str, list[building.Architecture]] = {}
+    for architecture in building.architectures():
+        by_kind.setdefault(architecture.kind, []).append(architecture)
+    random_ = random.Random(SEED)
+    first = [random_.choice(found) for found in by_kind.values()]
+    rest = [one for found in by_kind.values() for one in found if one not in first]
+    return [*first, *random_.sample(rest, SAMPLE - len(first))]
+
+
+@pytest.mark.parametrize("architecture", sample(), ids=str)
+def test_each_method_is_right_or_refused(architecture: building.Architecture) -> None:
+    try:
+        make = building.maker(architecture)
+    except building.CanNotBuild as error:
+        pytest.skip(str(error))
+    for method in checking.methods_for(architecture):
+        checking.check(architecture, make, method)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "gemma4_text", "gpt_bigcode", "nemotron_h", "olmo_hybrid"])
+def test_models_whose_layers_differ_are_right(model_type: str) -> None:
+    architecture = next(one for one in building.architectures() if str(one) == f"causal-{model_type}")
+    assert checking.check(architecture, building.maker(architecture), "prefix") == "right"
+
+
+def test_a_method_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = next(one for one in building.architectures() if str(one) == "causal-llama")
+    monkeypatch.setitem(checking.EXPECTED, "LoRA", lambda architecture, base, model: building.output(base, architecture))
+    with pytest.raises(checking.Wrong, match="forward: off by"):
+        checking.check(architecture, building.maker(architecture), "LoRA")
