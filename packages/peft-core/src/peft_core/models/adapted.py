@@ -24,7 +24,7 @@ from ..inspection.status import TunerLayerStatus, TunerModelStatus, get_layer_st
 from ..operations.activate import activate, disabled
 from ..operations.add import check_name, get_or_create_index
 from ..plugins import hooks, registry
-from ..tuners.index import ATTRIBUTE
+from ..tuners.index import ATTRIBUTE, AdapterIndex
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
 from .adapter_operations import AdapterOperations
@@ -69,7 +69,7 @@ class AdaptedModel(nn.Module, AdapterOperations):
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(index, adapter_name, spec)
-        self.base_model: nn.Module = TunerModel(index) if spec.base_prefix.endswith(".model.") else model
+        self.base_model: nn.Module = self._tuner_model(index, peft_config) if spec.base_prefix.endswith(".model.") else model
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
@@ -80,6 +80,10 @@ class AdaptedModel(nn.Module, AdapterOperations):
         # without the attribute, assume checkpointing; read from the class, since the property warns
         if checkpointed(model) or not (hasattr(type(model), CHECKPOINTED) or CHECKPOINTED in model.__dict__):
             self.prepare_model_for_gradient_checkpointing(model)
+
+    def _tuner_model(self, index: AdapterIndex, config: PeftConfig) -> TunerModel:
+        """Return what stands between this model and its base, for the first adapter's `config`."""
+        return TunerModel(index)
 
     # ---- making one ------------------------------------------------------------------------------------------------
     @classmethod
