@@ -125,7 +125,8 @@ def test_a_replaced_constructor_finds_the_adapter_in_use(monkeypatch: pytest.Mon
 
     def init(self: Any, model: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         original(self, model, config, *args, **kwargs)
-        seen.append((self.active_adapter, self.model is model, config[self.active_adapter].r, len(self.model.model.layers[0].self_attn.q_proj.lora_A)))
+        layer = self.model.model.layers[0].self_attn.q_proj
+        seen.append((self.active_adapter, self.model is model, config[self.active_adapter].r, len(layer.lora_A)))
 
     monkeypatch.setattr(peft.LoraModel, "__init__", init)
     peft.get_peft_model(llama(), lora())

@@ -176,9 +176,7 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """As `peft_core.inject_adapter_in_model`; an adapter of this name is replaced, with a warning, and the method's class is asked (`LoraModel`)."""
     with anew(model, adapter_name):
-        return factory.inject(
-            peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, lambda index: seams_of(index, peft_config)
-        )
+        return factory.inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, lambda index: seams_of(index, peft_config))
 
 
 def _auto(core: Any) -> Any:

@@ -245,7 +245,8 @@ def model_class(config: PeftConfig) -> type[BaseTuner]:
         return told
     if method not in _KINDS:
         name = re.sub("Config$", "", type(config).__name__) + "Model"
-        _KINDS[method] = type(BaseTuner)(name, (BaseTuner,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."})
+        members = {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."}
+        _KINDS[method] = type(BaseTuner)(name, (BaseTuner,), members)
     return _KINDS[method]
 
 

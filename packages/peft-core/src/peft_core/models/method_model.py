@@ -69,7 +69,7 @@ class MethodModel(TunerModel, metaclass=_OfMethod):
         config = given.get(adapter_name) if isinstance(given, Mapping) else given
         if isinstance(config, PeftConfig) and self.peft_type in (None, str(config.peft_type)):
             return config
-        found = f"a config of {config.peft_type}" if isinstance(config, PeftConfig) else type(config).__name__
+        found = f"a config of {config.peft_type!s}" if isinstance(config, PeftConfig) else type(config).__name__
         raise ConfigError(
             f"{type(self).__name__} takes a config of {self.peft_type}, and there is {f'none for {adapter_name!r}' if config is None else found}"
         )

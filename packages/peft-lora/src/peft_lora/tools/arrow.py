@@ -127,7 +127,7 @@ def _require_alike(model: PeftModel, configs: Mapping[str, Any]) -> None:
     expected = _shapes(layers, first)
     for name, config in configs.items():
         if not isinstance(config, LoraConfig):
-            raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
+            raise ConfigError(f"the adapter {name!r} is {config.peft_type!s}", hint="Arrow routes among LoRA adapters")
         for path, layer in layers.items():
             if name in layer.scaling and (config.lora_bias or layer.merging.shift_of(name) is not None or layer.low_rank_factors(name) is None):
                 raise ConfigError(
