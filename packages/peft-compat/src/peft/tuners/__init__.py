@@ -8,8 +8,9 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
+    peft._training: create_arrow_model
     peft_lora: ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig MontecloraConfig
-    peft_lora: VeloraConfig convert_to_lora create_arrow_model get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora
+    peft_lora: VeloraConfig convert_to_lora get_eva_state_dict initialize_lora_eva_weights preprocess_loraga save_as_lora
     peft_loha: LoHaConfig
     peft._tuner_models: LoHaModel LoraModel TrainableTokensModel
     peft_prompt: CPTConfig CPTEmbedding MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit PrefixEncoder
