@@ -88,4 +88,3 @@ def create_arrow_model(
     from ._lenient import PeftModel
 
     return arrow.build_arrow_model(PeftModel, base_model, task_specific_adapter_paths, arrow_config, general_adapter_paths, adapter_kwargs)
-

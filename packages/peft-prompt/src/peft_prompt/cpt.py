@@ -75,6 +75,10 @@ class CPTEmbedding(Encoder):
         types = self.types.to(delta.device)
         return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())
 
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return tokens by their numbers: `indices` (...) → (..., width)."""
+        return self.tokens()[indices]
+
     def get_projection(self) -> Tensor:
         """Return δ (tokens, width) pulled back into its balls, detached."""
         delta = self.delta_embedding.weight.detach()

@@ -13,7 +13,7 @@ from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, Virtua
 
 from . import dimensions
 from .config import PromptTuningConfig
-from .encoders import Encoder
+from .encoders import INITIAL, Encoder
 from .tensor_names import TABLE
 from .words import Words, needs_words, starting_table
 
@@ -23,13 +23,23 @@ class PromptEmbedding(Encoder):
 
     Args:
         config: how it starts.
-        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts.
+        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts. None: as the config says; a module in this
+            place stands for the vocabulary.
         words: the base's vocabulary, for starting values; None: the config needs none.
         init_options: whether starting values are needed.
     """
 
-    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], words: Words | None, init_options: InitOptions) -> None:
+    def __init__(
+        self,
+        config: PromptTuningConfig,
+        size: tuple[int, int] | nn.Module | None = None,
+        words: Words | None = None,
+        init_options: InitOptions = INITIAL,
+    ) -> None:
         super().__init__()
+        if not isinstance(size, tuple):
+            words = Words(size, frozenset()) if size is not None else words
+            size = dimensions.size(config, dimensions.of_config(config))
         self.count = int(config.num_virtual_tokens or 0)
         table = torch.empty(size, device="meta" if init_options.meta else "cpu")
         if init_options.initialise and not init_options.meta:
@@ -44,6 +54,10 @@ class PromptEmbedding(Encoder):
     def all_tokens(self) -> Tensor:
         """Return the virtual tokens, also those that do not act: (tokens of all submodules, hidden)."""
         return self.embedding.weight
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the table: `indices` (...) → (..., hidden)."""
+        return self.embedding.weight[indices]
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: the table."""
