@@ -22,12 +22,12 @@ METHODS = {
     "GRALORA": "GraloraConfig GraloraModel",
     "HIRA": "HiraConfig HiraModel",
     "HRA": "HRAConfig HRAModel",
-    "IA3": "IA3Config IA3Model",
+    "IA3": "IA3Config IA3Model IA3Layer",
     "LILY": "LilyConfig LilyModel",
     "LN_TUNING": "LNTuningConfig LNTuningModel",
     "LOKR": "LoKrConfig LoKrModel LoKrLayer",
     "MISS": "MissConfig MissModel",
-    "OFT": "OFTConfig OFTModel",
+    "OFT": "OFTConfig OFTModel OFTLayer",
     "OSF": "OSFConfig OSFModel",
     "PEANUT": "PeanutConfig PeanutModel",
     "POLY": "PolyConfig PolyModel",
@@ -112,4 +112,10 @@ def _stands_on(name: str, method: str) -> tuple[type, dict[str, Any]]:
         return (peft_core.PromptLearningConfig if method in _PROMPTS else peft_core.LayerConfig), {}
     if name.endswith("Layer"):
         return peft_core.BaseTunerLayer, {"adapter_layer_names": _LAYER_NAMES.get(name, ())}
+    if name == "RankAllocator":
+        return object, {"mask_to_budget": _mask_to_budget}
     return (BaseTuner, {"peft_type": method}) if name.endswith("Model") else (object, {})
+
+
+def _mask_to_budget(self: Any, model: Any, budget: int) -> Any:
+    """Stands for a method of AdaLoRA that other libraries replace."""

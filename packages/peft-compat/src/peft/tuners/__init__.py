@@ -19,6 +19,10 @@ __getattr__, __dir__, __all__ = names(
     peft_tokens: TrainableTokensConfig
     peft_core: MixedModel=TunerModel
     peft.tuners.adalora: adalora=*
+    peft.tuners.adaption_prompt: adaption_prompt=*
+    peft.tuners.ia3: ia3=*
+    peft.tuners.oft: oft=*
+    peft.tuners.lycoris_utils: lycoris_utils=*
     peft.tuners.loha: loha=*
     peft.tuners.lokr: lokr=*
     peft.tuners.lora: lora=*
