@@ -15,13 +15,14 @@ from torch import nn
 
 import peft_core
 from peft_core import BaseView, InitOptions, LayerTuner, MethodModel, PeftConfig, PeftWarning, TunerBase
-from peft_core.errors import CapabilityError, ConfigError, PeftError, listed
+from peft_core.errors import CapabilityError, ConfigError, MergeError, PeftError, listed
 from peft_core.models.adapter_operations import AdapterOperations
 from peft_core.models.tuner_model import TunerModel
 from peft_core.tuners import targeting
 from peft_core.tuners.index import AdapterIndex
 from peft_core.tuners.review import InjectionReview
 
+from ._layers import LoraLayer
 from ._mappings import PEFT_TYPE_TO_TUNER_MAPPING
 from ._sub_modules import check_target_module_exists
 
@@ -82,11 +83,31 @@ class BaseTuner(MethodModel):
         """Take all wrappers off, merge adapters first if `merge`, and return the base."""
         if not merge:
             return super().unload()
+        self._refuse_to_merge(adapter_names)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def merge_and_unload(self, progressbar: bool = False, safe_merge: bool = False, adapter_names: str | Sequence[str] | None = None) -> nn.Module:
         """As `peft_core.TunerModel.merge_and_unload`, by `_unload_and_optionally_merge`."""
         return self._unload_and_optionally_merge(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """As `peft_core.TunerModel.merge_adapter`.
+
+        Args:
+            adapter_names, safe_merge: as there.
+
+        Raises:
+            MergeError: an adapter has weights in a layer of one's own.
+            others: as there.
+        """
+        self._refuse_to_merge(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _refuse_to_merge(self, adapter_names: str | Sequence[str] | None) -> None:
+        given = self.active_adapters if adapter_names is None else [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        for (_, path), module in self._peft_index.modules.items():
+            if isinstance(module, LoraLayer) and not isinstance(module, LoraLayer.of_ours) and set(module.adapters()) & set(given):
+                raise MergeError(f"{path!r} is a {type(module).__name__}, a layer of one's own, which is not merged", hint="use it unmerged")
 
     def unload(self) -> nn.Module:
         """As `peft_core.TunerModel.unload`, by `_unload_and_optionally_merge`."""

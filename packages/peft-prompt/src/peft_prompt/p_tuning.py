@@ -27,7 +27,8 @@ class PromptEncoder(TableEncoder):
 
     Args:
         config: the network.
-        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts. None: as the config says.
+        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts. None: as the
+            config says.
         init_options: whether starting values are needed.
     """
 

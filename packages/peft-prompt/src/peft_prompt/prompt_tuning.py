@@ -23,8 +23,8 @@ class PromptEmbedding(Encoder):
 
     Args:
         config: how it starts.
-        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts. None: as the config says; a module in this
-            place stands for the vocabulary.
+        size: (tokens, hidden); on encoder-decoder models twice as many tokens as the prompt has, of which the first half acts. None: as the
+            config says; a module in this place stands for the vocabulary.
         words: the base's vocabulary, for starting values; None: the config needs none.
         init_options: whether starting values are needed.
     """

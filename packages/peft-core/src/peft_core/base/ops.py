@@ -251,7 +251,9 @@ FEATURES = ("in_features", "out_features")
 
 
 def features_of(base: nn.Module) -> tuple[int, int]:
-    """Return how many features a layer takes and gives: channels of a convolution, (vocabulary, width) of an embedding, (width, 3·width) of an attention.
+    """Return how many features a layer takes and gives.
+
+    Of a convolution its channels, of an embedding (vocabulary, width), of an attention (width, 3·width).
 
     Raises:
         AttributeError: a layer that has no such numbers.
