@@ -86,7 +86,8 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
     scales = next((value for value in (getattr(state, "SCB", None), getattr(weight, "SCB", None)) if value is not None), None)
     if scales is None:
         raise UnsupportedModuleError("an 8-bit weight without its scales", hint="give the state of its Linear")
-    return weight.data * scales.to(weight.device).view(-1, 1) / 127
+    numbers: Tensor = weight.data * scales.to(weight.device).view(-1, 1) / 127
+    return numbers
 
 
 __all__ = ["dequantize_bnb_weight", "dequantize_module_weight", "dispatch_bnb_4bit", "dispatch_bnb_8bit", "dispatch_default"]

@@ -87,6 +87,7 @@ def has_valid_embedding_base_layer(layer: Any) -> bool:
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
     """Return the name of an embedding, `layer`, in a model; of one that is targeted, that of the layer inside; None: it is not there."""
+    name: str
     for name, module in model.named_modules():
         if (not is_embedding_in_target_modules and module is layer) or module is getattr(layer, "base_layer", None):
             return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -33,10 +34,29 @@ class _StandsFor(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         ours = cls.__dict__.get("of_ours")
-        if ours is None or name in cls.__dict__ or name.startswith("__abc"):
+        if ours is None or name in cls.__dict__ or name.startswith("_abc"):
             super().__setattr__(name, value)
-        if ours is not None and not name.startswith("__abc"):
+        if ours is not None and not name.startswith("_abc"):
+            _BEFORE.setdefault((ours, name), ours.__dict__.get(name, _NOTHING))
             setattr(ours, name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        """Undo what was set, as tests and context managers do that found no attribute of this very class."""
+        ours = cls.__dict__.get("of_ours")
+        if name in cls.__dict__:
+            super().__delattr__(name)
+        elif (ours, name) not in _BEFORE:
+            raise AttributeError(name)
+        before = _BEFORE.pop((ours, name), _NOTHING)
+        if ours is not None and before is not _NOTHING:
+            setattr(ours, name, before)
+        elif ours is not None and name in ours.__dict__:
+            delattr(ours, name)
+
+
+_NOTHING = object()
+#: (class of ours, name) → what was there before somebody replaced it
+_BEFORE: dict[tuple[Any, str], Any] = {}
 
 
 # ---- to derive from, beside nn.Module -----------------------------------------------------------------------------------
@@ -127,7 +147,7 @@ class BaseTunerLayer(metaclass=_StandsFor):
     def drop(self, adapter: str) -> None:
         """Take the adapter's weights out."""
         for name in (*self.adapter_layer_names, *self.other_param_names):
-            holder = getattr(self, name, None)
+            holder: Any = getattr(self, name, None)
             if hasattr(holder, "__delitem__") and adapter in holder:
                 del holder[adapter]
 
@@ -174,6 +194,12 @@ class LoraLayer(BaseTunerLayer):
     of_ours = peft_lora.LoraLayer
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    use_dora: dict[str, bool]
+    lora_bias: dict[str, bool]
 
     def __init__(self, base_layer: nn.Module, ephemeral_gpu_offload: bool = False, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -184,10 +210,8 @@ class LoraLayer(BaseTunerLayer):
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
         self.merged_adapters: list[str] = []
         self.ephemeral_gpu_offload, self.kwargs = ephemeral_gpu_offload, kwargs
-        try:
+        with contextlib.suppress(AttributeError):  # update_layer, which a subclass then has to define, will not ask
             self.in_features, self.out_features = features_of(self.get_base_layer())
-        except AttributeError:  # update_layer, which a subclass then has to define, will not ask
-            pass
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **kwargs: Any) -> None:
         """Create A, B, dropout and scale of an adapter, as around a Linear.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -87,14 +87,7 @@ class MiCALinearVariant(LoraVariant):
 # ---- LyCORIS ------------------------------------------------------------------------------------------------------------
 @dataclass
 class LycorisConfig(LayerConfig):
-    """The base of configs of methods like LoHa.
-
-    Args:
-        rank_pattern, alpha_pattern: module → rank, alpha.
-    """
-
-    rank_pattern: dict[str, int] | None = field(default_factory=dict)
-    alpha_pattern: dict[str, float] | None = field(default_factory=dict)
+    """The base of configs of methods like LoHa: targets, `rank_pattern` and `alpha_pattern`."""
 
 
 class LycorisLayer(BaseTunerLayer):
@@ -126,7 +119,7 @@ class LycorisLayer(BaseTunerLayer):
 
 
 class LycorisTuner(BaseTuner):
-    """Stands for the base of tuners like LoHa's, which a method of one's own derives from: ours are `peft_core.LayerTuner` (docs/write-a-tuner.md)."""
+    """Stands for the base of tuners like LoHa's, from which methods derive: ours is `peft_core.LayerTuner` (docs/write-a-tuner.md)."""
 
     layers_mapping: ClassVar[dict[type[nn.Module], Any]] = {}
 

@@ -267,7 +267,8 @@ def model_class(config: PeftConfig) -> type[BaseTuner]:
     if method not in _KINDS:
         name = re.sub("Config$", "", type(config).__name__) + "Model"
         members = {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."}
-        _KINDS[method] = type(BaseTuner)(name, (BaseTuner,), members)
+        kind: Any = type(BaseTuner)
+        _KINDS[method] = kind(name, (BaseTuner,), members)
     return _KINDS[method]
 
 

@@ -54,7 +54,8 @@ def reduce_intruder_dimension(
         for (kind, path), layer in index.modules_of(old_adapter_name):
             if not isinstance(layer, LoraLayer) or layer.low_rank_factors(old_adapter_name) is None or old_adapter_name in layer.tied:
                 raise ConfigError(f"{path!r} holds more of {old_adapter_name!r} ({kind}) than a product B·A", hint="plain LoRA can be reduced")
-            *new[path], count = _reduced(layer, old_adapter_name, top_k, threshold_epsilon, mitigation_lambda)  # type: ignore[misc]
+            a, b, count = _reduced(layer, old_adapter_name, top_k, threshold_epsilon, mitigation_lambda)
+            new[path] = a, b
             lines.append(f"{index.prefix(old_adapter_name)}{path}: Intruders: {count}")
     config = copy.deepcopy(index.configs[old_adapter_name])
     config.init_lora_weights = True

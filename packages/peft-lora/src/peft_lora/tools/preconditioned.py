@@ -50,8 +50,8 @@ def preconditioned(optimizer_cls: type[Optimizer], changes: Changes) -> Any:
                     parameter.grad = gradient
                 super().step()
             finally:
-                for parameter, gradient in before:
-                    parameter.grad = gradient
+                for parameter, kept in before:
+                    parameter.grad = kept
             return loss
 
     Preconditioned.__name__ = Preconditioned.__qualname__ = f"Preconditioned{optimizer_cls.__name__}"
