@@ -76,7 +76,7 @@ class CPTEmbedding(Encoder):
         return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return tokens by their numbers: `indices` (...) → (..., width)."""
+        """Return tokens (tokens, width) by their numbers, `indices` (tokens,)."""
         return self.tokens()[indices]
 
     def get_projection(self) -> Tensor:

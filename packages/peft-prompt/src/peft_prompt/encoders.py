@@ -106,7 +106,7 @@ class TableEncoder(Encoder):
         return self.compute(weight) if self.parts else weight
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return rows of the table: `indices` (...) → (..., width)."""
+        """Return rows of the table (tokens, width), those of `indices` (tokens,)."""
         return self.table()[indices]
 
     def slots(self) -> dict[str, Slot]:

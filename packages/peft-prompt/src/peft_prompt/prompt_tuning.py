@@ -56,7 +56,7 @@ class PromptEmbedding(Encoder):
         return self.embedding.weight
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return rows of the table: `indices` (...) → (..., hidden)."""
+        """Return rows of the table (tokens, hidden), those of `indices` (tokens,)."""
         return self.embedding.weight[indices]
 
     def slots(self) -> dict[str, Slot]:

@@ -301,7 +301,7 @@ class AdapterLayer(SelectionMixin):
         return tuple(self.scaling)
 
     def attach(self, adapter: str, config: Any, init_options: InitOptions) -> None:
-        """Add an adapter's weights as `init_options` says. A failure leaves no trace of it."""
+        """Add an adapter's weights as `config` and `init_options` say. A failure leaves no trace of it."""
         weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
         dtype = weight.dtype if weight.is_floating_point() else torch.float32
         device = execution_device(self.get_base_layer(), self.weight_name)
