@@ -38,7 +38,7 @@ __version__
 """
 #: spec/api.md, section 1 (last paragraph), and spec/integrations.md, section 2
 PATHS = {
-    "peft": """LoKrConfig OFTConfig AdaptionPromptConfig AdaLoraConfig BOFTConfig BOFTModel BoneConfig BoneModel FourierFTConfig FourierFTModel
+    "peft": """LoKrConfig OFTConfig AdaptionPromptConfig AdaLoraConfig BOFTConfig BOFTModel FourierFTConfig FourierFTModel
         IA3Config VeraConfig VeraModel""",
     "peft.utils": """get_peft_model_state_dict set_peft_model_state_dict load_peft_weights ModulesToSaveWrapper _get_submodules WEIGHTS_NAME
         SAFETENSORS_WEIGHTS_NAME CONFIG_NAME infer_device transpose get_quantization_config save_and_load""",
@@ -191,7 +191,7 @@ def test_its_docstring_says_it_all(path: str, name: str) -> None:
 def test_what_is_ours_is_ours() -> None:
     assert peft.LoraConfig is __import__("peft_lora").LoraConfig
     assert peft.PeftConfig is peft_core.PeftConfig
-    assert peft.inject_adapter_in_model is peft_core.inject_adapter_in_model
+    assert peft.get_peft_model_state_dict is peft_core.get_peft_model_state_dict
 
 
 @pytest.mark.parametrize(

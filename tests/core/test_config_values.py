@@ -20,7 +20,13 @@ def test_peft_type_is_a_string_and_has_an_attribute_for_every_method() -> None:
 
 
 def test_peft_type_looks_like_an_enum_member() -> None:
-    assert (PeftType.LORA.value, PeftType.LORA.name, repr(PeftType.LORA)) == ("LORA", "LORA", "PeftType.LORA")
+    assert (PeftType.LORA.value, PeftType.LORA.name, repr(PeftType.LORA)) == ("LORA", "LORA", "<PeftType.LORA: 'LORA'>")
+    assert (str(PeftType.LORA), f"{PeftType.LORA}", f"{PeftType.LORA!s}", f"{PeftType.LORA:>14}") == (
+        "LORA",
+        "PeftType.LORA",
+        "LORA",
+        " PeftType.LORA",
+    )
     assert type(PeftType.LORA.value) is str
 
 

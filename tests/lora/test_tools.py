@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from peft_core import CapabilityError, ConfigError, ModelError, get_peft_model
+from peft_core import ConfigError, ModelError, PeftWarning, get_peft_model
 from peft_core.testing import tiny
 from peft_lora import LoraConfig, LoraModel, create_loraplus_optimizer, find_kappa_target_modules
 from peft_lora.tools.kinds import Linear4bit, Linear8bitLt, TorchaoLoraLinear
@@ -135,9 +135,13 @@ def test_a_layer_shows_every_container_of_its_method() -> None:
     assert net[0].fan_in_fan_out is False
 
 
-def test_layers_of_ones_own_are_a_hook() -> None:
-    with pytest.raises(CapabilityError, match="offer them with the hook peft_make_layer"):
-        LoraConfig()._register_custom_module({nn.LSTM: nn.Module})
+def test_layers_of_ones_own_at_a_config_are_layers_of_adapters() -> None:
+    config = LoraConfig(target_modules=["0"])
+    with pytest.warns(PeftWarning, match="the hook peft_make_layer"):
+        config._register_custom_module({nn.LSTM: nn.Module})
+    with pytest.raises(TypeError):
+        get_peft_model(nn.Sequential(nn.LSTM(2, 2)), config)
+    assert "custom" not in config.to_json()
 
 
 def test_modules_that_somebody_puts_in_are_used() -> None:

@@ -26,11 +26,13 @@ __getattr__, __dir__, __all__ = names(
     peft_prompt: CPTConfig CPTEmbedding MultitaskPromptEmbedding MultitaskPromptTuningConfig MultitaskPromptTuningInit PrefixEncoder
     peft_prompt: PrefixTuningConfig PromptEmbedding PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType PromptTuningConfig
     peft_prompt: PromptTuningInit
-    peft_lora: ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraModel LoraRuntimeConfig MontecloraConfig
-    peft_lora: VeloraConfig convert_to_lora create_arrow_model find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
+    peft._training: create_arrow_model
+    peft_lora: ArrowConfig BdLoraConfig EvaConfig KasaConfig LoftQConfig LoraConfig LoraGAConfig LoraRuntimeConfig MontecloraConfig
+    peft_lora: VeloraConfig convert_to_lora find_kappa_target_modules get_eva_state_dict initialize_lora_eva_weights
     peft_lora: preprocess_loraga replace_lora_weights_loftq save_as_lora
-    peft_loha: LoHaConfig LoHaModel
-    peft_tokens: TrainableTokensConfig TrainableTokensModel
+    peft_loha: LoHaConfig
+    peft._tuner_models: LoHaModel LoraModel TrainableTokensModel
+    peft_tokens: TrainableTokensConfig
     peft.auto: auto=*
     peft.config: config=*
     peft.functional: functional=*

@@ -12,7 +12,6 @@ METHODS = {
     "ADAPTION_PROMPT": "AdaptionPromptConfig AdaptionPromptModel",
     "BEFT": "BeftConfig BeftModel",
     "BOFT": "BOFTConfig BOFTModel",
-    "BONE": "BoneConfig BoneModel",
     "C3A": "C3AConfig C3AModel",
     "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
     "DEFT": "DeftConfig DeftModel",
@@ -23,12 +22,12 @@ METHODS = {
     "GRALORA": "GraloraConfig GraloraModel",
     "HIRA": "HiraConfig HiraModel",
     "HRA": "HRAConfig HRAModel",
-    "IA3": "IA3Config IA3Model",
+    "IA3": "IA3Config IA3Model IA3Layer",
     "LILY": "LilyConfig LilyModel",
     "LN_TUNING": "LNTuningConfig LNTuningModel",
     "LOKR": "LoKrConfig LoKrModel LoKrLayer",
     "MISS": "MissConfig MissModel",
-    "OFT": "OFTConfig OFTModel",
+    "OFT": "OFTConfig OFTModel OFTLayer",
     "OSF": "OSFConfig OSFModel",
     "PEANUT": "PeanutConfig PeanutModel",
     "POLY": "PolyConfig PolyModel",
@@ -48,6 +47,8 @@ METHODS = {
 }
 METHOD_OF = {name: method for method, names in METHODS.items() for name in names.split()}
 NAMES = " ".join(METHOD_OF)
+#: methods with virtual tokens
+_PROMPTS = ("ADAPTION_PROMPT", "CARTRIDGE", "DEFT")
 #: of layers: class attributes that other libraries read without any adapter
 _LAYER_NAMES = {"LoKrLayer": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
 
@@ -78,15 +79,15 @@ def _of_plugin(name: str, method: str) -> Any:
 
 @functools.cache
 def _model(name: str, method: str) -> Any:
-    from peft_core import MethodModel
+    from ._tuner_models import BaseTuner
 
-    kind: Any = type(MethodModel)
-    return kind(name, (MethodModel,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."})
+    kind: Any = type(BaseTuner)
+    return kind(name, (BaseTuner,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."})
 
 
 @functools.cache
 def _placeholder(name: str, method: str) -> Any:
-    from peft_core import BaseTunerLayer, PeftConfig, UnknownTunerError
+    from peft_core import UnknownTunerError
 
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnknownTunerError(
@@ -96,9 +97,25 @@ def _placeholder(name: str, method: str) -> Any:
         )
 
     members: dict[str, Any] = {"__init__": refuse, "__module__": "peft", "__doc__": f"Stands for {name} of {method}, which is not installed."}
+    base, further = _stands_on(name, method)
+    kind: Any = type(base)
+    return kind(name, (base,), {**members, **further})
+
+
+def _stands_on(name: str, method: str) -> tuple[type, dict[str, Any]]:
+    """Return the class from which a stand-in derives, so that it has the members that others read or replace, and further members."""
+    import peft_core
+
+    from ._tuner_models import BaseTuner
+
     if name.endswith("Config"):
-        return type(name, (PeftConfig,), members)
+        return (peft_core.PromptLearningConfig if method in _PROMPTS else peft_core.LayerConfig), {}
     if name.endswith("Layer"):
-        kind: Any = type(BaseTunerLayer)
-        return kind(name, (BaseTunerLayer,), {**members, "adapter_layer_names": _LAYER_NAMES.get(name, ())})
-    return type(name, (), members)
+        return peft_core.BaseTunerLayer, {"adapter_layer_names": _LAYER_NAMES.get(name, ())}
+    if name == "RankAllocator":
+        return object, {"mask_to_budget": _mask_to_budget}
+    return (BaseTuner, {"peft_type": method}) if name.endswith("Model") else (object, {})
+
+
+def _mask_to_budget(self: Any, model: Any, budget: int) -> Any:
+    """Stands for a method of AdaLoRA that other libraries replace."""

@@ -23,25 +23,36 @@ from peft_core.operations.add import add_adapter
 from peft_core.operations.delete import delete
 from peft_core.tuners.index import index_of
 
+from ._tuner_models import DELEGATED, BaseTuner, seams_of, stand_for
+
 
 class _Lenient(type(nn.Module)):  # type: ignore[misc]
-    """A class that takes instances of the class of core that it derives from for its own: which of the two made a model does not matter.
+    """A class that takes instances of the class of core that it stands for (`of_core`) for its own: which of the two made a model does not matter.
 
     Classes that users derive from it are ordinary ones.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        found: bool = isinstance(instance, cls.__mro__[1]) if cls.__module__ == MODULE else super().__instancecheck__(instance)
+        core = cls.__dict__.get("of_core")
+        found: bool = super().__instancecheck__(instance) if core is None else isinstance(instance, core)
         return found
 
-    def __call__(cls, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a model. Where the base has an adapter of this name (a cell of a notebook that ran twice), it is made anew, with a warning."""
-        with anew(model, adapter_name):
-            return super().__call__(model, peft_config, adapter_name, *args, **kwargs)
+        given = dict(zip(("model", "peft_config", "adapter_name"), args, strict=False)) | kwargs
+        with anew(given.get("model"), given.get("adapter_name", "default")):
+            return super().__call__(*args, **kwargs)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        found: bool = issubclass(subclass, cls.__mro__[1]) if cls.__module__ == MODULE else super().__subclasscheck__(subclass)
+        core = cls.__dict__.get("of_core")
+        found: bool = super().__subclasscheck__(subclass) if core is None else issubclass(subclass, core)
         return found
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """What making a model takes."""
+        found = inspect.signature(cls.__dict__.get("of_core", cls).__init__)
+        return found.replace(parameters=list(found.parameters.values())[1:])
 
 
 MODULE = "peft.peft_model"
@@ -78,12 +89,47 @@ def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None
 
 
 def _lenient(core: Any) -> Any:
-    members = {"__module__": MODULE, "__doc__": core.__doc__, "strict_loading": "warn", "class_for": classmethod(_class_for)}
+    """Return the class of this module for `core`, which all classes of tasks have in common: what somebody replaces in it they all have replaced."""
+    members = {"__module__": MODULE, "__doc__": core.__doc__, "of_core": core, "strict_loading": "warn", "class_for": classmethod(_class_for)}
     members["restores_base"] = False  # recipes save what `unload` returns beside an adapter that changed it
     members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__, (*HUB_KEYS, "subfolder")))
     members["load_adapter"] = _tolerant(core.load_adapter, (*HUB_KEYS, "subfolder"))
     members["save_pretrained"] = _tolerant(core.save_pretrained, (*OF_UPLOAD, *OF_WHOLE_MODELS))
     return _Lenient(core.__name__, (core,), members)
+
+
+def _of_task(core: Any) -> Any:
+    return _Lenient(core.__name__, (PeftModel, core), {"__module__": MODULE, "__doc__": core.__doc__, "of_core": core})
+
+
+def _with_tuner_model(kind: Any) -> Any:
+    """Give a class a `base_model` of its method, which does what that has methods for."""
+
+    def make(self: Any, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
+        super(kind, self).__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(self.base_model, BaseTuner):  # as whoever has replaced it expects: the adapter is there, and in use
+            self.base_model.__init__(model, self.peft_config, adapter_name)  # type: ignore[misc]
+            self.get_base_model().__dict__["peft_config"] = self.peft_config  # as injection leaves it there
+
+    def operation(self: Any, name: str) -> Any:
+        base = self.__dict__.get("_modules", {}).get("base_model")
+        return getattr(base, name) if hasattr(type(base), name) and isinstance(base, BaseTuner) else super(kind, self)._operation(name)
+
+    kind.__init__ = functools.wraps(kind.__init__)(make)
+    kind._operation = operation
+    kind._tuner_model = lambda self, index, config, called: stand_for(index, config, called)
+    for name in DELEGATED:
+        setattr(kind, name, _delegating(name, getattr(kind, name)))
+    return kind
+
+
+def _delegating(name: str, method: Any) -> Any:
+    @functools.wraps(method)
+    def delegate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        base = self.base_model
+        return (getattr(base, name) if isinstance(base, BaseTuner) else functools.partial(method, self))(*args, **kwargs)
+
+    return delegate
 
 
 def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
@@ -121,13 +167,13 @@ def _class_for(cls: Any, task: str) -> Any:
     return cls if issubclass(cls, PeftMixedModel) else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
 
 
-PeftModel = _lenient(peft_core.PeftModel)
-PeftModelForSequenceClassification = _lenient(peft_core.PeftModelForSequenceClassification)
-PeftModelForTokenClassification = _lenient(peft_core.PeftModelForTokenClassification)
-PeftModelForQuestionAnswering = _lenient(peft_core.PeftModelForQuestionAnswering)
-PeftModelForFeatureExtraction = _lenient(peft_core.PeftModelForFeatureExtraction)
-PeftModelForCausalLM = _lenient(peft_core.PeftModelForCausalLM)
-PeftModelForSeq2SeqLM = _lenient(peft_core.PeftModelForSeq2SeqLM)
+PeftModel = _with_tuner_model(_lenient(peft_core.PeftModel))
+PeftModelForSequenceClassification = _of_task(peft_core.PeftModelForSequenceClassification)
+PeftModelForTokenClassification = _of_task(peft_core.PeftModelForTokenClassification)
+PeftModelForQuestionAnswering = _of_task(peft_core.PeftModelForQuestionAnswering)
+PeftModelForFeatureExtraction = _of_task(peft_core.PeftModelForFeatureExtraction)
+PeftModelForCausalLM = _of_task(peft_core.PeftModelForCausalLM)
+PeftModelForSeq2SeqLM = _of_task(peft_core.PeftModelForSeq2SeqLM)
 PeftMixedModel = _lenient(peft_core.PeftMixedModel)
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING = {task: globals()[kind.__name__] for task, kind in peft_core.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.items()}
 
@@ -153,9 +199,9 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """As `peft_core.inject_adapter_in_model`; an adapter of this name that the model has is made anew, with a warning."""
+    """As `peft_core.inject_adapter_in_model`; an adapter of this name is replaced, with a warning, and the method's class is asked (`LoraModel`)."""
     with anew(model, adapter_name, beside=False):
-        return factory.inject_adapter_in_model(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
+        return factory.inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, lambda index: seams_of(index, peft_config))
 
 
 def _auto(core: Any) -> Any:

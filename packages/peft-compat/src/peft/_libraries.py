@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,61 @@ def is_bnb_available() -> bool:
 def is_bnb_4bit_available() -> bool:
     """Return whether bitsandbytes is installed and has layers of 4 bits."""
     return is_bnb_available() and hasattr(importlib.import_module("bitsandbytes").nn, "Linear4bit")
+
+
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+@functools.cache
+def is_torchao_available() -> bool:
+    """Return whether torchao is installed."""
+    return _installed("torchao")
+
+
+def is_aqlm_available() -> bool:
+    """Return whether aqlm is installed."""
+    return _installed("aqlm")
+
+
+def is_diffusers_available() -> bool:
+    """Return whether diffusers is installed."""
+    return _installed("diffusers")
+
+
+def is_eetq_available() -> bool:
+    """Return whether eetq is installed."""
+    return _installed("eetq")
+
+
+def is_gptqmodel_available() -> bool:
+    """Return whether gptqmodel is installed."""
+    return _installed("gptqmodel")
+
+
+def is_hqq_available() -> bool:
+    """Return whether hqq is installed."""
+    return _installed("hqq")
+
+
+def is_inc_available() -> bool:
+    """Return whether Intel's neural compressor is installed."""
+    return _installed("neural_compressor")
+
+
+def is_optimum_available() -> bool:
+    """Return whether optimum is installed."""
+    return _installed("optimum")
+
+
+def is_te_available() -> bool:
+    """Return whether NVIDIA's transformer engine is installed."""
+    return _installed("transformer_engine")
+
+
+def is_xpu_available() -> bool:
+    """Return whether there is an Intel GPU."""
+    return hasattr(torch, "xpu") and torch.xpu.is_available()
 
 
 @contextlib.contextmanager

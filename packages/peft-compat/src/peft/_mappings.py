@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import ItemsView, Iterator, KeysView, ValuesView
 from typing import Any
 
-from peft_core.config import PeftConfig
+from peft_core.config import PeftConfig, PeftType
 from peft_core.errors import ConfigError, DuplicateTunerError, UnknownTunerError
 from peft_core.models.mixed_model import PeftMixedModel
 from peft_core.plugins import TunerSpec, register_tuner
@@ -61,6 +61,8 @@ PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = _ByMethod(registry.tuner_class)
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: PeftMixedModel)
 #: method → what the names of its parameters begin with
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: registry.resolve(peft_type).parameter_prefix)
+#: methods that can be mixed: those whose classes change layers
+COMPATIBLE_TUNER_TYPES = tuple(PeftType(name) for name in ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"))
 #: model type → what makes a cache of keys and values; nothing has to since transformers has caches of its own
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 

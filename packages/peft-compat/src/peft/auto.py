@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = names(
     """
     peft._lenient: AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction AutoPeftModelForQuestionAnswering
     peft._lenient: AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification AutoPeftModelForTokenClassification
+    peft._lenient: MODEL_TYPE_TO_PEFT_MODEL_MAPPING
     """,
 )

@@ -42,8 +42,11 @@ from .tools.hotswap import check_hotswap_configs_compatible as check_hotswap_con
 from .tools.hotswap import hotswap_adapter as hotswap_adapter
 from .tools.hotswap import hotswap_adapter_from_state_dict as hotswap_adapter_from_state_dict
 from .tools.hotswap import prepare_model_for_compiled_hotswap as prepare_model_for_compiled_hotswap
+from .tools.intruders import reduce_intruder_dimension as reduce_intruder_dimension
 from .tools.kappa import find_kappa_target_modules as find_kappa_target_modules
+from .tools.lorafa import create_lorafa_optimizer as create_lorafa_optimizer
 from .tools.loraplus import create_loraplus_optimizer as create_loraplus_optimizer
+from .tools.riemannian import create_riemannian_optimizer as create_riemannian_optimizer
 from .tools.weighted import WeightedAdapter as WeightedAdapter
 from .tools.weighted import add_weighted_adapter as add_weighted_adapter
 from .tuner import LoraTuner as LoraTuner
@@ -91,7 +94,9 @@ __all__ = [
     "check_hotswap_configs_compatible",
     "convert_to_lora",
     "create_arrow_model",
+    "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "disable_input_dtype_casting",
     "find_kappa_target_modules",
     "get_eva_state_dict",
@@ -105,6 +110,7 @@ __all__ = [
     "preprocess_corda",
     "preprocess_loraga",
     "qalora_from_peer",
+    "reduce_intruder_dimension",
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft_core.config import LayerConfig, SharedOptions, require_number, require_positive_integer, require_probability
-from peft_core.errors import CapabilityError, ConfigError, PeftWarning, did_you_mean
+from peft_core.errors import ConfigError, PeftWarning, did_you_mean
 
 from .hookspecs import ExtensionSpec
 from .offers import initializer_specs, load, variant_specs
@@ -123,16 +123,19 @@ class LoraConfig(LayerConfig):
     transient: ClassVar[frozenset[str]] = frozenset({"runtime_config"})
     additional: ClassVar[frozenset[str]] = frozenset({"variant", "plugin_settings", "grouped_convolutions", "out_projection_twice"})
 
-    def _register_custom_module(self, mapping: Mapping[Any, Any]) -> None:
-        """Refuse layers that were written against the reference implementation's classes.
+    def _register_custom_module(self, mapping: Mapping[type[Any], type[Any]]) -> None:
+        """Wrap modules of a class in a layer class of one's own, as code written for other frameworks asks; no file says so.
 
-        Raises:
-            CapabilityError: always.
+        Args:
+            mapping: class of a module → class of the layer around it, which is made as (module, adapter_name, config=, r=, lora_alpha=).
         """
-        raise CapabilityError(
-            "custom layer classes can't be registered with a config",
-            hint="offer them with the hook peft_make_layer (docs/plugins.md); base class: LoraLayer",
+        warnings.warn(
+            "layers of one's own at a config are called and saved, and never merged, and no file says that they are needed; "
+            "the hook peft_make_layer (docs/plugins.md) offers layers for good",
+            PeftWarning,
+            stacklevel=2,
         )
+        self._custom_modules = {**getattr(self, "_custom_modules", {}), **mapping}
 
     def check(self) -> None:
         """Check each value and which values exclude one another; normalise some: dicts become settings objects, names lower case.

@@ -37,6 +37,7 @@ from .layers.attention import Attention
 from .layers.convolution import Convolution
 from .layers.embedding import Embedding
 from .layers.linear import Linear
+from .planning.custom import CustomBuilder, custom_wraps
 from .planning.replication import Replication
 from .planning.tying import with_ties
 from .planning.wraps import ParametersFiller, parameter_wraps, with_out_projections
@@ -80,8 +81,10 @@ class LoraTuner(LayerTuner):
             for name, value in fields.items():
                 setattr(config, name, value)
         self._choose_extensions(base, adapter, config)
+        self._custom_modules: Mapping[type[Any], type[Any]] = getattr(config, "_custom_modules", {})
         plan = super().plan(base, adapter, config)
-        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller)]
+        custom = list(custom_wraps(adapter, plan.wraps))
+        modules = [wrap for wrap in plan.wraps if not isinstance(wrap.fill, ParametersFiller) and not isinstance(wrap.build, CustomBuilder)]
         parameters = [wrap for wrap in plan.wraps if isinstance(wrap.fill, ParametersFiller)]
         self._require_kinds(base, modules)
         fan_in_fan_out = self._fan_in_fan_out(base, modules, config)
@@ -91,8 +94,17 @@ class LoraTuner(LayerTuner):
             modules = list(with_ties(self, base, adapter, config, modules))
         if config.lora_bias and not config.inference_mode:
             _tell_of_missing_bias(base, modules)
-        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters)
+        wraps = (*with_out_projections(base, modules, config, self.selection), *parameters, *custom)
         return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
+
+    def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
+        """Return what builds the layer around `module`, at `path`: of a class that the config was told of, a plugin's, or ours.
+
+        Raises:
+            UnsupportedModuleError: as every layer tuner.
+        """
+        own = next((layer for kind, layer in self._custom_modules.items() if isinstance(module, kind)), None)
+        return super().builder_for(module, path) if own is None else CustomBuilder(own, self.selection)
 
     def _choose_extensions(self, base: BaseView, adapter: str, config: LoraConfig) -> None:
         """Choose initialiser and variant of a new adapter, and check that they suit the model and its other adapters."""

@@ -65,15 +65,24 @@ class CPTEmbedding(Encoder):
             CapabilityError: δ is a piece of a larger parameter, as under FullyShardedDataParallel, and would train outside of its balls.
         """
         delta, center = self.delta_embedding.weight, self.embedding.get_buffer("weight")
-        types = self.types.to(delta.device)
         if torch.is_grad_enabled() and delta._is_view():  # a piece of what FullyShardedDataParallel gathers for this call, and drops after it
             raise CapabilityError(
                 "CPT pulls its tokens back into their balls in place, which parameters that are gathered for one call do not keep",
                 hint="train it with DistributedDataParallel, or leave its encoder out of sharding (ignored_modules)",
             )
         with torch.no_grad():
-            delta.copy_(cpt_loss.projected(delta, cpt_loss.radii(types, *self.epsilons, delta.shape[1])))
+            delta.copy_(self.get_projection())
+        types = self.types.to(delta.device)
         return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return tokens (tokens, width) by their numbers, `indices` (tokens,)."""
+        return self.tokens()[indices]
+
+    def get_projection(self) -> Tensor:
+        """Return δ (tokens, width) pulled back into its balls, detached."""
+        delta = self.delta_embedding.weight.detach()
+        return cpt_loss.projected(delta, cpt_loss.radii(self.types.to(delta.device), *self.epsilons, delta.shape[1]))
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: P + δ, and each by itself."""

@@ -70,6 +70,19 @@ def size(config: PromptLearningConfig, found: Mapping[str, Any]) -> tuple[int, i
     return int(config.num_virtual_tokens or 0) * int(found["num_transformer_submodules"]), int(found["token_dim"])
 
 
+def of_config(config: PromptLearningConfig) -> dict[str, Any]:
+    """Return the dimensions that a config has by itself, for an encoder that is made without a base.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    found = {field: getattr(config, field) for field in (*_SOURCES, "num_virtual_tokens")}
+    missing = next((field for field, value in found.items() if value is None), None)
+    if missing is not None:
+        raise ConfigError(f"{type(config).__name__} does not say {missing}", hint="give it, or add the adapter to a model, which says it")
+    return {**found, "num_transformer_submodules": config.num_transformer_submodules or (2 if str(config.task_type) == "SEQ_2_SEQ_LM" else 1)}
+
+
 def is_encoder_decoder(base: BaseView) -> bool:
     """Return whether a base has an encoder and a decoder."""
     return bool(getattr(base.config, "is_encoder_decoder", False))

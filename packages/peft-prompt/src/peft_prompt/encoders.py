@@ -15,6 +15,8 @@ from peft_core import InitOptions, Slot, module_slots
 from .tensor_names import TABLE, child_of, encoder_key
 
 _M = TypeVar("_M", bound=nn.Module)
+#: how an encoder that is made without a model starts
+INITIAL = InitOptions()
 
 
 class Encoder(nn.Module):
@@ -27,8 +29,13 @@ class Encoder(nn.Module):
         >>> encoder("tokens")  # encoder.tokens(), with the parameters in memory
     """
 
-    def forward(self, method: str, *arguments: Any) -> Any:
-        """Return the result of the method called `method`; copies where parameters are sharded or offloaded."""
+    def forward(self, method: str | Tensor, *arguments: Any) -> Any:
+        """Return the result of the method called `method`; copies where parameters are sharded or offloaded.
+
+        Numbers of virtual tokens (...) in the place of a method give what they stand for (..., width), as others call such modules.
+        """
+        if isinstance(method, Tensor):
+            return self.forward("rows", method)
         compute = getattr(self, method)
         if type(self.trained) is nn.Parameter and not self._forward_pre_hooks:
             return compute(*arguments)
@@ -39,6 +46,10 @@ class Encoder(nn.Module):
         """A parameter, of any shape, that every method reads; while it is sharded, this is no `nn.Parameter`."""
         weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
         return weight
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return what the virtual tokens with these numbers, `indices` (...), stand for (..., width)."""
+        raise NotImplementedError(f"{type(self).__name__} must define rows(indices)")
 
     def slots(self) -> Mapping[str, Slot]:
         """Return what a file holds."""
@@ -93,6 +104,10 @@ class TableEncoder(Encoder):
         """Return the table (tokens, width)."""
         weight = self.embedding.weight
         return self.compute(weight) if self.parts else weight
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the table (tokens, width), those of `indices` (tokens,)."""
+        return self.table()[indices]
 
     def slots(self) -> dict[str, Slot]:
         """Return what a file holds: the table; besides it the network, or that there may be one, for which a table has no use."""

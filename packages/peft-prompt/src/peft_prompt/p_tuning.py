@@ -15,7 +15,7 @@ from peft_core import BaseView, InitOptions, PeftWarning, Plan
 
 from . import dimensions
 from .config import PromptEncoderConfig, PromptEncoderReparameterizationType
-from .encoders import TableEncoder
+from .encoders import INITIAL, TableEncoder
 from .prompt_tuning import PromptTuner
 
 
@@ -27,11 +27,13 @@ class PromptEncoder(TableEncoder):
 
     Args:
         config: the network.
-        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: as the
+            config says.
         init_options: whether initial values are needed.
     """
 
-    def __init__(self, config: PromptEncoderConfig, size: tuple[int, int], init_options: InitOptions) -> None:
+    def __init__(self, config: PromptEncoderConfig, size: tuple[int, int] | None = None, init_options: InitOptions = INITIAL) -> None:
+        size = dimensions.size(config, dimensions.of_config(config)) if size is None else size
         self.count = int(config.num_virtual_tokens or 0)
         hidden = int(config.encoder_hidden_size or size[1])
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:

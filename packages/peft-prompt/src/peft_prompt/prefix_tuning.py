@@ -13,7 +13,7 @@ from peft_core import BaseView, CacheLayer, Call, ConfigError, InitOptions, Plan
 
 from . import dimensions
 from .config import PrefixTuningConfig
-from .encoders import TableEncoder
+from .encoders import INITIAL, TableEncoder
 from .tensor_names import GATE
 
 #: the gates of a neutral prefix at first: so small that nothing is seen of it, and large enough for the logarithm's gradient in float32
@@ -40,12 +40,15 @@ class PrefixEncoder(TableEncoder):
     Args:
         config: projection and starting values.
         found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`; `cache`: what each layer caches, None where that was not
-            measured and all layers are alike.
+            measured and all layers are alike. None: those of the config.
         init_options: whether starting values are needed.
         site: where the prefix goes.
     """
 
-    def __init__(self, config: PrefixTuningConfig, found: Mapping[str, Any], init_options: InitOptions, site: Site = Site.INPUT) -> None:
+    def __init__(
+        self, config: PrefixTuningConfig, found: Mapping[str, Any] | None = None, init_options: InitOptions = INITIAL, site: Site = Site.INPUT
+    ) -> None:
+        found = dimensions.of_config(config) if found is None else found
         self.count: int = int(config.num_virtual_tokens or 0)
         self.layers: int = found["num_layers"]
         self.heads: int = found["num_attention_heads"]

@@ -13,7 +13,7 @@ from peft_core import BaseView, Call, InitOptions, Plan, Slot, TunerBase, Virtua
 
 from . import dimensions
 from .config import START_FIELDS, PromptTuningConfig
-from .encoders import Encoder
+from .encoders import INITIAL, Encoder
 from .initial_values import Vocabulary, initial_table, needs_vocabulary
 from .tensor_names import TABLE
 
@@ -23,13 +23,23 @@ class PromptEmbedding(Encoder):
 
     Args:
         config: how many virtual tokens, and how they are initialised.
-        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: as the config
+            says; a module in this place has the vocabulary.
         vocabulary: the base's vocabulary, for initial values; None: the initialisation does not use it.
         init_options: whether initial values are needed.
     """
 
-    def __init__(self, config: PromptTuningConfig, size: tuple[int, int], vocabulary: Vocabulary | None, init_options: InitOptions) -> None:
+    def __init__(
+        self,
+        config: PromptTuningConfig,
+        size: tuple[int, int] | nn.Module | None = None,
+        vocabulary: Vocabulary | None = None,
+        init_options: InitOptions = INITIAL,
+    ) -> None:
         super().__init__()
+        if not isinstance(size, tuple):
+            vocabulary = Vocabulary(size, frozenset()) if size is not None else vocabulary
+            size = dimensions.size(config, dimensions.of_config(config))
         self.count = int(config.num_virtual_tokens or 0)
         table = torch.empty(size, device="meta" if init_options.meta else "cpu")
         if init_options.initialise and not init_options.meta:
@@ -44,6 +54,10 @@ class PromptEmbedding(Encoder):
     def all_tokens(self) -> Tensor:
         """Return the whole table, with the virtual tokens that no forward uses: (tokens of all submodules, hidden)."""
         return self.embedding.weight
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Return rows of the table (tokens, hidden), those of `indices` (tokens,)."""
+        return self.embedding.weight[indices]
 
     def slots(self) -> dict[str, Slot]:
         """Return what is saved: the table."""

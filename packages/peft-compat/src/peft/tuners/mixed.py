@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = names(
     __name__,
     """
     peft_core: MixedModel=TunerModel
+    peft._mappings: COMPATIBLE_TUNER_TYPES
     """,
 )

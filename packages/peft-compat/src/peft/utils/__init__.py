@@ -21,5 +21,8 @@ __getattr__, __dir__, __all__ = names(
     peft.utils.other: other=*
     peft.utils.save_and_load: save_and_load=*
     peft.utils.transformers_weight_conversion: transformers_weight_conversion=*
+    peft._constants: UPCAST_DTYPES TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
+    peft._constants: TRANSFORMERS_MODELS_TO_ADALORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
+    peft.utils.merge_utils: merge_utils=*
     """,
 )

@@ -10,5 +10,6 @@ __getattr__, __dir__, __all__ = names(
     peft._libraries: gather_params_ctx init_empty_weights
     peft._sub_modules: get_bnb_param_type
     peft_lora.tools.kinds: dequantize_module_weight
+    peft._dispatch: dequantize_bnb_weight
     """,
 )

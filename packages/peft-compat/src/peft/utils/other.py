@@ -13,5 +13,6 @@ __getattr__, __dir__, __all__ = names(
     peft._helpers: bloom_model_postprocess_past_key_value infer_device shift_tokens_right transpose
     peft._sub_modules: get_pattern_key get_quantization_config _get_submodules=get_submodules
     peft_core.layers.token_rows: TrainableTokensWrapper=TokenRows
+    peft._inspecting: set_additional_trainable_modules
     """,
 )

@@ -263,3 +263,21 @@ LAYER_ATTRIBUTES = frozenset(
         *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"),
     ]
 )
+FEATURES = ("in_features", "out_features")
+
+
+def features_of(base: nn.Module) -> tuple[int, int]:
+    """Return how many features a layer takes and gives.
+
+    Of a convolution its channels, of an embedding (vocabulary, width), of an attention (width, 3·width).
+
+    Raises:
+        AttributeError: a layer that has no such numbers.
+    """
+    for names in (FEATURES, ("in_channels", "out_channels"), ("num_embeddings", "embedding_dim"), ("nx", "nf")):
+        if all(hasattr(base, name) for name in names):
+            return getattr(base, names[0]), getattr(base, names[1])
+    width = getattr(base, "embed_dim", None)
+    if width is None:
+        raise AttributeError(f"a {type(base).__name__} has no in_features and out_features")
+    return width, 3 * width

@@ -67,7 +67,10 @@ class PeftType(str, metaclass=_OpenEnum):
         return self.value
 
     def __repr__(self) -> str:
-        return f"PeftType.{self.value}"
+        return f"<PeftType.{self.value}: {self.value!r}>"
+
+    def __format__(self, spec: str) -> str:  # as an enum member; `str` is the plain name, which code everywhere takes for one
+        return format(f"PeftType.{self.value}", spec)
 
 
 def to_builtin(value: Any) -> Any:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base.forward import first_argument
-from ..base.ops import LAYER_ATTRIBUTES, BaseOps, require_ops
+from ..base.ops import FEATURES, LAYER_ATTRIBUTES, BaseOps, features_of, require_ops
 from ..base.plain import returns_new_tensor
 from ..base.weight import MERGES, execution_device, has_accelerate_hook, in_memory, read_weight, write_weight
 from ..base.wrappers import parameter_names, unwrapped
@@ -534,6 +534,8 @@ class AdapterLayer(SelectionMixin):
             base = self.__dict__.get("_modules", {}).get("base_layer")
             if base is None or name not in LAYER_ATTRIBUTES:
                 raise
+            if name in FEATURES and not hasattr(base, name):  # of a layer that calls them otherwise
+                return features_of(self.get_base_layer())[FEATURES.index(name)]
             return getattr(base, name)
 
     def extra_repr(self) -> str:

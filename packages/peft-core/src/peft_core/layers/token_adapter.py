@@ -78,6 +78,7 @@ _OF_ROWS = frozenset(
         "get_delta_weight",
         "supports_lora_conversion",
         "indices",
+        "token_indices",
         "num_embeddings",
         "embedding_dim",
         "in_features",

@@ -123,6 +123,11 @@ class TrainableRowsLayer(AdapterLayer):
         self.partly_tied: dict[str, bool] = {}
         self._borrows = False
 
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Adapter → the tokens whose rows it trains, in the order given."""
+        return {adapter: list(indices) for adapter, indices in self.indices.items()}
+
     def create_containers(self, base_layer: nn.Module) -> None:
         """Create the empty containers for rows of `base_layer`."""
         self.trainable_tokens_delta = nn.ParameterDict()
@@ -310,6 +315,11 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
 
     key = join(TOKEN_ADAPTER, TrainableRowsLayer.key)
     written_twice = False
+
+    @property
+    def token_indices(self) -> dict[str, list[int]]:
+        """Adapter → the tokens whose rows it trains, in the order given."""
+        return {adapter: list(indices) for adapter, indices in self.indices.items()}
 
     def create_containers(self, base_layer: nn.Module) -> None:
         """Create the empty containers for rows, in a module around the base."""

@@ -26,7 +26,7 @@ from ..operations.activate import activate_new, disabled
 from ..operations.add import get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.adapter_names import check_name
-from ..tuners.index import ATTRIBUTE, adapted_model
+from ..tuners.index import ATTRIBUTE, AdapterIndex, adapted_model
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
 from .adapter_operations import AdapterOperations
@@ -73,7 +73,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(adapter_name, index.configs)
         called = _called(model)
-        self.base_model: nn.Module = TunerModel(index, called, self.restores_base) if spec.base_prefix.endswith(".model.") else called
+        self.base_model: nn.Module = self._tuner_model(index, peft_config, called) if spec.base_prefix.endswith(".model.") else called
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
@@ -85,6 +85,10 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         # without the attribute, assume checkpointing; read from the class, since the property warns
         if checkpointed(base) or not (hasattr(type(base), CHECKPOINTED) or CHECKPOINTED in base.__dict__):
             self.prepare_model_for_gradient_checkpointing(base)
+
+    def _tuner_model(self, index: AdapterIndex, config: PeftConfig, called: nn.Module) -> TunerModel:
+        """Return what stands between this model and its base, for the first adapter's `config`; it calls `called`."""
+        return TunerModel(index, called, self.restores_base)
 
     # ---- making one ------------------------------------------------------------------------------------------------
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +46,8 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        *,
+        import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
         """Load an adapter's base and the adapter onto it.
@@ -55,6 +58,7 @@ class AutoPeftModel:
             is_trainable: it goes on training; default frozen and in eval mode.
             config: use this config instead of the file's.
             revision: of the adapter's repository; the base's is in the config.
+            import_allowlist: further libraries from which the class of the base may be imported, where the file names one that is not known here.
             **kwargs: for the base's `from_pretrained` (`dtype`, `device_map`, ...); download options go to both.
 
         Raises:
@@ -79,7 +83,9 @@ class AutoPeftModel:
                 hint=f"the adapter's task_type is {task!r}",
             )
         base_options = {name: value for name, value in kwargs.items() if name != "subfolder"}
-        base: Any = _base_class(config, task).from_pretrained(config.base_model_name_or_path, revision=config.revision or "main", **base_options)
+        base: Any = _base_class(config, task, import_allowlist or ()).from_pretrained(
+            config.base_model_name_or_path, revision=config.revision or "main", **base_options
+        )
         _fit_vocabulary(base, pretrained_model_name_or_path, download_options, bool(kwargs.get("trust_remote_code", False)))
         return cls.class_for(task).from_pretrained(base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **download_options)
 
@@ -89,7 +95,7 @@ class AutoPeftModel:
         return PeftModel.class_for(task or "")
 
 
-def _base_class(config: PeftConfig, task: str | None) -> Any:
+def _base_class(config: PeftConfig, task: str | None, further: Sequence[str]) -> Any:
     import transformers
 
     if task in _BASES:
@@ -101,8 +107,14 @@ def _base_class(config: PeftConfig, task: str | None) -> Any:
             "Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.",
             hint="the config has neither a task_type nor an auto_mapping: load the base yourself",
         )
-    if str(library).partition(".")[0] not in ALLOWED_LIBRARIES:
-        raise ConfigError(f"auto_mapping asks for {name!r} of the library {library!r}, which is not one of {list(ALLOWED_LIBRARIES)}")
+    if isinstance(further, str):
+        raise ConfigError(f"import_allowlist={further!r} is a str", hint=f"write [{further!r}]")
+    allowed = (*ALLOWED_LIBRARIES, *further)
+    if not any(f"{library}.".startswith(f"{known}.") for known in allowed):
+        raise ConfigError(
+            f"auto_mapping asks for {name!r} of the library {library!r}, which is not one of {list(allowed)}",
+            hint=f"if you trust it, pass import_allowlist=[{str(library).partition('.')[0]!r}]",
+        )
     return getattr(importlib.import_module(str(library)), str(name))
 
 

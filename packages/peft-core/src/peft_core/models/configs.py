@@ -45,7 +45,7 @@ def set_ephemeral_offload(config: PeftConfig, ephemeral: bool) -> None:
         return
     runtime = getattr(config, "runtime_config", None)
     if runtime is None:
-        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type}", PeftWarning, stacklevel=5)
+        warnings.warn(f"ephemeral_gpu_offload has no effect on adapters of {config.peft_type!s}", PeftWarning, stacklevel=5)
     else:
         runtime.ephemeral_gpu_offload = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, overload
 
 from torch import Tensor, nn
@@ -23,7 +23,8 @@ from ..operations.activate import follow_model, set_trainable
 from ..operations.add import add_adapter, get_or_create_index
 from ..plugins import hooks, registry
 from ..tensor_names import key_renamer
-from ..tuners.index import adapted_model, require_index
+from ..tuners.index import AdapterIndex, adapted_model, require_index
+from ..tuners.review import InjectionReview
 from .adapted import AdaptedModel
 from .chosen_modules import view_for_state_dict
 from .configs import checked_hub_arguments
@@ -154,6 +155,18 @@ def inject_adapter_in_model(
         ConfigError: `peft_config` is no config.
         others: as `get_peft_model`; the model is as before.
     """
+    return inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
+
+
+def inject(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str,
+    low_cpu_mem_usage: bool,
+    state_dict: Mapping[str, Any] | None,
+    review: Callable[[AdapterIndex], InjectionReview] | None = None,
+) -> nn.Module:
+    """Do what `inject_adapter_in_model` does; what `review` returns for the model's adapters is asked meanwhile."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     spec = registry.resolve(str(peft_config.peft_type))
@@ -163,16 +176,14 @@ def inject_adapter_in_model(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
     view = None if state_dict is None else view_for_state_dict(index, peft_config, adapter_name, state_dict)
+    before = index.review
+    index.review = before if review is None else review(index)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
-    add_adapter(
-        index,
-        adapter_name,
-        peft_config,
-        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False, from_file=state_dict is not None),
-        view=view,
-        mount_on=index.base,
-        adapt_config=True,
-    )
+    options = InitOptions(meta=low_cpu_mem_usage, autocast=False, from_file=state_dict is not None)
+    try:
+        add_adapter(index, adapter_name, peft_config, init_options=options, view=view, mount_on=index.base, adapt_config=True)
+    finally:
+        index.review = before
     index.attach()
     follow_model(index)
     index.selection.select([adapter_name])

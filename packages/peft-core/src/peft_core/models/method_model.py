@@ -3,54 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from ..config import PeftConfig
 from ..errors import ConfigError
-from ..tuners.index import require_index
-from .factory import inject_adapter_in_model
+from ..tuners.index import AdapterIndex, index_of, require_index
+from ..tuners.review import InjectionReview
+from .factory import inject
 from .tuner_model import TunerModel
 
 
 class _OfMethod(type(nn.Module)):  # type: ignore[misc]
-    """An instance is any `TunerModel` with an adapter of the method; calling the class makes one."""
+    """Of a class that names a method, an instance is any `TunerModel` with an adapter of it. Classes derived from such a class are ordinary."""
 
     peft_type: str | None
 
     def __instancecheck__(cls, instance: Any) -> bool:
+        if "peft_type" not in cls.__dict__:
+            return bool(super().__instancecheck__(instance))
         if not isinstance(instance, TunerModel):
             return False
         return cls.peft_type is None or any(str(config.peft_type) == cls.peft_type for config in instance.peft_config.values())
-
-    def __call__(
-        cls,
-        model: nn.Module,
-        peft_config: PeftConfig | Mapping[str, PeftConfig],
-        adapter_name: str = "default",
-        low_cpu_mem_usage: bool = False,
-        state_dict: Mapping[str, Any] | None = None,
-    ) -> TunerModel:
-        config = peft_config.get(adapter_name) if isinstance(peft_config, Mapping) else peft_config
-        if not isinstance(config, PeftConfig) or (cls.peft_type is not None and str(config.peft_type) != cls.peft_type):
-            kind = (
-                f"none for {adapter_name!r}"
-                if config is None
-                else f"a config of {config.peft_type}"
-                if isinstance(config, PeftConfig)
-                else type(config).__name__
-            )
-            raise ConfigError(f"{cls.__name__} takes a config of {cls.peft_type}, and there is {kind}")
-        inject_adapter_in_model(config, model, adapter_name, low_cpu_mem_usage, state_dict)
-        return TunerModel(require_index(model), model)
 
 
 class MethodModel(TunerModel, metaclass=_OfMethod):
     """A base with adapters of one method, without the wrapper that `get_peft_model` puts around it.
 
-    A subclass names its method. Calling it adds an adapter to a model in place, as `inject_adapter_in_model`, and returns a `TunerModel`;
-    ``isinstance`` says whether a `TunerModel` has adapters of the method.
+    A subclass names its method. Calling it adds an adapter to a model in place, as `inject_adapter_in_model`; ``isinstance`` says whether a
+    `TunerModel` has adapters of the method. Where the model has this adapter already, with this very config, nothing is added.
 
     Args:
         model: the base, changed in place.
@@ -65,13 +47,29 @@ class MethodModel(TunerModel, metaclass=_OfMethod):
 
     peft_type: ClassVar[str | None] = None
 
-    if TYPE_CHECKING:  # what calling the class takes; its metaclass does it
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | Mapping[str, PeftConfig],
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Any] | None = None,
+    ) -> None:
+        config = self._checked(peft_config, adapter_name)
+        index = index_of(model)
+        if index is None or index.configs.get(adapter_name) is not config:
+            inject(config, model, adapter_name, low_cpu_mem_usage, state_dict, self._review)
+        super().__init__(require_index(model), model, getattr(self, "restores_base", True))
 
-        def __init__(
-            self,
-            model: nn.Module,
-            peft_config: PeftConfig | Mapping[str, PeftConfig],
-            adapter_name: str = "default",
-            low_cpu_mem_usage: bool = False,
-            state_dict: Mapping[str, Any] | None = None,
-        ) -> None: ...
+    def _review(self, index: AdapterIndex) -> InjectionReview:
+        """Return what is asked when this object injects an adapter."""
+        return index.review
+
+    def _checked(self, given: PeftConfig | Mapping[str, PeftConfig], adapter_name: str) -> PeftConfig:
+        config = given.get(adapter_name) if isinstance(given, Mapping) else given
+        if isinstance(config, PeftConfig) and self.peft_type in (None, str(config.peft_type)):
+            return config
+        found = f"a config of {config.peft_type!s}" if isinstance(config, PeftConfig) else type(config).__name__
+        raise ConfigError(
+            f"{type(self).__name__} takes a config of {self.peft_type}, and there is {f'none for {adapter_name!r}' if config is None else found}"
+        )

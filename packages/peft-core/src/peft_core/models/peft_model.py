@@ -163,7 +163,18 @@ class PeftModelForSequenceClassification(_TaskModel):
 
 
 class PeftModelForTokenClassification(_TaskModel):
-    """A token classifier; its head trains and is saved with the adapter. Logits are those of the caller's tokens."""
+    """A token classifier; its head trains and is saved with the adapter. Logits are those of the caller's tokens.
+
+    Args:
+        model, adapter_name, **kwargs: as `PeftModel`.
+        peft_config: as `PeftModel`; the signature that others have for this class has a default, which is refused.
+
+    Raises:
+        ConfigError: there is no config.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **kwargs: Any) -> None:
+        super().__init__(model, peft_config, adapter_name, **kwargs)  # type: ignore[arg-type]
 
     task = TASKS[TaskType.TOKEN_CLS.value]
 

@@ -59,6 +59,7 @@ def add_adapter(
     adapter_names.check_name(adapter, index.configs)
     config.check()
     tuner = index.tuner_for(spec)
+    asked, init_options = init_options, index.review.options(init_options)
     with collector_paused(), Undo() as undo:
         reshape.reshape(index, tuner, adapter, config, undo)
         for name, value in (tuner.adapted_config(index.view, config) if adapt_config else {}).items():
@@ -75,6 +76,7 @@ def add_adapter(
             keys += _adopt_parameters(index, kind, plan, adapter, undo)
         index.keys_by_adapter[adapter] = list(dict.fromkeys(keys))
         undo.call(index.keys_by_adapter.pop, adapter, None)
+        index.review.filled(adapter, config, asked)
         if before_commit is not None:
             undo.call(setattr, index, "_adding", None)
             index._adding = tuner
@@ -85,7 +87,7 @@ def add_adapter(
 
 
 def _plans(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
-    main = tuner.plan(view, adapter, config)
+    main = tuner.plan(index.review.view(adapter, config, tuner, view), adapter, config)
     plans: list[tuple[str, TunerBase, Plan]] = [(tuner.spec.peft_type, tuner, main)]
     for kind, part, request in builtin.requests(index.tuners, index.selection, config.shared_options(), view, main):
         plans.append((kind, part, part.plan(view, adapter, request)))

@@ -18,6 +18,7 @@ from ..plugins import Capability, TunerSpec, registry
 from ..selection.selection import AdapterSelection
 from .biases import BIAS
 from .reshape import Reshape
+from .review import PASSES, InjectionReview
 from .saved_modules import SAVED
 from .tuner import TunerBase
 
@@ -55,6 +56,8 @@ class AdapterIndex:
         #: the change that was made to the base's structure, and the method that asked for it
         self.reshaped: Reshape | None = None
         self.reshaped_by = ""
+        #: is asked before an adapter is added
+        self.review: InjectionReview = PASSES
         self._adding: TunerBase | None = None
 
     def require(self, *adapters: str) -> None:

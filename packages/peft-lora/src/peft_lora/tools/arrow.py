@@ -46,6 +46,18 @@ def create_arrow_model(
     Example:
         >>> model = create_arrow_model(base, ["./code", "./maths", "./law"], ArrowConfig(top_k=2))
     """
+    return build_arrow_model(PeftModel, base_model, task_specific_adapter_paths, arrow_config, general_adapter_paths, adapter_kwargs)
+
+
+def build_arrow_model(
+    kind: type[PeftModel],
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[Place],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[Place] | None,
+    adapter_kwargs: Mapping[str, Any],
+) -> PeftModel:
+    """Do what `create_arrow_model` does, with the class `kind`."""
     tasks, general = list(task_specific_adapter_paths), list(general_adapter_paths or ())
     _check_numbers(arrow_config, tasks, general)
     places = {f"task_{i}": path for i, path in enumerate(tasks)} | {f"gks_{i}": path for i, path in enumerate(general)}
@@ -56,7 +68,7 @@ def create_arrow_model(
         for name, place in places.items():
             path, options = _located(place, adapter_kwargs)
             if model is None:
-                model = PeftModel.from_pretrained(base_model, path, name, **options)
+                model = kind.from_pretrained(base_model, path, name, **options)
             else:
                 model.load_adapter(path, name, **options)
         assert model is not None
@@ -84,7 +96,7 @@ def _check_numbers(arrow_config: ArrowConfig, tasks: Sequence[Place], general: S
         raise ConfigError("use_gks=True, but general_adapter_paths is empty", hint="give adapters of general knowledge, or set use_gks=False")
 
 
-def _located(place: Place, options: dict[str, Any]) -> tuple[Place, dict[str, Any]]:
+def _located(place: Place, options: Mapping[str, Any]) -> tuple[Place, dict[str, Any]]:
     """Return what `from_pretrained` is given for a path; of ``"user/repo/subfolder"`` the subfolder apart."""
     text = os.fspath(place)
     if os.path.isdir(text) or os.path.isabs(text) or text.startswith(".") or text.count("/") < 2:
@@ -127,7 +139,7 @@ def _require_alike(model: PeftModel, configs: Mapping[str, Any]) -> None:
     expected = _shapes(layers, first)
     for name, config in configs.items():
         if not isinstance(config, LoraConfig):
-            raise ConfigError(f"the adapter {name!r} is {config.peft_type}", hint="Arrow routes among LoRA adapters")
+            raise ConfigError(f"the adapter {name!r} is {config.peft_type!s}", hint="Arrow routes among LoRA adapters")
         for path, layer in layers.items():
             if name in layer.scaling and (config.lora_bias or layer.merging.shift_of(name) is not None or layer.low_rank_factors(name) is None):
                 raise ConfigError(

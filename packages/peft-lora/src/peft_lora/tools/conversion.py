@@ -175,7 +175,7 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
             layers[path] = module
         else:
             raise CapabilityError(
-                f"the adapter {adapter!r} ({config.peft_type}) is no change of weights: {path!r} is a {type(module).__name__}",
+                f"the adapter {adapter!r} ({config.peft_type!s}) is no change of weights: {path!r} is a {type(module).__name__}",
                 hint="only adapters of layers can be converted",
             )
     return layers, whole

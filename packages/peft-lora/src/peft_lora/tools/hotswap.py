@@ -62,7 +62,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     """
     for config in (config0, config1):
         if not isinstance(config, LoraConfig):
-            raise CapabilityError(f"hot-swapping works with LoRA, not with {config.peft_type}", hint="delete the adapter and load the other")
+            raise CapabilityError(f"hot-swapping works with LoRA, not with {config.peft_type!s}", hint="delete the adapter and load the other")
     for name in _COMPARED:
         ours, theirs = getattr(config0, name), getattr(config1, name)
         if ours != theirs:

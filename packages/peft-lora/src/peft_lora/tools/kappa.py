@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peft_core import ConfigError
+
+from .kinds import dequantize_module_weight
 
 
 def find_kappa_target_modules(
@@ -20,11 +22,12 @@ def find_kappa_target_modules(
 ) -> dict[str, list[str] | None]:
     """Return the modules and parameters of a model whose weights have the smallest condition numbers κ = σ_max / σ_min.
 
-    Such weights spread what they know over all directions, so that changing them disturbs the least.
+    Such weights spread what they know over all directions, so that changing them disturbs the least. Weights of a quantised base are those that it
+    computes with.
 
     Args:
         model: the base; its Linears are looked at, and parameters of experts (experts, out, in), whose κ is the mean over experts.
-        top_p: which share of all of them to take, in (0, 1]; at least one is taken.
+        top_p: which share of the modules to take, and of the parameters, in (0, 1]; at least one of each kind that there is.
         max_dim_size_to_analyze: weights with a longer side are left out.
         moe_param_suffixes: ends of the names of experts' parameters; None: every parameter with three dimensions in a module called `experts`.
         show_progress: show a progress bar.
@@ -40,17 +43,33 @@ def find_kappa_target_modules(
     """
     if not 0 < top_p <= 1:
         raise ConfigError(f"top_p={top_p!r} is no share", hint="give a number above 0 and up to 1")
-    weights: list[tuple[str, bool, Tensor]] = [(name, True, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    weights += [(name, False, value) for name, value in model.named_parameters() if value.ndim == 3 and _of_experts(name, moe_param_suffixes)]
-    fitting = [entry for entry in weights if max(entry[2].shape[-2:]) <= max_dim_size_to_analyze]
-    if not fitting:
+    modules, parameters = condition_numbers(model, max_dim_size_to_analyze, moe_param_suffixes, show_progress)
+    if not modules and not parameters:
         raise ConfigError(f"{type(model).__name__} has no Linear and no experts with sides of at most {max_dim_size_to_analyze}")
-    kappas = [(condition_number(weight), name, whole) for name, whole, weight in _shown(fitting, show_progress)]
-    chosen = sorted(kappas, key=lambda entry: entry[0])[: max(1, int(len(kappas) * top_p))]
     return {
-        "target_modules": [name for _, name, whole in chosen if whole] or None,
-        "target_parameters": [name for _, name, whole in chosen if not whole] or None,
+        "target_modules": smallest(modules, max(1, int(len(modules) * top_p))) or None,
+        "target_parameters": smallest(parameters, max(1, int(len(parameters) * top_p))) or None,
     }
+
+
+def condition_numbers(
+    model: nn.Module, longest: int, suffixes: Sequence[str] | None, show_progress: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return name → κ of the Linears of a model, and of its experts' parameters; arguments as of `find_kappa_target_modules`."""
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {name: module for name, module in linears.items() if max(module.in_features, module.out_features) <= longest}
+    stacks = {name: value for name, value in model.named_parameters() if value.ndim == 3 and _of_experts(name, suffixes)}
+    stacks = {name: value for name, value in stacks.items() if max(value.shape[-2:]) <= longest}
+    found: tuple[dict[str, float], dict[str, float]] = ({}, {})
+    for name, weight in _shown([*linears.items(), *stacks.items()], show_progress):
+        whole = isinstance(weight, nn.Module)
+        found[0 if whole else 1][name] = condition_number(dequantize_module_weight(weight) if whole else weight)
+    return found
+
+
+def smallest(kappas: Mapping[str, float], count: int) -> list[str]:
+    """Return the `count` names with the smallest condition numbers, the smallest first."""
+    return sorted(kappas, key=kappas.__getitem__)[:count]
 
 
 def condition_number(weight: Tensor) -> float:

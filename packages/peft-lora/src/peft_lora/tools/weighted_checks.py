@@ -143,7 +143,7 @@ def _is_number(value: Any) -> bool:
 
 def _check_config(config: Any, name: str) -> None:
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"the adapter {name!r} is {config.peft_type}, not LORA", hint="convert_to_lora makes LoRA of it")
+        raise ConfigError(f"the adapter {name!r} is {config.peft_type!s}, not LORA", hint="convert_to_lora makes LoRA of it")
     if config.bias != "none":
         raise ConfigError(
             f"the adapter {name!r} trains biases of the base (bias={config.bias!r}), which belong to no adapter", hint="use bias='none'"

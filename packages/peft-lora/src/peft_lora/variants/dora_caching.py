@@ -11,7 +11,8 @@ _CACHING: ContextVar[bool] = ContextVar("dora_caching", default=True)
 class DoraCaching:
     """Inside the block, an open cache scope (`peft_core.cached`, `generate`) holds DoRA's factors, or, with ``enabled=False``, does not.
 
-    It does anyway; outside of a scope they are computed in each call. Holds for the current thread.
+    It does anyway; outside of a scope they are computed in each call. Holds for the current thread. Calling the object, ``caching(enabled=False)``,
+    switches from there on, without a block.
 
     Args:
         enabled: keep them.
@@ -20,6 +21,10 @@ class DoraCaching:
     def __init__(self, enabled: bool = True) -> None:
         self.enabled = bool(enabled)
         self._tokens: list[Token[bool]] = []
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Keep factors in cache scopes from now on, or, with ``enabled=False``, do not: until the next call, or the end of a block around it."""
+        _CACHING.set(bool(enabled))
 
     def __enter__(self) -> DoraCaching:
         self._tokens.append(_CACHING.set(self.enabled))

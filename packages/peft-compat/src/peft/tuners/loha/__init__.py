@@ -7,7 +7,8 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_loha: LoHaConfig LoHaModel LoHaLayer Linear Conv2d=Convolution Conv1d=Convolution
+    peft._tuner_models: LoHaModel
+    peft_loha: LoHaConfig LoHaLayer Linear Conv2d=Convolution Conv1d=Convolution
     peft.tuners.loha.layer: layer=*
     """,
 )

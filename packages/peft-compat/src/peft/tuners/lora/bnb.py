@@ -8,5 +8,6 @@ __getattr__, __dir__, __all__ = names(
     __name__,
     """
     peft_lora.tools.kinds: Linear4bit Linear8bitLt
+    peft._dispatch: dispatch_bnb_4bit dispatch_bnb_8bit
     """,
 )

@@ -7,8 +7,12 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_lora: Conv1d=Convolution Conv2d=Convolution Conv3d=Convolution Embedding Linear LoraLayer MultiheadAttention=Attention ParamWrapper=Parameter
-    peft_core: BaseTunerLayer
+    peft._layers: Conv1d Conv2d Conv3d Embedding Linear LoraLayer MultiheadAttention ParamWrapper
+    peft._layers: BaseTunerLayer
+    peft._constants: ALLOWED_COMPUTE_DTYPES VARIANT_KWARG_KEYS
+    peft._helpers: transpose
+    peft._sub_modules: check_adapters_to_merge
+    peft._dispatch: dispatch_default
     peft_lora.tools.kinds: _LoraParameterProxy=ParameterProxy
     """,
 )

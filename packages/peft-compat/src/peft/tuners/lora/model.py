@@ -8,6 +8,6 @@ __getattr__, __dir__, __all__ = names(
     __name__,
     """
     peft._constants: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS
-    peft_lora: LoraModel
+    peft._tuner_models: LoraModel
     """,
 )

@@ -7,6 +7,7 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_tokens: TrainableTokensConfig TrainableTokensModel TrainableTokensLayer
+    peft._tuner_models: TrainableTokensModel
+    peft_tokens: TrainableTokensConfig TrainableTokensLayer
     """,
 )

@@ -7,6 +7,6 @@ from peft._names import names
 __getattr__, __dir__, __all__ = names(
     __name__,
     """
-    peft_tokens: TrainableTokensModel
+    peft._tuner_models: TrainableTokensModel
     """,
 )

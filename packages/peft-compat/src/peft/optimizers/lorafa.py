@@ -1,0 +1,12 @@
+"""Names of `peft.optimizers.lorafa`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft_lora: create_lorafa_optimizer
+    """,
+)

@@ -1,0 +1,12 @@
+"""Names of `peft.tuners.lycoris_utils`."""
+
+from __future__ import annotations
+
+from peft._names import names
+
+__getattr__, __dir__, __all__ = names(
+    __name__,
+    """
+    peft._outside: LycorisConfig LycorisLayer LycorisTuner
+    """,
+)

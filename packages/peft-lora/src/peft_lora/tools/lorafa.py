@@ -1,0 +1,93 @@
+"""LoRA-FA (arXiv 2308.03303): A stays as it is, and B follows the gradient that the whole weight would follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peft_core import ConfigError, ModelError
+
+from .. import formulas
+from .preconditioned import inverse_gram, pairs_of, preconditioned
+
+#: added to the diagonal of A·Aᵀ
+DAMPING = 1e-8
+
+
+class _Adam(Optimizer):
+    """AdamW whose ε is added before the second moment is corrected, as LoRA-FA's authors have it; torch's adds it after."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take a step; gradients are there."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, self.state[parameter], group)
+        return loss
+
+    def _move(self, parameter: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter))
+        state["step"] += 1
+        (first, second), count = group["betas"], state["step"]
+        state["exp_avg"].lerp_(parameter.grad, 1 - first)
+        state["exp_avg_sq"].mul_(second).addcmul_(parameter.grad, parameter.grad, value=1 - second)
+        rate = group["lr"] * (1 - second**count) ** 0.5 / (1 - first**count)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt() + group["eps"], value=-rate)
+
+
+def create_lorafa_optimizer(
+    model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
+) -> Optimizer:
+    """Return an AdamW for what trains in a model, with A frozen, and with the gradient of B multiplied by (s²·A·Aᵀ)⁻¹.
+
+    With this gradient g·(s²·A·Aᵀ)⁻¹, s·B·A moves as near to the gradient of the whole weight as it can. Freezing A changes the model.
+
+    Args:
+        model: a model with LoRA adapters.
+        r: their rank, which has to be positive; each layer's own rank and alpha count.
+        lora_alpha: their alpha.
+        lr: learning rate.
+        weight_decay: as of AdamW.
+        use_rslora: None, or what the configs of the adapters in use say.
+
+    Raises:
+        ConfigError: `r` is not positive, or `use_rslora` is not what a config says.
+        ModelError: nothing trains.
+
+    Example:
+        >>> optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-4)
+    """
+    if r <= 0:
+        raise ConfigError(f"r={r!r} is not positive", hint="give the rank of the config")
+    formulas.scaling(lora_alpha, r, bool(use_rslora))
+    found = list(pairs_of(model))
+    for layer, adapter, _, _ in found:
+        if use_rslora is not None and layer.use_rslora[adapter] is not use_rslora:
+            raise ConfigError(f"use_rslora={use_rslora}, and the config of {adapter!r} says {layer.use_rslora[adapter]}", hint="leave use_rslora out")
+    if not any(b.requires_grad for _, _, _, b in found):
+        raise ModelError("no B of a LoRA adapter trains in the model", hint="set_adapter an adapter, without inference_mode")
+    for _, _, a, _ in found:
+        a.requires_grad_(False)
+
+    def changes() -> list[tuple[nn.Parameter, Tensor]]:
+        changed = []
+        for layer, adapter, a, b in found:
+            if b.grad is not None and adapter in layer.scaling:
+                projected = b.grad @ inverse_gram(a, DAMPING).to(b.grad.dtype)
+                changed.append((b, projected / float(layer.scaling[adapter]) ** 2 if layer.scaling[adapter] else projected))
+        return changed
+
+    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    made: Optimizer = preconditioned(_Adam, changes)(training, lr=lr, weight_decay=weight_decay)
+    return made
