@@ -108,7 +108,7 @@ def _with_tuner_model(kind: Any) -> Any:
     def make(self: Any, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
         super(kind, self).__init__(model, peft_config, adapter_name, *args, **kwargs)
         if isinstance(self.base_model, BaseTuner):  # as whoever has replaced it expects: the adapter is there, and in use
-            self.base_model.__init__(model, self.peft_config, adapter_name)  # type: ignore[misc]
+            self.base_model.__init__(self.base_model.model, self.peft_config, adapter_name)  # type: ignore[misc]
             self.get_base_model().__dict__["peft_config"] = self.peft_config  # as injection leaves it there
 
     def operation(self: Any, name: str) -> Any:

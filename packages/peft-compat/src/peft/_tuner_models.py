@@ -124,7 +124,8 @@ class BaseTuner(MethodModel):
 
     def unload(self, *, restore_base: bool | None = None) -> nn.Module:
         """As `peft_core.TunerModel.unload`, by `_unload_and_optionally_merge`."""
-        return self._unload_and_optionally_merge(merge=False, **({} if restore_base is None else {"restore_base": restore_base}))
+        restoring: dict[str, Any] = {} if restore_base is None else {"restore_base": restore_base}
+        return self._unload_and_optionally_merge(merge=False, **restoring)
 
     # ---- not called -------------------------------------------------------------------------------------------------
     @staticmethod
