@@ -112,7 +112,7 @@ def test_an_interrupt_leaves_the_old_files(model: PeftModel, tmp_path: Path, mon
     assert support.files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize("name", ["a/b", "/tmp/outside", "..", "a\\b"])
+@pytest.mark.parametrize("name", ["a/../b", "/tmp/outside", "..", "a\\b"])
 def test_no_adapter_name_leads_out_of_the_folder(model: PeftModel, name: str) -> None:
     with support.Unchanged(model), pytest.raises(ValueError, match="can't be the name of an adapter"):
         model.add_adapter(name, DenseConfig(target_modules=["last"]))
