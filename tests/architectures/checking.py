@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 import warnings
@@ -218,7 +219,11 @@ def _cached(architecture: Architecture, base: Any, model: Any) -> Tensor:
     encoder = model.prompt_encoder["default"]
     given = inputs(architecture, base)
     text = base.config.get_text_config(decoder=True)
-    seen = getattr(base(**given), "past_key_values", None)
+    measured = copy.deepcopy(base)  # some modules keep states of their own
+    seen = getattr(measured(**given), "past_key_values", None)
+    if seen is None and architecture.kind == "causal":  # it makes none, and may fill one
+        seen = DynamicCache(config=text)
+        measured(**given, past_key_values=seen)
     layers = getattr(getattr(seen, "self_attention_cache", seen), "layers", [])
     cache = DynamicCache() if architecture.kind == "seq2seq" else DynamicCache(config=text)
     table = encoder.embedding.weight.view(N, 2 * encoder.layers, encoder.heads, encoder.head_dim)
@@ -237,7 +242,8 @@ def _cached(architecture: Architecture, base: Any, model: Any) -> Tensor:
         given["decoder_attention_mask"] = IDS.new_ones(count, N + IDS.shape[1])
     else:
         given["attention_mask"] = IDS.new_ones(count, N + IDS.shape[1])
-        if "position_ids" in inspect.signature(type(base).forward).parameters:  # hybrids ask a layer without keys for the length
+        hybrid = any(getattr(layer, "keys", None) is None for layer in layers)
+        if hybrid and "position_ids" in inspect.signature(type(base).forward).parameters:  # else a layer without keys is asked for the length
             given["position_ids"] = N + torch.arange(IDS.shape[1]).expand(count, -1)
     found: Tensor = base(**given).logits
     return found
