@@ -153,9 +153,10 @@ def _check_step(model: Any, architecture: Architecture) -> None:
 # ---- the formulas ------------------------------------------------------------------------------------------------------
 def _with_deltas(architecture: Architecture, base: Any, model: Any) -> Tensor:
     """The bare base with s·B·A added to its weights, from the tensors of the adapter."""
-    weights = dict(base.named_parameters())
     for path, delta in _deltas(model):
-        weights[path].add_(delta.reshape(weights[path].shape).to(weights[path].dtype))
+        module, name = base.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        weight = getattr(module, name)
+        setattr(module, name, nn.Parameter(weight + delta.reshape(weight.shape).to(weight.dtype)))  # of this module alone, where others have it, too
     return output(base, architecture)
 
 
@@ -176,13 +177,13 @@ def _merged_by_layers(architecture: Architecture, base: Any, model: Any) -> Tens
     """The bare base with the weights that `merge_adapter` makes."""
     model.merge_adapter()
     try:
-        weights = {path.replace(".base_layer", ""): p.clone() for path, p in model.get_base_model().named_parameters()}
+        found = model.get_base_model().named_parameters(remove_duplicate=False)
+        weights = {path.replace(".base_layer", ""): nn.Parameter(p.detach().clone()) for path, p in found}
     finally:
         model.unmerge_adapter()
-    with torch.no_grad():
-        for path, p in base.named_parameters():
-            if path in weights:
-                p.copy_(weights[path])
+    for path, _ in list(base.named_parameters(remove_duplicate=False)):
+        if path in weights:
+            setattr(base.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], weights[path])
     return output(base, architecture)
 
 
