@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import tempfile
 import warnings
@@ -152,9 +153,10 @@ def _check_step(model: Any, architecture: Architecture) -> None:
 # ---- the formulas ------------------------------------------------------------------------------------------------------
 def _with_deltas(architecture: Architecture, base: Any, model: Any) -> Tensor:
     """The bare base with s·B·A added to its weights, from the tensors of the adapter."""
-    weights = dict(base.named_parameters())
     for path, delta in _deltas(model):
-        weights[path].add_(delta.reshape(weights[path].shape).to(weights[path].dtype))
+        module, name = base.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        weight = getattr(module, name)
+        setattr(module, name, nn.Parameter(weight + delta.reshape(weight.shape).to(weight.dtype)))  # of this module alone, where others have it, too
     return output(base, architecture)
 
 
@@ -175,13 +177,13 @@ def _merged_by_layers(architecture: Architecture, base: Any, model: Any) -> Tens
     """The bare base with the weights that `merge_adapter` makes."""
     model.merge_adapter()
     try:
-        weights = {path.replace(".base_layer", ""): p.clone() for path, p in model.get_base_model().named_parameters()}
+        found = model.get_base_model().named_parameters(remove_duplicate=False)
+        weights = {path.replace(".base_layer", ""): nn.Parameter(p.detach().clone()) for path, p in found}
     finally:
         model.unmerge_adapter()
-    with torch.no_grad():
-        for path, p in base.named_parameters():
-            if path in weights:
-                p.copy_(weights[path])
+    for path, _ in list(base.named_parameters(remove_duplicate=False)):
+        if path in weights:
+            setattr(base.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], weights[path])
     return output(base, architecture)
 
 
@@ -218,7 +220,11 @@ def _cached(architecture: Architecture, base: Any, model: Any) -> Tensor:
     encoder = model.prompt_encoder["default"]
     given = inputs(architecture, base)
     text = base.config.get_text_config(decoder=True)
-    seen = getattr(base(**given), "past_key_values", None)
+    measured = copy.deepcopy(base)  # some modules keep states of their own
+    seen = getattr(measured(**given), "past_key_values", None)
+    if seen is None and architecture.kind == "causal":  # it makes none, and may fill one
+        seen = DynamicCache(config=text)
+        measured(**given, past_key_values=seen)
     layers = getattr(getattr(seen, "self_attention_cache", seen), "layers", [])
     cache = DynamicCache() if architecture.kind == "seq2seq" else DynamicCache(config=text)
     table = encoder.embedding.weight.view(N, 2 * encoder.layers, encoder.heads, encoder.head_dim)
@@ -237,7 +243,8 @@ def _cached(architecture: Architecture, base: Any, model: Any) -> Tensor:
         given["decoder_attention_mask"] = IDS.new_ones(count, N + IDS.shape[1])
     else:
         given["attention_mask"] = IDS.new_ones(count, N + IDS.shape[1])
-        if "position_ids" in inspect.signature(type(base).forward).parameters:  # hybrids ask a layer without keys for the length
+        hybrid = any(getattr(layer, "keys", None) is None for layer in layers)
+        if hybrid and "position_ids" in inspect.signature(type(base).forward).parameters:  # else a layer without keys is asked for the length
             given["position_ids"] = N + torch.arange(IDS.shape[1]).expand(count, -1)
     found: Tensor = base(**given).logits
     return found

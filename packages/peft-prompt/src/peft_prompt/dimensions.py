@@ -48,6 +48,8 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
         value = getattr(config, field)
         if value is None:
             value = _first(source, names)
+        if value is None and field == "num_attention_heads" and isinstance(source, _Measured):
+            value = source.num_key_value_heads
         if value is None:
             raise ConfigError(f"Please specify `{field}` in `peft_config`: the config of {base.name} has none of {names}")
         found[field] = int(value)
@@ -113,7 +115,12 @@ class _Measured:
         self.head_dim = max(max(layer.key_width, layer.value_width) for layer in layers)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["source"], name)
+        try:
+            return getattr(self.__dict__["source"], name)
+        except AttributeError:
+            raise
+        except Exception:  # transformers: it differs by layer, and what counts was measured
+            return None
 
 
 def _first(source: Any, names: tuple[str, ...]) -> Any:

@@ -96,7 +96,11 @@ def _window(view: BaseView) -> int:
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and not any("sliding" in str(kind) for kind in kinds):
         return 0
-    return int(getattr(config, "sliding_window", None) or 0)
+    try:
+        return int(getattr(config, "sliding_window", None) or 0)
+    except Exception:  # transformers: it differs by layer, and can be read of each alone
+        each = (getattr(config.per_layer_config[layer], "sliding_window", None) for layer in range(config.num_hidden_layers))
+        return min((window for window in each if window), default=0)
 
 
 def first_argument(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
