@@ -140,8 +140,6 @@ class InitialFactors:
 class Extension:
     """What initialisers and variants can do besides their work in a layer. Class methods: they answer for all adapters of a model.
 
-    What else they have, settings, operations and keywords of calls, their specs say (`ExtensionSpec`).
-
     Attributes:
         joins_calls: whether `prepare` is overridden; set by itself.
     """
@@ -169,8 +167,7 @@ class Extension:
         """Check that a new adapter may come to those that a model has; asked of the extensions of all of them.
 
         Args:
-            config: the new one's.
-            others: configs of those that are there, by name.
+            config, others: the new one's, and those of the adapters that are there, by name.
 
         Raises:
             ConfigError: it may not.
@@ -226,8 +223,8 @@ class Initializer(Extension):
 
     def tell_others(self, adapters: Sequence[str], path: str) -> None:
         """Warn, once, that `adapters`, others of the layer at `path`, see another base from now on."""
-        how = f"which {listed(adapters)} adapt, too: they compute otherwise until the new adapter is deleted"
-        self._tell(adapters, f"init_lora_weights={self.config.init_lora_weights!r}", path, how)
+        who, how = f"init_lora_weights={self.config.init_lora_weights!r}", f"which {listed(adapters)} adapt, too"
+        self._tell(adapters, who, path, f"{how}: they compute otherwise until the new adapter is deleted")
 
     def tell_of_others(self, adapters: Sequence[str], path: str) -> None:
         """Warn, once, that `adapters`, others of the layer at `path`, have changed the base that the new one sees."""
@@ -257,7 +254,7 @@ class Variant(Extension):
     Methods take the input of the base as `x` (rows, …, in) and its output as `y` (rows, …, out).
 
     Args:
-        layer: where the adapter is.
+        layer: the adapter's layer.
         adapter: its name.
         settings: rank, alpha, the module's path and the whole config.
 
@@ -266,10 +263,9 @@ class Variant(Extension):
         kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
         containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
         additive: its effect is a sum W + ΔW.
-        can_be_padded: rows of zeros behind A and columns of zeros behind B have no effect: it has no parameters of the rank's size, and does not
-            divide A and B by their shapes. Then `prepare_model_for_compiled_hotswap` can make room for a larger rank.
+        can_be_padded: zeros behind the rows of A and the columns of B have no effect (`prepare_model_for_compiled_hotswap`).
         by_token: its effect is s·B·A on some tokens only, which no change of the base weight is.
-        shifts_base: it takes something out of W by itself, also when its adapter is loaded; adapters of this variant share that.
+        shifts_base: it takes something out of W, also when its adapter is loaded; adapters of this variant share that.
     """
 
     name: ClassVar[str] = ""

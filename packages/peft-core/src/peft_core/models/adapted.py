@@ -26,10 +26,10 @@ from ..operations.activate import activate_new, disabled
 from ..operations.add import get_or_create_index
 from ..plugins import hooks, registry
 from ..tuners.adapter_names import check_name
-from ..tuners.index import ATTRIBUTE, AdapterIndex, adapted_model
+from ..tuners.index import ATTRIBUTE, AdapterIndex
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
-from .adapter_operations import AdapterOperations
+from .adapter_operations import AdapterOperations, given_to
 from .configs import checked_hub_arguments
 from .loading import LoadOptions
 from .tuner_model import TunerModel
@@ -72,7 +72,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(adapter_name, index.configs)
-        called = _called(model)
+        called = given_to(model)
         self.base_model: nn.Module = self._tuner_model(index, peft_config, called) if spec.base_prefix.endswith(".model.") else called
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -500,11 +500,3 @@ class AdaptedModel(WriteThrough, AdapterOperations):
                 raise
             operation = self._operation(name)
             return getattr(self.base_model, name) if operation is None else operation
-
-
-def _called(model: nn.Module) -> nn.Module:
-    """Return what a model of ours around `model` calls: not another model of ours, but what that one calls."""
-    inner = adapted_model(model)
-    if isinstance(inner, AdaptedModel):
-        return inner.get_base_model()
-    return inner.model if isinstance(inner, TunerModel) else model

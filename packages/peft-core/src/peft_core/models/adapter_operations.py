@@ -17,7 +17,7 @@ from ..operations import merge as merging
 from ..operations.activate import activate, follow_model, set_trainable
 from ..operations.delete import delete
 from ..selection.route import Route
-from ..tuners.index import ATTRIBUTE, AdapterIndex
+from ..tuners.index import ATTRIBUTE, AdapterIndex, adapted_model
 
 
 class AdapterOperations:
@@ -217,3 +217,9 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(given, Iterable):
         raise AdapterNotFoundError(f"Adapter {given!r} not found", hint="give a name or a list of names")
     return tuple(given)
+
+
+def given_to(model: nn.Module) -> nn.Module:
+    """Return the model that was wrapped, where `model` is one of ours or a wrapper of others around one; `model` itself elsewhere."""
+    inner = adapted_model(model)
+    return inner._given() if isinstance(inner, AdapterOperations) else model

@@ -90,7 +90,7 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
 
 
 def require_embeddings(view: BaseView) -> None:
-    """Check that a base takes embeddings in the place of token ids; what can't be run passes.
+    """Check that the base of `view` takes embeddings in the place of token ids; what can't be run passes.
 
     Raises:
         CapabilityError: it does not.
