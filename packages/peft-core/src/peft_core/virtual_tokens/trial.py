@@ -71,12 +71,13 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
             f"no layer of {view.name} has keys and values, before which those of virtual tokens could stand",
             hint="use a method with virtual embeddings (prompt tuning, p-tuning), or one that wraps layers",
         )
-    if not BaseForward(view).takes_cache or getattr(view.config, "is_encoder_decoder", False):
+    forward = BaseForward(view)
+    if not forward.takes_cache or getattr(view.config, "is_encoder_decoder", False):
         return
     try:
         with _quiet(view.base):
             at_once = _logits(view, layers, [3])
-            in_steps = _logits(view, layers, [2, 1])
+            in_steps = _logits(view, layers, [2, 1]) if forward.causal else at_once  # an encoder's tokens see one another
     except Exception as error:
         raise CapabilityError(
             f"{view.name} does not compute with a cache that begins with keys and values: {type(error).__name__}: {str(error)[:200]}",
