@@ -241,7 +241,7 @@ class LoraLayer(BaseTunerLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
         """Initialise A with a uniform distribution and B with zeros.
 
-        False: A and B are left at the initialisation of `nn.Linear`; ``"gaussian"``: A is initialised with a normal distribution.
+        False: A and B keep the random initialisation of `nn.Linear`; ``"gaussian"``: A is initialised with a normal distribution, B with zeros.
         """
         if adapter_name not in self.lora_A:
             return
