@@ -86,7 +86,7 @@ def has_valid_embedding_base_layer(layer: Any) -> bool:
 
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
-    """Return the name of the embedding `layer` in `model`; if it is targeted, the name of the base layer inside it; None if `model` has no such layer."""
+    """Return the name of the embedding `layer` in `model`; if it is targeted, the name of the base layer inside it; None if it is not found."""
     name: str
     for name, module in model.named_modules():
         if (not is_embedding_in_target_modules and module is layer) or module is getattr(layer, "base_layer", None):
