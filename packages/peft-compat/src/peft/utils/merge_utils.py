@@ -71,7 +71,10 @@ def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
 
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the weighted sum (factors `weights`, (tasks,)) of `task_tensors`, of equal shape, each pruned to its share `density` of largest entries."""
+    """Return the weighted sum, with the factors `weights` (tasks,), of `task_tensors` of equal shapes after magnitude pruning to `density`.
+
+    In each tensor, only the share `density` of the entries with the largest magnitude is used.
+    """
     return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
 
 
