@@ -1,4 +1,4 @@
-"""The module `peft` on top of peft-core. Everything is found in our packages when it is used; importing this imports no torch."""
+"""The module `peft` on top of peft-core. Each name is imported from our packages when it is first used; importing `peft` does not import torch."""
 
 from __future__ import annotations
 

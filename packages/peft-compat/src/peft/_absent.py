@@ -1,11 +1,14 @@
-"""Names of methods that we do not have: they can be imported, say what to install when they are used, and give way to a plugin."""
+"""Placeholder classes for upstream's methods that we do not implement.
+
+They can be imported; using one raises an error that says what to install. If a plugin provides the method, the plugin's class is returned instead.
+"""
 
 from __future__ import annotations
 
 import functools
 from typing import Any
 
-#: method → names of its classes: config, model, and more
+#: method → names of its classes: config, model, and others
 METHODS = {
     "ADALORA": "AdaLoraConfig AdaLoraModel AdaLoraLayer RankAllocator",
     "ADAMSS": "AdamssConfig AdamssModel",
@@ -49,12 +52,12 @@ METHOD_OF = {name: method for method, names in METHODS.items() for name in names
 NAMES = " ".join(METHOD_OF)
 #: methods with virtual tokens
 _PROMPTS = ("ADAPTION_PROMPT", "CARTRIDGE", "DEFT")
-#: of layers: class attributes that other libraries read without any adapter
+#: layer class → its `adapter_layer_names`, a class attribute that other libraries read even if no adapter exists
 _LAYER_NAMES = {"LoKrLayer": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")}
 
 
 def stand_in(name: str) -> Any:
-    """Return an installed plugin's class for a name of `METHODS`, otherwise a class that can't be instantiated."""
+    """Return the class for a class name in `METHODS`: an installed plugin's class, otherwise a placeholder that can't be instantiated."""
     from peft_core.plugins.registry import registry
 
     method = METHOD_OF[name]
@@ -103,7 +106,7 @@ def _placeholder(name: str, method: str) -> Any:
 
 
 def _stands_on(name: str, method: str) -> tuple[type, dict[str, Any]]:
-    """Return the class from which a stand-in derives, so that it has the members that others read or replace, and further members."""
+    """Return (base class, further members) of a placeholder, so that it has the members that other libraries read or replace."""
     import peft_core
 
     from ._tuner_models import BaseTuner
@@ -118,4 +121,4 @@ def _stands_on(name: str, method: str) -> tuple[type, dict[str, Any]]:
 
 
 def _mask_to_budget(self: Any, model: Any, budget: int) -> Any:
-    """Stands for a method of AdaLoRA that other libraries replace."""
+    """Placeholder for a method of AdaLoRA's `RankAllocator` that other libraries replace."""

@@ -1,4 +1,4 @@
-"""Names of files and modules that code written for upstream imports; ours has each where it is used."""
+"""Constants (file names, module names, dtypes) that code written for upstream imports. In our packages, each constant is in the file that uses it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from peft_core.config.reading import CONFIG_NAME as CONFIG_NAME
 from peft_core.tuners.targeting import DUMMY as DUMMY_TARGET_MODULES
 from peft_core.tuners.targeting import default_targets_by_model_type
 
-#: what heads of classifiers are usually called
+#: usual module names of classification heads
 SEQ_CLS_HEAD_NAMES = ["score", "classifier"]
 
-#: model type → the modules that are adapted where a config says nothing: names, or one regular expression
+#: model type → the default target modules if a config sets none: module names, or one regular expression
 DEFAULT_TARGETS = default_targets_by_model_type()
 
-#: dtypes of 8 bits whose adapter weights are kept in float32, by name: a torch may lack some
+#: names of 8-bit dtypes whose adapter weights are cast to float32; names, because older versions of torch lack some of the dtypes
 UPCAST_DTYPES = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
 
-#: dtypes in which layers of LoRA compute
+#: dtypes in which LoRA layers compute
 ALLOWED_COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-#: keywords of a call that belong to variants of LoRA
+#: keyword arguments of a model call that are meant for variants of LoRA
 VARIANT_KWARG_KEYS = ["alora_offsets"]
 
 __all__ = [

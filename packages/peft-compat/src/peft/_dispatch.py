@@ -1,4 +1,4 @@
-"""Which layer of LoRA wraps a module, and the numbers of a packed weight, as code written for upstream asks for them."""
+"""Upstream's dispatch functions, which create the LoRA layer around a module, and dequantisation of packed weights."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from . import _layers
 
 
 def dispatch_default(target: nn.Module, adapter_name: str, config: Any, parameter_name: str | None = None, **kwargs: Any) -> nn.Module | None:
-    """Return a LoRA layer with an adapter around a plain layer; None around others.
+    """Return a LoRA layer with one adapter that wraps a torch layer which is not quantised; None for other modules.
 
     Args:
-        target: what is wrapped.
-        adapter_name: the adapter.
-        config: its config.
-        parameter_name: of a parameter that is adapted instead of the module.
-        **kwargs: `r` and `lora_alpha`, where they are not those of the config.
+        target: the module to wrap.
+        adapter_name: the name of the adapter.
+        config: the config of the adapter.
+        parameter_name: the name of a parameter of `target` that is adapted instead of the whole module.
+        **kwargs: `r` and `lora_alpha`, if they differ from those in the config.
     """
     given = {"config": config, "r": kwargs.get("r", config.r), "lora_alpha": kwargs.get("lora_alpha", config.lora_alpha)}
     if parameter_name is not None:
@@ -36,21 +36,21 @@ def dispatch_default(target: nn.Module, adapter_name: str, config: Any, paramete
 
 
 def dispatch_bnb_4bit(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """Return a LoRA layer with an adapter around a 4-bit Linear of bitsandbytes; None around others.
+    """Return a LoRA layer with one adapter that wraps a 4-bit Linear of bitsandbytes; None for other modules.
 
     Args:
-        target, adapter_name, config: as `dispatch_default`.
-        **kwargs: ``loaded_in_4bit=True``, without which nothing is wrapped; `r`, `lora_alpha`.
+        target, adapter_name, config: the same as in `dispatch_default`.
+        **kwargs: ``loaded_in_4bit=True`` (without it, the function returns None); `r` and `lora_alpha`, if they differ from those in the config.
     """
     return _of_bitsandbytes(target, adapter_name, config, "Linear4bit", kwargs) if kwargs.get("loaded_in_4bit") else None
 
 
 def dispatch_bnb_8bit(target: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """Return a LoRA layer with an adapter around an 8-bit Linear of bitsandbytes; None around others.
+    """Return a LoRA layer with one adapter that wraps an 8-bit Linear of bitsandbytes; None for other modules.
 
     Args:
-        target, adapter_name, config: as `dispatch_default`.
-        **kwargs: ``loaded_in_8bit=True``, without which nothing is wrapped; `r`, `lora_alpha`.
+        target, adapter_name, config: the same as in `dispatch_default`.
+        **kwargs: ``loaded_in_8bit=True`` (without it, the function returns None); `r` and `lora_alpha`, if they differ from those in the config.
     """
     return _of_bitsandbytes(target, adapter_name, config, "Linear8bitLt", kwargs) if kwargs.get("loaded_in_8bit") else None
 
@@ -66,14 +66,14 @@ def _of_bitsandbytes(target: nn.Module, adapter_name: str, config: Any, name: st
 
 
 def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
-    """Return the numbers of a weight of bitsandbytes (out, in); of any other, the weight itself.
+    """Return a bitsandbytes weight dequantised, with the shape (out, in); any other weight is returned unchanged.
 
     Args:
-        weight: (out, in), or packed.
-        state: of an 8-bit weight, the state of its Linear, with the scales (`SCB`).
+        weight: a weight (out, in), or a packed 4-bit weight.
+        state: for an 8-bit weight, the state of its Linear, which holds the scales (`SCB`).
 
     Raises:
-        UnsupportedModuleError: an 8-bit weight without its scales.
+        UnsupportedModuleError: the scales of an 8-bit weight are neither in `state` nor in the weight.
     """
     kind = type(weight).__name__
     if kind == "Params4bit":

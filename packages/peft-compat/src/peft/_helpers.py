@@ -1,4 +1,4 @@
-"""Small functions on tensors and devices that code written for upstream calls; our own methods need none."""
+"""Small functions on tensors and devices for code written for upstream; our own methods do not use them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from peft_core.errors import ConfigError
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
-    """Return decoder inputs for labels: one token later, with padding where labels are ignored.
+    """Return decoder input ids (batch, tokens) for labels: the labels shifted right by one token, with padding instead of ignored labels.
 
     Args:
-        input_ids: (batch, tokens); -100 is ignored.
-        pad_token_id: what stands for ignored tokens.
-        decoder_start_token_id: what stands first.
+        input_ids: labels (batch, tokens); -100 means that a label is ignored.
+        pad_token_id: the id that replaces -100.
+        decoder_start_token_id: the id of the first token.
 
     Raises:
-        ConfigError: there is no padding token.
+        ConfigError: `pad_token_id` is None.
     """
     if pad_token_id is None:
         raise ConfigError("self.model.config.pad_token_id has to be defined.", hint="set pad_token_id in the model's config")
@@ -33,7 +33,8 @@ def bloom_model_postprocess_past_key_value(past_key_values: Any) -> tuple[tuple[
     """Return keys and values in the layout of old Bloom models: keys (batch·heads, head_dim, n), values (batch·heads, n, head_dim).
 
     Args:
-        past_key_values: (2·layers, batch, heads, n, head_dim), as one tensor or in parts along the first dimension; all keys first.
+        past_key_values: (2·layers, batch, heads, n, head_dim), as one tensor or as parts split along the first dimension; first the keys of all
+            layers, then the values of all layers.
     """
     stacked = torch.cat(list(past_key_values)) if not isinstance(past_key_values, Tensor) else past_key_values
     layers, batch, heads, count, width = stacked.shape
@@ -43,7 +44,7 @@ def bloom_model_postprocess_past_key_value(past_key_values: Any) -> tuple[tuple[
 
 
 def infer_device() -> str:
-    """Return the kind of the best device that is there: ``"cuda"``, ``"mps"``, ``"xpu"``, … or ``"cpu"``."""
+    """Return the type of the best available device: ``"cuda"``, ``"mps"``, ``"xpu"``, … or ``"cpu"``."""
     for kind in ("cuda", "mps", "npu", "xpu", "mlu"):
         backend = getattr(torch.backends if kind == "mps" else torch, kind, None)
         if backend is not None and getattr(backend, "is_available", bool)():
@@ -52,5 +53,5 @@ def infer_device() -> str:
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return `weight` (in, out) as (out, in) if `fan_in_fan_out`; as it is otherwise."""
+    """Return `weight` (in, out) transposed to (out, in) if `fan_in_fan_out`; otherwise return `weight` unchanged."""
     return weight.T if fan_in_fan_out else weight

@@ -1,4 +1,4 @@
-"""What code written for upstream asks about an adapted model: which modules are adapted, and what their weights are called."""
+"""Functions of upstream that inspect an adapted model: which modules are adapted, and the names of their weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from peft_core.tuners.index import require_index
 
 
 class _ExcludedModule:
-    """Stands for a module that `exclude_modules` took out; false."""
+    """A falsy marker for a module that was excluded by `exclude_modules`."""
 
     def __bool__(self) -> bool:
         return False
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:
-    """Return which modules of a base an adapter wraps, ``"matched"``, and which not, ``"unmatched"``, in the order of modules.
+    """Return the names of the base's modules that an adapter wraps (key ``"matched"``) and of all others (key ``"unmatched"``), in module order.
 
     Args:
-        tuner: `base_model` of a `PeftModel`, or the model itself.
-        adapter_name: the adapter.
+        tuner: `base_model` of a `PeftModel`, or the `PeftModel`.
+        adapter_name: the name of the adapter.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -38,15 +38,15 @@ def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[s
 
 
 def _check_lora_target_modules_mamba(peft_config: Any, model: nn.Module, target_name: str) -> None:
-    """Refuse modules of Mamba whose weights go to a fused kernel, past any adapter.
+    """Raise an error for Mamba modules whose weights go directly to a fused kernel, which would bypass an adapter.
 
     Args:
         peft_config: the adapter's config.
-        model: the base.
-        target_name: the last part of a target's name.
+        model: the base model.
+        target_name: the last part of the name of a target module.
 
     Raises:
-        ConfigError: `target_name` is such a module, and the base such a model.
+        ConfigError: `model` is a Mamba-based model, and `target_name` is ``"out_proj"`` or ``"conv1d"``.
     """
     kinds = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -58,11 +58,11 @@ def _check_lora_target_modules_mamba(peft_config: Any, model: nn.Module, target_
 
 
 def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | None = None) -> set[str]:
-    """Return the names, in the state dict of a model, of what holds weights in its adapter layers; with an adapter, of what holds its own.
+    """Return the state-dict prefixes of the child modules of adapter layers that hold adapter weights.
 
     Args:
         model: a model with adapters.
-        adapter_name: None: of all adapters.
+        adapter_name: return only the prefixes of this adapter's weights; None: return one prefix for all adapters together.
     """
     found = set()
     for path, module in model.named_modules():
@@ -80,13 +80,13 @@ def _get_tuner_state_dict_key_prefixes(model: nn.Module, adapter_name: str | Non
 
 
 def has_valid_embedding_base_layer(layer: Any) -> bool:
-    """Return whether an adapter layer, `layer`, is around an embedding or a Linear."""
+    """Return whether the adapter layer `layer` wraps an `nn.Embedding` or an `nn.Linear`."""
     base = getattr(layer, "base_layer", None)
     return isinstance(base, (nn.Linear, nn.Embedding))
 
 
 def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in_target_modules: bool) -> str | None:
-    """Return the name of an embedding, `layer`, in a model; of one that is targeted, that of the layer inside; None: it is not there."""
+    """Return the name of the embedding `layer` in `model`; if it is targeted, the name of the base layer inside it; None if it is not found."""
     name: str
     for name, module in model.named_modules():
         if (not is_embedding_in_target_modules and module is layer) or module is getattr(layer, "base_layer", None):
@@ -95,10 +95,10 @@ def get_embedding_layer_name(model: nn.Module, layer: nn.Module, is_embedding_in
 
 
 def set_additional_trainable_modules(model: nn.Module, peft_config: Any, model_config: Any, adapter_name: str, activate_adapter: bool = True) -> None:
-    """Refuse: saved modules and trained tokens are made with their adapter.
+    """Raise an error: saved modules and trained tokens are created together with their adapter, not by this function.
 
     Args:
-        model, peft_config, model_config, adapter_name, activate_adapter: as upstream.
+        model, peft_config, model_config, adapter_name, activate_adapter: the same as upstream.
 
     Raises:
         CapabilityError: always.

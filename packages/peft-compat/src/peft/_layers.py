@@ -1,4 +1,4 @@
-"""Layers as code written for upstream knows them: classes to derive from beside `nn.Module`, and ours with upstream's constructors."""
+"""Layer classes with upstream's interface: mixin classes for user-defined layers, and our layers with upstream's constructors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from peft_lora.formulas import scaling
 
 
 class _StandsFor(type):
-    """A class for which instances and subclasses of a class of ours (`of_ours`) count as its own; what is set on it is set on that one."""
+    """Metaclass: instances and subclasses of the class `of_ours` (in our packages) count as instances and subclasses of the class.
+
+    An attribute that is set on the class is also set on `of_ours`.
+    """
 
     def __instancecheck__(cls, instance: Any) -> bool:
         ours = cls.__dict__.get("of_ours")
@@ -41,7 +44,7 @@ class _StandsFor(type):
             setattr(ours, name, value)
 
     def __delattr__(cls, name: str) -> None:
-        """Undo what was set, as tests and context managers do that found no attribute of this very class."""
+        """Undo an attribute that was set; tests and context managers (mock patches) delete an attribute that the class itself did not have before."""
         ours = cls.__dict__.get("of_ours")
         if name in cls.__dict__:
             super().__delattr__(name)
@@ -55,22 +58,23 @@ class _StandsFor(type):
 
 
 _NOTHING = object()
-#: (class of ours, name) → what was there before somebody replaced it
+#: (class in our packages, attribute name) → the attribute's value before it was replaced
 _BEFORE: dict[tuple[Any, str], Any] = {}
 
 
 # ---- to derive from, beside nn.Module -----------------------------------------------------------------------------------
 class BaseTunerLayer(metaclass=_StandsFor):
-    """What a layer of one's own is beside an `nn.Module`: weights of adapters around `base_layer`, following the model's choice of adapters.
+    """Mixin class for a user-defined adapter layer, which also derives from `nn.Module`: it holds adapter weights around `base_layer`.
 
-    A subclass has `adapter_layer_names`, attributes that hold weights by adapter, and computes with `active_adapters` in its `forward`.
+    The layer uses the adapters that are active in the model. A subclass sets `adapter_layer_names`, the names of the attributes that hold weights by
+    adapter name, and its `forward` computes with the adapters in `active_adapters`.
     """
 
     of_ours: ClassVar[Any] = peft_core.BaseTunerLayer
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ()
     base_layer: nn.Module
-    #: which adapters act; the model's, once the layer is in one
+    #: which adapters are active; once the layer is part of a model, this is the model's selection
     selection: AdapterSelection
 
     def get_base_layer(self) -> nn.Module:
@@ -82,12 +86,12 @@ class BaseTunerLayer(metaclass=_StandsFor):
 
     @property
     def weight(self) -> Any:
-        """The base's weight."""
+        """The weight of the base layer, or None."""
         return getattr(self.get_base_layer(), "weight", None)
 
     @property
     def bias(self) -> Any:
-        """The base's bias."""
+        """The bias of the base layer, or None."""
         return getattr(self.get_base_layer(), "bias", None)
 
     @property
@@ -100,12 +104,12 @@ class BaseTunerLayer(metaclass=_StandsFor):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act on this call."""
+        """Names of the adapters that are active in this call."""
         return list(self.selection.current().names)
 
     @property
     def active_adapter(self) -> list[str]:
-        """The same."""
+        """The same as `active_adapters`."""
         return self.active_adapters
 
     @property
@@ -120,7 +124,7 @@ class BaseTunerLayer(metaclass=_StandsFor):
 
     # ---- as the model asks -----------------------------------------------------------------------------------------
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapters that have weights here."""
+        """Return the names of the adapters that have weights in this layer."""
         names = (name for container in self.adapter_layer_names for name in getattr(self, container, {}))
         return tuple(dict.fromkeys(names))
 
@@ -137,15 +141,15 @@ class BaseTunerLayer(metaclass=_StandsFor):
         return found
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return what trains, by the end of its key in a file."""
+        """Return the adapter's trainable parameters: the last part of the key in the file → parameter."""
         return {key: getattr(module, name) for key, (module, name) in self._parts(adapter).items()}
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds."""
+        """Return the slots of the tensors that the adapter's file contains: the last part of the key in the file → slot."""
         return {key: Slot.of(module, name) for key, (module, name) in self._parts(adapter).items()}
 
     def drop(self, adapter: str) -> None:
-        """Take the adapter's weights out."""
+        """Delete the adapter's weights and settings from this layer."""
         for name in (*self.adapter_layer_names, *self.other_param_names):
             holder: Any = getattr(self, name, None)
             if hasattr(holder, "__delitem__") and adapter in holder:
@@ -154,18 +158,18 @@ class BaseTunerLayer(metaclass=_StandsFor):
     delete_adapter = drop
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Use these adapters here; they train, all others are frozen."""
+        """Activate adapters in this layer; they become trainable (unless `inference_mode`), and all others are frozen."""
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         self.selection = self.selection.variant(given, self.selection.enabled)
         for name in self.adapters():
             let_train(self.parameters_of(name).values(), name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off here."""
+        """Enable or disable all adapters of this layer."""
         self.selection = self.selection.variant(self.selection.names, enabled)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Let adapters train here or not."""
+        """Make the weights of adapters in this layer trainable, or freeze them."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             let_train(self.parameters_of(name).values(), requires_grad)
 
@@ -182,13 +186,14 @@ class BaseTunerLayer(metaclass=_StandsFor):
 
 
 class LoraLayer(BaseTunerLayer):
-    """What a layer of LoRA of one's own is beside an `nn.Module`: `class Mine(nn.Module, LoraLayer)`.
+    """Mixin class for a user-defined LoRA layer: `class Mine(nn.Module, LoraLayer)`.
 
-    Its constructor takes (base_layer, adapter_name, config=, r=, lora_alpha=), calls this one, and `update_layer`; its forward computes.
+    The constructor of the subclass takes (base_layer, adapter_name, config=, r=, lora_alpha=), calls the constructor of this class, and then
+    `update_layer`. The subclass also defines `forward`.
 
     Args:
-        base_layer: what is wrapped.
-        ephemeral_gpu_offload, **kwargs: kept as `kwargs`.
+        base_layer: the module to wrap.
+        ephemeral_gpu_offload, **kwargs: stored in the attributes `ephemeral_gpu_offload` and `kwargs`.
     """
 
     of_ours = peft_lora.LoraLayer
@@ -210,14 +215,14 @@ class LoraLayer(BaseTunerLayer):
         self.lora_embedding_A, self.lora_embedding_B = nn.ParameterDict(), nn.ParameterDict()
         self.merged_adapters: list[str] = []
         self.ephemeral_gpu_offload, self.kwargs = ephemeral_gpu_offload, kwargs
-        with contextlib.suppress(AttributeError):  # update_layer, which a subclass then has to define, will not ask
+        with contextlib.suppress(AttributeError):  # the base layer has no feature counts: the subclass has to define its own `update_layer`
             self.in_features, self.out_features = features_of(self.get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **kwargs: Any) -> None:
-        """Create A, B, dropout and scale of an adapter, as around a Linear.
+        """Create the matrices A and B, the dropout and the scaling of an adapter, as for a Linear base layer.
 
         Args:
-            adapter_name, r, lora_alpha, config, **kwargs: as upstream; without a config, `kwargs` are fields of one.
+            adapter_name, r, lora_alpha, config, **kwargs: the same as upstream; if `config` is None, `kwargs` are the fields of a `LoraConfig`.
 
         Raises:
             ConfigError: `r` is not positive.
@@ -234,7 +239,10 @@ class LoraLayer(BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
-        """Start with A uniform and B zero; False: both random; ``"gaussian"``: A normal."""
+        """Initialise A with a uniform distribution and B with zeros.
+
+        False: A and B keep the random initialisation of `nn.Linear`; ``"gaussian"``: A is initialised with a normal distribution, B with zeros.
+        """
         if adapter_name not in self.lora_A:
             return
         a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
@@ -250,30 +258,30 @@ class LoraLayer(BaseTunerLayer):
             nn.init.zeros_(b)  # type: ignore[arg-type]
 
     def lora_ga_init(self, adapter_name: str, lora_ga_config: Any) -> None:
-        """Refuse: weights start when injection makes the layer."""
+        """Raise an error: LoRA-GA weights are initialised when injection creates the layer."""
         raise CapabilityError("a layer is not started by itself", hint="preprocess_loraga, then get_peft_model with init_lora_weights='lora_ga'")
 
     def scale_layer(self, scale: float) -> None:
-        """Multiply the scale of the adapters that act by `scale`."""
+        """Multiply the scaling of all active adapters by `scale`."""
         for name in self.active_adapters:
             if name in self.scaling:
                 self.scaling[name] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide it; None: back to what alpha and rank make of it."""
+        """Divide the scaling of all active adapters by `scale`; None: reset it to the scaling given by alpha and rank."""
         for name in self.active_adapters:
             if name in self.scaling:
                 usual = scaling(self.lora_alpha[name], self.r[name], self.use_rslora[name])
                 self.scaling[name] = usual if scale is None else self.scaling[name] / scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's scale to `scale` times what alpha and rank make of it."""
+        """Set an adapter's scaling to `scale` times the scaling given by alpha and rank."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * scaling(self.lora_alpha[adapter], self.r[adapter], self.use_rslora[adapter])
 
 
 def _config(r: int, alpha: int, config: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Return the config that a layer is made with: the one given, or one of older keywords.
+    """Return the config for a new layer: `config` if given, otherwise a `LoraConfig` made from the keyword arguments of older versions.
 
     Raises:
         ConfigError: `r` is not positive.
@@ -288,20 +296,23 @@ def _config(r: int, alpha: int, config: Any, kwargs: Mapping[str, Any]) -> Any:
 
 # ---- ours, with upstream's constructors ---------------------------------------------------------------------------------
 class _Made:
-    """Makes a layer of ours by itself: (base_layer, adapter_name, config=, r=, lora_alpha=), with the adapter in it and in use."""
+    """Mixin with upstream's constructor (base_layer, adapter_name, config=, r=, lora_alpha=): creates our layer without a model.
+
+    The layer then contains the adapter, and the adapter is active.
+    """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any = None, r: int = 0, lora_alpha: int = 1, **kwargs: Any) -> None:
         super().__init__(base_layer, AdapterSelection())  # type: ignore[call-arg]
         self.update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any = None, **kwargs: Any) -> None:
-        """Add an adapter to this layer, and use it."""
+        """Add an adapter to this layer and activate it."""
         layer: Any = self
         layer.attach(adapter_name, _settings(r, lora_alpha, config, kwargs), InitOptions())
         layer.set_adapter(adapter_name)
 
     def get_param(self) -> Any:
-        """Return the base's parameter that is adapted."""
+        """Return the parameter of the base layer that is adapted."""
         layer: Any = self
         return getattr(layer.get_base_layer(), layer.weight_name)
 
@@ -317,7 +328,7 @@ def _shown(name: str, ours: Any, **members: Any) -> Any:
 
 
 class _Facade(_StandsFor, type(nn.Module)):  # type: ignore[misc]
-    """The metaclass of those."""
+    """The metaclass of the classes that `_shown` creates."""
 
 
 def _make_parameter(

@@ -1,4 +1,4 @@
-"""The model classes with the defaults that users of this module expect: loading warns about missing tensors instead of raising."""
+"""The model classes with upstream's defaults: if tensors are missing, loading an adapter warns instead of raising an error."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from ._tuner_models import DELEGATED, BaseTuner, seams_of, stand_for
 
 
 class _Lenient(type(nn.Module)):  # type: ignore[misc]
-    """A class that takes instances of the class of core that it stands for (`of_core`) for its own: which of the two made a model does not matter.
+    """Metaclass: instances of the corresponding class in peft-core (`of_core`) count as instances of the class, whichever of the two created them.
 
-    Classes that users derive from it are ordinary ones.
+    Classes that users derive from such a class use the normal `isinstance` check.
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -38,7 +38,7 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
         return found
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Make a model. Where the base has an adapter of this name (a cell of a notebook that ran twice), it is made anew, with a warning."""
+        """Create a model. If the base already has an adapter of this name (a notebook cell that ran twice), replace the adapter and warn."""
         given = dict(zip(("model", "peft_config", "adapter_name"), args, strict=False)) | kwargs
         with anew(given.get("model"), given.get("adapter_name", "default")):
             return super().__call__(*args, **kwargs)
@@ -50,7 +50,7 @@ class _Lenient(type(nn.Module)):  # type: ignore[misc]
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """What making a model takes."""
+        """The signature of the constructor, without `self`."""
         found = inspect.signature(cls.__dict__.get("of_core", cls).__init__)
         return found.replace(parameters=list(found.parameters.values())[1:])
 
@@ -60,12 +60,12 @@ MODULE = "peft.peft_model"
 
 @contextlib.contextmanager
 def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None]:
-    """Take an adapter of this name out of the model until the block ends; if it fails, the adapter is put back.
+    """If the model has an adapter of this name, warn and delete it before the block; if the block fails, restore the adapter.
 
     Args:
-        model: with or without adapters.
-        adapter_name: the adapter that the block makes.
-        beside: adapters that were in use stay so beside the new one.
+        model: a model with or without adapters.
+        adapter_name: the name of the adapter that the block creates.
+        beside: after the block, the adapters that were active before are active together with the new adapter.
     """
     index = index_of(model) if isinstance(model, nn.Module) else None
     if index is None or adapter_name not in index.configs:
@@ -75,7 +75,7 @@ def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None
     config, active = index.configs[adapter_name], index.active
     tensors = {key: slot.read().clone() for key, slot in keyed_slots(index, adapter_name).items() if not slot.unread}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", PeftWarning)  # which adapter takes over meanwhile
+        warnings.simplefilter("ignore", PeftWarning)  # the warning about the adapter that is activated in the meantime
         delete(index, adapter_name)
     try:
         yield
@@ -89,9 +89,9 @@ def anew(model: Any, adapter_name: str, *, beside: bool = True) -> Iterator[None
 
 
 def _lenient(core: Any) -> Any:
-    """Return the class of this module for `core`, which all classes of tasks have in common: what somebody replaces in it they all have replaced."""
+    """Return the class of this module that corresponds to `core`. All task classes inherit from it, so a method replaced in it is replaced in all."""
     members = {"__module__": MODULE, "__doc__": core.__doc__, "of_core": core, "strict_loading": "warn", "class_for": classmethod(_class_for)}
-    members["restores_base"] = False  # recipes save what `unload` returns beside an adapter that changed it
+    members["restores_base"] = False  # training recipes save the base that `unload` returns together with an adapter that changed the base
     members["from_pretrained"] = classmethod(_tolerant(core.from_pretrained.__func__, (*HUB_KEYS, "subfolder")))
     members["load_adapter"] = _tolerant(core.load_adapter, (*HUB_KEYS, "subfolder"))
     members["save_pretrained"] = _tolerant(core.save_pretrained, (*OF_UPLOAD, *OF_WHOLE_MODELS))
@@ -103,13 +103,13 @@ def _of_task(core: Any) -> Any:
 
 
 def _with_tuner_model(kind: Any) -> Any:
-    """Give a class a `base_model` of its method, which does what that has methods for."""
+    """Make the models of a class create a `base_model` of the method's class (such as `LoraModel`), and call the methods of that object."""
 
     def make(self: Any, model: Any, peft_config: Any = None, adapter_name: str = "default", *args: Any, **kwargs: Any) -> None:
         super(kind, self).__init__(model, peft_config, adapter_name, *args, **kwargs)
-        if isinstance(self.base_model, BaseTuner):  # as whoever has replaced it expects: the adapter is there, and in use
+        if isinstance(self.base_model, BaseTuner):  # code that has replaced `__init__` expects that the adapter exists and is active
             self.base_model.__init__(self.base_model.model, self.peft_config, adapter_name)  # type: ignore[misc]
-            self.get_base_model().__dict__["peft_config"] = self.peft_config  # as injection leaves it there
+            self.get_base_model().__dict__["peft_config"] = self.peft_config  # upstream's injection also sets this attribute
 
     def operation(self: Any, name: str) -> Any:
         base = self.__dict__.get("_modules", {}).get("base_model")
@@ -133,7 +133,10 @@ def _delegating(name: str, method: Any) -> Any:
 
 
 def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
-    """Return a method that ignores keywords, but its own and `further` ones, with one warning: model cards pass those of whole models."""
+    """Return a method that ignores all keyword arguments except those of `function` and those in `further`, with one warning.
+
+    Code in model cards also passes keyword arguments that are meant for loading whole models.
+    """
     signature = inspect.signature(function)
     known = {*signature.parameters, *further}
 
@@ -155,7 +158,7 @@ def _tolerant(function: Any, further: tuple[str, ...]) -> Any:
 
 
 def _set_runtime(config: Any, runtime: Any) -> None:
-    """Give an adapter's config the settings of this process that a call brought along; warn if it has no place for them."""
+    """Set `runtime_config` of an adapter's config to the settings passed in a call; warn if this kind of config has no such attribute."""
     if hasattr(config, "runtime_config"):
         config.runtime_config = runtime
     else:
@@ -163,7 +166,7 @@ def _set_runtime(config: Any, runtime: Any) -> None:
 
 
 def _class_for(cls: Any, task: str) -> Any:
-    """Return the class of models for a task, as in `TaskType`; this one for others."""
+    """Return the model class for a task (a value of `TaskType`); for other tasks, and for `PeftMixedModel`, return `cls`."""
     return cls if issubclass(cls, PeftMixedModel) else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
 
 
@@ -187,7 +190,7 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> Any:
-    """As `peft_core.get_peft_model`, with the classes of this module."""
+    """The same as `peft_core.get_peft_model`, but the returned model is of a class of this module."""
     kind = PeftMixedModel if mixed else PeftModel
     return factory.wrap(kind, model, peft_config, adapter_name, autocast_adapter_dtype, revision, low_cpu_mem_usage)
 
@@ -199,7 +202,11 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """As `peft_core.inject_adapter_in_model`; an adapter of this name is replaced, with a warning, and the method's class is asked (`LoraModel`)."""
+    """The same as `peft_core.inject_adapter_in_model`, with two differences.
+
+    If the model already has an adapter of this name, it is replaced, with a warning. Methods that were replaced in the method's class (such as
+    `LoraModel`) are called.
+    """
     with anew(model, adapter_name, beside=False):
         return factory.inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, lambda index: seams_of(index, peft_config))
 

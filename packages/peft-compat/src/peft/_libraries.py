@@ -1,4 +1,7 @@
-"""Whether bitsandbytes is there, and how parameters are made or gathered under other libraries. None is imported before it is needed."""
+"""Check which optional libraries are installed, create parameters on the meta device, and gather parameters of DeepSpeed.
+
+A library is imported only when it is needed.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def is_bnb_available() -> bool:
 
 
 def is_bnb_4bit_available() -> bool:
-    """Return whether bitsandbytes is installed and has layers of 4 bits."""
+    """Return whether bitsandbytes is installed and has 4-bit layers."""
     return is_bnb_available() and hasattr(importlib.import_module("bitsandbytes").nn, "Linear4bit")
 
 
@@ -83,7 +86,7 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     """Inside the block, modules are created with their parameters on the meta device.
 
     Args:
-        include_buffers: their buffers, too; default no.
+        include_buffers: also create the buffers on the meta device; default: no.
     """
     if include_buffers:
         with torch.device("meta"):
@@ -107,12 +110,12 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
 def gather_params_ctx(
     param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
 ) -> Iterator[None]:
-    """Inside the block, parameters that DeepSpeed ZeRO-3 has spread over processes are whole; nothing to do for others.
+    """For the duration of the block, gather the full parameters that DeepSpeed ZeRO-3 has sharded over processes; do nothing for other parameters.
 
     Args:
-        param: one or several.
-        modifier_rank: the process whose changes count; None: nobody changes them.
-        fwd_module: the module whose forward they are needed for.
+        param: one parameter or several.
+        modifier_rank: the rank of the process whose changes are written back; None: no process changes the parameters.
+        fwd_module: the module whose `forward` needs the parameters.
     """
     given = [param] if isinstance(param, nn.Parameter) else list(param)
     if not any(hasattr(each, "ds_id") for each in given):

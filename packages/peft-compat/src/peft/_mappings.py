@@ -1,4 +1,4 @@
-"""Method → class, as dictionaries that code written for other frameworks reads, and registering a method in its words."""
+"""Upstream's dictionaries from method to class, and upstream's function for registering a method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_core.tuners.tuner import TunerBase
 
 
 class _ByMethod(dict[str, Any]):
-    """Method → class, of all methods that are installed, imported when somebody asks; `PeftType` members and plain strings are equal keys."""
+    """A dict: method → class, for all installed methods. A class is imported when its key is read. Keys are `PeftType` members or plain strings."""
 
     def __init__(self, find: Any) -> None:
         super().__init__()
@@ -53,33 +53,33 @@ class _ByMethod(dict[str, Any]):
         return super().__contains__(key) or (isinstance(key, str) and str(key) in registry.names())
 
 
-#: method → class of its configs
+#: method → its config class
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[str, Any] = _ByMethod(registry.config_class)
-#: method → class of its tuners
+#: method → its tuner class
 PEFT_TYPE_TO_TUNER_MAPPING: dict[str, Any] = _ByMethod(registry.tuner_class)
-#: method → class of models in which it can be mixed with others: any can
+#: method → model class in which the method can be mixed with other methods; every method can be mixed
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: PeftMixedModel)
-#: method → what the names of its parameters begin with
+#: method → the prefix of its parameter names
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[str, Any] = _ByMethod(lambda peft_type: registry.resolve(peft_type).parameter_prefix)
-#: methods that can be mixed: those whose classes change layers
+#: methods that can be mixed: the methods that adapt layers
 COMPATIBLE_TUNER_TYPES = tuple(PeftType(name) for name in ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA"))
-#: model type → what makes a cache of keys and values; nothing has to since transformers has caches of its own
+#: model type → function that converts keys and values to the model's cache format; empty, because transformers has its own cache classes now
 TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
 
 
 def register_peft_method(*, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False) -> None:
-    """Register a method for this process. A package that is installed registers itself: see docs/write-a-tuner.md.
+    """Register a method for this process only. The methods of an installed package are registered automatically: see docs/write-a-tuner.md.
 
     Args:
-        name: lower-case.
-        config_cls: a `PeftConfig` subclass.
-        model_cls: a `TunerBase` subclass.
-        prefix: what the names of its parameters begin with; default ``name + "_"``.
-        is_mixed_compatible: accepted and without an effect: every method can be mixed.
+        name: the name of the method, in lower case.
+        config_cls: a subclass of `PeftConfig`.
+        model_cls: a subclass of `TunerBase`.
+        prefix: the prefix of the method's parameter names; default: ``name + "_"``.
+        is_mixed_compatible: ignored, because every method can be mixed.
 
     Raises:
-        ConfigError: the name is not lower-case, or a class is not of its kind.
-        DuplicateTunerError: there is such a method.
+        ConfigError: `name` is not in lower case, or `config_cls` or `model_cls` is not a subclass of the required class.
+        DuplicateTunerError: a method with this name is registered already.
     """
     if name != name.lower():
         raise ConfigError(f"The name of the PEFT method should be in lower case letters, got {name}.", hint=f"write {name.lower()!r}")

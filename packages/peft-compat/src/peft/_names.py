@@ -1,4 +1,4 @@
-"""What all modules of this package are made of: names that are found in our packages when they are used."""
+"""Lazy re-exports, from which all modules of this package are built: a name is imported from our packages when it is first used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ def names(module: str, table: str, absent: str = "") -> tuple[Callable[[str], An
     """Return `__getattr__`, `__dir__` and `__all__` of a module that re-exports names.
 
     Args:
-        module: its `__name__`.
-        table: lines of ``home: name other=name_there ...``; a home is a module, and a name may stand for another there.
-        absent: names that belong to methods that we do not have; see `_absent`.
+        module: the `__name__` of the module.
+        table: lines of the form ``home: name other=name_there ...``: `home` is the module to import from, `name` is re-exported unchanged, and
+            `other` re-exports `name_there` under a new name; ``other=*`` re-exports the module `home`.
+        absent: class names of methods that we do not implement; see `_absent`.
     """
     found: dict[str, tuple[str, str]] = {}
     for line in table.strip().splitlines():

@@ -1,4 +1,4 @@
-"""Classes that other libraries derive from or name, and that do nothing by themselves here: what they are made for is done in another way."""
+"""Placeholders for upstream's classes that other libraries import or derive from. Our packages provide their functionality in other ways."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ def _refuse(what: str, instead: str) -> CapabilityError:
     return CapabilityError(f"{what} is not made by itself here", hint=instead)
 
 
-# ---- layers around quantised bases: peft_lora's are one class -----------------------------------------------------------
+# ---- layers around quantised bases: peft_lora has one class for all of them ---------------------------------------------
 class _AroundQuantised(Linear):  # type: ignore[misc]
-    """Our layers around quantised bases are made by injection."""
+    """Placeholder: its constructor raises an error, because our layers around quantised base layers are created by injection only."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any = None, r: int = 0, lora_alpha: int = 1, **kwargs: Any) -> None:
         raise _refuse(type(self).__name__, "get_peft_model wraps layers of gptqmodel and autoawq where a plugin knows them (docs/quantised.md)")
 
 
 class GPTQLoraLinear(_AroundQuantised):
-    """Stands for a LoRA layer around one of GPTQ, which can't be made by itself."""
+    """Placeholder for upstream's LoRA layer around a GPTQ layer; its constructor raises an error."""
 
 
 class AwqLoraLinear(_AroundQuantised):
-    """Stands for a LoRA layer around one of AWQ, which can't be made by itself."""
+    """Placeholder for upstream's LoRA layer around an AWQ layer; its constructor raises an error."""
 
 
-# ---- DoRA: its magnitudes are computed by the layer that they belong to ---------------------------------------------------
+# ---- DoRA: the LoRA layer itself computes with the magnitudes -------------------------------------------------------------
 class DoraLinearLayer(nn.Module):
-    """Stands for the module that holds DoRA's magnitudes elsewhere: nothing is an instance of it.
+    """Placeholder for upstream's module that holds DoRA's magnitudes; no object of our packages is an instance of it.
 
     Args:
-        fan_in_fan_out: as elsewhere.
+        fan_in_fan_out: the same as upstream.
     """
 
     def __init__(self, fan_in_fan_out: bool = False) -> None:
@@ -47,7 +47,7 @@ class DoraLinearLayer(nn.Module):
         self.fan_in_fan_out = fan_in_fan_out
 
     def update_layer(self, *, base_layer: nn.Module, lora_A: Tensor, lora_B: Tensor, scaling: float, place_on_cpu: bool = False) -> None:
-        """Refuse.
+        """Raise an error: DoRA is switched on in the config.
 
         Raises:
             CapabilityError: always.
@@ -56,15 +56,15 @@ class DoraLinearLayer(nn.Module):
 
 
 class DoraEmbeddingLayer(DoraLinearLayer):
-    """The same, around an embedding."""
+    """Placeholder for upstream's module that holds DoRA's magnitudes of an embedding."""
 
 
 class LoraVariant:
-    """Stands for the class of variants elsewhere; ours are `peft_lora.Variant` (docs/lora.md)."""
+    """Placeholder for upstream's base class of LoRA variants; our base class is `peft_lora.Variant` (docs/lora.md)."""
 
     @staticmethod
     def init(module: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        """Refuse.
+        """Raise an error: variants are chosen in the config.
 
         Raises:
             CapabilityError: always.
@@ -73,28 +73,28 @@ class LoraVariant:
 
 
 class DoraLinearVariant(LoraVariant):
-    """Stands for DoRA around a Linear."""
+    """Placeholder for upstream's DoRA variant of a Linear."""
 
 
 class DoraEmbeddingVariant(LoraVariant):
-    """Stands for DoRA around an embedding."""
+    """Placeholder for upstream's DoRA variant of an embedding."""
 
 
 class MiCALinearVariant(LoraVariant):
-    """Stands for MiCA around a Linear."""
+    """Placeholder for upstream's MiCA variant of a Linear."""
 
 
 # ---- LyCORIS ------------------------------------------------------------------------------------------------------------
 @dataclass
 class LycorisConfig(LayerConfig):
-    """The base of configs of methods like LoHa: targets, `rank_pattern` and `alpha_pattern`."""
+    """Base class for configs of methods like LoHa, with targets, `rank_pattern` and `alpha_pattern`."""
 
 
 class LycorisLayer(BaseTunerLayer):
-    """What a layer of a method like LoHa is beside an `nn.Module`.
+    """Mixin class for a user-defined layer of a method like LoHa, which also derives from `nn.Module`.
 
     Args:
-        base_layer: what is wrapped.
+        base_layer: the module to wrap.
     """
 
     other_param_names = ("r", "alpha", "scaling", "rank_dropout", "rank_dropout_scale", "module_dropout")
@@ -108,7 +108,7 @@ class LycorisLayer(BaseTunerLayer):
             setattr(self, name, {})
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: a subclass merges.
+        """Raise an error: a subclass has to define this method to support merging.
 
         Raises:
             CapabilityError: always.
@@ -119,7 +119,7 @@ class LycorisLayer(BaseTunerLayer):
 
 
 class LycorisTuner(BaseTuner):
-    """Stands for the base of tuners like LoHa's, from which methods derive: ours is `peft_core.LayerTuner` (docs/write-a-tuner.md)."""
+    """Placeholder for upstream's base class of tuners like LoHa's; our base class is `peft_core.LayerTuner` (docs/write-a-tuner.md)."""
 
     layers_mapping: ClassVar[dict[type[nn.Module], Any]] = {}
 

@@ -1,4 +1,4 @@
-"""What transformers (5.6 to 5.17) asks before it writes an adapter's tensors into a base whose layers it has spread over processes."""
+"""The function that transformers (5.6 to 5.17) calls before it writes an adapter's tensors into a base with tensor parallelism."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from peft_core.errors import CapabilityError
 
 
 def _maybe_shard_state_dict_for_tp(model: nn.Module, state_dict: MutableMapping[str, Tensor], adapter_name: str) -> None:
-    """Leave the tensors of an adapter as they are, which is right wherever the base is whole in each process.
+    """Do not shard the adapter's tensors, which is correct if each process has the full weights of the base; otherwise raise an error.
 
     Args:
         model: a model with injected adapters.
-        state_dict: the adapter's tensors by name, of any shapes; stays as it is.
-        adapter_name: which adapter.
+        state_dict: the adapter's tensors by name, of any shapes; it is not changed.
+        adapter_name: the name of the adapter.
 
     Raises:
-        CapabilityError: a layer that the adapter wraps has only a part of its weight here (transformers' tensor parallelism: `_hf_tp_plan`
-            and `_hf_device_mesh`), so that whole tensors do not fit, and sums over processes would miss the adapter.
+        CapabilityError: a layer that the adapter wraps has only a part of its weight in this process (transformers' tensor parallelism:
+            `_hf_tp_plan` and `_hf_device_mesh`). Full adapter tensors do not fit such a layer, and sums over processes would miss the adapter.
     """
     for name, module in model.named_modules():
         if isinstance(module, AdapterLayer) and adapter_name in module.adapters() and _is_spread(module.get_base_layer()):

@@ -1,4 +1,4 @@
-"""Giving a wrapped model the signatures of its base, and asking of a folder whether it holds an adapter."""
+"""Copy the signatures of the base's methods to a wrapped model, and check whether a folder contains an adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft_core.errors import ConfigError, PeftError
 
 
 def update_forward_signature(model: Any) -> None:
-    """Show the base's signature and docs on `model.forward` where it only shows ``*args, **kwargs``.
+    """Give `model.forward` the signature and docstring of the base's `forward`, if its own signature is only ``*args, **kwargs``.
 
     Args:
         model: a `PeftModel`.
@@ -22,7 +22,7 @@ def update_forward_signature(model: Any) -> None:
 
 
 def update_generate_signature(model: Any) -> None:
-    """Show the base's signature and docs on `model.generate` where it only shows ``*args, **kwargs``.
+    """Give `model.generate` the signature and docstring of the base's `generate`, if its own signature is only ``*args, **kwargs``.
 
     Args:
         model: a `PeftModel`.
@@ -31,7 +31,7 @@ def update_generate_signature(model: Any) -> None:
 
 
 def update_signature(model: Any, method: Literal["all", "forward", "generate"] = "all") -> None:
-    """Show the base's signatures: of `forward`, of `generate`, or of both.
+    """Give `forward`, `generate` or both the signatures and docstrings of the base's methods.
 
     Args:
         model: a `PeftModel`.
@@ -65,7 +65,7 @@ def _parameters(function: Any) -> list[inspect.Parameter]:
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
-    """Return whether a folder or repository, `model_name_or_path`, holds the config of an adapter."""
+    """Return whether `model_name_or_path`, a folder or a Hub repository, contains an adapter config."""
     try:
         PeftConfig.from_pretrained(model_name_or_path)
     except (PeftError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Small helpers on modules that other libraries import."""
+"""Small helper functions on modules, which other libraries import."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, st
 
 
 def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
-    """Return the first of the regular expressions that matches the end of a module's name after a dot; the name itself if none does.
+    """Return the first regular expression that matches a module's whole name, or the end of the name after a dot; if none matches, return the name.
 
     Args:
         pattern_keys: keys of `rank_pattern` or `alpha_pattern`.
@@ -43,13 +43,13 @@ def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
 
 
 def check_target_module_exists(config: LayerConfig, key: str) -> bool:
-    """Return whether a config (`target_modules`, `exclude_modules`, `layers_to_transform`) chooses the module whose name is `key`."""
+    """Return whether the module with the name `key` is a target of a config (`target_modules`, `exclude_modules`, `layers_to_transform`)."""
     chosen, excluded = target_matcher(config.target_modules, "target_modules"), target_matcher(config.exclude_modules, "exclude_modules")
     return chosen(key) and not excluded(key) and layer_filter(config)(key)
 
 
 def include_all_linear(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
-    """Write the names of all linear layers of `model` into `peft_config` whose `target_modules` are ``"all-linear"``, and return it.
+    """If `target_modules` of `peft_config` is ``"all-linear"``, replace it by the names of all linear layers of `model`; return `peft_config`.
 
     Raises:
         ConfigError: the model has no linear layers.
@@ -61,14 +61,14 @@ def include_all_linear(peft_config: PeftConfig, model: nn.Module) -> PeftConfig:
 
 
 def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
-    """Return which adapters a layer still has to merge.
+    """Return the names of the adapters that still have to be merged in a layer; warn about adapters that are merged already.
 
     Args:
-        module: a layer.
-        adapter_names: the wanted ones; None: those in use.
+        module: an adapter layer.
+        adapter_names: the adapters to merge; None: the active adapters.
 
     Raises:
-        ModelError: `adapter_names` is one name.
+        ModelError: `adapter_names` is a string, not a list of names.
     """
     if isinstance(adapter_names, str):
         raise ModelError(f"adapter_names={adapter_names!r} is one name", hint="give a list of names")
@@ -83,7 +83,7 @@ def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = N
 
 @contextlib.contextmanager
 def onload_layer(layer: nn.Module) -> Iterator[None]:
-    """Inside the block, weights of a layer that accelerate has moved away (to the CPU or a disk) are there; changes are written back."""
+    """For the duration of the block, load the weights of a layer that accelerate has offloaded (to the CPU or a disk); write changes back."""
     parts = [module for module in layer.modules() if hasattr(getattr(module, "_hf_hook", None), "pre_forward")]
     away = [module for module in parts if getattr(module._hf_hook, "offload", False)]
     for module in away:
@@ -102,13 +102,13 @@ def onload_layer(layer: nn.Module) -> Iterator[None]:
 
 
 def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
-    """Return whether a parameter, `param`, is one of bitsandbytes', and of how many bits."""
+    """Return ``"4bit"`` or ``"8bit"`` if the parameter `param` is quantised by bitsandbytes; otherwise False."""
     name = type(param).__name__
     return "4bit" if name == "Params4bit" else "8bit" if name == "Int8Params" else False
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:
-    """Return the quantisation config of a model that a library quantised by this method; None if it did not.
+    """Return the quantisation config of a model that is quantised with `method`; None for other models.
 
     Args:
         model: a transformers model.

@@ -1,4 +1,4 @@
-"""Helpers around training that code written for upstream calls: choosing targets, the loss of MonteCLoRA, an Arrow model of this module's class."""
+"""Upstream's helpers for training: choosing target modules, the loss of MonteCLoRA, and creating an Arrow model with the classes of `peft`."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft_lora.variants.monteclora import monteclora_loss
 
 
 class KappaTuneSelector:
-    """The condition numbers of a model's weights, computed once, and choices by them; see `peft_lora.find_kappa_target_modules`.
+    """Chooses target modules by the condition numbers of their weights, which are computed once; see `peft_lora.find_kappa_target_modules`.
 
     Args:
-        model, max_dim_size_to_analyze, moe_param_suffixes, show_progress: as there.
+        model, max_dim_size_to_analyze, moe_param_suffixes, show_progress: the same as in `peft_lora.find_kappa_target_modules`.
     """
 
     def __init__(
@@ -30,17 +30,19 @@ class KappaTuneSelector:
         self._kappas: tuple[dict[str, float], dict[str, float]] | None = None
 
     def get_best_targets(self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None) -> list[str]:
-        """Return modules, the smallest condition number first.
+        """Return the names of linear layers, sorted by the condition number of their weights, the smallest first.
+
+        If all three arguments are None, all names are returned.
 
         Args:
-            top_p: which share of them, at least one.
-            num_modules: how many; counts before `top_p`.
-            threshold: only those whose number is at most this. None of the three: all.
+            top_p: the share of the layers to return, from 0 to 1; at least one layer is returned.
+            num_modules: the number of layers to return; if it is given, `top_p` is ignored.
+            threshold: return only layers whose condition number is not larger than this.
         """
         return self._chosen(0, top_p, num_modules, threshold)
 
     def get_best_target_parameters(self, top_p: float | None = None, num_modules: int | None = None, threshold: float | None = None) -> list[str]:
-        """Return parameters of experts; `top_p`, `num_modules`, `threshold` as in `get_best_targets`."""
+        """Return names of mixture-of-experts parameters; `top_p`, `num_modules` and `threshold` are the same as in `get_best_targets`."""
         return self._chosen(1, top_p, num_modules, threshold)
 
     def _chosen(self, kind: int, top_p: float | None, number: int | None, threshold: float | None) -> list[str]:
@@ -55,13 +57,13 @@ class KappaTuneSelector:
 
 
 class MontecloraTrainerMixin:
-    """Before a trainer's class, adds the variational loss of MonteCLoRA to its loss in training: `class Mine(MontecloraTrainerMixin, Trainer)`."""
+    """Mixin class that adds the variational loss of MonteCLoRA to a trainer's training loss: `class Mine(MontecloraTrainerMixin, Trainer)`."""
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
-        """Return the loss of the next class, or (loss, outputs), with `peft_lora.monteclora_loss` added while the model trains.
+        """Return the trainer's loss, or (loss, outputs) if `return_outputs`; in training mode, `peft_lora.monteclora_loss` is added to the loss.
 
         Args:
-            model, inputs, return_outputs, **kwargs: as `transformers.Trainer.compute_loss`.
+            model, inputs, return_outputs, **kwargs: the same as in `transformers.Trainer.compute_loss`.
         """
         found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
         if not model.training:
@@ -79,11 +81,11 @@ def create_arrow_model(
     general_adapter_paths: Sequence[Any] | None = None,
     **adapter_kwargs: Any,
 ) -> Any:
-    """As `peft_lora.create_arrow_model`, with the classes and the lenient loading of this module.
+    """The same as `peft_lora.create_arrow_model`, but with the classes of `peft`, which warn about missing tensors instead of raising an error.
 
     Args:
-        base_model, task_specific_adapter_paths, arrow_config, general_adapter_paths: as there.
-        **adapter_kwargs: as `load_adapter`; those of whole models (`dtype`, ...) are ignored with one warning.
+        base_model, task_specific_adapter_paths, arrow_config, general_adapter_paths: the same as in `peft_lora.create_arrow_model`.
+        **adapter_kwargs: keyword arguments of `load_adapter`; those meant for whole models (`dtype`, ...) are ignored with one warning.
     """
     from ._lenient import PeftModel
 

@@ -1,4 +1,4 @@
-"""`base_model` as code written for upstream knows it: one class for each method, with the methods that clients call, override or replace."""
+"""The classes of `base_model` with upstream's interface: one class per PEFT method, with the methods that other code calls, overrides or replaces."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ._mappings import PEFT_TYPE_TO_TUNER_MAPPING
 from ._sub_modules import check_target_module_exists
 
 _HALF = ("float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
-#: what upstream's injection calls and ours does not: replacing one of them has no effect but a warning
+#: methods that upstream's injection calls and our injection does not; replacing one of them only causes a warning
 NOT_CALLED = (
     *("_create_new_module", "_replace_module", "_mark_only_adapters_as_trainable", "_inject_parameters", "_prepare_adapter_config"),
     *("_prepare_model", "_check_new_adapter_config"),
@@ -35,11 +35,11 @@ NOT_CALLED = (
 
 
 class BaseTuner(MethodModel):
-    """The base with adapters of some method. See `peft_core.MethodModel`.
+    """The base with adapters of one PEFT method. See `peft_core.MethodModel`.
 
-    What upstream's injection calls on this class is here for those who replace it: `_create_and_replace` and `_check_target_module_exists` are
-    asked which modules are wrapped, `_cast_adapter_dtype` casts new weights, `_unload_and_optionally_merge` takes wrappers off. What is in
-    `NOT_CALLED` is not called, and whoever replaces it is told.
+    The class has the methods that upstream's injection calls, because other code replaces or overrides them. `_create_and_replace` and
+    `_check_target_module_exists` decide which modules are wrapped, `_cast_adapter_dtype` casts new weights, and `_unload_and_optionally_merge`
+    removes the adapter layers. Our injection does not call the methods in `NOT_CALLED`, and warns if one of them was replaced.
     """
 
     peft_type: ClassVar[str | None] = None
@@ -52,15 +52,15 @@ class BaseTuner(MethodModel):
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
-        """Adapter → config; while an adapter is being added, its own as well."""
+        """Adapter name → config; while an adapter is being added, this includes its config."""
         pending: dict[str, PeftConfig] | None = self.__dict__.get("_pending")
         return self._peft_index.configs if pending is None else {**self._peft_index.configs, **pending}
 
-    # ---- called by our injection where somebody has replaced them ---------------------------------------------------
+    # ---- called by our injection if other code has replaced them ----------------------------------------------------
     def _create_and_replace(
         self, config: Any, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, current_key: str, **optional_kwargs: Any
     ) -> None:
-        """Say that `target`, called `target_name` in `parent`, is to be wrapped; injection calls it for each module that the targets choose."""
+        """Choose `target`, the child `target_name` of `parent`, to be wrapped; injection calls this method for each target module."""
         chosen: list[nn.Module] | None = self.__dict__.get("_chosen")
         if chosen is None:
             raise CapabilityError("_create_and_replace is called by injection", hint="call inject_adapter, or peft.inject_adapter_in_model")
@@ -68,11 +68,11 @@ class BaseTuner(MethodModel):
 
     @staticmethod
     def _check_target_module_exists(config: Any, key: str) -> Any:
-        """Return whether `config` chooses the module whose name is `key`."""
+        """Return whether the module with the name `key` is a target of `config`."""
         return check_target_module_exists(config, key)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast an adapter's weights of 16 or 8 bits to float32 in place, if `autocast_adapter_dtype`."""
+        """Cast an adapter's 16-bit and 8-bit floating-point weights to float32 in place, if `autocast_adapter_dtype`."""
         for parameter in self._peft_index.parameters_of(adapter_name) if autocast_adapter_dtype else ():
             if str(parameter.dtype).removeprefix("torch.") in _HALF:
                 parameter.data = parameter.data.to(torch.float32)
@@ -85,7 +85,7 @@ class BaseTuner(MethodModel):
         adapter_names: str | Sequence[str] | None = None,
         **restoring: bool | None,
     ) -> nn.Module:
-        """Take all wrappers off, merge adapters first if `merge`, and return the base; `restoring`: `restore_base`."""
+        """Remove all adapter layers and return the base; merge adapters first if `merge`. `restoring` may contain `restore_base`."""
         if not merge:
             return super().unload(**restoring)
         self._refuse_to_merge(adapter_names)
@@ -99,19 +99,19 @@ class BaseTuner(MethodModel):
         *,
         restore_base: bool | None = None,
     ) -> nn.Module:
-        """As `peft_core.TunerModel.merge_and_unload`, by `_unload_and_optionally_merge`."""
-        restoring = {} if restore_base is None else {"restore_base": restore_base}  # a method in its place may not take it
+        """The same as `peft_core.TunerModel.merge_and_unload`, but calls `_unload_and_optionally_merge`, which other code may have replaced."""
+        restoring = {} if restore_base is None else {"restore_base": restore_base}  # a replaced method may not have this parameter
         return self._unload_and_optionally_merge(progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names, **restoring)
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """As `peft_core.TunerModel.merge_adapter`.
+        """Merge adapters as `peft_core.TunerModel.merge_adapter` does.
 
         Args:
-            adapter_names, safe_merge: as there.
+            adapter_names, safe_merge: the same as in `peft_core.TunerModel.merge_adapter`.
 
         Raises:
-            MergeError: an adapter has weights in a layer of one's own.
-            others: as there.
+            MergeError: an adapter has weights in a user-defined layer, which can't be merged.
+            others: the same as in `peft_core.TunerModel.merge_adapter`.
         """
         self._refuse_to_merge(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -123,7 +123,7 @@ class BaseTuner(MethodModel):
                 raise MergeError(f"{path!r} is a {type(module).__name__}, a layer of one's own, which is not merged", hint="use it unmerged")
 
     def unload(self, *, restore_base: bool | None = None) -> nn.Module:
-        """As `peft_core.TunerModel.unload`, by `_unload_and_optionally_merge`."""
+        """The same as `peft_core.TunerModel.unload`, but calls `_unload_and_optionally_merge`, which other code may have replaced."""
         restoring: dict[str, Any] = {} if restore_base is None else {"restore_base": restore_base}
         return self._unload_and_optionally_merge(merge=False, **restoring)
 
@@ -136,7 +136,7 @@ class BaseTuner(MethodModel):
         raise _not_called("_replace_module")
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        """Nothing is left to do: injection freezes the base, and `set_adapter` lets adapters train."""
+        """Do nothing: injection freezes the base, and `set_adapter` makes adapters trainable."""
 
     def _inject_parameters(self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool) -> list[str]:
         raise _not_called("_inject_parameters")
@@ -145,7 +145,7 @@ class BaseTuner(MethodModel):
         return peft_config
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Nothing is to be prepared."""
+        """Do nothing: our injection needs no preparation of the model."""
 
     def _check_new_adapter_config(self, config: Any) -> None:
         config.check()
@@ -157,27 +157,27 @@ def _not_called(name: str) -> CapabilityError:
     )
 
 
-#: name → what `BaseTuner` has there, to be compared with what somebody may have put in its place
+#: method name → the original method of `BaseTuner`, to find out whether other code has replaced it
 _SEAMS = {name: BaseTuner.__dict__[name] for name in ("_create_and_replace", "_check_target_module_exists", "_cast_adapter_dtype", *NOT_CALLED)}
 
 
 def replaced(kind: type, name: str) -> bool:
-    """Return whether somebody has put something else in the place of a method of `BaseTuner`, called `name`, in a class, `kind`, or above."""
+    """Return whether the method `name` of `BaseTuner` was replaced or overridden in the class `kind` or one of its base classes."""
     return inspect.getattr_static(kind, name) is not _SEAMS[name]
 
 
 class Seams(InjectionReview):
-    """Calls what clients have replaced in the class of a model, when an adapter is added to it.
+    """Calls the methods that other code has replaced in the class of a tuner model, when an adapter is added.
 
     Args:
-        tuner: the model.
+        tuner: the tuner model, an object of the class in which methods may have been replaced.
     """
 
     def __init__(self, tuner: BaseTuner) -> None:
         self.tuner = tuner
 
     def options(self, options: InitOptions) -> InitOptions:
-        """Return `options` that leave the dtype to `_cast_adapter_dtype` where that was replaced."""
+        """Return `options`, with autocast switched off if `_cast_adapter_dtype` was replaced; warn if methods in `NOT_CALLED` were replaced."""
         kind = type(self.tuner)
         ignored = [name for name in NOT_CALLED if replaced(kind, name)]
         if ignored:
@@ -190,7 +190,7 @@ class Seams(InjectionReview):
         return replace(options, autocast=False) if options.autocast and replaced(kind, "_cast_adapter_dtype") else options
 
     def view(self, adapter: str, config: Any, tuner: TunerBase, view: BaseView) -> BaseView:
-        """Return the view of the modules that `_check_target_module_exists` and `_create_and_replace` say."""
+        """Return a view whose targets are the modules that `_check_target_module_exists` and `_create_and_replace` choose, if they were replaced."""
         kind = type(self.tuner)
         checks, creates = (replaced(kind, name) for name in ("_check_target_module_exists", "_create_and_replace"))
         if not (checks or creates) or not isinstance(tuner, LayerTuner) or not (config.target_modules or tuner.adapts_modules(config)):
@@ -203,7 +203,7 @@ class Seams(InjectionReview):
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")
                         names = list(targeting.select(view, config, tuner.default_targets(view)).names)
-                except PeftError:  # the plan will say it
+                except PeftError:  # planning the injection will raise the same error
                     return view
             chosen = self._created(adapter, config, view, names) if creates else names
         if not checks and set(chosen) == set(names):
@@ -216,7 +216,7 @@ class Seams(InjectionReview):
         return view.choosing(chosen)
 
     def filled(self, adapter: str, config: Any, options: InitOptions) -> None:
-        """Let `_cast_adapter_dtype` cast the weights of `adapter` where it was replaced."""
+        """Call `_cast_adapter_dtype` for the weights of `adapter`, if the method was replaced."""
         if replaced(type(self.tuner), "_cast_adapter_dtype"):
             with self._pending(adapter, config):
                 self.tuner._cast_adapter_dtype(adapter_name=adapter, autocast_adapter_dtype=options.autocast)
@@ -251,7 +251,7 @@ class LoraModel(BaseTuner):
     peft_type = "LORA"
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Add an adapter that is the sum of others; see `peft_lora.add_weighted_adapter`."""
+        """Add an adapter that combines other adapters with weights; see `peft_lora.add_weighted_adapter`."""
         return self._peft_index.operation("add_weighted_adapter")(self, adapters, weights, adapter_name, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -262,7 +262,7 @@ class LoHaModel(BaseTuner):
 
 
 class TrainableTokensModel(BaseTuner):
-    """A base with trained rows of tokens; see `peft_core.MethodModel`."""
+    """A base with trainable embedding rows of some tokens; see `peft_core.MethodModel`."""
 
     peft_type = "TRAINABLE_TOKENS"
 
@@ -273,7 +273,7 @@ for _name in ("BaseTuner", *(kind.__name__ for kind in _KINDS.values())):
 
 
 def model_class(config: PeftConfig) -> type[BaseTuner]:
-    """Return the class of `base_model` for adapters with `config`: what `PEFT_TYPE_TO_TUNER_MAPPING` was told, else the method's own."""
+    """Return the class of `base_model` for adapters with `config`: the class set in `PEFT_TYPE_TO_TUNER_MAPPING`, else the method's default class."""
     method = str(config.peft_type)
     told = PEFT_TYPE_TO_TUNER_MAPPING.get(method)
     if isinstance(told, type) and issubclass(told, BaseTuner):
@@ -287,18 +287,21 @@ def model_class(config: PeftConfig) -> type[BaseTuner]:
 
 
 def stand_for(index: AdapterIndex, config: PeftConfig, called: nn.Module) -> BaseTuner:
-    """Return an object of the class for `config` that stands for the adapters of `index`, calls `called`, and is asked when others are added."""
+    """Return a tuner model of the class for `config`, for the adapters of `index`; its `forward` calls `called`.
+
+    When further adapters are added, methods that were replaced in its class are called.
+    """
     index.review = seams = seams_of(index, config, called)
     return seams.tuner
 
 
 def seams_of(index: AdapterIndex, config: PeftConfig, called: nn.Module | None = None) -> Seams:
-    """Return what asks the class for `config` when an adapter is added to `index`."""
+    """Return the `Seams` object that calls replaced methods of the class for `config` when an adapter is added to `index`."""
     kind = model_class(config)
     made = kind.__new__(kind)
-    TunerModel.__init__(made, index, called, restores_base=False)  # as recipes expect
+    TunerModel.__init__(made, index, called, restores_base=False)  # upstream's training recipes expect that the base is not restored
     return Seams(made)
 
 
-#: what a `PeftModel` lets its `base_model` do, where that is of one of these classes
+#: names of the methods that a `PeftModel` delegates to its `base_model`, if that is an object of one of these classes
 DELEGATED = tuple(name for name, value in vars(AdapterOperations).items() if not name.startswith("_") and inspect.isfunction(value))

@@ -1,4 +1,4 @@
-"""Conversions with which transformers' own loader writes adapters into a model that is not wrapped."""
+"""Weight conversions that transformers' loader uses to load an adapter into a model with injected adapters (without a `PeftModel`)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from peft_core.tensor_names import WRAPPER_PREFIX
 
 
 def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_name: str, peft_config: PeftConfig | None = None) -> list[Any]:
-    """Return what turns the names of an adapter's file into those of a model that it was injected into.
+    """Return the conversions from tensor names in an adapter's file to parameter names in a model with the injected adapter.
 
     Args:
-        weight_conversions: transformers' conversions for the base's own weights; None: the answer is empty.
+        weight_conversions: transformers' conversions for the weights of the base; if None, the returned list is empty.
         adapter_name: the adapter's name.
-        peft_config: its config; None: names of all installed methods are known.
+        peft_config: the adapter's config; None: the list contains the renamings of all installed methods.
 
     Returns:
         transformers' `WeightRenaming` and `WeightConverter` objects, in the order in which they are applied.
@@ -46,15 +46,15 @@ def build_peft_weight_mapping(weight_conversions: Sequence[Any] | None, adapter_
 
 
 def convert_peft_config_for_transformers(peft_config: PeftConfig, model: nn.Module, conversions: Sequence[Any] | None) -> None:
-    """Rewrite a config in place that was made for another layout of the base, as injecting it would.
+    """Adapt a config, in place, that was made for another weight layout of the base; injection makes the same changes.
 
     Args:
-        peft_config: the config.
-        model: the base.
-        conversions: transformers' conversions for the base's weights; None or none: there is nothing to do.
+        peft_config: the config to change.
+        model: the base model.
+        conversions: transformers' conversions for the weights of the base; if None or empty, nothing is changed.
 
     Raises:
-        ConfigError: it names only a part of what is one parameter now.
+        ConfigError: the config names only some of the modules whose weights are one parameter in the new layout.
     """
     if not conversions:
         return

@@ -1,4 +1,4 @@
-"""Ways to combine tensors of several adapters, as `peft_lora.add_weighted_adapter` does."""
+"""Functions that combine the tensors of several adapters (task tensors) with the methods of `peft_lora.add_weighted_adapter`."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ Sign = Literal["total", "frequency"]
 
 
 def reshape_weight_task_tensors(task_tensors: Tensor, weights: Tensor) -> Tensor:
-    """Return `weights` (tasks,) with further dimensions of 1, so that they multiply `task_tensors` (tasks, ...)."""
+    """Return `weights` (tasks,) reshaped to (tasks, 1, ..., 1), so that they broadcast over `task_tensors` (tasks, ...)."""
     return weights.view(weights.shape + (1,) * (task_tensors.dim() - weights.dim()))
 
 
 def magnitude_based_pruning(tensor: Tensor, density: float) -> Tensor:
-    """Return `tensor`, of any shape, with all but the share `density` of largest magnitude set to 0."""
+    """Return `tensor`, of any shape, with the share `density` of its entries with the largest magnitude unchanged and all other entries set to 0."""
     return combining.keep_largest(tensor, density)
 
 
 def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
-    """Return `tensor`, of any shape, of which each entry stays with probability `density`, divided by it if `rescale`."""
+    """Return `tensor`, of any shape, with each entry set to 0 with probability 1 - `density`; if `rescale`, the others are divided by `density`."""
     found = combining.keep_random(tensor, density)
     return found if rescale else found * density
 
 
 def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False) -> Tensor:
-    """Return a tensor with only a share of its entries.
+    """Return a tensor of the same shape in which only a share of the entries is not set to 0.
 
     Args:
-        tensor: of any shape; `density`: the share, from 0 on; 1 or more: all.
-        density: as said.
-        method: which stay: the largest, or any.
-        rescale: of random ones, keep the mean.
+        tensor: a tensor of any shape.
+        density: the share of entries that are not set to 0; at least 0. With 1 or more, `tensor` is returned unchanged.
+        method: which entries are not set to 0: ``"magnitude"``: those with the largest magnitude; ``"random"``: random entries.
+        rescale: for ``"random"``, divide the remaining entries by `density`, which preserves the mean.
 
     Raises:
-        ConfigError: `density` is negative, or another method.
+        ConfigError: `density` is negative, or `method` is unknown.
     """
     if density >= 1:
         return tensor
@@ -51,46 +51,58 @@ def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"]
 
 
 def calculate_majority_sign_mask(tensor: Tensor, method: Sign = "total") -> Tensor:
-    """Return where `tensor` (tasks, ...) has the sign that most tasks have, by magnitude (``"total"``) or number, in `method`; bool (tasks, ...)."""
+    """Return a bool mask (tasks, ...): True for each entry of `tensor` (tasks, ...) that has the majority sign of its position.
+
+    `method` says how the majority sign is found: by the total magnitude (``"total"``) or by the number of tasks (``"frequency"``).
+    """
     sign = tensor.sign()
     return sign == combining.elected_sign(list(tensor), method)
 
 
 def disjoint_merge(task_tensors: Tensor, majority_sign_mask: Tensor) -> Tensor:
-    """Return the sum of `task_tensors` (tasks, ...) where `majority_sign_mask`, of that shape, divided by how many these are: (...)."""
+    """Return the mean over tasks, of shape (...), of the entries of `task_tensors` (tasks, ...) where `majority_sign_mask` (tasks, ...) is True."""
     return (task_tensors * majority_sign_mask).sum(0) / majority_sign_mask.sum(0).clamp(min=1)
 
 
 def task_arithmetic(task_tensors: list[Tensor], weights: Tensor) -> Tensor:
-    """Return the sum of `task_tensors`, of one shape each, times `weights` (tasks,)."""
+    """Return the weighted sum of `task_tensors`, which all have the same shape, with the factors `weights` (tasks,)."""
     stacked = torch.stack(task_tensors)
     return (stacked * reshape_weight_task_tensors(stacked, weights)).sum(0)
 
 
 def magnitude_prune(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the sum of the largest entries, a share `density`, of `task_tensors`, of one shape each, times `weights` (tasks,)."""
+    """Return the weighted sum, with the factors `weights` (tasks,), of `task_tensors` of equal shapes after magnitude pruning to `density`.
+
+    In each tensor, only the share `density` of the entries with the largest magnitude is used.
+    """
     return task_arithmetic([prune(tensor, density, "magnitude") for tensor in task_tensors], weights)
 
 
 def ties(task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Sign = "total") -> Tensor:
-    """Return what TIES makes of tensors.
+    """Return the task tensors merged with TIES.
 
     Args:
-        task_tensors: of one shape each.
-        weights: (tasks,).
-        density: which share of each tensor stays.
-        majority_sign_method: how the sign of an entry is elected.
+        task_tensors: one tensor per task, all of the same shape.
+        weights: the factors of the tasks, (tasks,).
+        density: the share of each tensor's entries, those with the largest magnitude, that are not set to 0.
+        majority_sign_method: how the majority sign of an entry is found: ``"total"`` or ``"frequency"``.
     """
     return _with_signs([prune(tensor, density, "magnitude") for tensor in task_tensors], weights, majority_sign_method)
 
 
 def dare_linear(task_tensors: list[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Return the sum of random entries, a share `density`, rescaled, of `task_tensors`, of one shape each, times `weights` (tasks,)."""
+    """Return the task tensors merged with DARE: the weighted sum (factors `weights`, (tasks,)) of randomly pruned tensors.
+
+    In each of the `task_tensors`, which have equal shapes, a random share `density` of the entries is used and rescaled by 1 / `density`.
+    """
     return task_arithmetic([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights)
 
 
 def dare_ties(task_tensors: list[Tensor], weights: Tensor, density: float, majority_sign_method: Sign = "total") -> Tensor:
-    """Return what DARE with TIES' signs makes of tensors; `task_tensors`, `weights`, `density`, `majority_sign_method` and shapes as in `ties`."""
+    """Return the task tensors merged with TIES, but with random pruning and rescaling as in DARE.
+
+    `task_tensors`, `weights`, `density` (the share of random entries), `majority_sign_method` and all shapes are the same as in `ties`.
+    """
     return _with_signs([prune(tensor, density, "random", rescale=True) for tensor in task_tensors], weights, majority_sign_method)
 
 

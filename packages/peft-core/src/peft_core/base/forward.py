@@ -1,4 +1,4 @@
-"""The parameters of a base's forward, and its kind of attention; read once per model."""
+"""Properties of the base model's `forward`: its parameters, its cache, and its kind of attention. They are read once per model."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from .view import BaseView
 
 
 class BaseForward:
-    """Properties of a base's forward that assembling a call depends on; read once per model."""
+    """Properties of the base model's `forward` that decide how a call with virtual tokens is assembled. They are read once per model."""
 
     def __init__(self, view: BaseView) -> None:
         self.view = view
         found = inspect.signature(type(view.base).forward).parameters
-        #: the names of the forward's parameters, in order
-        self.parameters = tuple(found)[1:]  # without the model itself, whatever it is called
-        #: it takes a cache of keys and values: by name, or through keywords that the model passes on to its backbone
+        #: the names of the parameters of `forward`, in order
+        self.parameters = tuple(found)[1:]  # without the first parameter, which is the model (usually named `self`)
+        #: whether `forward` accepts a KV cache: as the parameter `past_key_values`, or as a keyword that the model passes to its backbone
         passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.separate_decoder(view.base) is None
         keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
         self.takes_cache = "past_key_values" in found or keywords
-        #: the inner model that takes a cache if the forward takes none
+        #: the inner model that accepts a KV cache, if `forward` of the outer model does not; otherwise None
         self.backbone = None if self.takes_cache else backbone.find(view.base)
-        #: the inner model that has an embedding for each layer, which its forward computes from token ids
+        #: the inner model that has one embedding per layer (per-layer inputs), which its `forward` computes from token ids; or None
         self.per_layer = next((module for module in view.modules.values() if hasattr(type(module), "get_per_layer_inputs")), None)
-        #: a layer has read the keys and values of a prefix from a cache
+        #: whether a layer has read the keys and values of a prefix from a KV cache so far
         self.reads_cache = False
-        #: the position of the first token: 0, or behind the padding index where position embeddings have one (RoBERTa)
+        #: the position id of the first token: 0; if the position embeddings have a padding index (RoBERTa): padding index + 1
         self.first_position = _first_position(view)
-        #: it is an encoder-decoder model
+        #: whether the base is an encoder-decoder model
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
-        #: its decoder derives positions from the length of the cache, the same for all rows, and takes no others
+        #: whether the decoder computes position ids from the cache length (equal for all samples of the batch) and accepts no position ids
         self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
-        #: its attention is causal; otherwise the first token of a row may stand for the sequence (BERT's pooler)
+        #: whether attention is causal; if it is not, the first token of a sample may represent the whole sequence (BERT's pooler)
         self.causal = not self.encoder_decoder and _is_causal(view)
-        #: it has a head that predicts the next token
+        #: whether the base has a language-modelling head, which predicts the next token
         self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
-        #: size of the sliding window of layers that have one; 0: none has
+        #: sliding-window size of the layers with sliding-window attention; 0 if no layer has it
         self.window = _window(view)
 
     def accepts(self, name: str) -> bool:
@@ -48,11 +48,13 @@ class BaseForward:
         return name in self.parameters
 
     def per_layer_inputs(self, ids: Any, count: int = 0) -> dict[str, Tensor]:
-        """Return what the forward is given beside embeddings, where its layers look token ids up again (Gemma 3n, Gemma 4); empty elsewhere.
+        """Return the keyword `per_layer_inputs`, which `forward` needs beside embeddings if its layers look up token ids (Gemma 3n, Gemma 4).
+
+        The dict is empty for all other models.
 
         Args:
-            ids: (batch, tokens); without them the base has to do.
-            count: virtual tokens before them, which count as padding there, as tokens of an image do.
+            ids: token ids (batch, tokens); if they are not a tensor, the dict is empty and the base runs without this keyword.
+            count: number of virtual tokens before `ids`; they get the padding id here, as image tokens do.
         """
         config = self.view.text_config
         inner: Any = self.per_layer
@@ -62,11 +64,11 @@ class BaseForward:
         return {"per_layer_inputs": inner.get_per_layer_inputs(nn.functional.pad(ids, (count, 0), value=padding))}
 
     def embed(self, ids: Any, *, decoder: bool = False) -> Tensor:
-        """Return the embeddings of token ids, adapters on the embedding included.
+        """Return the embeddings of token ids, including the effect of adapters on the embedding layer.
 
         Args:
-            ids: (batch, tokens).
-            decoder: with those of the decoder, where a model has two kinds.
+            ids: token ids (batch, tokens).
+            decoder: use the decoder's embedding layer, if the model has separate embeddings for encoder and decoder.
         """
         module: Any = self.view.base
         if decoder and hasattr(module, "get_decoder") and hasattr(module.get_decoder(), "embed_tokens"):
@@ -87,7 +89,7 @@ def _is_causal(view: BaseView) -> bool:
     for module in view.modules.values():
         if hasattr(module, "is_causal"):
             return bool(module.is_causal)
-    # modules of older versions do not say
+    # modules of older transformers versions have no attribute `is_causal`
     return not view.is_transformers_model or hasattr(view.base, "prepare_inputs_for_generation") or bool(getattr(view.config, "is_decoder", False))
 
 
@@ -98,16 +100,16 @@ def _window(view: BaseView) -> int:
         return 0
     try:
         return int(getattr(config, "sliding_window", None) or 0)
-    except Exception:  # transformers: it differs by layer, and can be read of each alone
+    except Exception:  # transformers raises if the window differs between layers; then each layer's config has to be read
         each = (getattr(config.per_layer_config[layer], "sliding_window", None) for layer in range(config.num_hidden_layers))
         return min((window for window in each if window), default=0)
 
 
 def first_argument(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the input of a module that was called with keywords alone.
+    """Return the input tensor of a module that was called with keyword arguments only: the first parameter of `forward` that is in `kwargs`.
 
     Raises:
-        TypeError: none of the keywords is a parameter of its forward.
+        TypeError: none of the keywords is a parameter of the module's `forward`.
     """
     for name in inspect.signature(module.forward).parameters:
         if name in kwargs:

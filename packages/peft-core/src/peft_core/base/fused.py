@@ -1,4 +1,4 @@
-"""Layers whose weights a module's code computes with itself: what is wrapped around them is passed by."""
+"""Find child layers whose weight the parent module reads directly (for a fused kernel): an adapter layer around such a child is bypassed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 
 from torch import nn
 
-#: what is asked of a weight without computing with it
+#: attributes and methods of a weight that code may read without computing with the weight
 _PROPERTIES = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "is_meta", "requires_grad", "grad", "data_ptr", "element_size"})
-#: functions that look at a weight and do not compute with it
+#: functions that only inspect a weight and do not compute with it
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "type", "id", "len", "print"})
-#: beginnings of the names of methods that are no part of a call of the module
+#: name prefixes of methods that do not run as a part of the module's forward pass
 _NOT_CALLED = ("__init__", "__repr__", "extra_repr", "init_", "_init", "reset_", "_reset", "tie_", "_tie", "load_", "_load", "set_", "get_")
-#: the layers of a state-space mixer; its kernels take the weights of the last two
+#: the child layers of a state-space mixer (Mamba); its fused kernels take the weights of `conv1d` and `out_proj`
 _MIXER = frozenset({"in_proj", "conv1d", "out_proj"})
 
 
 @dataclass(frozen=True)
 class WeightUse:
-    """How a module's code uses the weight of one of its layers.
+    """How a module's code uses the weight of one of its child layers.
 
     Args:
-        by_kernel: it is handed to a function that is none of torch's, a fused kernel.
-        in_training: so it is in training only.
-        called: elsewhere in the code the layer is called.
+        by_kernel: whether the weight is passed to a function outside torch (a fused kernel).
+        in_training: whether the weight is read in training mode only.
+        called: whether the code also calls the layer somewhere.
     """
 
     by_kernel: bool
@@ -39,9 +39,10 @@ class WeightUse:
 
 
 def weight_uses(parent: nn.Module) -> dict[str, WeightUse]:
-    """Return child → how the code of a module computes with its weight; children that are only called are not among them.
+    """Return a dict: child name → how the code of `parent` computes with that child's weight. Children that are only called are not in it.
 
-    Read from the source of its class. A class without a forward of its own, or without source, is judged by what it consists of.
+    The answer is read from the source code of the class. If the class defines no `forward`, or its source is not available, the answer depends on the
+    names of its children only.
     """
     cls: Any = type(parent)
     found = _of_class(cls)
@@ -75,7 +76,7 @@ def _of_class(cls: type) -> dict[str, WeightUse] | None:
 
 
 def _reads(tree: ast.AST) -> Iterator[tuple[str, bool, bool]]:
-    """Yield (child, whether a kernel takes it, whether under ``if self.training``) for each weight that methods of a class compute with."""
+    """Yield (child name, whether a kernel takes the weight, whether this is under ``if self.training``) for each use of a weight in a method."""
     parents = {id(child): node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         child = _attribute_of_self(node.value) if isinstance(node, ast.Attribute) and node.attr == "weight" else None
@@ -96,7 +97,10 @@ def _attribute_of_self(node: ast.AST) -> str | None:
 
 
 def _by_kernel(above: list[ast.AST]) -> bool | None:
-    """Return whether a function that is not torch's takes a weight, the first of the nodes up to the root; None: nothing computes with it."""
+    """Return whether a function outside torch takes a weight; None if nothing computes with it.
+
+    `above` lists the syntax-tree nodes from the weight up to the root.
+    """
     for inner, outer in itertools.pairwise(above):
         if isinstance(outer, ast.Attribute) and outer.attr in _PROPERTIES:
             return None

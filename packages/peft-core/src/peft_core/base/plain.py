@@ -1,4 +1,4 @@
-"""Whether modules may be computed with at once instead of being called. This file is the only place that decides it."""
+"""Decide whether a layer may compute directly with the parameters of modules instead of calling them. Only this file decides that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 
 from .ops import LAYER_TYPES
 
-#: the classes whose forward is known here, with that forward: a subclass, or a class whose forward somebody has replaced, is called
+#: class → its original `forward`, for the classes that may be fused; a subclass, or a class with a replaced `forward`, has to be called
 _FORWARDS: dict[type[nn.Module], Any] = {kind: kind.forward for kind in (nn.Linear, nn.Dropout, nn.Identity)}
 _TENSORS = (Tensor, nn.Parameter)
 
@@ -19,13 +19,13 @@ _TENSORS = (Tensor, nn.Parameter)
 def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
     """Return whether a layer may compute with the parameters of `modules` for the input `x` instead of calling them.
 
-    Each module has to be exactly an `nn.Linear`, `nn.Dropout` or `nn.Identity`, with dense parameters of no tensor subclass, and without hooks and a
-    forward of its own; and nothing may look into the operations: no autocast, compiler, tracer, functorch, forward-mode AD or dispatch mode. The
-    answer holds for this call only.
+    Each module has to be exactly an `nn.Linear`, `nn.Dropout` or `nn.Identity` (no subclass), with dense parameters that are not a tensor subclass,
+    without hooks, and without a `forward` set on the instance. Nothing may intercept the operations: no autocast, compiler, tracer, functorch,
+    forward-mode AD or dispatch mode. The answer is valid for this call only.
 
     Args:
         x: input of the modules, of any shape.
-        modules: what would be called.
+        modules: the modules that would be called otherwise.
     """
     if type(x) not in _TENSORS or torch._C._is_any_autocast_enabled() or is_transformed():
         return False
@@ -33,9 +33,9 @@ def can_fuse(x: Tensor, *modules: nn.Module) -> bool:
 
 
 def are_plain(*modules: nn.Module) -> bool:
-    """Return whether calling `modules` is no more than computing with their parameters: `can_fuse` without what depends on the input and the call.
+    """Return whether calling `modules` does nothing except compute with their parameters: `can_fuse` without the checks of the input and the call.
 
-    For formulas that combine several modules in operations which autocast, compilers and transforms may look into.
+    It is meant for formulas that combine several modules in operations which autocast, compilers and transforms are allowed to intercept.
     """
     if _hooked_globally():
         return False
@@ -61,7 +61,7 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Return whether somebody has hooks on a module, or gave it a forward of its own."""
+    """Return whether a module has hooks (global hooks count), or a `forward` set on the instance."""
     state = module.__dict__
     return bool(
         state["_forward_hooks"]
@@ -74,7 +74,10 @@ def is_observed(module: nn.Module) -> bool:
 
 
 def returns_new_tensor(module: nn.Module) -> bool:
-    """Return whether the output of a base belongs to whoever called it: a plain layer that nobody observes."""
+    """Return whether a base layer returns a new tensor that no other code holds: a torch layer without hooks and without a replaced `forward`.
+
+    The caller may then change the output in place.
+    """
     return type(module) in LAYER_TYPES and not is_observed(module)
 
 
@@ -88,7 +91,7 @@ def _hooked_globally() -> bool:
 
 
 def is_transformed() -> bool:
-    """Return whether something looks into the operations of this call: a compiler, a tracer, functorch, forward-mode AD or a dispatch mode."""
+    """Return whether something intercepts the operations of this call: a compiler, a tracer, functorch, forward-mode AD or a dispatch mode."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()

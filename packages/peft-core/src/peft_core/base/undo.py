@@ -1,4 +1,4 @@
-"""Undo of what an operation has done so far, when it fails."""
+"""Roll back the steps that an operation has already done, if the operation fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Undo:
-    """A stack of undo steps, run in reverse when the block fails. Plain tuples: a large model pushes thousands of them.
+    """A stack of undo steps, which run in reverse order if the ``with`` block raises. Steps are plain tuples, since a large model adds thousands.
 
     Example:
         >>> with Undo() as undo:
@@ -21,7 +21,7 @@ class Undo:
         self._steps: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def call(self, step: Callable[..., Any], *args: Any) -> None:
-        """Remember how to undo what was just done."""
+        """Add the undo step ``step(*args)`` for the change that was just made."""
         self._steps.append((step, args))
 
     def __enter__(self) -> Undo:
@@ -38,7 +38,7 @@ class Undo:
 def collector_paused() -> Iterator[None]:
     """Keep the cyclic garbage collector from running inside the block.
 
-    Each of its full runs visits every object of the growing model, so that a model twice as large would take more than twice as long.
+    Each full collection visits every object of the growing model, so without this the time would grow faster than the size of the model.
     """
     was_on = gc.isenabled()
     gc.disable()

@@ -1,4 +1,4 @@
-"""The base model under its original names: read once per model, before the first module is wrapped."""
+"""The structure of the base model under its original module names. It is read once per model, before the first module is wrapped."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from .wrappers import inside, is_hidden
 
 
 class BaseView:
-    """A base model as it was before anything was wrapped. Wrappers of others inside it (compiled or sharded blocks) have no part in its names.
+    """The structure of a base model before any module was wrapped.
+
+    Names do not contain the parts that wrappers of other libraries (compiled or sharded blocks) add.
 
     Args:
         base: the model. It must not contain adapter layers yet.
 
     Attributes:
-        modules: every module by its original name (a module with several names under the first).
-        sites: for each name the (parent, attribute) pairs that hold the module: several where modules are shared.
-        chosen: if set, these modules are adapted, whatever the targets of a config say.
-        heads: names of modules that the task saves whole; never targets.
-        shared_weights: ids of parameters that belong to more than one module (tied embeddings).
-        checkpointable: modules that say whether they are checkpointed.
-        tied: name of a module → the modules with the same weight, itself included, where one of them is an embedding.
+        modules: original name → module; a module with several names is listed under the first name.
+        sites: name → the (parent, attribute) pairs that hold the module; several pairs if the module is shared.
+        chosen: if set, exactly these modules are adapted, and the targets of a config are ignored.
+        heads: names of modules whose full weights the task saves; they are never targets.
+        shared_weights: `id()` of the parameters that belong to more than one module (tied embeddings).
+        checkpointable: modules with a boolean attribute `gradient_checkpointing`.
+        tied: name of a module → names of all modules with the same weight (including this module), if one of them is an embedding.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -39,8 +41,8 @@ class BaseView:
         self.read()
 
     def read(self) -> None:
-        """Read the base anew, after its structure has changed; nothing in it may be wrapped."""
-        for name in ("leaf_names", "embeddings"):  # what was computed once
+        """Read the base again after its structure has changed; none of its modules may be wrapped."""
+        for name in ("leaf_names", "embeddings"):  # drop the cached properties
             self.__dict__.pop(name, None)
         self.checkpointable = tuple(m for m in self.base.modules() if isinstance(getattr(m, "gradient_checkpointing", None), bool))
         self.modules: dict[str, nn.Module] = {}
@@ -66,7 +68,7 @@ class BaseView:
         self.tied = {name: group for group in self._tied_groups() for name in group}
 
     def _tied_groups(self) -> list[tuple[str, ...]]:
-        """Return the names of modules that share a weight, where one of them is an embedding: copies of whole layers are not tied in this sense."""
+        """Return groups of names of modules that share a weight, if one of them is an embedding; other layers that share weights are left out."""
         names: dict[int, list[str]] = defaultdict(list)
         for name, module in self.modules.items():
             weight = module._parameters.get("weight")
@@ -75,34 +77,34 @@ class BaseView:
         return [tuple(group) for group in names.values() if any(isinstance(self.modules[name], nn.Embedding) for name in group)]
 
     def sharing(self, path: str) -> tuple[str, ...]:
-        """Return the modules whose weight is the weight of the module `path` (an embedding and its output layer), it included; () if there are none.
+        """Return the names of all modules tied to the module `path` (an embedding and its output layer), including `path`; () if it is not tied.
 
-        A module whose weight an adapter's initialisation changed for good has one of its own.
+        A module whose weight was permanently changed by an adapter's initialisation does not count as tied any more.
         """
         group = [name for name in self.tied.get(path, ()) if not any(merge.permanent for merge in self.modules[name].__dict__.get(MERGES, ()))]
         return tuple(group) if path in group and len(group) > 1 else ()
 
     def occupant(self, path: str) -> nn.Module:
-        """Return what stands now at `path`, an original name: the module itself, or what was wrapped around it."""
+        """Return the module that is now at the original name `path`: the original module, or the adapter layer that wraps it."""
         parent, leaf = self.sites[path][0]
         found: nn.Module = getattr(parent, leaf)
         return found
 
     def choosing(self, names: Iterable[str]) -> BaseView:
-        """Return the same view, in which exactly the modules `names` are targets."""
+        """Return a copy of this view in which exactly the modules `names` are targets."""
         twin = copy.copy(self)
         twin.chosen = frozenset(names)
         return twin
 
     def with_heads(self, heads: Iterable[str]) -> BaseView:
-        """Return the same view of a model whose task saves the modules `heads` whole."""
+        """Return a copy of this view for a model whose task saves the full weights of the modules `heads`."""
         twin = copy.copy(self)
         twin.heads = tuple(heads)
         return twin
 
     @property
     def name(self) -> str:
-        """The class of the base, for messages."""
+        """The class name of the base, for error messages."""
         return type(self.base).__name__
 
     @property
@@ -125,15 +127,15 @@ class BaseView:
 
     @cached_property
     def leaf_names(self) -> list[str]:
-        """The last parts of all module names, each once."""
+        """The last parts of all module names, without duplicates."""
         return list(dict.fromkeys(name.rpartition(".")[2] for name in self.modules if name))
 
     @cached_property
     def embeddings(self) -> nn.Module:
-        """The input embeddings as they were before anything was wrapped.
+        """The original input embedding layer, without adapter layers or wrappers around it.
 
         Raises:
-            ModelError: the base does not say which module they are.
+            ModelError: the base has no usable `get_input_embeddings`.
         """
         getter = getattr(self.base, "get_input_embeddings", None)
         try:
@@ -146,19 +148,19 @@ class BaseView:
 
     @property
     def output_embeddings(self) -> nn.Module | None:
-        """The module that turns hidden states into vocabulary scores, if there is one."""
+        """The original output embedding layer, which maps hidden states to logits; None if the model has none."""
         getter = getattr(self.base, "get_output_embeddings", None)
         found = getter() if getter is not None else None
         return innermost(found) if found is not None else None
 
     @property
     def is_transformers_model(self) -> bool:
-        """Whether the base is a transformers `PreTrainedModel` (by name: importing transformers is slow)."""
+        """Whether the base is a transformers `PreTrainedModel`. Class names are compared, because importing transformers is slow."""
         return any(cls.__name__ == "PreTrainedModel" for cls in type(self.base).__mro__)
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    """Return the module inside all adapter layers and wrappers of others around it."""
+    """Return the module inside all adapter layers and all wrappers of other libraries."""
     while (held := _held(module)) is not None:
         module = held
     return module
@@ -170,12 +172,12 @@ def _held(module: nn.Module) -> nn.Module | None:
 
 
 def is_inside(path: str, modules: Iterable[str]) -> bool:
-    """Return whether a module, by its path, is one of `modules` or inside one of them."""
+    """Return whether the module with the name `path` is one of `modules` or a submodule of one of them."""
     return any(path == outer or path.startswith(f"{outer}.") for outer in modules)
 
 
 def checkpointed(base: nn.Module) -> bool:
-    """Return whether a transformers model recomputes activations in the backward pass (the attribute has two names)."""
+    """Return whether a transformers model uses gradient checkpointing; the name of the attribute depends on the version of transformers."""
     for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
         if hasattr(type(base), name):
             return bool(getattr(base, name))

@@ -1,4 +1,4 @@
-"""Reading and writing the weight of a module of the base, which the module may compute (`weight_norm`, pruning) or accelerate may offload."""
+"""Read and write the weight of a module of the base, also if the module computes it (`weight_norm`, pruning) or accelerate offloads it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ..errors import MergeError, ModelError
 
 #: attribute of a module of the base that records which adapters are merged into its weight
 MERGES = "_peft_merges"
-#: attribute of a module under which accelerate keeps its hook
+#: attribute of a module in which accelerate stores its hook
 HOOK = "_hf_hook"
 #: attributes that accelerate sets on a module together with its hook
 _HOOK_ATTRIBUTES = (HOOK, "_old_forward", "forward")
 
 
 def has_accelerate_hook(module: nn.Module) -> bool:
-    """Return whether accelerate has a hook on a module: its parameters may be on meta outside of its forward."""
+    """Return whether a module has a hook of accelerate; then its parameters may be on the meta device except during `forward`."""
     return HOOK in module.__dict__
 
 
 @contextlib.contextmanager
 def in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block, offloaded parameters of the `modules` are in memory, as accelerate brings them there for a forward."""
+    """Load the offloaded parameters of `modules` into memory for the duration of the block, as accelerate does for a forward pass."""
     with contextlib.ExitStack() as cleanup:
         for module in modules:
             if has_accelerate_hook(module):
@@ -41,7 +41,7 @@ def in_memory(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_offloading(module: nn.Module) -> Iterator[None]:
-    """Inside the block, all parameters of `module` are in memory and accelerate's hooks are removed, so that a copy is an ordinary module."""
+    """For the duration of the block, load all parameters of `module` into memory and remove accelerate's hooks, so that a copy is a plain module."""
     hooked = [part for part in module.modules() if has_accelerate_hook(part)]
     with in_memory(hooked), contextlib.ExitStack() as cleanup:
         for part in hooked:
@@ -50,14 +50,14 @@ def without_offloading(module: nn.Module) -> Iterator[None]:
 
 
 def read_weight(module: nn.Module, name: str) -> Tensor:
-    """Return the weight `name` as a forward of `module` would use it now, in the module's own layout; not to be written to.
+    """Return the weight `name` that the `forward` of `module` would use now, in the layout of the module. Do not write to the returned tensor.
 
-    Weights that forward pre-hooks compute (`weight_norm`, `spectral_norm`, pruning) are computed anew, and offloaded ones are brought into memory.
+    Weights that forward pre-hooks compute (`weight_norm`, `spectral_norm`, pruning) are recomputed, and offloaded weights are loaded into memory.
     """
     for hook in module._forward_pre_hooks.values():
         untyped: Any = hook
         if isinstance(hook, SpectralNorm) and hook.name == name:
-            with torch.no_grad():  # in training, a forward does a power iteration first; here it would change the module's buffers
+            with torch.no_grad():  # no power iteration, which `forward` does in training: it would change the module's buffers
                 computed: Tensor = untyped.compute_weight(module, do_power_iteration=False)
             return computed
         if (isinstance(hook, WeightNorm) and hook.name == name) or (isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == name):
@@ -70,7 +70,7 @@ def read_weight(module: nn.Module, name: str) -> Tensor:
 
 
 def execution_device(module: nn.Module, name: str) -> torch.device:
-    """Return the device on which `module` computes with its weight `name`: that of the weight, or of accelerate's hook if it is offloaded."""
+    """Return the device on which `module` computes with its weight `name`: the weight's device, or the device of accelerate's hook if offloaded."""
     weight: Tensor = getattr(module, name)
     hook: Any = module.__dict__.get(HOOK) if weight.is_meta else None
     device = getattr(hook, "execution_device", None)
@@ -83,7 +83,7 @@ def require_writable(module: nn.Module, name: str, instead: str = "use the adapt
     Args:
         module: a module of the base.
         name: the parameter's name.
-        instead: what the user can do instead of writing; goes into the hint.
+        instead: text for the error's hint: what the user can do instead of writing to the weight.
 
     Raises:
         MergeError: the weight is computed by the module, sharded or offloaded.
@@ -110,7 +110,7 @@ def write_weight(module: nn.Module, name: str, value: Tensor) -> None:
 
     Raises:
         MergeError: the weight is computed, sharded or offloaded.
-        ModelError: `value` has another shape than the weight.
+        ModelError: the shape of `value` differs from the shape of the weight.
     """
     weight = require_writable(module, name)
     if value.shape != weight.shape:

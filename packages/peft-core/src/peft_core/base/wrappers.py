@@ -1,4 +1,7 @@
-"""What others put around a model: compiled, data-parallel, sharded. Its names never reach files; functions that take a model look through it."""
+"""Wrappers of other libraries around a model: compiled, data-parallel, sharded.
+
+The names that they add are never written to files, and functions that take a model also accept the wrapped model.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from torch import Tensor, nn
 
 from ..tensor_names import HIDDEN_PARTS
 
-#: the attribute under which parallel wrappers and engines hold the model
+#: the attribute in which data-parallel wrappers and engines store the model
 _PARALLEL = "module"
-#: what FSDP1 calls its flat parameter
+#: the name of FSDP1's flat parameter
 _FLAT = "_flat_param"
-#: engines that are known by name: importing their libraries is slow
+#: class names of engines; names are compared because importing their libraries is slow
 _ENGINES = frozenset({"DeepSpeedEngine"})
 
 
@@ -24,7 +27,7 @@ def inside(model: nn.Module, *, any_holder: bool = False) -> nn.Module | None:
 
     Args:
         model: a wrapper or a model.
-        any_holder: whatever has a child called ``module`` counts as a wrapper, too (`AveragedModel`, engines of other libraries).
+        any_holder: also treat every module with a child called ``module`` as a wrapper (`AveragedModel`, engines of other libraries).
     """
     children: dict[str, nn.Module | None] = getattr(model, "__dict__", {}).get("_modules") or {}
     for name in HIDDEN_PARTS:
@@ -41,29 +44,29 @@ def _is_parallel(model: nn.Module) -> bool:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside all wrappers, nested in any order; any other as it is."""
+    """Return the model inside all wrappers, which may be nested in any order; a model without wrappers is returned unchanged."""
     while (held := inside(model)) is not None:
         model = held
     return model
 
 
 def is_hidden(module: nn.Module) -> bool:
-    """Return whether `module` is a wrapper whose part of a name is left out, wherever in a model it stands."""
+    """Return whether `module` is a wrapper whose part of the module name is left out; such a wrapper may be anywhere in a model."""
     return any(module._modules.get(name) is not None for name in HIDDEN_PARTS)
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """Return the attributes that hold a module's own parameters.
+    """Return the names of the attributes that hold a module's direct parameters, not those of its submodules.
 
-    FSDP1 without ``use_orig_params`` replaces them by plain tensors, views of one flat parameter that it keeps elsewhere.
+    FSDP1 without ``use_orig_params`` replaces the parameters by plain tensors: views of one flat parameter that is stored in another module.
     """
     names = [name for name, parameter in module._parameters.items() if parameter is not None and name != _FLAT]
     return names or [name for name, value in module.__dict__.items() if isinstance(value, Tensor)]
 
 
 def _sharded_roots(model: nn.Module) -> list[Any]:
-    """Return the outermost modules of FSDP1 in `model`."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # who shards has imported it
+    """Return the outermost FSDP1 modules in `model`."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if the model is sharded, this module has been imported already
     if fsdp is None:
         return []
     found: list[Any] = []
@@ -78,15 +81,15 @@ def _sharded_roots(model: nn.Module) -> list[Any]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP1 has parameters of the model, so that what its modules hold may be a part of a tensor, or none of it."""
+    """Return whether FSDP1 shards parameters of the model. If so, a module may hold only a part of a tensor, or an empty part."""
     return bool(_sharded_roots(model))
 
 
 @contextlib.contextmanager
 def whole_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside the block the parameters of a model in FSDP1 are whole tensors; what is written to them is written to all shards.
+    """For the duration of the block, gather the full (unsharded) parameters of an FSDP1 model; changes are written back to all shards.
 
-    Every process has to enter it. Without FSDP1 it does nothing.
+    Every process has to enter the block. Without FSDP1, the context manager does nothing.
     """
     with contextlib.ExitStack() as stack:
         for root in _sharded_roots(model):

@@ -1,4 +1,4 @@
-"""Models with a head whose forward takes no cache, around a backbone whose forward does: the cache goes straight to the backbone."""
+"""Pass the KV cache of a prefix directly to the backbone, for models whose outer `forward` accepts no cache although the backbone's does."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..virtual_tokens.caches import PREFIX
 
 
 class BackboneHook:
-    """Called before a backbone runs: hands it the keys and values of the call's prefixes.
+    """A forward pre-hook of the backbone: passes the keys and values of the call's prefixes to the backbone as `past_key_values`.
 
     Args:
-        selection: of the model.
+        selection: the model's adapter selection, which holds the route of the current call.
     """
 
     def __init__(self, selection: AdapterSelection) -> None:
@@ -29,7 +29,7 @@ class BackboneHook:
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
-    """Put the hook in place if some tuner takes part in calls and the model's own forward takes no cache; once."""
+    """Register the hook if a tuner takes part in calls and the model's outer `forward` accepts no cache. A second call does nothing."""
     backbone = index.forward.backbone
     if backbone is None or not index.call_tuners or any(isinstance(hook, BackboneHook) for hook in backbone._forward_pre_hooks.values()):
         return

@@ -1,8 +1,8 @@
-"""Gradient checkpointing: layers are recomputed in the backward pass, with the adapters, keys and values of the forward pass.
+"""Gradient checkpointing: recompute layers in the backward pass with the same adapters, keys and values as in the forward pass.
 
-transformers gives each checkpointed layer a function to which it hands the layer's call. `CheckpointHook` replaces that function: it
-stores the route of the call (which adapters, which keys and values of a prefix), and uses it when the layer is recomputed, in whichever thread.
-Nothing is swapped per call.
+In transformers, each checkpointed layer has an attribute with the function that runs the layer under checkpointing. `CheckpointHook` replaces that
+function: it stores the route of the call (which adapters, which keys and values of a prefix) and uses the route again when the layer is recomputed,
+in whichever thread that happens. The replacement is made once, not for each call.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..virtual_tokens import caches
 from ..virtual_tokens.caches import PREFIX
 
 FUNCTION = "_gradient_checkpointing_func"
-#: what a layer calls its cache
+#: names of a layer's parameter for the KV cache
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
 class CheckpointHook:
-    """Replaces the function that runs a layer under checkpointing.
+    """Replaces the function that runs a layer under gradient checkpointing.
 
     Args:
-        selection: of the model.
-        original: the function that it replaces.
-        number: of the layer, in caches; None: it has no cache.
+        selection: the model's adapter selection.
+        original: the function that this object replaces.
+        number: index of the layer in a KV cache; None if the layer has no cache.
     """
 
     def __init__(self, selection: AdapterSelection, original: Callable[..., Any], number: int | None) -> None:
@@ -51,18 +51,19 @@ class CheckpointHook:
         cache = route.context.get(PREFIX)
         if cache is None or self.number is None:
             return self.original(functools.partial(_under, self.selection, route, layer), *args, **kwargs)
-        # as arguments: what checkpointing does not see as such gets its gradient in another backward pass for each layer
+        # keys and values are passed as arguments, because tensors that are not arguments of the checkpointed function would get their gradient in
+        # a separate backward pass for each layer
         pair = caches.pair_of(cache, self.number)
         return self.original(functools.partial(_with_prefix, self.selection, route, layer, cache, self.number), *pair, *args, **kwargs)
 
 
 def _with_same_adapters(selection: AdapterSelection, default: Route, switches: int | None, layer: Callable[..., Any], *args: Any) -> Any:
-    """Recompute a layer with the adapters of the forward pass, whatever was switched since.
+    """Recompute a layer with the adapters of the forward pass, even if adapters were switched after it.
 
     Args:
-        selection: of the model.
-        default, switches: those of `selection` in the forward pass.
-        layer, args: what is recomputed.
+        selection: the model's adapter selection.
+        default, switches: values of the attributes `default` and `switches` of `selection` in the forward pass.
+        layer, args: the layer to recompute and its arguments.
 
     Raises:
         RoutingError: adapters were switched, and some layers were switched individually in the forward pass.
@@ -86,9 +87,9 @@ def _under(selection: AdapterSelection, route: Route, layer: Callable[..., Any],
 def _with_prefix(
     selection: AdapterSelection, route: Route, layer: Callable[..., Any], cache: Any, number: int, keys: Tensor, values: Tensor, *args: Any
 ) -> Any:
-    """Run a layer with a cache that begins with keys and values (batch, heads, n, head_dim).
+    """Run a layer with a KV cache that begins with `keys` and `values`, each (batch, heads, n, head_dim).
 
-    transformers removes caches under checkpointing, since one that grows would grow twice; this one does not grow.
+    transformers removes caches under checkpointing, because recomputation would append to a growing cache twice; this cache does not grow.
     """
     cache = caches.with_pair(cache, number, keys, values)
     if isinstance(layer, functools.partial):
@@ -110,9 +111,9 @@ def _parameter_names(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _cache_position(function: Callable[..., Any]) -> int:
-    """Return the position of the cache among the parameters of a function; -1 if it takes none."""
+    """Return the position of the KV cache among the parameters of a function; -1 if the function has no such parameter."""
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, nn.Module):  # `super().__call__` of a layer: what it takes is what its forward takes
+    if isinstance(owner, nn.Module):  # the function is `super().__call__` of a layer, which takes the same parameters as the layer's `forward`
         names = _parameter_names(type(owner).forward)[1:]
     else:
         names = _parameter_names(function)
@@ -120,14 +121,14 @@ def _cache_position(function: Callable[..., Any]) -> int:
 
 
 def prepare(index: AdapterIndex) -> bool:
-    """Return whether layers will be recomputed in the backward pass, and install hooks so that they use the same adapters then."""
+    """Return whether layers will be recomputed in the backward pass; if so, install hooks so that recomputation uses the same adapters."""
     if not (index.base.training and torch.is_grad_enabled()):
         return False
     waiting = []
     for module in index.view.checkpointable:
         function = module.__dict__.get(FUNCTION) if module.gradient_checkpointing else None
         if isinstance(function, CheckpointHook) and function.selection is index.selection:
-            return True  # switched on before, and for all
+            return True  # the hooks of all layers were installed by an earlier call
         if function is not None:
             waiting.append((module, function))
     encoder = _encoder(index) if waiting else frozenset()
@@ -137,7 +138,10 @@ def prepare(index: AdapterIndex) -> bool:
 
 
 def _encoder(index: AdapterIndex) -> frozenset[nn.Module]:
-    """Return the modules of encoders whose layers have no cache: one that stands before a decoder, and one that says so, as T5's alone does."""
+    """Return all modules of encoders, whose layers have no KV cache.
+
+    An encoder is the result of `get_encoder` of an encoder-decoder model, or a module with ``is_decoder=False`` (such as T5's encoder-only model).
+    """
     found: Any = getattr(index.base, "get_encoder", dict)() if index.forward.encoder_decoder else None
     encoders = [found] if isinstance(found, nn.Module) and found is not index.base else []
     encoders += [part for part in index.base.modules() if getattr(part, "is_decoder", None) is False and hasattr(part, "embed_tokens")]
@@ -150,7 +154,7 @@ def _layer_number(layer: nn.Module) -> int | None:
 
 
 def uninstall(base: nn.Module) -> None:
-    """Restore what the hooks replaced."""
+    """Put the functions that the hooks replaced back in place."""
     for module in base.modules():
         hook = module.__dict__.get(FUNCTION)
         if isinstance(hook, CheckpointHook):
@@ -158,7 +162,7 @@ def uninstall(base: nn.Module) -> None:
 
 
 def prepare_inputs(model: nn.Module) -> None:
-    """Make the outputs of the input embeddings of `model` require gradients; a quantised model is left alone."""
+    """Make the output of the input embeddings of `model` require gradients; a quantised model is not changed."""
     if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
         return
     if hasattr(model, "enable_input_require_grads"):
@@ -168,5 +172,8 @@ def prepare_inputs(model: nn.Module) -> None:
 
 
 def require_output_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Make the output of `module` require gradients: a forward hook for embeddings, without which checkpointed layers of a frozen base get none."""
+    """Make the output of `module` require gradients. This is a forward hook for embeddings.
+
+    Without the hook, checkpointed layers of a frozen base would get no gradients, because none of their inputs requires gradients.
+    """
     output.requires_grad_(True)

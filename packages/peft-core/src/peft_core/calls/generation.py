@@ -1,6 +1,7 @@
-"""`generate`, and the hook in it: an object in the place of the base's `prepare_inputs_for_generation`, from wrapping on.
+"""`PeftModel.generate`, and the hook that adds virtual tokens to its steps.
 
-Outside a `generate` of ours it defers to what it replaced; nothing is swapped per call, so that threads don't meet.
+The hook is an object that replaces the base's `prepare_inputs_for_generation` when the model is wrapped. Outside `PeftModel.generate`, the hook calls
+the method that it replaced. Nothing is replaced per call, so that threads do not interfere with each other.
 """
 
 from __future__ import annotations
@@ -28,23 +29,23 @@ from .routing import route_for
 from .run import prepared
 
 METHOD = "prepare_inputs_for_generation"
-#: what the base's own preparation says that assembling says anew
+#: inputs that the base's `prepare_inputs_for_generation` returns and that the assembly of virtual tokens computes again
 _OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
 _OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
 
 
 def generate(index: AdapterIndex, task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None) -> Any:
-    """Do what `PeftModel.generate` does: let the base generate with the adapters in use, in a cache scope of this thread.
+    """Implement `PeftModel.generate`: run the base's `generate` with the active adapters, in a cache scope of this thread.
 
     Args:
         index: the adapters.
-        task: what the model is for.
-        args, kwargs: of the base's `generate`, and what tuners take from a call.
+        task: the task of the model.
+        args, kwargs: arguments of the base's `generate`; `kwargs` may also contain the arguments that tuners take from a call.
         names: per-sample adapters, or None.
 
     Raises:
-        AdapterNotFoundError, CapabilityError, RoutingError: `names` can't be followed.
-        MissingMethodError: the base can't generate.
+        AdapterNotFoundError, CapabilityError, RoutingError: the adapters in `names` can't be used for this call.
+        MissingMethodError: the base has no method `generate`.
     """
     base: Any = index.base
     if not hasattr(base, "generate"):
@@ -66,12 +67,12 @@ def generate(index: AdapterIndex, task: TaskSpec, args: tuple[Any, ...], kwargs:
             try:
                 return base.generate(*args, **kwargs)
             finally:
-                base.__dict__.pop("_cache", None)  # older versions keep a cache of fixed size, which virtual tokens made larger
+                base.__dict__.pop("_cache", None)  # older transformers versions reuse a static cache, which virtual tokens made larger
 
 
 @contextlib.contextmanager
 def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None, arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Let the hook see this thread's steps of `generate` as ours, until the block ends."""
+    """For the duration of the block, let the hook add virtual tokens to the steps of `generate` in this thread, with the adapters `names`."""
     local = index.selection.local
     before = getattr(local, "generating", None), getattr(local, "task", None)
     route = route_for(index, names)
@@ -84,7 +85,7 @@ def generating(index: AdapterIndex, task: TaskSpec, names: Sequence[Any] | None,
 
 
 class GenerationHook:
-    """Stands in for the base's method: same signature, holds no closure, so that copies and pickles of the model keep working."""
+    """Replaces the base's `prepare_inputs_for_generation`. It has the same signature, and no closure, so that the model can be copied and pickled."""
 
     def __init__(self, index: AdapterIndex, replaced: Callable[..., Any] | None) -> None:
         self.index = index
@@ -92,7 +93,7 @@ class GenerationHook:
 
     @property
     def original(self) -> Callable[..., dict[str, Any]]:
-        """The base's own method."""
+        """The method `prepare_inputs_for_generation` that this object replaces."""
         if self.replaced is not None:
             return self.replaced
         method: Callable[..., dict[str, Any]] = getattr(type(self.index.base), METHOD).__get__(self.index.base)
@@ -100,35 +101,36 @@ class GenerationHook:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.original)  # generate() checks its keywords against it
+        return inspect.signature(self.original)  # generate() checks its keyword arguments against this signature
 
     def __call__(self, input_ids: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         index, local = self.index, self.index.selection.local
         arguments = getattr(local, "generating", None)
-        if arguments is None:  # somebody else's `generate`
+        if arguments is None:  # the base's `generate` was called directly, not `PeftModel.generate`
             return self.original(input_ids, *args, **kwargs)
         route, task = index.selection.current(), getattr(local, "task", None)
         call = Call(task, {"input_ids": input_ids}, route, input_ids.shape[0], input_ids.device, arguments=arguments, generating=True)
         call = prepared(index, call)
-        if call.route is not route:  # context for the layers in this step, and for the tuner in the next
+        if call.route is not route:  # the new route carries context for the layers in this step, and for the tuner in the next step
             local.route = call.route
         two = index.forward.encoder_decoder
         virtual = sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER)
-        if not virtual:  # those before an encoder's text it has seen already
+        if not virtual:  # virtual tokens before the encoder's text were added before the first step
             return self.original(input_ids, *args, **kwargs)
         given = self.original(input_ids, *args, **_continuing(input_ids, kwargs, virtual))
         return _step(index, call, given, kwargs.get("decoder_attention_mask" if two else "attention_mask"))
 
 
 def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict[str, Any]:
-    """Return the arguments of a step in which the text that is not in the caller's cache yet is counted without virtual tokens.
+    """Return the arguments of a step, corrected such that virtual tokens in the caller's cache do not count as tokens of the text.
 
-    A cache that an earlier call of `generate` has returned holds virtual tokens, too, and transformers takes them for tokens of the text.
+    A cache that an earlier call of `generate` returned also contains virtual tokens, and transformers counts them as tokens of the text. It would
+    therefore pass too few of the new tokens to the model.
 
     Args:
-        input_ids: the whole text so far (rows, tokens).
-        kwargs: of the base's own preparation.
-        virtual: how many virtual tokens a cache begins with.
+        input_ids: token ids of the whole text so far (batch, tokens).
+        kwargs: keyword arguments of the base's `prepare_inputs_for_generation`.
+        virtual: number of virtual tokens at the beginning of a cache.
     """
     cache = kwargs.get("past_key_values")
     cached = 0 if cache is None else int(cache.get_seq_length())
@@ -140,7 +142,7 @@ def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict
     if kwargs.get("next_sequence_length") == length - cached:  # transformers 5
         changed["next_sequence_length"] = length - cached + virtual
     at = kwargs.get("cache_position")
-    if at is not None:  # transformers 4, whose caches of fixed size count keys that are not zero, so that in later steps they say less
+    if at is not None:  # transformers 4: the length of a static cache is its number of non-zero keys, which is too small in later steps
         later = getattr(cache, "is_compileable", False) and at.shape[0] == 1 and int(at[0]) == length - 1
         if at.shape[0] != length - cached + virtual and not later:
             changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
@@ -152,40 +154,43 @@ def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> 
 
     Args:
         index: the adapters.
-        call: with the virtual tokens.
-        given: what the base's own preparation makes of the step; it may have made a 4-D mask already.
-        mask: the caller's mask (rows, tokens), or None.
+        call: the call, which contains the virtual tokens.
+        given: inputs that the base's `prepare_inputs_for_generation` returned; they may contain a 4-D attention mask already.
+        mask: the caller's attention mask (batch, tokens), or None.
     """
     two = index.forward.encoder_decoder
     ours = _OURS_OF_TWO if two else _OURS
     names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
     text = {name: given[name] for name in names if given.get(name) is not None}
     if given.get("use_cache") is False:
-        text.pop("past_key_values", None)  # what the last step left: every step starts anew with its own prefix
+        text.pop("past_key_values", None)  # the cache of the previous step: without `use_cache`, every step starts with a new prefix
     call = replace(call, inputs={**text, "decoder_attention_mask" if two else "attention_mask": mask})
     at = given.get("cache_position")
-    if at is not None and int(at[0]):  # transformers 4, whose static caches count keys that are not zero
+    if at is not None and int(at[0]):  # transformers 4: the length of a static cache is its number of non-zero keys
         call = replace(call, cached=int(_places(at, call, two)[0]))
     _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
     call, _ = reuse.with_reused_keys_values(index, call, index.base)
     inputs = assemble(call, index.forward, task_of(call.task)).inputs
-    if at is not None:  # transformers 4 tells caches of fixed size where to write; what it counts are the caller's tokens
+    if at is not None:  # transformers 4: `cache_position` says where a static cache writes, but it counts the caller's tokens only
         inputs["cache_position"] = _places(at, call, two)
     return {**{name: value for name, value in given.items() if name not in ours}, **{k: v for k, v in inputs.items() if v is not None}}
 
 
 def _places(at: Tensor, call: Call, two: bool) -> Tensor:
-    """Return where in the cache the tokens of a step are written (tokens,), given where they would be without virtual ones."""
+    """Return the positions in the cache, (tokens,), at which the tokens of a step are written.
+
+    `at` contains the positions without virtual tokens.
+    """
     parts = [tokens for tokens in call.virtual if not two or tokens.site is Site.DECODER]
     before = sum(tokens.length for tokens in parts if tokens.keys_values is not None)
     embeds = sum(tokens.length for tokens in parts if tokens.embeds is not None)
-    if int(at[0]):  # a later step: all are there
+    if int(at[0]):  # a later step: all virtual tokens are in the cache
         return at + before + embeds
     return torch.arange(at.shape[0] + embeds, device=at.device) + before
 
 
 def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
-    """Make a cache of fixed size that holds nothing yet larger by `count` tokens: transformers does not know of them."""
+    """Enlarge a static cache that is still empty by `count` tokens, because transformers sizes it without the virtual tokens."""
     own = getattr(cache, "self_attention_cache", cache)
     window = getattr(decoder_config(index.view), "sliding_window", None)
     for layer in getattr(own, "layers", ()):
@@ -195,10 +200,10 @@ def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
 
 
 def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that tokens that are guessed and taken back again leave virtual ones where they are.
+    """Check that assisted generation, which removes rejected candidate tokens from the cache, does not remove virtual tokens.
 
     Raises:
-        CapabilityError: this version of transformers cuts caches to a length that does not count them.
+        CapabilityError: this version of transformers crops caches to a length that does not count virtual tokens.
     """
     if newer() or not any(kwargs.get(name) for name in ("assistant_model", "prompt_lookup_num_tokens")):
         return
@@ -207,10 +212,12 @@ def check_assisted(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, 
 
 
 def check_chunks(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], kwargs: Mapping[str, Any]) -> None:
-    """Check that the text is not read in chunks behind a cache with virtual tokens: transformers cuts it before anybody is asked.
+    """Check that `prefill_chunk_size` is not used together with a cache that contains virtual tokens.
+
+    transformers splits the text into chunks before it calls the hook, so the hook can't correct the lengths.
 
     Raises:
-        CapabilityError: it is.
+        CapabilityError: both are used.
     """
     cache, config = kwargs.get("past_key_values"), kwargs.get("generation_config") or getattr(index.base, "generation_config", None)
     chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
@@ -228,16 +235,18 @@ def _has_virtual_tokens(index: AdapterIndex, task: TaskSpec, arguments: Mapping[
 
 
 def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the arguments of `generate` for an encoder-decoder model, whose encoder runs once, before the first step: with virtual tokens.
+    """Return the arguments (args, kwargs) of `generate` for an encoder-decoder model, with virtual tokens before the encoder's text.
+
+    The encoder runs once, before the first step, so its inputs have to contain the virtual tokens then.
 
     Args:
         index: the adapters.
-        task: the model's.
-        arguments: of tuners.
-        args, kwargs: of `generate`.
+        task: the model's task.
+        arguments: the arguments that tuners take from the call.
+        args, kwargs: arguments of `generate`.
 
     Raises:
-        RoutingError: there is no text.
+        RoutingError: there are virtual tokens, but neither token ids nor embeddings before which they can be placed.
     """
     if not index.call_tuners:
         return args, kwargs
@@ -264,14 +273,14 @@ def encoder_arguments(index: AdapterIndex, task: TaskSpec, arguments: Mapping[st
     pad = getattr(index.view.config, "pad_token_id", None)
     ids = given.get("input_ids")
     if "attention_mask" not in given and ids is not None and pad is not None and bool((ids == pad).any()):
-        given["attention_mask"] = (ids != pad).long()  # as generate() would have found out by itself
+        given["attention_mask"] = (ids != pad).long()  # the same mask that generate() would compute
     ready = encoder_inputs(call, tokens, index.forward, given)
     rest = {name: value for name, value in kwargs.items() if name not in (*names, "encoder_outputs", "position_ids", "token_type_ids")}
     return args[1:], {**rest, **ready}
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
-    """Put the hook in place if some tuner takes part in calls and the base can generate."""
+    """Install the hook if a tuner takes part in calls and the base has the method; a second call does nothing."""
     base = index.base
     if not index.call_tuners or not hasattr(type(base), METHOD) or isinstance(base.__dict__.get(METHOD), GenerationHook):
         return
@@ -281,7 +290,7 @@ def install(index: AdapterIndex, undo: Undo) -> None:
 
 
 def uninstall(base: nn.Module) -> None:
-    """Put back what the hook replaced."""
+    """Remove the hook and restore the method that it replaced."""
     hook = base.__dict__.get(METHOD)
     if isinstance(hook, GenerationHook):
         del base.__dict__[METHOD]

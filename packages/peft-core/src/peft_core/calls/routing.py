@@ -1,4 +1,4 @@
-"""Which adapters act on which rows of a call."""
+"""Decide and check which adapters act on which samples of a batch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import checkpointing
 
 
 def check_route(index: AdapterIndex, route: Route) -> None:
-    """Check that a route can be followed.
+    """Check that a call can use a route.
 
     Raises:
-        AdapterNotFoundError: it names an adapter that the model lacks.
-        CapabilityError: it treats rows differently, and a tuner in it does not declare PER_SAMPLE.
-        RoutingError: adapters are merged, or two on one row have rows of the same tokens.
+        AdapterNotFoundError: the route names an adapter that the model does not have.
+        CapabilityError: the route uses different adapters for different samples, and a tuner in it does not declare PER_SAMPLE.
+        RoutingError: adapters are merged, or two adapters of one sample train the embeddings of the same tokens.
     """
     check_moment(index)
     unknown = [name for name in route.used if name not in index.configs]
@@ -36,7 +36,9 @@ def check_route(index: AdapterIndex, route: Route) -> None:
 
 
 def check_moment(index: AdapterIndex) -> None:
-    """Check that adapters may be chosen for one call or block now; layers that run again in the backward pass will meet them then.
+    """Check that adapters may be chosen for a single call or block now, and prepare gradient checkpointing for it.
+
+    Layers that are recomputed in the backward pass will then use the same adapters.
 
     Raises:
         RoutingError: adapters are merged.
@@ -47,11 +49,11 @@ def check_moment(index: AdapterIndex) -> None:
 
 
 def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | None = None) -> Route:
-    """Return the route of a call: per-sample `names`, or what is active in this thread.
+    """Return the route of a call: the per-sample adapters `names`, or the adapters that are active in this thread if `names` is None.
 
     Raises:
-        RoutingError: as many names as samples are needed.
-        AdapterNotFoundError, CapabilityError: from checking it.
+        RoutingError: the number of names differs from the number of samples, `batch`; or an error of `check_route`.
+        AdapterNotFoundError, CapabilityError: errors of `check_route`.
     """
     if names is None:
         return index.selection.current()
@@ -65,7 +67,7 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
         return Route()
     check_moment(index)
     scope = index.selection.cache()
-    if scope is not None:  # layers keep what they stack for a route under that route
+    if scope is not None:  # layers cache their stacked weights with the route as the key, so the same names have to give the same object
         return scope.get(("route", tuple(index.configs), per_row), lambda: _checked(index, per_row))
     return _checked(index, per_row)
 
@@ -76,7 +78,7 @@ def _checked(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route
 
 
 def _ordered(index: AdapterIndex, per_row: tuple[tuple[str, ...], ...]) -> Route:
-    """Return the route on which adapters act in load order, whatever the order in which a caller names them."""
+    """Return a route in which the adapters of each sample act in the order in which they were loaded, independent of the order in `per_row`."""
     load_order = {name: number for number, name in enumerate(index.configs)}
     ordered = {row: tuple(sorted(set(row), key=load_order.__getitem__)) for row in set(per_row)}
     if len(ordered) == 1:

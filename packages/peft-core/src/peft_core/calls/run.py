@@ -1,4 +1,4 @@
-"""Running the base once for a call: route, prepare, base (behind virtual tokens, if there are any), finish."""
+"""Run the base once for a call: choose the route, call `prepare` of tuners, run the base (with virtual tokens, if any), call `finish` of tuners."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .routing import route_for
 def forward(
     index: AdapterIndex, base: Callable[..., Output], task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None
 ) -> Output:
-    """Do what `PeftModel.forward` does: call the base with the adapters in use.
+    """Implement `PeftModel.forward`: call the base with the active adapters.
 
     Args:
         index: the adapters.
         base: the module to call.
-        task: what the model is for.
+        task: the task of the model.
         args, kwargs: the caller's inputs.
         names: per-sample adapters, or None.
     """
@@ -45,7 +45,7 @@ def forward(
 def run(
     index: AdapterIndex, base: Callable[..., Output], task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None
 ) -> Output:
-    """Run the base with everything that tuners add to the call. Arguments as `forward`."""
+    """Run the base with everything that tuners add to the call. The arguments are the same as those of `forward`."""
     inputs = _by_name(index, args, kwargs)
     arguments: Mapping[str, Any] = {name: inputs.pop(name) for name in index.call_arguments if name in inputs} or EMPTY
     known = batch_of(inputs)
@@ -66,7 +66,7 @@ def run(
 
 
 def prepared(index: AdapterIndex, call: Call) -> Call:
-    """Return the call with what the tuners add that take part in calls: virtual tokens, and context for their layers."""
+    """Return the call after `prepare` of each tuner that takes part in calls; tuners add virtual tokens, and context for their layers."""
     for tuner in index.call_tuners:
         call = tuner.prepare(call)
     return call

@@ -1,4 +1,4 @@
-"""The base's embeddings in an adapter's file: whether they are saved, decided from local data alone, and their slots."""
+"""Decide, from local data only, whether the base's embeddings are saved in an adapter's file, and return the slots of their weights."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..tuners.saved_modules import SAVED
 from ..tuners.targeting import target_matcher
 from ..tuners.tokens import TOKENS
 
-#: what input and output embeddings are usually called
+#: usual module names of the input and output embeddings
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 
 
 def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return key → slot of the embedding weights to write beside an adapter.
+    """Return a dict: file key → slot of the embedding weights to save in the file of an adapter, together with the adapter's weights.
 
     Args:
-        index, adapter: whose file.
+        index, adapter: the adapters of the model, and the name of the adapter that is saved.
         choice: True, False, or ``"auto"``: save if an embedding is targeted, or if `vocab_size` differs from the base's local config.json.
-        wrapped: prefix the keys as in a `PeftModel`.
+        wrapped: add the key prefix of a `PeftModel`.
 
     Raises:
-        ConfigError: `choice` is none of these.
+        ConfigError: `choice` is not True, False or ``"auto"``.
     """
     if choice not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers={choice!r}", hint="write True, False or 'auto'")
@@ -50,7 +50,7 @@ def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrap
 
 
 def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return key → slot of the base's input and output embeddings, as an adapter's file names them; saved copies are not among them."""
+    """Return a dict: key in an adapter's file → slot of the base's input and output embeddings, without those in `modules_to_save`."""
     if not hasattr(index.base, "get_input_embeddings"):
         return {}
     try:
@@ -75,7 +75,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
 
 
 def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return key → slot of the trained rows of tied output layers, which the reference implementation writes again under their own key."""
+    """Return a dict: file key → slot of the trained rows of tied output layers, which the reference implementation saves again under this key."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {
         file_key(prefix, path, end): slot
@@ -104,7 +104,7 @@ def _reason(index: AdapterIndex, adapter: str, config: PeftConfig) -> str | None
 
 
 def _local_vocabulary(name: str | None, revision: str | None) -> int | None:
-    """Return the size of the vocabulary that the base's own config.json says, in its folder or in the Hub's local cache; None if there is none."""
+    """Return `vocab_size` from the base's config.json in the base's folder or in the local Hub cache; None if there is no such file or value."""
     path = _local_config(name, revision) if name else None
     if path is None:
         return None
@@ -117,7 +117,7 @@ def _local_vocabulary(name: str | None, revision: str | None) -> int | None:
 
 
 def _local_config(name: str, revision: str | None) -> Path | None:
-    """Return the path of a base's config.json; never asks the network: saving must work offline."""
+    """Return the path of a base's config.json, or None if it is not on this machine. No network access, because saving must work offline."""
     path = Path(name) / "config.json"
     if path.is_file():
         return path
@@ -125,6 +125,6 @@ def _local_config(name: str, revision: str | None) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
-    except ValueError:  # no name of a repository
+    except ValueError:  # `name` is not a valid repository id
         return None
     return Path(found) if isinstance(found, str) else None

@@ -1,4 +1,4 @@
-"""Adapter folders on disk: found, read lazily, written such that a reader sees the old pair or the new one."""
+"""Adapter folders on disk: find them, read them lazily, and write them so that a reader sees the old config and weights or the new ones, no mix."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ WEIGHTS_NAME = "adapter_model.bin"
 
 @dataclass(frozen=True)
 class WeightFile:
-    """The tensors of one adapter: names and shapes at once, values when asked for."""
+    """The weight file of one adapter. Names and shapes can be read without loading the tensors (safetensors files only)."""
 
     path: Path
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether it is a safetensors file; otherwise a pickled dict, read with weights-only unpickling."""
+        """Whether the file is a safetensors file; if not, it is a pickled dict, which is read with weights-only unpickling."""
         return self.path.suffix == ".safetensors"
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape, from the header alone.
+        """Tensor name → shape; for a safetensors file, read from the header only.
 
         Raises:
             AdapterFileError: the file is damaged.
@@ -46,17 +46,17 @@ class WeightFile:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """What the writer recorded in the header: the tuner's distribution, the base (see `passport`)."""
+        """The metadata in the header of a safetensors file: the tuner's distribution package, the base (see `passport`). Empty for a pickled file."""
         if not self.is_safetensors:
             return {}
         with self._open("cpu") as handle:
             return dict(handle.metadata() or {})
 
     def tensors(self, device: str | torch.device | None = None) -> dict[str, Tensor]:
-        """Return all tensors.
+        """Return a dict: name → tensor, with all tensors on `device` (default: CPU).
 
         Raises:
-            AdapterFileError: the file is damaged, or the pickle holds anything but tensors.
+            AdapterFileError: the file is damaged, or the pickled file is not a dict of tensors.
         """
         target = str(device or "cpu")
         if self.is_safetensors:
@@ -83,10 +83,10 @@ class WeightFile:
 
 
 def find_weights(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> WeightFile:
-    """Return an adapter's weight file: `adapter_model.safetensors`, else `adapter_model.bin`, local or from the Hub.
+    """Return an adapter's weight file from a local folder or the Hub: `adapter_model.safetensors`, or `adapter_model.bin` if there is no such file.
 
     Raises:
-        AdapterFileError: there is neither.
+        AdapterFileError: neither file exists.
     """
     directory = Path(model_id) / (subfolder or "")
     names = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
@@ -112,7 +112,7 @@ def find_weights(model_id: str | os.PathLike[str], subfolder: str | None = None,
 
 
 class AtomicFolder:
-    """Writes files into temporary names and puts them all in place at the end, or none of them.
+    """Writes files under temporary names and renames all of them at the end of the block; on an error, none of the targets is changed.
 
     Example:
         >>> with AtomicFolder() as folder:
@@ -127,11 +127,11 @@ class AtomicFolder:
         return self
 
     def text(self, target: Path, text: str) -> None:
-        """Stage a text file."""
+        """Write a text file under a temporary name; it gets the name `target` at the end of the block."""
         self._stage(target).write_text(text, encoding="utf-8")
 
     def tensors(self, target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Stage a weight file: safetensors, or a pickled dict if the name says so."""
+        """Write a weight file under a temporary name: safetensors if `target` ends in ``.safetensors``, otherwise a pickled dict."""
         path = self._stage(target)
         whole = _unshared(tensors)
         if target.suffix == ".safetensors":
@@ -143,7 +143,7 @@ class AtomicFolder:
             torch.save(whole, path)
 
     def remove(self, target: Path) -> None:
-        """Stage the removal of a file that may be there."""
+        """Delete the file `target`, if it exists, at the end of the block."""
         self._removed.append(target)
 
     def _stage(self, target: Path) -> Path:
@@ -171,7 +171,10 @@ class AtomicFolder:
                     backup.unlink(missing_ok=True)
 
     def _commit(self, backups: list[tuple[Path, Path | None]]) -> None:
-        """Put all files in place; `backups` gets (target, its old content under a temporary name, or None) before each is written."""
+        """Rename all files to their targets, and delete the files to be removed.
+
+        Before each change, (target, path of the backup of its old content, or None) is appended to `backups`.
+        """
         for path, target in self._staged:
             backups.append((target, _moved_aside(target)))
             os.replace(path, target)
@@ -182,7 +185,7 @@ class AtomicFolder:
 
 
 def _moved_aside(target: Path) -> Path | None:
-    """Rename a file so that it can be restored, and return its new path; None if there is no such file."""
+    """Rename a file to a backup name, so that it can be restored, and return the new path; None if there is no such file."""
     if not target.exists():
         return None
     backup = target.with_name(f".{target.name}.{os.getpid()}.before")
@@ -191,7 +194,7 @@ def _moved_aside(target: Path) -> Path | None:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata of a header in order: the writer's order is random, and equal adapters are to give equal bytes."""
+    """Sort the metadata in the header of a safetensors file: safetensors writes it in random order, but equal adapters should give equal bytes."""
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
@@ -203,7 +206,7 @@ def _sort_metadata(path: Path) -> None:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors, none of which shares memory with another: the file format has no notion of views."""
+    """Return contiguous copies of the tensors where needed, so that no two share memory, because the file format does not support views."""
     seen: set[int] = set()
     whole = {}
     for name, tensor in tensors.items():
@@ -217,5 +220,5 @@ def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_target(directory: Path) -> Path:
-    """Return where a folder's config lies."""
+    """Return the path of the adapter config in a folder."""
     return directory / CONFIG_NAME
