@@ -13,8 +13,8 @@ class PeftError(Exception):
     """An error that the user can correct; the base class of all others.
 
     Args:
-        message: what was given and why it is wrong.
-        hint: what to do about it; shown after the message.
+        message: the value that was given and why it is wrong.
+        hint: how to correct the error; shown after the message.
         code: a stable identifier for programs, such as ``"unknown-tuner"``; each class has its own default.
     """
 
@@ -32,11 +32,11 @@ class PeftError(Exception):
 
 
 class PeftWarning(UserWarning):
-    """Something works, but perhaps not as the user expects."""
+    """A warning: the operation succeeds, but its result may not be what the user expects."""
 
 
 class ConfigError(PeftError, ValueError):
-    """A configuration that can't be used: a bad value, or values that exclude one another."""
+    """A configuration is invalid: a field has an invalid value, or the values of two fields contradict each other."""
 
     code = "config"
 
@@ -54,37 +54,37 @@ class UnknownTunerError(ConfigError, KeyError):
 
 
 class PluginError(PeftError, ImportError):
-    """A plugin can't be used. The message names its distribution; `__cause__` is what went wrong inside it."""
+    """A plugin can't be used. The message names its distribution; `__cause__` is the exception that the plugin raised."""
 
     code = "plugin"
 
 
 class IncompatiblePluginError(PluginError):
-    """A plugin that was built for another version of peft-core."""
+    """A plugin requires another version of peft-core."""
 
     code = "plugin-version"
 
 
 class DuplicateTunerError(PluginError, ValueError):
-    """Two distributions offer the same `peft_type`."""
+    """Two installed distributions provide a tuner for the same `peft_type`."""
 
     code = "duplicate-tuner"
 
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
-    """The targets of a config match no module of the model."""
+    """The target modules of a config match no module of the model."""
 
     code = "no-match"
 
 
 class UnsupportedModuleError(PeftError, ValueError, TypeError):
-    """A target is a module of a type that the tuner can't adapt."""
+    """A target module has a type that the tuner can't adapt."""
 
     code = "unsupported-module"
 
 
 class AdapterNameError(PeftError, ValueError):
-    """A name that can't be given to an adapter: taken, malformed, or colliding with a parameter prefix."""
+    """An adapter name is invalid: it is already in use, is malformed, or collides with a parameter prefix."""
 
     code = "adapter-name"
 
@@ -96,25 +96,25 @@ class AdapterNotFoundError(PeftError, ValueError, KeyError):
 
 
 class CapabilityError(PeftError, ValueError, TypeError):
-    """A tuner or the base does not support what was asked: for example a capability that the tuner's spec does not declare."""
+    """The tuner or the base model does not support an operation: for example, the tuner's spec does not declare the capability."""
 
     code = "capability"
 
 
 class RoutingError(PeftError, ValueError):
-    """The inputs of a call do not fit the batch, the model or its adapters: `adapter_names`, `task_ids`, a mask."""
+    """The arguments of a call do not match the batch, the model or its adapters: `adapter_names`, `task_ids` or a mask."""
 
     code = "routing"
 
 
 class MergeError(PeftError, ValueError, RuntimeError):
-    """The operation fails because of how adapters are, or would be, merged."""
+    """An operation fails because of merged adapters, or adapters can't be merged or unmerged."""
 
     code = "merge"
 
 
 class AdapterFileError(PeftError, ValueError, FileNotFoundError):
-    """A folder that does not hold an adapter, or whose weight file can't be read."""
+    """A folder does not contain an adapter, or its weight file can't be read."""
 
     code = "adapter-file"
 
@@ -144,7 +144,7 @@ class MissingMethodError(ModelError, AttributeError):
 
 
 def nearest(name: str, candidates: Iterable[str], limit: int = 3) -> list[str]:
-    """Return up to `limit` candidates that are spelled like `name`, most similar first; case is ignored."""
+    """Return up to `limit` candidates whose spelling is similar to `name`, most similar first; case is ignored."""
     by_casefold: dict[str, str] = {}
     for candidate in candidates:
         by_casefold.setdefault(candidate.casefold(), candidate)
@@ -158,7 +158,7 @@ def did_you_mean(name: str, candidates: Iterable[str], otherwise: str = "") -> s
 
 
 def listed(names: Iterable[str], limit: int = 8) -> str:
-    """Return the names, quoted and separated by commas; after `limit` names only the number of the others."""
+    """Return the first `limit` names, quoted and separated by commas, followed by the number of the remaining names."""
     names = list(names)
     shown = ", ".join(map(repr, names[:limit]))
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

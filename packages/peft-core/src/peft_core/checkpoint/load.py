@@ -1,4 +1,4 @@
-"""Loading tensors into an adapter, all or nothing: all keys and shapes are checked first, then written."""
+"""Loading tensors into an adapter. All keys and shapes are checked before the first tensor is written, so that an error changes nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Strict = bool | str
 
 
 class LoadResult(NamedTuple):
-    """Keys of the adapter that the file lacks, and keys of the file that the adapter lacks."""
+    """`missing_keys`: keys of the adapter that are not in the file; `unexpected_keys`: keys of the file that the adapter does not have."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -31,13 +31,13 @@ class LoadResult(NamedTuple):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """Where tensors come from: shapes now, values later.
+    """Named tensors to load: the shapes are known at once, the values are read later.
 
     Args:
         shapes: name → shape.
-        read: returns the values.
-        origin: for messages.
-        writer: what is known of the writer, for messages.
+        read: returns {name: tensor}.
+        origin: description of the source, for error messages.
+        writer: names and versions of the software that wrote the file, for error messages.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -47,12 +47,12 @@ class TensorSource:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], origin: str = "the given state dict") -> TensorSource:
-        """Return tensors that are in memory already."""
+        """Return a source for `tensors`, which are already in memory."""
         return cls({name: tuple(tensor.shape) for name, tensor in tensors.items()}, lambda: tensors, origin)
 
     @classmethod
     def of_file(cls, file: WeightFile, device: Any, peft_type: str, config: Any, key_mapping: Mapping[str, str] | None) -> TensorSource:
-        """Return the tensors of a file, renamed and converted as the caller and plugins want."""
+        """Return a source for the tensors of `file`, renamed with `key_mapping` and converted by the plugins' hooks."""
         rename = key_renamer(key_mapping)
         writer = ", ".join(f"{key} {value}" for key, value in file.metadata.items() if key != "format")
 
@@ -66,10 +66,10 @@ class TensorSource:
 
 
 def translated(index: AdapterIndex, config: PeftConfig, source: TensorSource) -> TensorSource:
-    """Convert the tensors to the layout of this base. Where that is necessary, `config` is changed in place, too.
+    """Return `source` with its tensors converted to the module layout of this base model. If a conversion is needed, updates `config` in place.
 
     Raises:
-        ConfigError: they were written for a layout that can't be translated.
+        ConfigError: the tensors were written for a layout that can't be converted.
     """
     tuner = index.tuner_for(registry.resolve(str(config.peft_type)))
     found = tuner.translate(index.view, config, without_wrapper(source.shapes))
@@ -87,15 +87,15 @@ def write_tensors(
     """Write the tensors of `source` into an adapter.
 
     Args:
-        index, adapter: whose weights are written.
+        index, adapter: the adapters of the model, and the name of the adapter whose weights are written.
         source: the tensors.
-        wrapped: the model is wrapped (`keyed_slots`).
-        strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
+        wrapped: whether the keys are those of a wrapped model, see `keyed_slots`.
+        strict: True: missing and unexpected tensors are errors; ``"warn"``: they give a warning; False: they are only returned.
         ignore_mismatched_sizes: skip tensors with mismatched shapes, with a warning.
 
     Raises:
         MergeError: the adapter is merged.
-        AdapterWeightsError: keys or shapes do not match; one message has all of them, and nothing was written.
+        AdapterWeightsError: keys or shapes do not match; one message reports all mismatches, and nothing is written.
     """
     if adapter in index.merged_adapters():
         raise MergeError(
@@ -127,15 +127,15 @@ def write_tensors(
 def _matched(
     index: AdapterIndex, adapter: str, slots: dict[str, Slot], source: TensorSource, wrapped: bool
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return (checkpoint key → shape, name in memory → checkpoint key) of a source.
+    """Return two dicts for the tensors of `source`: {checkpoint key: shape} and {name in memory: checkpoint key}.
 
-    Adds the base's embeddings to `slots`, in place, where the source contains them (a resized vocabulary).
+    If the source contains embeddings of the base model (resized vocabulary), adds their slots to `slots` in place.
     """
     embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
     shapes, renamed = with_expected_prefix(source.shapes, expected), {}
     if not shapes.keys() <= expected:
-        # the state dict of a whole model has the names of parameters in memory, which include the adapter's
+        # the source may be a whole model's state dict, whose keys are in-memory parameter names that contain the adapter's name
         found = names_in_memory(index, adapter, slots, source.shapes)
         renamed = {name: key for name, key in found.items() if name in shapes and key not in shapes}
         shapes = {renamed.get(key, key): shape for key, shape in shapes.items()}
@@ -144,15 +144,15 @@ def _matched(
 
 
 def _missing(slots: Mapping[str, Slot], shapes: Collection[str]) -> list[str]:
-    """Return the keys that a file lacks. Of optional tensors from which another one is computed (`Slot.stands_for`), it has all or none."""
+    """Return the keys that are missing. The optional tensors of one `Slot.stands_for` are required as soon as one of them is present."""
     needed = {other for slot in slots.values() if any(other in shapes for other in slot.stands_for) for other in slot.stands_for}
     return [key for key, slot in slots.items() if key not in shapes and (not slot.optional or key in needed)]
 
 
 def _write(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor], misshapen: Sequence[str]) -> None:
-    """Write tensors into the slots of their keys, except those of other shapes.
+    """Write each tensor into the slot of its key, except the keys in `misshapen`.
 
-    Where all tensors are there from which another one is computed (`Slot.stands_for`), that one is skipped; where one is missing, they are.
+    For a slot with `Slot.stands_for`: if all tensors that it lists are present, this slot is skipped; otherwise the listed tensors are skipped.
     """
     skipped = set(misshapen)
     whole = {key for key in slots if key in tensors and key not in skipped}

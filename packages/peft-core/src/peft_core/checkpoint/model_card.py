@@ -1,4 +1,4 @@
-"""The README.md beside saved adapters: YAML header for the Hub, and the versions."""
+"""The model card (`README.md`) of saved adapters: its YAML header for the Hub, and the framework versions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _QUANTISED = "The following `bitsandbytes` quantization config was used during t
 
 
 def write(index: AdapterIndex, directory: str | os.PathLike[str]) -> None:
-    """Write or update `README.md` in a folder, which is created if missing. Doing it twice changes nothing."""
+    """Write or update `README.md` in `directory`, which is created if missing. A second call changes nothing."""
     target = Path(directory) / "README.md"
     target.parent.mkdir(parents=True, exist_ok=True)
     with AtomicFolder() as folder:
@@ -24,11 +24,11 @@ def write(index: AdapterIndex, directory: str | os.PathLike[str]) -> None:
 
 
 def render(index: AdapterIndex, existing: Path) -> str:
-    """Return the text of the card, made from the file that is there or from the Hub library's template. Rendering twice changes nothing.
+    """Return the text of the model card, based on an existing file or else on the Hub library's template. Rendering again changes nothing.
 
     Args:
-        index: the adapters.
-        existing: the README.md that may be there.
+        index: the adapters of the model.
+        existing: path of the README.md, which may or may not exist.
     """
     from huggingface_hub import ModelCard
 

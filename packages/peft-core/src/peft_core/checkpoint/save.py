@@ -1,4 +1,4 @@
-"""Adapters into folders: `default` in the root, every other one in a folder of its name."""
+"""Saving adapters to folders: the adapter `default` in the root folder, each other adapter in a sub-folder with its name."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def save_adapters(
     state_dict: Mapping[str, Any] | None = None,
     initial: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Write adapters and the model card; all files appear together or not at all.
+    """Write adapters and the model card; if an error occurs, none of the files is written.
 
     Args:
-        index: the adapters.
-        save_directory: created if missing.
-        model: the wrapper whose names `state_dict` has.
-        safe_serialization: safetensors; False: a pickled dict.
-        selected_adapters: which; default all.
+        index: the adapters of the model.
+        save_directory: the root folder; created if missing.
+        model: the model from which `state_dict` was taken.
+        safe_serialization: True: write safetensors files; False: write pickled dicts.
+        selected_adapters: names of the adapters to save; None: all.
         save_embedding_layers: also write the base's embeddings: True, False, or "auto" (if they are targeted or resized).
-        is_main_process: False only makes the folders.
-        state_dict: take tensors from here instead of from the model.
+        is_main_process: if False, only the folders are created.
+        state_dict: state dict from which the tensors are taken, instead of from the model.
         initial: folder with the adapter saved right after its creation; if given, convert the adapter so that it applies to the original base.
 
     Raises:
-        AdapterFileError: `save_directory` is a file; or `initial` holds no adapter.
+        AdapterFileError: `save_directory` is a file; or the folder `initial` does not contain an adapter.
         AdapterNotFoundError: an unknown name is selected.
         CapabilityError: `initial` is given, and the adapter's tuner never changes the base.
     """
@@ -89,7 +89,7 @@ def save_adapters(
 
 
 def _tell_of_statistics(index: AdapterIndex) -> None:
-    """Warn if running statistics of the base have changed since the first adapter came: no adapter's file has them."""
+    """Warn if running statistics of the base model have changed since the first adapter was added: adapter files do not contain them."""
     now = batches_seen(index.view)
     moved = [path for path, count in index.batches_seen.items() if now.get(path, count) != count]
     if moved:
@@ -102,21 +102,23 @@ def _tell_of_statistics(index: AdapterIndex) -> None:
 
 
 def _contents_of(folder: str | os.PathLike[str]) -> AdapterCheckpoint:
-    """Return config and tensors of an adapter's folder."""
+    """Return the config and the tensors stored in an adapter's folder."""
     return AdapterCheckpoint(PeftConfig.from_pretrained(folder), find_weights(folder).tensors())
 
 
 def write_adapter(
     folder: str | os.PathLike[str], config: PeftConfig, tensors: Mapping[str, Tensor], model: nn.Module, *, safe_serialization: bool = True
 ) -> None:
-    """Write one adapter that need not be in a model (a converted one, say): config and weights, both or neither.
+    """Write the config and the weights of one adapter, which need not be part of a model (a converted adapter, for example).
+
+    Both files are written, or none if an error occurs.
 
     Args:
-        folder: created if missing.
-        config: written with `inference_mode=True`.
-        tensors: by their keys in the file.
-        model: an adapted model with the base that this adapter is for.
-        safe_serialization: safetensors; False: a pickled dict.
+        folder: the folder of the adapter; created if missing.
+        config: config of the adapter; written with `inference_mode=True`.
+        tensors: key in the file → tensor.
+        model: an adapted model that contains the base model of this adapter.
+        safe_serialization: True: write a safetensors file; False: write a pickled dict.
 
     Raises:
         AdapterFileError: `folder` is a file.
@@ -135,7 +137,7 @@ def write_adapter(
 
 
 def config_text(index: AdapterIndex, config: PeftConfig) -> str:
-    """Return the text of `adapter_config.json`: inference mode, the base's name, and the base's class if the config has no task type."""
+    """Return the text of `adapter_config.json`, with inference mode, the base model's name, and its class if the config has no task type."""
     overrides: dict[str, Any] = {"inference_mode": True}
     if config.base_model_name_or_path is None:
         name = getattr(index.base, "name_or_path", None)

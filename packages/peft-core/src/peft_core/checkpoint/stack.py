@@ -1,4 +1,4 @@
-"""The manifest of a model with several adapters: which there are, where, in what order they came, and which were in use, in what order."""
+"""The manifest of a saved model with several adapters: their names, folders and load order, and the active adapters in their order."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Stack:
-    """A manifest. Members are in load order, those in use in the order in which they were chosen, in which they act in each layer."""
+    """A manifest. `members` are in load order; `active` are the active adapters, in the order in which they are applied in each layer."""
 
     members: tuple[Member, ...]
     active: tuple[str, ...]
@@ -48,10 +48,10 @@ def manifest_text(index: AdapterIndex, root: Path, folders: Mapping[str, Path]) 
 
 
 def read_stack(directory: str | os.PathLike[str]) -> Stack:
-    """Read a manifest.
+    """Read the manifest in `directory`.
 
     Raises:
-        AdapterFileError: there is none, it can't be read, or a folder that it names is missing or lies elsewhere.
+        AdapterFileError: there is no manifest, it can't be read, or a folder that it names is missing or is outside `directory`.
     """
     root = Path(directory)
     path = root / MANIFEST_NAME

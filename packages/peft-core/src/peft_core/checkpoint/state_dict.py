@@ -1,4 +1,4 @@
-"""The tensors of an adapter by their keys in its file, and by their names in the model's own state dict."""
+"""Maps from keys in an adapter file, and from names in the model's state dict, to the tensors of an adapter."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ EMPTY: Mapping[str, Slot] = MappingProxyType({})
 
 
 def keyed_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return key on disk → slot for everything that a file holds of an adapter.
+    """Return {key in the file: slot} for all tensors of an adapter that a file stores.
 
     Args:
         index: the adapters of a model.
-        adapter: which one.
-        wrapped: as a `PeftModel` writes it; False: as a bare model with injected adapters does (no prefix).
+        adapter: name of the adapter.
+        wrapped: True: keys with the prefix that a `PeftModel` writes; False: keys of a model with injected adapters (no prefix).
     """
     prefix = index.prefix(adapter) if wrapped else ""
     keyed = {}
-    # heads that the task brings, of a config that can't name them: the reference implementation has none in such files
+    # heads that the task adds although the config has no modules_to_save: files of the reference implementation lack them
     names_them = "modules_to_save" in registry.config_class(index.tuner(adapter).spec.peft_type).__dataclass_fields__  # type: ignore[attr-defined]
     implied = {path for (kind, path), _ in index.modules_of(adapter) if kind == SAVED} if not names_them else ()
     for path, end, slot in index.slots(adapter):
@@ -53,12 +53,12 @@ def adapter_tensors(
     """Return the tensors of an adapter's file, detached, not copied.
 
     Args:
-        index, adapter, wrapped: as `keyed_slots`.
-        state_dict: take the tensors from here (in-memory names of `model`) instead of from the model; ones that it lacks from the model.
-        model: what `state_dict` was taken of; others may have put wrappers around it. In FSDP1 its own state dict is taken where none is given,
-            of the kind that `FullyShardedDataParallel.state_dict_type` says; every process has to call this, and the result is empty where
-            that is.
-        further: more that is to be in the file: key → slot.
+        index, adapter, wrapped: as in `keyed_slots`.
+        state_dict: state dict of `model` (in-memory names) from which the tensors are taken; tensors that it lacks are taken from the model.
+        model: the model from which `state_dict` was taken; other wrappers may be around it. If it is sharded by FSDP1 and `state_dict` is None, its
+            state dict is computed, of the type set with `FullyShardedDataParallel.state_dict_type`; then every process has to call this function,
+            and on processes where this state dict is empty the result is empty, too.
+        further: slots of additional tensors for the file: key → slot.
     """
     model = index.base if model is None else model
     slots = {key: slot for key, slot in keyed_slots(index, adapter, wrapped=wrapped).items() if not slot.unread} | dict(further)
@@ -80,17 +80,17 @@ def adapter_tensors(
 
 
 def names_by_module(model: nn.Module) -> dict[int, str]:
-    """Return id of a module → its name in `model`, from inside the wrappers that others have put around the model and its parts."""
+    """Return {id of a module: its name in `model`}; names do not contain the wrappers that other libraries put around the model or its parts."""
     return {id(module): visible(name) for name, module in unwrapped(model).named_modules()}
 
 
 def names_in_memory(index: AdapterIndex, adapter: str, slots: Mapping[str, Slot], names: Iterable[str]) -> dict[str, str]:
-    """Return name → key on disk, of those names that are an adapter's tensors as the model's own state dict calls them.
+    """Return {name: key in the file} for those of `names` that are names of an adapter's tensors in the model's state dict.
 
     Args:
-        index, adapter: whose tensors.
-        slots: key on disk → slot.
-        names: to look for.
+        index, adapter: the adapters of the model, and the name of the adapter.
+        slots: key in the file → slot.
+        names: the names to look up.
     """
     base_names = {name: in_base(name) for name in names}
     if not any(has_part(base_name, adapter) for base_name in base_names.values()):

@@ -1,4 +1,4 @@
-"""The commands of `peft-core`: what each takes. What they do lies in the modules beside; those with torch are imported when called."""
+"""The commands of `peft-core` and their options. Other modules of this package implement them; modules that use torch are imported on call."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def convert(
 
 @contextlib.contextmanager
 def _progress(what: str, as_json: bool, total: Callable[[], int]) -> Iterator[Callable[[], None]]:
-    """Give what is to be called after each step; shows a bar if somebody watches."""
+    """Context manager that yields a function to call after each step; shows a progress bar if stderr is a terminal and `as_json` is False."""
     if not output.progress_wanted(as_json):
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Base models from local folders: their configs, their classes, on the meta device or with weights. Never asks the network."""
+"""Loads base models from local folders: their configs, and the models on the meta device or with weights. Never uses the network."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ AUTO = {
 
 
 def config_of(path: Path) -> Any:
-    """Return the transformers config in a folder or a `config.json`; code that lies beside it is not run.
+    """Return the transformers config from a folder or a `config.json`; custom code in the folder is not executed.
 
     Raises:
-        ModelError: there is none, or transformers does not know it.
+        ModelError: there is no such config, or transformers does not support it.
     """
     if not path.exists():
         raise ModelError(f"there is no {str(path)!r}", hint="give a local folder with a config.json; the network is never asked")
@@ -43,15 +43,15 @@ def config_of(path: Path) -> Any:
 
 
 def build_empty(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
-    """Return the base for an adapter on the meta device: names and shapes without values.
+    """Return the base model for an adapter on the meta device, with names and shapes of parameters but without values.
 
     Args:
-        path: folder of the base, or its `config.json`.
-        adapter: the fields of the adapter's config; ``{}`` for the class that the base's own config names.
-        shapes: of the adapter's tensors; a saved head says how many labels there are.
+        path: folder of the base model, or its `config.json`.
+        adapter: the fields of the adapter's config; with ``{}``, the config of the base model decides the class.
+        shapes: shapes of the adapter's tensors; the number of labels is taken from a saved head.
 
     Raises:
-        ModelError: transformers can't build it.
+        ModelError: transformers can't build the model.
     """
     config = config_of(path)
     _set_labels(config, adapter, shapes)
@@ -64,9 +64,9 @@ def build_empty(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tup
 
 
 def load(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, list[str]]:
-    """Return the base for an adapter with its weights, in the dtype of its files, and the parameters that its files lack.
+    """Return the base model for an adapter, with weights in the dtype of its files, and the names of the parameters missing in these files.
 
-    Arguments and errors as `build_empty`.
+    The arguments and the errors are those of `build_empty`.
     """
     config = config_of(path)
     _set_labels(config, adapter, shapes)
@@ -82,7 +82,7 @@ def load(path: Path, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int,
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from reporting what it reads and writes; we do."""
+    """Context manager that silences the log messages and progress bars of transformers; the commands print their own."""
     logging: Any = importlib.import_module("transformers.utils.logging")  # its functions have no types
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -101,13 +101,13 @@ def _builder(config: Any, adapter: Mapping[str, Any]) -> nn.Module:
         try:
             model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls._from_config(config)
             return model
-        except ValueError as error:  # an Auto class that has nothing for this architecture: the next one is tried
+        except ValueError as error:  # this Auto class does not support the architecture: try the next class
             failure = failure or error
     raise failure or ValueError("no class for this config")
 
 
 def _classes(config: Any, adapter: Mapping[str, Any]) -> list[Any]:
-    """Return the classes to try, best first: by the task, by the class in the adapter's `auto_mapping`, by the base's config."""
+    """Return the model classes to try, in this order: for the task, from the adapter's `auto_mapping`, from the base model's config."""
     import transformers
 
     names = [AUTO.get(str(adapter.get("task_type"))), (adapter.get("auto_mapping") or {}).get("base_model_class")]
@@ -115,14 +115,14 @@ def _classes(config: Any, adapter: Mapping[str, Any]) -> list[Any]:
     found = []
     for name in names:
         cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        # the name may come from a stranger's file: only models are taken
+        # the name may come from an untrusted file: accept only model classes
         if isinstance(cls, type) and (name in (*AUTO.values(),) or issubclass(cls, transformers.PreTrainedModel)):
             found.append(cls)
     return found
 
 
 def _set_labels(config: Any, adapter: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Take the number of labels from the saved head, where the base is no classifier itself and can't say."""
+    """Set `config.num_labels` to the size of the adapter's saved head, unless the base model already has a head for this task."""
     heads = task_of(adapter.get("task_type")).heads
     task = AUTO.get(str(adapter.get("task_type")), "").removeprefix("AutoModel")
     if "classifier" not in heads or any(str(name).endswith(task) for name in getattr(config, "architectures", None) or ()):

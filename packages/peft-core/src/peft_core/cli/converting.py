@@ -1,4 +1,4 @@
-"""`peft-core convert`: an adapter folder in another format, dtype, or under other names."""
+"""`peft-core convert`: rewrites an adapter folder in another format or dtype, or with other tensor names."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def convert(directory: Path, out: Path, *, form: str = "safetensors", dtype: str | None = None, rename: Sequence[str] = ()) -> Report:
-    """Write all adapters of a folder anew; all files of `out` appear together or not at all. `out` may be `directory`.
+    """Rewrite all adapters of a folder; if an error occurs, no file in `out` is written. `out` may be `directory`.
 
     Args:
-        directory, out: from where, to where.
+        directory, out: folder to read, and folder to write.
         form: ``"safetensors"`` or ``"bin"``.
-        dtype: of floating-point tensors; None: as they are.
-        rename: ``REGEX=REPLACEMENT``, for the part of a name behind ``base_model.model.``; the first that matches counts.
+        dtype: new dtype of floating-point tensors; None: dtypes are not changed.
+        rename: rules ``REGEX=REPLACEMENT`` for the part of a tensor name after ``base_model.model.``; the first rule that matches is applied.
 
     Raises:
-        ConfigError: an unknown format or dtype, or renaming that matches nothing or gives two tensors one name.
-        AdapterFileError: there is no adapter, or `out` is a file.
+        ConfigError: unknown format or dtype; or the renaming matches no tensor, or gives two tensors the same name.
+        AdapterFileError: `directory` contains no adapter, or `out` is a file.
     """
     _require(form, FORMATS, "--format")
     if dtype is not None:
@@ -62,7 +62,7 @@ def _require(given: str, known: Mapping[str, Any], option: str) -> None:
 
 
 def _rule(text: str) -> tuple[str, str]:
-    pattern, equals, replacement = text.rpartition("=")  # the last one: expressions may contain "="
+    pattern, equals, replacement = text.rpartition("=")  # split at the last "=": regular expressions may contain "="
     if not equals or not pattern:
         raise ConfigError(f"--rename {text!r} is no REGEX=REPLACEMENT", hint=r"for example --rename '^model\.layers=layers'")
     try:
@@ -73,7 +73,7 @@ def _rule(text: str) -> tuple[str, str]:
 
 
 def _converted(adapter: Adapter, dtype: str | None, mapping: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, str], int]:
-    """Return an adapter's tensors under their new names, the header's metadata, and how many names changed."""
+    """Return (new name → converted tensor, metadata of the file header, number of renamed tensors) for an adapter."""
     raw_config(adapter)  # a folder that can't be loaded is not rewritten
     file = weights_of(adapter)
     rename = key_renamer(mapping)

@@ -1,4 +1,4 @@
-"""`peft-core doctor`: imports every plugin and says what is wrong, with the time that each import took."""
+"""`peft-core doctor`: imports every plugin and reports faults, and the time that each import took."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..plugins.discovery import Claim
 from .output import Report
 from .overview import overview
 
-#: seconds; a light plugin module takes milliseconds, one that imports torch takes longer than this
+#: limit for the import time in seconds; a plugin module without torch takes milliseconds, one that imports torch takes longer than this limit
 SLOW = 1.0
 
 
 def examine() -> Report:
     """Import every plugin and return its state: ``"ok"``, ``"broken"``, ``"conflict"``, ``"incompatible"``, ``"slow-import"`` or ``"off"``."""
-    for name in ("pluggy", "packaging.requirements"):  # what core needs by itself is not a plugin's time
+    for name in ("pluggy", "packaging.requirements"):  # imported first, so that the time for core's own dependencies is not counted for a plugin
         importlib.import_module(name)
     found = [_listener(claim) for claim in discovery.claims(discovery.PLUGINS)]
     offers = [(peft_type, claim) for peft_type, claims in sorted(registry.claims().items()) for claim in claims]
@@ -97,7 +97,7 @@ def _import_classes(row: dict[str, Any]) -> None:
 
 
 def _environment() -> list[dict[str, Any]]:
-    """Return Python and what peft-core itself requires, each with its version."""
+    """Return rows for Python, peft-core and each requirement of peft-core, with version and state."""
     from packaging.requirements import Requirement
 
     rows = [{"name": "python", "version": platform.python_version(), "requires": "", "state": "ok"}]
@@ -117,5 +117,5 @@ def _environment() -> list[dict[str, Any]]:
 def _requirements() -> list[str]:
     try:
         return metadata.requires("peft-core") or []
-    except metadata.PackageNotFoundError:  # run from a source tree that nobody installed
+    except metadata.PackageNotFoundError:  # peft-core runs from a source tree and is not installed
         return ["torch", "transformers"]

@@ -1,4 +1,4 @@
-"""Adapter folders as the commands see them: which adapters lie in one, what their headers say, what their configs change."""
+"""Reads adapter folders for the commands: the adapters in a folder, the headers of their weight files, and their configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..plugins import registry
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter on disk: its name in a stack (or of its folder), and where it lies."""
+    """One adapter on disk: `name` is its name in the stack (or the name of its folder), `path` is its folder."""
 
     name: str
     path: Path
@@ -26,7 +26,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor; `dtype` as torch calls it."""
+    """Header information about one tensor; `dtype` is the torch name, such as ``"float32"``; `bytes` is its size."""
 
     name: str
     dtype: str
@@ -35,7 +35,7 @@ class TensorInfo:
 
     @property
     def numbers(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements of the tensor."""
         product = 1
         for size in self.shape:
             product *= size
@@ -43,10 +43,10 @@ class TensorInfo:
 
 
 def adapters_in(directory: Path) -> list[Adapter]:
-    """Return the adapters of a folder: those of its manifest, else the one in it, else those in its sub-folders.
+    """Return the adapters of a folder: those in its manifest; without a manifest, the one in the folder itself, or else those in its sub-folders.
 
     Raises:
-        AdapterFileError: there is no such folder, or no adapter in it.
+        AdapterFileError: the folder does not exist, or contains no adapter.
     """
     if not directory.is_dir():
         raise AdapterFileError(f"there is no folder {str(directory)!r}", hint="give the folder that save_pretrained wrote")
@@ -64,16 +64,16 @@ def adapters_in(directory: Path) -> list[Adapter]:
 
 
 def raw_config(adapter: Adapter) -> dict[str, Any]:
-    """Return the fields in an adapter's config file, whatever they are.
+    """Return the fields of an adapter's config file without validating them.
 
     Raises:
-        ConfigFileError: it can't be read.
+        ConfigFileError: the file can't be read.
     """
     return PeftConfig.from_json_file(adapter.path / CONFIG_NAME)
 
 
 def tensors_of(file: WeightFile) -> list[TensorInfo]:
-    """Return what the header says (of a pickled file: what it holds).
+    """Return name, dtype, shape and size of each tensor, from the file's header (a pickled file is loaded instead).
 
     Raises:
         AdapterFileError: the file can't be read.
@@ -85,7 +85,7 @@ def tensors_of(file: WeightFile) -> list[TensorInfo]:
         ]
     from safetensors import safe_open
 
-    shapes = file.shapes  # raises the error that says more, if the file is damaged
+    shapes = file.shapes  # if the file is damaged, this raises the clearer error
     with safe_open(file.path, framework="pt") as handle:
         dtypes = {name: handle.get_slice(name).get_dtype() for name in shapes}
     found = [TensorInfo(name, _torch_name(dtypes[name]), shape, 0) for name, shape in sorted(shapes.items())]
@@ -93,16 +93,16 @@ def tensors_of(file: WeightFile) -> list[TensorInfo]:
 
 
 def weights_of(adapter: Adapter) -> WeightFile:
-    """Return an adapter's weight file. Raises as `find_weights`."""
+    """Return an adapter's weight file. Raises the same errors as `find_weights`."""
     return find_weights(adapter.path)
 
 
 def changed_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return how a config differs from the defaults of its class.
+    """Return the differences between a config and the defaults of its class.
 
     Returns:
-        ``changed`` (field → value), ``unknown`` (fields that the class does not have), ``compared`` (False: the tuner is not there, and
-        `changed` is every field that says something), ``reason`` (why not).
+        A dict with ``changed`` (field → value), ``unknown`` (fields that the class does not have), ``compared`` (False: the tuner is not
+        installed, and `changed` has every non-empty field), ``reason`` (why the config could not be compared).
     """
     fields = {key: value for key, value in raw.items() if key not in ("peft_type", "auto_mapping")}
     try:

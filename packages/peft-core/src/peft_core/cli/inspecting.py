@@ -1,4 +1,4 @@
-"""`peft-core inspect`: what a folder holds, whether or not its tuner is installed."""
+"""`peft-core inspect`: shows the contents of an adapter folder; the tuner need not be installed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .output import Report
 
 
 def inspect(directory: Path) -> Report:
-    """Return config, tensors, sizes and passport of every adapter in a folder.
+    """Return config, tensors, sizes and passport (versions of the writer, fingerprint of the base) of every adapter in a folder.
 
     Raises:
-        AdapterFileError, ConfigFileError: there is none, or one can't be read.
+        AdapterFileError, ConfigFileError: the folder contains no adapter, or an adapter can't be read.
     """
     return {"directory": str(directory), "adapters": [_adapter(adapter, directory) for adapter in adapters_in(directory)]}
 

@@ -1,4 +1,4 @@
-"""`peft-core merge`: a base with adapters folded in, as a model folder of its own."""
+"""`peft-core merge`: merges adapters into a base model and writes the result as a new model folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import bases
 from .folders import Adapter, adapters_in, raw_config, weights_of
 from .output import Report
 
-#: what belongs to a model besides its weights and `config.json`, where it is there
+#: patterns of optional files of a model besides its weights and `config.json`, such as tokenizer files
 TOKENIZER_FILES = (
     "tokenizer*.json",
     "tokenizer.model",
@@ -39,21 +39,21 @@ TOKENIZER_FILES = (
 def merge(
     directory: Path, base: Path, out: Path, *, safe: bool = False, progress: bool = False, stage: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Fold the adapter in `directory` (of a stack: those that were in use) into a base, and write the result.
+    """Merge the adapter in `directory` (for a stack: its active adapters) into a base model, and write the result.
 
     Args:
         directory: the adapter folder.
         base: folder of the base model.
-        out: the new folder; it appears whole or not at all.
-        safe: refuse results that are not finite.
-        progress: show a bar while weights are merged.
-        stage: called with what is being done.
+        out: the folder to write; if an error occurs, it is not written at all.
+        safe: raise an error if a merged weight is not finite.
+        progress: show a progress bar while weights are merged.
+        stage: called with a description of each step.
 
     Raises:
-        AdapterFileError: `out` is not empty, or there is no single adapter in `directory`.
-        ModelError: the base can't be read, or something of it would be random.
+        AdapterFileError: `out` is not empty, or `directory` contains no adapter, or several without a manifest.
+        ModelError: the base model can't be read, or some of its parameters would be initialised randomly.
         CapabilityError, MergeError: the method can't be merged.
-        others as `PeftModel.from_pretrained`.
+        Other errors of `PeftModel.from_pretrained`.
     """
     _require_empty(out)
     adapters = adapters_in(directory)
@@ -82,7 +82,7 @@ def merge(
 
 
 def _base(adapters: list[Adapter], base: Path) -> nn.Module:
-    # the first adapter with a task decides the class: a stack has one task
+    # the first adapter with a task type decides the class, because all adapters of a stack have the same task
     raws = [raw_config(adapter) for adapter in adapters]
     at = next((i for i, raw in enumerate(raws) if raw.get("task_type")), 0)
     if not base.is_dir():
@@ -109,12 +109,12 @@ def _write(model: Any, sources: list[Path], out: Path) -> list[str]:
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}-") as staging:
         whole = Path(staging) / "whole"
         model.save_pretrained(whole)
-        for source in sources:  # an adapter's own tokenizer comes before the base's
+        for source in sources:  # the tokenizer of the adapter takes precedence over that of the base model
             for path in sorted({path for pattern in TOKENIZER_FILES for path in source.glob(pattern) if path.is_file()}):
                 if not (whole / path.name).exists():
                     shutil.copy2(path, whole / path.name)
         files = sorted(path.name for path in whole.iterdir())
         if out.exists():
-            out.rmdir()  # empty: not every system renames onto a folder
+            out.rmdir()  # it is empty; some systems can't rename onto an existing folder
         whole.rename(out)
     return files

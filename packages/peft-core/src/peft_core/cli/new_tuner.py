@@ -1,4 +1,4 @@
-"""Writing a new tuner package: a folder that builds, is discovered and passes the conformance suite. Imports no torch."""
+"""Writes a new tuner package, which can be built, is discovered as a plugin and passes the conformance suite. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError, DuplicateTunerError, did_you_mean
 from ..plugins import discovery, list_tuners
 
 KINDS = ("layer", "prompt")
-LONGEST = 30  # so that the lines of every template stay within the line length of the package
+LONGEST = 30  # longest name with which all lines of the templates are within the package's line-length limit
 
 _COMMON = {
     ".gitignore": "common/gitignore",
@@ -65,16 +65,16 @@ class _Template(string.Template):
 
 
 def create(name: str, kind: str = "layer", directory: Path | None = None) -> Path:
-    """Write a complete tuner package and return its folder, `peft-<name>`. A failure leaves nothing behind.
+    """Write a complete tuner package and return its folder, `peft-<name>`. If an error occurs, nothing is written.
 
     Args:
-        name: of the method, such as ``"my-method"`` or ``"my_method"``; its `peft_type` is then ``"MY_METHOD"``.
+        name: name of the method, such as ``"my-method"`` or ``"my_method"``; its `peft_type` is then ``"MY_METHOD"``.
         kind: ``"layer"`` (wraps layers of the base) or ``"prompt"`` (virtual tokens).
-        directory: where the folder goes; None: the working directory.
+        directory: where the folder is created; None: the working directory.
 
     Raises:
-        ConfigError: a malformed name, an unknown kind, no such directory, or a folder that is not empty.
-        DuplicateTunerError: an installed tuner or distribution has the name.
+        ConfigError: `name` is malformed, `kind` is unknown, `directory` does not exist, or the folder exists and is not empty.
+        DuplicateTunerError: an installed tuner or distribution already has this name.
     """
     if kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is unknown", hint=did_you_mean(kind, KINDS, f"write one of {', '.join(KINDS)}"), code="new-tuner-kind")
@@ -94,7 +94,7 @@ def create(name: str, kind: str = "layer", directory: Path | None = None) -> Pat
             (whole / path).write_text(text, encoding="utf-8", newline="\n")
         was_there = folder.exists()
         if was_there:
-            folder.rmdir()  # empty: not every system renames onto a folder; one that was filled meanwhile is refused here
+            folder.rmdir()  # some systems can't rename onto an existing folder; rmdir fails if the folder is no longer empty
         try:
             whole.rename(folder)
         except BaseException:
@@ -105,7 +105,7 @@ def create(name: str, kind: str = "layer", directory: Path | None = None) -> Pat
 
 
 def render(name: str, kind: str) -> dict[str, str]:
-    """Return the text of each file of a new package by its path, for a valid `name` such as ``"my_method"``."""
+    """Return {path: text} for the files of a new package; `name` must be valid, such as ``"my_method"``."""
     values = {
         "name": name,
         "module": f"peft_{name}",
@@ -127,7 +127,7 @@ def render(name: str, kind: str) -> dict[str, str]:
 
 
 def _checked_name(given: str) -> str:
-    """Return the name with underscores, if it is one."""
+    """Return the name with underscores instead of hyphens; raise `ConfigError` if it is not a valid name."""
     if re.fullmatch(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*", given) and len(given) <= LONGEST and not re.match(r"peft[-_]", given):
         return given.replace("-", "_")
     plain = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", given).lower()
@@ -142,7 +142,7 @@ def _checked_name(given: str) -> str:
 
 
 def _refuse_taken(name: str) -> None:
-    """Refuse a name that an installed tuner, one that is switched off, or an installed distribution has."""
+    """Raise `DuplicateTunerError` if an installed tuner (even a switched-off one) or an installed distribution has this name."""
     peft_type, distribution = name.upper(), f"peft-{name.replace('_', '-')}"
     owners = {info.peft_type: f"{info.distribution} {info.version}".strip() for info in list_tuners()}
     owners.update({claim.name.upper(): str(claim) for claim in discovery.claims(discovery.TUNERS, switched_off=True)})

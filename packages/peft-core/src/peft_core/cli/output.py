@@ -1,4 +1,4 @@
-"""From a report to what a user or a program sees: text or JSON, warnings, errors, exit codes."""
+"""Prints reports as text or JSON, prints warnings and errors, and determines exit codes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..errors import PeftError
 
 OK, FAULTS, REFUSED, CRASHED = 0, 1, 2, 3
 
-#: plain data, as `--json` prints it; ``"ok": False`` makes the exit code `FAULTS`
+#: plain data that `--json` prints; with ``"ok": False`` the exit code is `FAULTS`
 Report = dict[str, Any]
-#: what a pipe is given instead of a terminal's width: tables that are cut at 80 columns can't be searched
+#: output width in columns if stdout is not a terminal: tables wrapped at 80 columns would be hard to search with grep
 PIPE_WIDTH = 160
 
 
 def run(work: Callable[[], Report], render: Callable[[Report], Iterable[Any]], *, as_json: bool) -> int:
-    """Do the work, show its report, and return the exit code.
+    """Call `work`, print its report, and return the exit code.
 
     Args:
-        work: returns the report; whatever it or a plugin prints meanwhile goes to stderr.
-        render: makes what rich can print of a report.
-        as_json: the report as JSON, and nothing else on stdout.
+        work: returns the report; everything that it or a plugin prints is redirected to stderr.
+        render: converts a report to objects that rich can print.
+        as_json: print the report as JSON, and nothing else, to stdout.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as caught:
@@ -52,7 +52,7 @@ def run(work: Callable[[], Report], render: Callable[[Report], Iterable[Any]], *
 
 
 def progress_wanted(as_json: bool) -> bool:
-    """Return whether somebody watches: progress goes to a terminal only."""
+    """Return whether to show progress: only if stderr is a terminal and the output is not JSON."""
     return not as_json and sys.stderr.isatty()
 
 
@@ -82,5 +82,5 @@ def _print(parts: Iterable[Any]) -> None:
     with console.capture() as captured:
         for part in parts:
             console.print(part)
-    for line in captured.get().splitlines():  # rich pads lines with blanks
+    for line in captured.get().splitlines():  # rich pads lines with spaces
         print(line.rstrip())

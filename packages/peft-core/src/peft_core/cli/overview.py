@@ -1,4 +1,4 @@
-"""`peft-core plugins`: what is installed, read from metadata alone; imports no plugin and no torch."""
+"""`peft-core plugins`: lists installed plugins, using only their package metadata; imports neither plugins nor torch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ WRONG = ("broken", "conflict", "incompatible")
 
 
 def overview() -> Report:
-    """Return every tuner and general plugin with its state, those that are switched off too.
+    """Return every tuner and general plugin with its state, including plugins that are switched off.
 
-    States are those of `TunerInfo`, and ``"incompatible"`` (requires another peft-core) and ``"off"`` (kept out by `PEFT_CORE_PLUGINS`).
+    The states are those of `TunerInfo`, and ``"incompatible"`` (requires another peft-core) and ``"off"`` (excluded by `PEFT_CORE_PLUGINS`).
     """
     tuners = _tuners()
     plugins = [_row(claim, *_state(claim)) for claim in discovery.claims(discovery.PLUGINS)]

@@ -1,4 +1,4 @@
-"""How reports look on a terminal: one function per command, from the same data that `--json` prints."""
+"""Converts reports to terminal output. There is one function per command; it uses the same data that `--json` prints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _COLOURS = {"ok": "green", "loaded": "green", "available": "green", "registered"
 
 
 def _table(*columns: str, rows: Iterable[Sequence[Any]]) -> Table:
-    """Return a table without lines: it can be read, and cut into columns by a program."""
+    """Return a table without border lines, so that programs can split it into columns."""
     found = [[cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row] for row in rows]  # Text: no markup
-    if not columns[-1] and not any(row[-1].plain for row in found):  # remarks, of which there are none
+    if not columns[-1] and not any(row[-1].plain for row in found):  # the last column is for remarks: leave it out if it is empty
         columns, found = columns[:-1], [row[:-1] for row in found]
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
@@ -37,7 +37,7 @@ def _heading(text: str) -> Text:
 
 
 def size(count: int) -> str:
-    """Return a number of bytes as people write it: ``"12.3 MB"``."""
+    """Return a number of bytes as text with a unit: ``"12.3 MB"``."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -47,7 +47,7 @@ def size(count: int) -> str:
 
 
 def plugins(report: Report) -> Iterator[Any]:
-    """Show `overview`."""
+    """Yield the output for a report of `overview.overview`."""
     tuners, others = report["tuners"], report["plugins"]
     if tuners:
         rows = [(t["peft_type"], t["distribution"], t["version"], t["module"], _state(t["state"]), t["detail"]) for t in tuners]
@@ -63,7 +63,7 @@ def plugins(report: Report) -> Iterator[Any]:
 
 
 def doctor(report: Report, verbose: bool = False) -> Iterator[Any]:
-    """Show `examine`."""
+    """Yield the output for a report of `doctor.examine`; `verbose`: with tracebacks."""
     yield _table(
         "environment",
         "version",
@@ -89,7 +89,7 @@ def doctor(report: Report, verbose: bool = False) -> Iterator[Any]:
 
 
 def inspect(report: Report) -> Iterator[Any]:
-    """Show `inspecting.inspect`."""
+    """Yield the output for a report of `inspecting.inspect`."""
     for position, adapter in enumerate(report["adapters"]):
         if position:
             yield Text()
@@ -111,7 +111,7 @@ def inspect(report: Report) -> Iterator[Any]:
 
 
 def verify(report: Report) -> Iterator[Any]:
-    """Show `verifying.verify`."""
+    """Yield the output for a report of `verifying.verify`."""
     for adapter in report["adapters"]:
         rows = [(check["check"], _state(check["state"]), check["detail"]) for check in adapter["checks"]]
         yield _heading(adapter["name"])
@@ -119,7 +119,7 @@ def verify(report: Report) -> Iterator[Any]:
 
 
 def targets(report: Report) -> Iterator[Any]:
-    """Show `targets.targets`."""
+    """Yield the output for a report of `targets.targets`."""
     yield _heading(f"{report['model']}, model_type {report['model_type']}")
     yield Text()
     kinds = [(m["name"], m["kind"], m["count"], ", ".join("x".join(map(str, s)) for s in m["shapes"]), m["example"]) for m in report["modules"]]
@@ -134,14 +134,14 @@ def _names(found: list[str] | str | None) -> str:
 
 
 def merge(report: Report) -> Iterator[Any]:
-    """Show `merging.merge`."""
+    """Yield the output for a report of `merging.merge`."""
     yield Text(f"{report['model']} with {', '.join(report['merged'])} merged: {report['out']}, {size(report['bytes'])}")
     for name in report["files"]:
         yield Text(f"  {name}")
 
 
 def convert(report: Report) -> Iterator[Any]:
-    """Show `converting.convert`."""
+    """Yield the output for a report of `converting.convert`."""
     for adapter in report["adapters"]:
         renamed = f", {adapter['renamed']} renamed" if adapter["renamed"] else ""
         yield Text(f"{adapter['name']}: {adapter['tensors']} tensors{renamed}, {size(adapter['bytes'])}")
@@ -150,6 +150,6 @@ def convert(report: Report) -> Iterator[Any]:
 
 
 def new_tuner(report: Report) -> Iterator[Any]:
-    """Show where the new package is, and what to type next."""
+    """Yield the folder of the new package, and the next command to type."""
     yield Text(report["folder"])
     yield Text(f'next: cd {report["folder"]} && pip install -e ".[test]" && pytest')

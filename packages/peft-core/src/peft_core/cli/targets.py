@@ -1,4 +1,4 @@
-"""`peft-core targets`: what of a model can be adapted, and what each installed tuner adapts by default."""
+"""`peft-core targets`: lists the modules of a model that can be adapted, and those that each installed tuner adapts by default."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .output import Report
 
 
 def targets(model: Path) -> Report:
-    """Return the adaptable modules of a model by their leaf names, and the defaults of each tuner.
+    """Return the adaptable modules of a model, grouped by the last part of their paths, and the default targets of each tuner.
 
     Args:
         model: folder of a model, or its `config.json`; no weights are read.
 
     Raises:
-        ModelError: transformers can't build it.
+        ModelError: transformers can't build the model.
     """
     view = BaseView(build_empty(model, {}, {}))
     return {
@@ -45,7 +45,7 @@ def _modules(view: BaseView) -> list[dict[str, Any]]:
         if kind is None or not path:
             continue
         head, _, leaf = path.rpartition(".")
-        if leaf.isdigit():  # a member of a list or a Sequential: its number says nothing
+        if leaf.isdigit():  # a member of a ModuleList or Sequential: prepend the name of its parent, because the number alone is not informative
             leaf = f"{head.rpartition('.')[2]}.{leaf}"
         group = groups.setdefault((leaf, kind), {"name": leaf, "kind": kind, "count": 0, "shapes": [], "example": path})
         group["count"] += 1
@@ -67,8 +67,8 @@ def _defaults(view: BaseView, peft_type: str) -> dict[str, Any]:
         if issubclass(config, PromptLearningConfig):
             return {**row, "note": "adds virtual tokens, wraps no layers"}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a plan warns of is for those who perform it
-            # a whole plan and not only the names: it also says which layers the tuner does not know
+            warnings.simplefilter("ignore")  # warnings of a plan only matter if the plan is executed
+            # a whole plan, not only the target names, because it also reports layers that the tuner does not support
             plan = registry.tuner_class(peft_type)(spec, AdapterSelection()).plan(view, "default", config())
     except PeftError as error:
         return {**row, "note": str(error)}
@@ -80,5 +80,5 @@ def _defaults(view: BaseView, peft_type: str) -> dict[str, Any]:
 def _all_linear(view: BaseView) -> int:
     try:
         return len(targeting.select(view, LayerConfig(target_modules=targeting.ALL_LINEAR)).names)
-    except PeftError:  # it has no linear layers
+    except PeftError:  # the model has no linear layers
         return 0

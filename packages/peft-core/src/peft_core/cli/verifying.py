@@ -1,4 +1,4 @@
-"""`peft-core verify`: whether an adapter folder is whole, and with a base whether it fits."""
+"""`peft-core verify`: checks that an adapter folder is complete and, if a base model is given, that the adapter fits it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..tensor_names import split_at_parameter
 from .folders import Adapter, adapters_in, changed_fields, raw_config, tensors_of, weights_of
 from .output import Report
 
-#: (state, detail); ``"note"`` and ``"skipped"`` are no faults
+#: (state, detail) of a check; the states ``"note"`` and ``"skipped"`` are not faults
 Result = tuple[str, str]
 PASSED: Result = ("ok", "")
-#: called after each tensor that was checked
+#: function that is called after each checked tensor, to show progress
 Step = Callable[[], None]
 
 
 def verify(directory: Path, base: Path | None = None, step: Step = lambda: None) -> Report:
-    """Return the checks of every adapter in a folder.
+    """Return the results of the checks for every adapter in a folder.
 
     Args:
         directory: the folder.
-        base: folder of a base model that the adapters are to fit; it is built without its weights.
-        step: called after each tensor.
+        base: folder of the base model that the adapters should fit; it is built without its weights.
+        step: called after each checked tensor.
 
     Raises:
-        AdapterFileError: there is no adapter at all.
-        ModelError: the base can't be built.
+        AdapterFileError: the folder contains no adapter.
+        ModelError: the base model can't be built.
     """
     found: list[dict[str, Any]] = []
     for adapter in adapters_in(directory):
@@ -49,7 +49,7 @@ def verify(directory: Path, base: Path | None = None, step: Step = lambda: None)
 
 
 def tensors_in(directory: Path) -> int:
-    """Return how many tensors `verify` will look at, for its progress; 0 where that can't be said."""
+    """Return the number of tensors that `verify` will check, for its progress bar; 0 if the number is unknown."""
     try:
         return sum(len(weights_of(adapter).shapes) for adapter in adapters_in(directory))
     except PeftError:
@@ -74,7 +74,7 @@ def _checks(adapter: Adapter, base: Path | None, step: Step) -> Iterator[tuple[s
 
 
 def _attempt(read: Callable[[], Any]) -> tuple[Any, Result]:
-    """Return what `read` returns, or None and the fault that it is."""
+    """Return (result of `read`, `PASSED`), or (None, a fault) if `read` raises a `PeftError`."""
     try:
         return read(), PASSED
     except PeftError as error:
@@ -117,7 +117,7 @@ def _values(file: WeightFile, step: Step) -> Result:
 
 
 def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
-    """Look at the names alone: parts that other modules of the same file have, and modules that the config does not target."""
+    """Check tensor names only: modules that lack tensors which other modules of the file have, and modules that the config does not target."""
     if not file.shapes:
         return "fault", "the file holds no tensors"
     ends: dict[str, set[str]] = defaultdict(set)
@@ -144,7 +144,7 @@ def _outside_targets(raw: Mapping[str, Any], spec: TunerSpec, paths: list[str]) 
 
     targets = raw.get("target_modules")
     if not targets or (isinstance(targets, str) and targets.lower() == ALL_LINEAR) or raw.get("target_parameters"):
-        return []  # what is matched then is not decided by the names of modules
+        return []  # in these cases, target_modules does not select modules by their names
     matches = target_matcher(targets, "target_modules")
     return [path for path in paths if not matches(path.removeprefix(spec.base_prefix))]
 

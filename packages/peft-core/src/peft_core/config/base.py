@@ -1,4 +1,4 @@
-"""Configurations: dataclasses that are `adapter_config.json` in another form. Imports no torch."""
+"""Configurations: dataclasses with the fields of `adapter_config.json`. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .values import require_list_of_names, require_names_or_expression, require_
 
 @dataclass(frozen=True)
 class SharedOptions:
-    """Parts of an adapter that core supplies for every method, as a config asks for them: see `PeftConfig.shared_options`.
+    """The options of a config that peft-core implements for every method; see `PeftConfig.shared_options`.
 
     Args:
-        modules_to_save: modules of the base that are trained and saved as whole copies, by the end of their names.
-        bias: which biases of the base train: ``"none"``, ``"all"``, or ``"targets"`` (those of the adapted modules).
-        token_indices: rows that train: of the input embeddings, or by name of a module; None: none.
-        ensure_weight_tying: modules of the base that share a weight (embedding and output layer) share it in the adapter, too; None: the
-            method does not offer it, and nothing is said about tied weights.
+        modules_to_save: modules of the base model of which full copies are trained and saved; given by the ends of their names.
+        bias: which biases of the base model are trained: ``"none"``, ``"all"``, or ``"targets"`` (biases of the adapted modules).
+        token_indices: indices of trainable embedding rows: a list for the input embeddings, or module name → list; None: no such rows.
+        ensure_weight_tying: whether modules of the base model that share a weight (embedding and output layer) also share it in the adapter;
+            None: the method has no such option, and no warning about tied weights is given.
     """
 
     modules_to_save: tuple[str, ...] = ()
@@ -43,14 +43,14 @@ class PeftConfig:
     Args:
         task_type: a `TaskType` or its name; selects the task class. None: the plain `PeftModel`.
         peft_type: the method; set by each subclass.
-        auto_mapping: class and library of the base model, written when there is no task type.
-        peft_version: release whose file format the writer followed.
-        base_model_name_or_path: where the base model came from; filled in by `get_peft_model`.
+        auto_mapping: class and library of the base model, written when `task_type` is None.
+        peft_version: release of the reference implementation whose file format is used.
+        base_model_name_or_path: name on the Hub or path of the base model; set by `get_peft_model`.
         revision: revision of the base model.
-        inference_mode: the adapter's parameters are frozen.
+        inference_mode: whether the adapter's parameters are frozen.
 
     Raises:
-        ConfigError: an unknown `task_type`.
+        ConfigError: `task_type` is unknown.
     """
 
     task_type: str | TaskType | None = None
@@ -62,9 +62,9 @@ class PeftConfig:
     inference_mode: bool = False
 
     default_peft_type: ClassVar[str | None] = None
-    #: fields that are never written
+    #: fields that are never written to files
     transient: ClassVar[frozenset[str]] = frozenset()
-    #: fields that other readers of the format do not know: written only where they differ from their default
+    #: fields unknown to other readers of the format: written only if they differ from their default
     additional: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -84,13 +84,13 @@ class PeftConfig:
         self.check()
 
     def check(self) -> None:
-        """Check every value by itself: when the config is made, and again before an adapter is, since fields can be assigned.
+        """Validate the values of the fields. Called when the config is created, and again before an adapter is, because fields may be reassigned.
 
         Raises:
-            ConfigError: a bad value.
+            ConfigError: a field has an invalid value.
         """
 
-    # ---- what core asks -------------------------------------------------------------------------------------------
+    # ---- properties of the method, used by core -------------------------------------------------------------------
     @property
     def is_prompt_learning(self) -> bool:
         """Whether the method learns virtual tokens and leaves the layers of the base as they are."""
@@ -98,16 +98,16 @@ class PeftConfig:
 
     @property
     def is_adaption_prompt(self) -> bool:
-        """Always False; for code written for upstream."""
+        """Always False; exists for code that was written for the reference implementation."""
         return False
 
     def shared_options(self) -> SharedOptions:
-        """Return what this adapter asks of core besides its own method; nothing where the config has no such fields."""
+        """Return the options that core implements for every method; the defaults if the config has no such fields."""
         return SharedOptions()
 
     # ---- to and from files ----------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """Return every field that belongs in a file; enum members as their values, sets as sets."""
+        """Return {name: value} of the fields that are written to a file; enum members become their values, sets remain sets."""
         return {
             f.name: to_builtin(getattr(self, f.name))
             for f in dataclasses.fields(self)
@@ -115,20 +115,20 @@ class PeftConfig:
         }
 
     def to_json(self, **overrides: Any) -> str:
-        """Return the text of `adapter_config.json`: keys and sets sorted, so that equal configs give equal bytes.
+        """Return the text of `adapter_config.json`. Keys and sets are sorted, so that equal configs give identical text.
 
         Args:
-            **overrides: fields to write with other values.
+            **overrides: values to write instead of those of the fields with these names.
         """
         return json.dumps(jsonable({**self.to_dict(), **overrides}), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], auto_mapping_dict: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Write `adapter_config.json` into a directory, which is created if missing.
+        """Write `adapter_config.json` into `save_directory`, which is created if missing.
 
         Args:
             save_directory: the directory.
-            auto_mapping_dict: written as `auto_mapping`; None: the config's own.
-            **kwargs: accepted for code that passes them, and not used.
+            auto_mapping_dict: value to write as `auto_mapping`; None: write the value of the config.
+            **kwargs: ignored; accepted for compatibility.
 
         Raises:
             ConfigFileError: `save_directory` is a file.
@@ -145,16 +145,16 @@ class PeftConfig:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any) -> PeftConfig:
-        """Read a config from a directory or from the Hub; the class follows the file's `peft_type`, whatever class this is called on.
+        """Read a config from a directory or from the Hub. The `peft_type` in the file decides the class, not the class this is called on.
 
         Args:
-            pretrained_model_name_or_path: directory, or repository id on the Hub.
-            subfolder: folder inside it.
-            **kwargs: download options (`revision`, `token`, `cache_dir`, ...), and values for fields that the file lacks.
+            pretrained_model_name_or_path: a directory, or a repository id on the Hub.
+            subfolder: folder inside the directory or repository.
+            **kwargs: download options (`revision`, `token`, `cache_dir`, ...), and values for fields that are missing in the file.
 
         Raises:
-            ConfigFileError: there is no `adapter_config.json`, or it isn't a JSON object, or it says no `peft_type` and is no config of this class.
-            UnknownTunerError: its `peft_type` isn't installed.
+            ConfigFileError: `adapter_config.json` is missing or isn't a JSON object, or it has no `peft_type` and isn't a config of this class.
+            UnknownTunerError: no tuner for its `peft_type` is installed.
         """
         hub = {key: kwargs.pop(key) for key in HUB_KEYS if key in kwargs}
         path = find_config(pretrained_model_name_or_path, subfolder, **hub)
@@ -162,20 +162,20 @@ class PeftConfig:
         require_config(loaded, cls, str(path))
         fields = {**kwargs, **loaded}
         found: PeftConfig = config_from_dict(fields, fallback=cls, origin=str(path), optional=frozenset(kwargs) - set(loaded))
-        for name in found.transient & kwargs.keys():  # which no file has
+        for name in found.transient & kwargs.keys():  # files never contain transient fields
             setattr(found, name, kwargs[name])
         return found
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """Return the object in a JSON file as a dict.
+        """Read a JSON file that contains an object, and return it as a dict.
 
         Args:
-            path_json_file: the file.
-            **kwargs: accepted for code that passes them, and not used.
+            path_json_file: path of the file.
+            **kwargs: ignored; accepted for compatibility.
 
         Raises:
-            ConfigFileError: not readable as a JSON object.
+            ConfigFileError: the file can't be read, or does not contain a JSON object.
         """
         try:
             loaded = json.loads(Path(path_json_file).read_text(encoding="utf-8"))
@@ -187,13 +187,13 @@ class PeftConfig:
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any]) -> PeftConfig:
-        """Build a config from `config_dict` as tolerantly as from a file: unknown keys give one warning."""
+        """Build a config from `config_dict`. As for a file, unknown keys are ignored with one warning."""
         found: PeftConfig = config_from_dict(config_dict, fallback=cls)
         return found
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """Build the config class of `kwargs["peft_type"]`, or of the class this is called on."""
+        """Build a config of the class for `kwargs["peft_type"]`; without a `peft_type`, of the class this is called on."""
         target = registry.config_class(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
         return typing.cast(PeftConfig, target(**kwargs))
 
@@ -210,19 +210,19 @@ def _task_type(given: str | TaskType) -> TaskType:
 
 @dataclass
 class LayerConfig(PeftConfig):
-    """Base class of configs of methods that wrap layers. Rules for choosing the layers: `peft_core.tuners.targeting`.
+    """Base class of configs of methods that wrap layers. `peft_core.tuners.targeting` documents how layers are selected.
 
     Args:
-        target_modules: names (each matches a module called so, or ending in ``.name``), one regular expression for whole
-            names, ``"all-linear"``, or None for the default of the architecture.
-        exclude_modules: names or a regular expression; wins over `target_modules`.
-        layers_to_transform: only these layer numbers (with a list of `target_modules`).
-        layers_pattern: name(s) of the list of layers; default: the first number in a name.
-        rank_pattern, alpha_pattern: per-module values: regular expression for the end of a name → value; the first match counts.
-        modules_to_save: modules trained and saved as whole copies.
+        target_modules: a list of names (``name`` matches modules whose path is ``name`` or ends in ``.name``), one regular expression that has
+            to match the full path, ``"all-linear"``, or None for the default of the architecture.
+        exclude_modules: names or a regular expression; modules that match are not adapted even if `target_modules` matches them.
+        layers_to_transform: adapt only the layers with these numbers (only if `target_modules` is a list).
+        layers_pattern: name(s) of the list of layers; by default the first number in a path is the layer number.
+        rank_pattern, alpha_pattern: per-module values: regular expression for the end of a name → value; the first match is used.
+        modules_to_save: modules of which full copies are trained and saved.
 
     Raises:
-        ConfigError: values that exclude one another.
+        ConfigError: the values of two fields contradict each other.
     """
 
     target_modules: list[str] | set[str] | str | None = None
@@ -234,7 +234,7 @@ class LayerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     def check(self) -> None:
-        """Check the targets, the patterns and the saved modules; turns lists of names into sets."""
+        """Validate the targets, the patterns and `modules_to_save`; converts lists of target names to sets."""
         super().check()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
@@ -242,14 +242,14 @@ class LayerConfig(PeftConfig):
                 setattr(self, name, set(value))
             require_names_or_expression(name, getattr(self, name))
         self._check_layers()
-        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # old files have null
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern  # files of old releases contain null
         self.alpha_pattern = {} if self.alpha_pattern is None else self.alpha_pattern
         require_pattern("rank_pattern", self.rank_pattern, require_positive_integer)
         require_pattern("alpha_pattern", self.alpha_pattern, require_number)
         require_list_of_names("modules_to_save", self.modules_to_save)
 
     def _check_layers(self) -> None:
-        """Check `layers_to_transform` and `layers_pattern`, which need each other and a list of targets."""
+        """Validate `layers_to_transform` and `layers_pattern`: both need a list of targets, and `layers_pattern` needs `layers_to_transform`."""
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -257,24 +257,24 @@ class LayerConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified")
         if self.layers_to_transform == []:
-            self.layers_to_transform = None  # files have it, and mean all layers
+            self.layers_to_transform = None  # files contain an empty list, which means all layers
 
     def shared_options(self) -> SharedOptions:
-        """Return the saved modules."""
+        """Return the shared options with `modules_to_save`."""
         return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()))
 
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """Base class of configs of methods with virtual tokens. Dimensions left at None are read from the base model.
+    """Base class of configs of methods with virtual tokens. Sizes that are None are read from the base model.
 
     Args:
-        num_virtual_tokens: how many virtual tokens the prompt has.
-        token_dim: width of one of them.
+        num_virtual_tokens: number of virtual tokens in the prompt.
+        token_dim: embedding dimension of a virtual token.
         num_transformer_submodules: 1 for decoder-only models and encoders, 2 for encoder-decoder models.
-        num_attention_heads: heads of the keys and values.
-        num_layers: layers of the base model.
-        modules_to_save: modules trained and saved as whole copies.
+        num_attention_heads: number of attention heads of the keys and values.
+        num_layers: number of layers of the base model.
+        modules_to_save: modules of which full copies are trained and saved.
     """
 
     num_virtual_tokens: int | None = None
@@ -286,23 +286,23 @@ class PromptLearningConfig(PeftConfig):
 
     @property
     def is_prompt_learning(self) -> bool:
-        """True."""
+        """Always True."""
         return True
 
     def shared_options(self) -> SharedOptions:
-        """Return the saved modules."""
+        """Return the shared options with `modules_to_save`."""
         return SharedOptions(modules_to_save=tuple(self.modules_to_save or ()))
 
 
 def get_peft_config(config_dict: Mapping[str, Any]) -> PeftConfig:
-    """Build the config that `config_dict["peft_type"]` names.
+    """Build a config of the class for `config_dict["peft_type"]`.
 
     Args:
-        config_dict: fields of the config; keys that the class does not know give one warning and are ignored.
+        config_dict: fields of the config; keys that are not fields of the class are ignored with one warning.
 
     Raises:
-        UnknownTunerError: `peft_type` is not installed.
-        ConfigError: it is missing, or a value is bad.
+        UnknownTunerError: no tuner for `peft_type` is installed.
+        ConfigError: `peft_type` is missing, or a value is invalid.
 
     Example:
         >>> get_peft_config({"peft_type": "LORA", "r": 4}).r

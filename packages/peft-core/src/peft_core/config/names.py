@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 
 class TaskType(str, enum.Enum):
-    """What the adapted model is for; decides the task class, its heads and its labels."""
+    """The task of the adapted model; it determines the `PeftModel` subclass, its heads and its labels."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -24,7 +24,7 @@ class TaskType(str, enum.Enum):
 
 
 class _OpenEnum(type):
-    """A class that looks like an enum whose members are the methods that are installed."""
+    """Metaclass that makes a class behave like an enum whose members are the installed methods."""
 
     @property
     def __members__(cls) -> Mapping[str, PeftType]:
@@ -48,17 +48,17 @@ class _OpenEnum(type):
 
 
 class PeftType(str, metaclass=_OpenEnum):
-    """The name of a method: any upper-case word, because anybody can publish one. `PeftType.LORA == "LORA"`."""
+    """The name of a method. Any upper-case word is valid, because third parties can publish methods. `PeftType.LORA == "LORA"`."""
 
     _made: ClassVar[dict[str, PeftType]] = {}
 
     def __new__(cls, value: str) -> PeftType:
         name = str(value).upper()
-        return cls._made.setdefault(name, super().__new__(cls, name))  # one object for each: code asks with `is`, too
+        return cls._made.setdefault(name, super().__new__(cls, name))  # one object per name, because some code compares with `is`
 
     @property
     def value(self) -> str:
-        """The plain string, as an enum member would show it."""
+        """The name as a plain `str`, like `value` of an enum member."""
         return str.__str__(self)
 
     @property
@@ -69,7 +69,7 @@ class PeftType(str, metaclass=_OpenEnum):
     def __repr__(self) -> str:
         return f"<PeftType.{self.value}: {self.value!r}>"
 
-    def __format__(self, spec: str) -> str:  # as an enum member; `str` is the plain name, which code everywhere takes for one
+    def __format__(self, spec: str) -> str:  # like a member of an enum; `str()` returns the plain name, because much code relies on it
         return format(f"PeftType.{self.value}", spec)
 
 
@@ -85,7 +85,7 @@ def to_builtin(value: Any) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Return a value as JSON can hold it: sets sorted, keys as strings."""
+    """Return `value` converted to JSON types: sets become sorted lists, keys become strings."""
     if isinstance(value, Mapping):
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

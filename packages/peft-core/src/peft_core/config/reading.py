@@ -1,4 +1,4 @@
-"""From untrusted fields to configs: a dict, a file, a folder, the Hub."""
+"""Building configs from untrusted fields, which come from a dict, a file, a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..errors import ConfigError, ConfigFileError, PeftWarning, listed
 from ..plugins import registry
 
 CONFIG_NAME = "adapter_config.json"
-#: The file format we write is the one of this release of the reference implementation; its readers look at `peft_version`.
+#: release of the reference implementation whose file format is written; its readers check `peft_version`
 FORMAT_VERSION = "0.21.2"
-#: Keys of old releases that never changed a result: dropped with a warning.
+#: keys of old releases that never had an effect on results: ignored with a warning
 LEGACY_KEYS = frozenset({"postprocess_past_key_value_function", "enable_lora"})
 HUB_KEYS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "repo_type", "use_auth_token", "tqdm_class")
 
@@ -28,17 +28,17 @@ def config_from_dict(
     origin: str | None = None,
     optional: frozenset[str] = frozenset(),
 ) -> Any:
-    """Build a config from untrusted fields: the class by `peft_type`, unknown keys warned about once (those in `optional` never).
+    """Build a config from untrusted fields. `peft_type` decides the class; unknown keys are ignored with one warning.
 
     Args:
-        config_dict: the fields.
-        fallback: the class where there is no `peft_type`.
-        origin: where they come from, for messages.
-        optional: fields of which nobody is warned.
+        config_dict: name → value of the fields.
+        fallback: class of the config if there is no `peft_type`.
+        origin: where the fields come from, for messages.
+        optional: names of fields that give no warning if they are unknown.
 
     Raises:
-        UnknownTunerError: `peft_type` is not installed.
-        ConfigError: it is missing and there is no `fallback`, or a value is bad.
+        UnknownTunerError: no tuner for `peft_type` is installed.
+        ConfigError: `peft_type` is missing and there is no `fallback`, or a value is invalid.
     """
     peft_type = config_dict.get("peft_type")
     if peft_type is not None and not isinstance(peft_type, str):
@@ -60,15 +60,15 @@ def config_from_dict(
 
 
 def require_config(loaded: Mapping[str, Any], cls: type[Any], origin: str) -> None:
-    """Check that the object in a file is the config of an adapter: it says its `peft_type`, or has nothing but fields of the class that was asked.
+    """Check that the object read from a file is an adapter config: it has a `peft_type`, or all its keys are fields of `cls`.
 
     Args:
         loaded: the object.
-        cls: the class that was asked to read it; `PeftConfig` for any.
-        origin: the file, for the message.
+        cls: the config class that reads the file; `PeftConfig` for any config.
+        origin: path of the file, for the error message.
 
     Raises:
-        ConfigFileError: it is something else, the config of another library for example.
+        ConfigFileError: the object is not an adapter config, but for example the config of another library.
     """
     if loaded.get("peft_type") is not None:
         return
@@ -95,10 +95,10 @@ def _warn_dropped(dropped: Sequence[str], cls: type, origin: str | None) -> None
 
 
 def find_config(model_id: str | os.PathLike[str], subfolder: str | None = None, **hub: Any) -> Path:
-    """Return the path of an `adapter_config.json`, downloading it if `model_id` is no local directory.
+    """Return the path of an `adapter_config.json`; downloads it if `model_id` is not a local directory.
 
     Raises:
-        ConfigFileError: there is none.
+        ConfigFileError: there is no such file.
     """
     directory = Path(model_id) / (subfolder or "")
     if (directory / CONFIG_NAME).is_file():
@@ -124,7 +124,7 @@ def _looks_like_hub_id(name: str) -> bool:
 
 
 def _restored(fld: dataclasses.Field[Any], value: Any, cls: type) -> Any:
-    """Turn a nested JSON object into the dataclass that the field's annotation names."""
+    """Return `value`; if it is a nested JSON object and the field is annotated with a dataclass, an instance of that dataclass."""
     if not isinstance(value, Mapping):
         return value
     for candidate in _annotated_types(fld, cls):
@@ -139,7 +139,7 @@ def _annotated_types(fld: dataclasses.Field[Any], cls: type) -> tuple[Any, ...]:
     annotation = hints.get(fld.name)
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         members: tuple[Any, ...] = typing.get_args(annotation)
-        # a field that may also be a plain dict stays one
+        # if the annotation also allows a plain dict, the value remains a dict
         return () if any(member is dict or typing.get_origin(member) is dict for member in members) else members
     return (annotation,)
 

@@ -1,4 +1,4 @@
-"""Checks of single values, for the `check` of configs."""
+"""Functions that validate single values, used by the `check` methods of configs."""
 
 from __future__ import annotations
 

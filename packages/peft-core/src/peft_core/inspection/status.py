@@ -1,4 +1,4 @@
-"""The state of adapters, layer by layer and for the whole model; for wrapped models, injected ones, and prompts alike."""
+"""The status of adapters, per layer and for the whole model; for a `PeftModel`, a model with injected adapters, and prompt methods."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ IRREGULAR = "irregular"
 
 @dataclass
 class TunerLayerStatus:
-    """One module with adapter weights.
+    """The status of one module with adapter weights.
 
     Args:
-        name: its path, which begins with ``model.`` in a wrapped model.
+        name: path of the module, which begins with ``model.`` in a wrapped model.
         module_type: method and class (``"lora.Linear"``).
-        enabled: whether its adapters are switched on.
-        active_adapters: the adapters in use, in the order given.
-        merged_adapters: those folded into the base weight.
-        requires_grad: adapter → whether its parameters train; ``"irregular"``: some.
-        available_adapters: those with weights here.
-        devices: adapter → where they are.
+        enabled: whether the adapters of the module are switched on.
+        active_adapters: the active adapters, in the order in which they were given.
+        merged_adapters: the adapters that are merged into the base weight.
+        requires_grad: adapter → whether its parameters are trainable; ``"irregular"``: only some of them are.
+        available_adapters: the adapters that have weights in this module.
+        devices: adapter → device types of its weights.
         quantization_backend: the library that quantised the base layer, or None.
     """
 
@@ -46,16 +46,16 @@ class TunerLayerStatus:
 
 @dataclass
 class TunerModelStatus:
-    """The whole model; ``"irregular"`` where its layers disagree.
+    """The status of the whole model. A value is ``"irregular"`` if the layers have different values.
 
     Args:
-        base_model_type: class of the base.
-        adapter_model_type: class of what holds the adapters.
+        base_model_type: class name of the base model.
+        adapter_model_type: name of the class that holds the adapters, such as ``"LoraModel"``.
         peft_types: adapter → method.
-        trainable_params, total_params: numbers, as `PeftModel.get_nb_trainable_parameters` counts them.
-        num_adapter_layers: modules with adapter weights.
+        trainable_params, total_params: numbers of parameters, counted as in `PeftModel.get_nb_trainable_parameters`.
+        num_adapter_layers: number of modules with adapter weights.
         enabled, active_adapters, merged_adapters, requires_grad, available_adapters, devices, quantization_backend: as in
-            `TunerLayerStatus`, for all layers.
+            `TunerLayerStatus`, combined over all layers.
     """
 
     base_model_type: str
@@ -77,14 +77,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of every module that holds adapter weights, in the order of the modules.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters; what others put around it is looked through.
+        model: a `PeftModel`, or a model with injected adapters; wrappers of other libraries around it are ignored.
 
     Raises:
-        AdapterNotFoundError: the model has none.
+        AdapterNotFoundError: the model has no adapters.
     """
     index, model = _index(model), adapted_model(model)
     prefix = "model." if index.base is not model else ""
-    # what is beside the base comes last; of several around one module the one that came first, which is innermost
+    # modules outside the base model come last; nested wrappers of one module are ordered by creation, the innermost one first
     place = {path: number for number, path in enumerate(index.view.modules)}
     entries = sorted(index.modules.items(), key=lambda entry: place.get(entry[0][1], len(place)) if entry[0][0] else len(place))
     return [_layer(index, f"{prefix}{path}" if kind else path, kind, module) for (kind, path), module in entries if isinstance(module, nn.Module)]
@@ -97,7 +97,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         model: a `PeftModel`, or a model with injected adapters.
 
     Raises:
-        AdapterNotFoundError: the model has none.
+        AdapterNotFoundError: the model has no adapters.
     """
     index, model = _index(model), adapted_model(model)
     layers = get_layer_status(model)
@@ -145,7 +145,7 @@ def _layer(index: AdapterIndex, name: str, kind: str, module: AdapterModule) -> 
     devices: dict[str, list[str]] = {}
     for adapter in module.adapters():
         adapter_parameters = list(module.parameters_of(adapter).values())
-        if adapter_parameters:  # what has no parameters says nothing about what trains
+        if adapter_parameters:  # a module without parameters has no requires_grad
             requires_grad[adapter] = _agreed([parameter.requires_grad for parameter in adapter_parameters])
         devices[adapter] = sorted({parameter.device.type for parameter in adapter_parameters})
     return TunerLayerStatus(

@@ -1,4 +1,4 @@
-"""How the weights of a new adapter are made."""
+"""Options for creating the weights of a new adapter."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class InitOptions:
-    """How the weights of a new adapter are made.
+    """Options for creating the weights of a new adapter.
 
     Args:
-        meta: on the meta device, without storage, because a file will supply them.
-        autocast: keep half-precision weights in float32.
-        initialise: draw initial values; False when a file will overwrite all of them.
-        from_file: tensors come from a file, which may lack some, so that initial values are drawn all the same.
-        base_dtype, device: of the base layer; a layer that an adapter is attached to fills them in.
+        meta: create the weights on the meta device, without storage, because their values will be loaded from a file.
+        autocast: store the adapter's weights in float32 where the base has half precision.
+        initialise: draw initial values; False when a file will overwrite all weights.
+        from_file: the weights will be loaded from a file in which some may be missing, so that initial values are still drawn.
+        base_dtype, device: dtype and device of the base layer; set by the layer when an adapter is attached to it.
     """
 
     meta: bool = False
@@ -34,20 +34,20 @@ class InitOptions:
 
     @property
     def continues(self) -> bool:
-        """Whether the adapter is one that was created before, and its tensors are on their way: what changed its base then has to be repeated."""
+        """Whether the adapter already exists and is being loaded: changes that its creation made to the base must then be repeated."""
         return self.from_file or self.meta or not self.initialise
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the adapter's parameters: float32, or the base's where autocasting is off or the base has float64."""
+        """The dtype of the adapter's parameters: float32; the base's dtype if that is float64, or if it is half precision and `autocast` is off."""
         return self.base_dtype if self.base_dtype == torch.float64 or (self.base_dtype in _HALF and not self.autocast) else torch.float32
 
     def new_parameter(self, shape: Sequence[int], fill: Callable[[Tensor], Any]) -> nn.Parameter:
-        """Return a frozen parameter: filled in float32 (or float64), rounded to the base's dtype, then cast to `dtype`.
+        """Return a frozen parameter: initialised in float32 (or float64), rounded to a half-precision base's dtype, then cast to `dtype`.
 
         Args:
-            shape: its shape.
-            fill: fills a tensor in place.
+            shape: shape of the parameter.
+            fill: function that initialises a tensor in place.
         """
         if self.meta:
             return nn.Parameter(torch.empty(tuple(shape), dtype=self.dtype, device="meta"), requires_grad=False)
@@ -59,13 +59,13 @@ class InitOptions:
         return nn.Parameter(tensor.to(self.base_dtype).to(self.dtype) if self.base_dtype in _HALF else tensor, requires_grad=False)
 
     def parameter_of(self, value: Tensor) -> nn.Parameter:
-        """Return a frozen parameter with a computed `value`, rounded to `dtype` alone."""
-        # strides of its own: a column cut out of a matrix counts as contiguous, but is multiplied, and rounded, in another way
+        """Return a frozen parameter with the given `value`, cast directly to `dtype`, without rounding to the base's dtype first."""
+        # with fresh strides: a column sliced from a matrix counts as contiguous, but is multiplied by another kernel, which rounds differently
         tensor = torch.empty(value.shape, dtype=self.dtype, device="meta" if self.meta else self.device)
         return nn.Parameter(tensor if self.meta else tensor.copy_(value.detach()), requires_grad=False)
 
 
-#: a new adapter with initial values
+#: the options for a new adapter that is not loaded from a file
 INITIAL = InitOptions()
 
 

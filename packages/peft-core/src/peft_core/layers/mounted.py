@@ -1,4 +1,4 @@
-"""Modules beside the base, one per adapter."""
+"""Modules outside the base model, one per adapter, such as prompt embeddings."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .slots import Slot
 
 
 class MountedModules(nn.ModuleDict):
-    """Modules beside the base, one per adapter: `<mount>.<adapter>`, whatever tuner made them. Each has `slots()`.
+    """Modules outside the base model, one per adapter: `<mount>.<adapter>`, for all tuners. Each module has a method `slots()`.
 
-    If one of them is replaced, as FullyShardedDataParallel does, `TunerBase.mounted` follows.
+    If one of them is replaced, as FullyShardedDataParallel does, `TunerBase.mounted` is updated, too.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        #: adapter → the mapping in which its tuner looks its module up
+        #: adapter → the dict in which its tuner looks up the module of the adapter
         self._known: dict[str, dict[str, nn.Module]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -26,12 +26,12 @@ class MountedModules(nn.ModuleDict):
             self._known[name][name] = value
 
     def add(self, adapter: str, module: nn.Module, known: dict[str, nn.Module]) -> None:
-        """Put the module of an adapter here, and into `known`, the mapping in which its tuner looks it up."""
+        """Register the module of an adapter here and in `known`, the dict in which the tuner looks it up."""
         self._known[adapter] = known
         self[adapter] = known[adapter] = module
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapters that have a module here."""
+        """Return the adapters that have a module in this container."""
         return tuple(self)
 
     def parameters_of(self, adapter: str) -> dict[str, nn.Parameter]:
@@ -39,7 +39,7 @@ class MountedModules(nn.ModuleDict):
         return dict(self[adapter].named_parameters())
 
     def slots(self, adapter: str) -> dict[str, Slot]:
-        """Return what the adapter's module says that a file holds."""
+        """Return {end of the file key: slot} of the tensors that a file stores, as the adapter's module returns them."""
         found: dict[str, Slot] = self[adapter].slots()  # type: ignore[operator]
         return found
 

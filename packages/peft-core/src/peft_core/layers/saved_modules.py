@@ -1,4 +1,4 @@
-"""Modules of the base with a trainable whole copy per adapter."""
+"""Wrapper for modules of the base model of which each adapter trains a full copy (`modules_to_save`)."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from .slots import Slot, module_slots, write_tensor
 
 
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
-    """A module of the base with a trainable whole copy per adapter.
+    """A wrapper around a module of the base model, with a full trainable copy of the module for each adapter.
 
-    A row sees the copy of the last of its adapters that has one, otherwise the original.
+    For each row of the batch, the copy of the last of its active adapters that has a copy is used; if none has a copy, the original module.
 
-    Methods take an adapter's name as `adapter` (or `adapter_name`), and what the module takes as `x`, `args` and `kwargs`.
+    In all methods, `adapter` (or `adapter_name`) is the name of an adapter; `x`, `args` and `kwargs` are the arguments of the module.
 
     Args:
-        original: the module of the base.
-        selection: which adapters act.
+        original: the module of the base model.
+        selection: the active adapters.
 
     Attributes:
-        original_module: the module of the base.
-        modules_to_save: adapter → its copy.
+        original_module: the module of the base model.
+        modules_to_save: adapter → the adapter's copy of the module.
     """
 
     adapter_layer_names = ("modules_to_save",)
@@ -45,11 +45,14 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.original_module = original
         self.modules_to_save = nn.ModuleDict()
         self.selection = selection
-        #: adapter → the wrapper of the module with whose copy this one's copy shares its weight
+        #: adapter → the wrapper with whose copy this wrapper's copy shares its weight (tied weights)
         self.tied: dict[str, ModulesToSaveWrapper] = {}
 
     def attach(self, adapter: str, init_options: InitOptions, tied_to: ModulesToSaveWrapper | None = None) -> None:
-        """Add a copy for `adapter` as `init_options` says, in the dtype of the original; its weight may be that of the copy in `tied_to`."""
+        """Add a frozen copy for `adapter`, in the dtype of the original; on the meta device if `init_options.meta` is set.
+
+        If `tied_to` is given, the new copy shares the weight of the adapter's copy in that wrapper.
+        """
         duplicate = _copy_without_wrappers(self.original_module)
         self.modules_to_save[adapter] = (duplicate.to("meta") if init_options.meta else duplicate).requires_grad_(False)
         if tied_to is not None:
@@ -61,10 +64,10 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         self.modules_to_save[adapter].register_parameter("weight", shared)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the copy of the adapter in use makes of the arguments, which are those of the module; row by row where rows differ.
+        """Return the output of the active adapter's copy for the module's arguments; rows with different adapters are computed separately.
 
         Raises:
-            RoutingError: rows differ, and the module writes to a cache, which each copy would do.
+            RoutingError: rows have different adapters, and the arguments contain no tensor, or they contain a cache, to which each copy would write.
         """
         route = self.selection.current()
         copies = self.modules_to_save._modules
@@ -93,7 +96,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return output
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapters that have a copy."""
+        """Return the adapters that have a copy of the module."""
         return tuple(self.modules_to_save)
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
@@ -101,40 +104,40 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         return dict(self.modules_to_save[adapter].named_parameters())
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return all parameters and buffers of the copy, under the original's names."""
+        """Return slots for all parameters and persistent buffers of the adapter's copy, by their names in the original module."""
         found = module_slots(self.modules_to_save[adapter])
         if adapter in self.tied:
             source = self.tied[adapter].modules_to_save[adapter]
 
             def write(value: Tensor) -> None:
                 write_tensor(source, "weight", value)
-                self._tie(adapter)  # the parameter may be a new one
+                self._tie(adapter)  # `write_tensor` may have replaced the parameter: share the new one
 
             found["weight"] = dataclasses.replace(found["weight"], write=write)
         return found
 
     def drop(self, adapter: str) -> None:
-        """Remove the copy."""
+        """Remove the adapter's copy of the module."""
         self.tied.pop(adapter, None)
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
 
     def remains(self, adapters: Sequence[str]) -> nn.Module:
-        """Return what replaces the wrapper when it is unloaded and `adapters` stay in effect: the copy of the last of them, else the original."""
+        """Return the module that replaces the unloaded wrapper: the copy of the last of `adapters` that has a copy, else the original module."""
         for adapter in reversed(adapters):
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
         return self.original_module
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return key in an adapter's file → key in memory, both behind the path of this module."""
+        """Return {key in an adapter's file: key in memory}, both relative to this module's path."""
         if adapter_name not in self.modules_to_save:
             return {}
         return {key: join("modules_to_save", adapter_name, key) for key in module_slots(self.modules_to_save[adapter_name])}
 
     @property
     def active_copy(self) -> nn.Module:
-        """The module that a plain forward would use now."""
+        """The module that `forward` uses at present if all rows have the same adapters."""
         for adapter in reversed(self.selection.current().names):
             if adapter in self.modules_to_save:
                 return self.modules_to_save[adapter]
@@ -150,20 +153,20 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 def _copy_without_wrappers(module: nn.Module) -> nn.Module:
-    """Return a deep copy without the wrappers of other adapters."""
+    """Return a deep copy of `module` without the adapter wrappers around it and inside it."""
 
     def bare(part: nn.Module) -> nn.Module:
         while isinstance(part, (AdapterLayer, ModulesToSaveWrapper)):
             part = part.get_base_layer() if isinstance(part, AdapterLayer) else part.original_module
         return part
 
-    # wrappers refer to the model's selection, which must not be copied: take them off first
+    # wrappers refer to the model's adapter selection, which must not be copied: remove the wrappers before the copy
     wrapped = [(parent, name, child) for parent in bare(module).modules() for name, child in parent.named_children() if bare(child) is not child]
     try:
         for parent, name, child in wrapped:
             parent._modules[name] = bare(child)
         unwrapped = bare(module)
-        with without_offloading(unwrapped):  # the copy trains: it stays in memory
+        with without_offloading(unwrapped):  # the copy is trainable, so it must not be offloaded
             return copy.deepcopy(unwrapped)
     finally:
         for parent, name, child in wrapped:
@@ -171,12 +174,12 @@ def _copy_without_wrappers(module: nn.Module) -> nn.Module:
 
 
 def _select_rows(rows: Tensor, batch: int, value: Any) -> Any:
-    """Return some rows of a tensor (batch, …); anything else as it is."""
+    """Return `value[rows]` if `value` is a tensor of shape (batch, …); return any other value unchanged."""
     return value[rows.to(value.device)] if isinstance(value, Tensor) and value.dim() and value.shape[0] == batch else value
 
 
 def _replace_rows(rows: Tensor, batch: int, whole: Any, part: Any) -> Any:
-    """Return a tensor (batch, …) with some rows replaced by those of `part`; anything else as it is."""
+    """Return `whole`, if it is a tensor of shape (batch, …), with `rows` replaced by the rows of `part`; return any other value unchanged."""
     if not (isinstance(whole, Tensor) and whole.dim() and whole.shape[0] == batch):
         return whole
     return whole.index_copy(0, rows.to(whole.device), part.to(whole.dtype))

@@ -1,4 +1,4 @@
-"""Slots: the tensors that a file holds for one adapter, each with its shape and the way to read and write it."""
+"""Slots: each describes one tensor that a file stores for an adapter, with its shape and functions to read and write its value."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from ..tensor_names import join, visible
 
 @dataclass(frozen=True)
 class Slot:
-    """One tensor of a file.
+    """One tensor of an adapter file.
 
     Args:
-        shape: its shape.
-        read: returns its present value, detached.
-        write: takes a new value of that shape; copied into the parameter's dtype, in place, so that optimisers keep their parameter.
-        owner: the module and attribute that hold it, where it is a tensor of the model and not computed.
-        optional: a file may lack it: other readers and writers of the format do not know it.
-        stands_for: ends of the keys of optional tensors from which this one is computed. A file that has them all is read without this one;
-            one that has none of them gives this one alone, which then replaces them.
-        unread: a file may hold it, of whatever shape, but this module has no use for it and does not write it.
+        shape: shape of the tensor.
+        read: returns the current value, detached.
+        write: sets a new value of the same shape; the value is cast to the parameter's dtype and copied in place, so that optimisers still
+            refer to the same parameter.
+        owner: (module, attribute) where the tensor is stored, if it is a tensor of the model; None if it is computed.
+        optional: the tensor may be missing in a file, because other readers and writers of the format do not know it.
+        stands_for: ends of the keys of optional tensors from which this tensor is computed. If a file has all of them, this tensor is not read;
+            if a file has none of them, only this tensor is read, and it replaces them.
+        unread: a file may contain this tensor, in any shape, but this module neither reads nor writes it.
     """
 
     shape: tuple[int, ...]
@@ -38,7 +39,7 @@ class Slot:
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Slot:
-        """Return the slot of the parameter or buffer `name` of `module`."""
+        """Return the slot for the parameter or buffer `name` of `module`."""
 
         def read() -> Tensor:
             tensor: Tensor = getattr(module, name)
@@ -51,7 +52,7 @@ class Slot:
 
     @classmethod
     def of_no_use(cls) -> Slot:
-        """Return the slot of a tensor that files may hold and that the module ignores."""
+        """Return the slot for a tensor that files may contain and that the module ignores."""
 
         def read() -> Tensor:
             raise LookupError("this tensor is not stored")
@@ -60,14 +61,14 @@ class Slot:
 
 
 def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Set the parameter or buffer `name` of `module` to `value`, of its shape: copied in place, or put there where it is still on the meta device."""
+    """Set the parameter or buffer `name` of `module` to `value` (same shape): copies in place, or replaces a tensor on the meta device."""
     current = getattr(module, name)
     if not current.is_meta:
         with torch.no_grad():
             current.copy_(value)
         return
     value = value.to(current.dtype)
-    if value.data_ptr() % 64:  # a tensor of a file may lie anywhere; products with it would be rounded otherwise than with a trained one
+    if value.data_ptr() % 64:  # memory of a file may be unaligned, and matrix products would then round differently
         value = value.clone()
     if name in module._parameters:
         module._parameters[name] = nn.Parameter(value, requires_grad=current.requires_grad)
@@ -77,43 +78,43 @@ def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 
 @runtime_checkable
 class AdapterModule(Protocol):
-    """A module with weights of named adapters: a wrapped Linear, a prompt table, a saved head.
+    """A module with weights of named adapters: a wrapped Linear, a prompt embedding, a saved head.
 
     Methods take an adapter's name as `adapter`.
     """
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the names of the adapters that have weights here."""
+        """Return the names of the adapters that have weights in this module."""
         ...
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return what trains."""
+        """Return the trainable parameters of the adapter."""
         ...
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds, by the end of its key."""
+        """Return {end of the file key: slot} for the tensors that a file stores."""
         ...
 
     def drop(self, adapter: str) -> None:
-        """Take the adapter's weights out, and undo what its creation did to the base."""
+        """Remove the adapter's weights, and undo changes that its creation made to the base."""
         ...
 
 
 @runtime_checkable
 class LeavesBehind(Protocol):
-    """An `AdapterModule` that is replaced by something other than the original when adapters are unloaded."""
+    """An `AdapterModule` that is not simply replaced by the original module when adapters are unloaded."""
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapters that have weights here."""
+        """Return the adapters that have weights in this module."""
         ...
 
     def remains(self, adapters: tuple[str, ...]) -> nn.Module:
-        """Return that module, when `adapters` are to stay in effect."""
+        """Return the module that replaces this one when it is unloaded and the effect of `adapters` has to remain."""
         ...
 
 
 def module_slots(module: nn.Module) -> dict[str, Slot]:
-    """Return a slot for every parameter and persistent buffer of a whole module, by its name in the state dict."""
+    """Return {name in the state dict: slot} for every parameter and persistent buffer of `module` and its submodules."""
     found = {}
     for path, part in module.named_modules():
         if is_hidden(part):

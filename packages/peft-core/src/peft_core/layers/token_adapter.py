@@ -1,4 +1,4 @@
-"""The module inside `TokenRows` that holds the rows."""
+"""The submodule of `TokenRows` that stores the trainable rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..selection.switching import SelectionMixin
 
 
 class InitialRows(nn.Module):
-    """Buffers by adapter that no file holds: rows as they were when they began to train."""
+    """Non-persistent buffers, one per adapter: the initial values of its trainable rows. They are not saved to files."""
 
 
 class TokenAdapter(SelectionMixin):
-    """The parameters of a `TokenRows`, under the names that the reference implementation has in memory; switched with it.
+    """Stores the parameters of a `TokenRows` under the in-memory names of the reference implementation, and shares its adapter selection.
 
     Args:
         base_layer: the module whose output the rows overwrite.
-        rows: the wrapper that this belongs to.
+        rows: the `TokenRows` wrapper that contains this module.
     """
 
     adapter_layer_names = ("trainable_tokens_delta",)
@@ -31,11 +31,11 @@ class TokenAdapter(SelectionMixin):
         self.base_layer = base_layer
         self.trainable_tokens_delta = nn.ParameterDict()
         self.trainable_tokens_original = InitialRows()
-        self.__dict__["rows"] = rows  # not a child of this module: it is the parent
+        self.__dict__["rows"] = rows  # in __dict__, because the parent module must not be registered as a child
 
     @property
     def selection(self) -> AdapterSelection:
-        """That of the rows."""
+        """The adapter selection of the `TokenRows` wrapper."""
         found: AdapterSelection = self.__dict__["rows"].selection
         return found
 
@@ -49,19 +49,19 @@ class TokenAdapter(SelectionMixin):
         return super().__getattr__(name)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """As of a layer."""
+        """Make these adapters active, see `TokenRows.set_adapter`."""
         self.__dict__["rows"].set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """As of a layer."""
+        """Switch adapters on or off, see `TokenRows.enable_adapters`."""
         self.__dict__["rows"].enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """As of a layer."""
+        """Delete an adapter, see `TokenRows.delete_adapter`."""
         self.__dict__["rows"].delete_adapter(adapter_name)
 
 
-#: attributes that are those of the wrapper
+#: attributes that are looked up on the `TokenRows` wrapper
 _OF_ROWS = frozenset(
     [
         "adapters",

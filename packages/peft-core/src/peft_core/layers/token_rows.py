@@ -1,4 +1,4 @@
-"""Trainable rows of an embedding, applied to its output without copying the weight."""
+"""Trainable rows of an embedding matrix. They overwrite parts of the module's output, so that the weight is not copied."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .adapter_layer import AdapterLayer
 from .slots import Slot
 from .token_adapter import InitialRows, TokenAdapter
 
-#: output layers of at most so many numbers are multiplied as a whole: that takes no longer, and scores have the bits that they have when merged
+#: an output layer whose weight has at most this many entries is multiplied as a whole: this is as fast, and logits equal the merged ones bit for bit
 SMALL = 2**16
 
 
 @dataclass(frozen=True)
 class RowSettings:
-    """The settings of one adapter's rows in one layer.
+    """The settings of one adapter's trainable rows in one layer.
 
     Args:
-        path: of the module in the base, for messages.
-        indices: which rows; each once, from 0.
-        source: the layer that holds them, where the module has its weight in common with another one; None: this one.
-        partly_tied: the base's weight also belongs to a module that does not get these rows.
-        random: the rows start as normal random numbers instead of the base's.
+        path: path of the module in the base model, for error messages.
+        indices: row indices, counted from 0, without duplicates.
+        source: the layer that stores the rows, if this module's weight is tied to the weight of that layer's module; None: this layer stores them.
+        partly_tied: the base weight is also used by a module that does not get these trainable rows.
+        random: initialise the rows with standard normal random numbers instead of the values of the base weight.
     """
 
     path: str
@@ -47,12 +47,12 @@ class RowSettings:
 
 @dataclass(frozen=True)
 class _Table:
-    """The numbers of an adapter's rows, as look-ups need them.
+    """The row indices of an adapter as tensors, prepared for looking up token ids.
 
     Args:
-        indices: (n,), in the order of the rows.
-        ascending: (n + 1,), sorted; the last is larger than every id.
-        positions: (n + 1,), the row of each of `ascending`; n for the last.
+        indices: (n,), row indices in the order of the adapter's trainable rows.
+        ascending: (n + 1,), the same indices sorted; the last entry is a sentinel that is larger than every token id.
+        positions: (n + 1,), for each entry of `ascending` its position in `indices`; n for the sentinel.
     """
 
     indices: Tensor
@@ -70,16 +70,16 @@ class _Table:
 
 
 class RowsMerging(LayerMerging):
-    """Merging of trainable rows: they overwrite those of the base weight, also for modules that have the weight in common."""
+    """Merging of trainable rows: they overwrite rows of the base weight. Modules that are tied to the same weight see the new rows, too."""
 
     @property
     def adapters(self) -> list[str]:
-        """The adapters whose rows are in the base weight, whether this layer or that with the same weight wrote them there."""
+        """The adapters whose rows are merged into the base weight, by this layer or by the layer that has the same (tied) weight."""
         written = super().adapters
         return [*written, *(adapter for adapter in self.layer.sources if adapter not in written and self.layer._is_merged_by_source(adapter))]
 
     def plan(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those `adapters` whose rows are not in the weight yet; None if there is nothing to do."""
+        """Return the `Merge` of those `adapters` whose rows are not merged into the weight yet; None if no such adapter is left."""
         layer, mergeable = self.layer, self.mergeable(adapters)
         if not mergeable:
             return None
@@ -88,16 +88,16 @@ class RowsMerging(LayerMerging):
         return Merge(base, mergeable, [RowsFold(base, layer.weight_name, self.change_of(mergeable), shared=partly_tied)])
 
     def change_of(self, adapters: Sequence[str]) -> RowsChange:
-        """Return the change that writes the rows of `adapters`."""
+        """Return the `RowsChange` that writes the rows of `adapters` into a weight."""
         rows = [(adapter, self.layer.rows_of(adapter)) for adapter in adapters]
         return RowsChange([(self.layer.table(adapter, values.device).indices, values) for adapter, values in rows])
 
 
 class TrainableRowsLayer(AdapterLayer):
-    """E' = E with E'[T] = D: rows T of an embedding, or of the output layer that has its weight in common with it, are those of D.
+    """E' = E with E'[T] = D: replaces the rows T of an embedding matrix, or of the output layer that is tied to it, by the trainable rows D.
 
-    The base computes as ever; where its input is in T (of an output layer: where its output is), the result is overwritten. It is always
-    the outermost wrapper, so that a row is what D says whatever other adapters do to the rest of the table.
+    The base module runs unchanged. Then its output is overwritten: for an embedding, at the positions whose token id is in T; for an output
+    layer, in the columns T. This layer is always the outermost wrapper, so that the rows T equal D whatever other adapters add to the weight.
 
     Shapes: `trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
@@ -108,9 +108,9 @@ class TrainableRowsLayer(AdapterLayer):
     per_adapter: ClassVar[tuple[str, ...]] = ("scaling", "indices", "tables", "sources", "partly_tied")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("trainable_tokens_delta",)
     other_param_names: ClassVar[tuple[str, ...]] = ("indices",)
-    #: what files call the rows, behind the path of the module
+    #: key of the rows in adapter files, after the path of the module
     key: ClassVar[str] = "trainable_tokens_delta"
-    #: whether files have rows that two modules have in common under the names of both
+    #: whether a file stores rows that two tied modules share twice, under the names of both modules
     written_twice: ClassVar[bool] = True
 
     def __init__(self, base_layer: nn.Module, selection: AdapterSelection) -> None:
@@ -118,41 +118,41 @@ class TrainableRowsLayer(AdapterLayer):
         self.create_containers(base_layer)
         self.indices: dict[str, tuple[int, ...]] = {}
         self.tables: dict[str, _Table] = {}
-        #: adapter → the layer that holds its rows, where it is another one
+        #: adapter → the layer that stores its rows, for adapters whose rows are stored in another (tied) layer
         self.sources: dict[str, TrainableRowsLayer] = {}
         self.partly_tied: dict[str, bool] = {}
         self._borrows = False
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Adapter → the tokens whose rows it trains, in the order given."""
+        """Adapter → the token ids whose rows it trains, in the order in which they were given."""
         return {adapter: list(indices) for adapter, indices in self.indices.items()}
 
     def create_containers(self, base_layer: nn.Module) -> None:
-        """Create the empty containers for rows of `base_layer`."""
+        """Create the empty containers for trainable rows of `base_layer`, and for their initial values."""
         self.trainable_tokens_delta = nn.ParameterDict()
         self.trainable_tokens_original = InitialRows()
 
     @property
     def container_module(self) -> Any:
-        """The module that has the containers of the rows."""
+        """The module that stores the trainable rows and their initial values."""
         return self
 
     def put_inside(self, module: nn.Module) -> None:
-        """Set the module whose output the rows overwrite: the base or a wrapper around it."""
+        """Set `module` as the module whose output the rows overwrite: the base module or a wrapper around it."""
         self._modules["base_layer"] = module
 
     # ---- weights ---------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: RowSettings) -> None:
-        """Create an adapter's rows with the values of the base's, or use those of another layer.
+        """Create an adapter's trainable rows as copies of the base weight's rows, or use the rows of the layer `config.source`.
 
-        Others may have rows of the same tokens; only one of them can be in use at a time (`refuse_common_rows`).
+        Several adapters may have rows for the same tokens; only one of these adapters can be active at a time (`refuse_common_rows`).
         """
         self.indices[adapter], self.partly_tied[adapter] = config.indices, config.partly_tied
         container_module = self.container_module
         if config.source is not None:
             self.sources[adapter] = config.source
-            if not container_module.trainable_tokens_delta:  # as in the reference implementation, both have the rows under their names
+            if not container_module.trainable_tokens_delta:  # as in the reference implementation, both modules show the rows under their names
                 self._borrows, container_module.trainable_tokens_delta = True, config.source.container_module.trainable_tokens_delta
             return
         if self._borrows:
@@ -164,17 +164,17 @@ class TrainableRowsLayer(AdapterLayer):
         container_module.trainable_tokens_delta[adapter] = self.init_options.parameter_of(start)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use these adapters in this module, as every layer.
+        """Make these adapters the active ones in this module, as in every adapter layer.
 
         Raises:
-            RoutingError: two of them have rows of the same tokens; nothing changes then.
+            RoutingError: two of the adapters have rows for the same tokens; nothing is changed then.
         """
         if not isinstance(adapter_names, str):
             refuse_common_rows("this module", [self], adapter_names, RoutingError)
         super().set_adapter(adapter_names, inference_mode)
 
     def _initial_rows(self, adapter: str) -> Tensor:
-        """Return the rows of the base (|T|, dim) as they were before this adapter's own initialisation changed the base."""
+        """Return the rows T of the base weight, (|T|, dim), as they were before the initialisation of this adapter shifted the base weight."""
         weight = self.base_weight().detach()
         indices = self.tables[adapter].indices.to(weight.device)
         rows = weight[indices]
@@ -187,12 +187,12 @@ class TrainableRowsLayer(AdapterLayer):
         return rows
 
     def rows_of(self, adapter: str) -> Tensor:
-        """Return D (|T|, dim)."""
+        """Return the trainable rows D of the adapter, (|T|, dim)."""
         found: Tensor = self.sources.get(adapter, self).container_module.trainable_tokens_delta._parameters[adapter]
         return found
 
     def table(self, adapter: str, device: torch.device) -> _Table:
-        """Return the numbers of the rows, on a device."""
+        """Return the adapter's row indices (`_Table`) on `device`; the result is stored for the next call."""
         holder = self.sources.get(adapter, self)
         found = holder.tables[adapter]
         if found.indices.device != device:
@@ -200,23 +200,23 @@ class TrainableRowsLayer(AdapterLayer):
         return found
 
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield (end of the file key, module, attribute) of the rows, if they are this layer's own."""
+        """Yield (end of the file key, module, attribute) of the rows; nothing for rows of another layer, unless `written_twice` is set."""
         if adapter in self.indices and (adapter not in self.sources or self.written_twice):
             yield self.key, self.sources.get(adapter, self).container_module.trainable_tokens_delta, adapter
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds of the rows; those of another layer may be missing in it."""
+        """Return the slots of the rows in a file; slots of rows that another layer stores are optional."""
         return {key: replace(slot, optional=adapter in self.sources) for key, slot in super().slots(adapter).items()}
 
     def further_slots(self, adapter: str) -> dict[str, Slot]:
-        """Return what a file may hold besides: the reference implementation also writes rows for modules that have their weight in common."""
+        """Return slots that a file may contain in addition: the reference implementation writes shared rows for each of the tied modules."""
         source = self.sources.get(adapter)
         return {} if source is None else {self.key: Slot.of(source.container_module.trainable_tokens_delta, adapter)}
 
     def drop(self, adapter: str) -> None:
-        """Take the adapter's rows out; a name that is not here is ignored."""
+        """Remove the adapter's rows; a name without rows in this layer is ignored."""
         container_module = self.container_module
-        if adapter in self.tables:  # its own
+        if adapter in self.tables:  # this layer stores the rows
             if adapter in container_module.trainable_tokens_delta:
                 del container_module.trainable_tokens_delta[adapter]
             container_module.trainable_tokens_original._buffers.pop(adapter, None)
@@ -233,7 +233,7 @@ class TrainableRowsLayer(AdapterLayer):
 
     # ---- forward ---------------------------------------------------------------------------------------------------
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return `y` with what the rows say: an embedding's where ids are in T, an output layer's in the columns T (with its bias)."""
+        """Return `y` overwritten by the rows: of an embedding at the ids in T, of an output layer in the columns T (with its bias)."""
         if self._is_merged_by_source(adapter):
             return y
         base: Any = self.get_base_layer()
@@ -249,7 +249,7 @@ class TrainableRowsLayer(AdapterLayer):
         return y.index_copy_(-1, table.indices, changed.to(y.dtype))
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """Return E' − E as a matrix (out, in), for E as it was when the adapter was made; all but the rows is 0."""
+        """Return E' − E as a matrix (out, in), with E as it was when the adapter was created; all entries outside the rows T are 0."""
         original = self.sources.get(adapter, self).container_module.trainable_tokens_original._buffers[adapter]
         assert original is not None
         rows = self.rows_of(adapter) - original
@@ -258,7 +258,7 @@ class TrainableRowsLayer(AdapterLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with the rows of the adapters in use written over it, as whoever multiplies with it by hand needs it; else the base's."""
+        """A copy of the base weight with the rows of the active adapters, for code that uses the weight directly; else the base weight itself."""
         weight = self.get_base_weight()
         active = [
             adapter
@@ -272,12 +272,12 @@ class TrainableRowsLayer(AdapterLayer):
 
     # ---- merging ---------------------------------------------------------------------------------------------------
     def base_weight(self) -> Tensor:
-        """Return the base weight as it is when nothing is merged, by this layer or by that with the same weight; not to be written to."""
+        """Return the base weight without anything merged by this layer or by the layer with the same (tied) weight; read-only."""
         source = next((source for adapter, source in self.sources.items() if self._is_merged_by_source(adapter)), None)
         return super().base_weight() if source is None else source.base_weight()
 
     def _is_merged_by_source(self, adapter: str) -> bool:
-        """Return whether the layer that holds the rows has written them into the very weight that this layer uses."""
+        """Return whether another layer stores the adapter's rows and has merged them into the same weight tensor that this layer uses."""
         source = self.sources.get(adapter)
         if source is None or not source.merged:
             return False
@@ -287,13 +287,13 @@ class TrainableRowsLayer(AdapterLayer):
 
 
 def refuse_common_rows(path: str, layers: Iterable[TrainableRowsLayer], adapters: Iterable[str], error: type[PeftError]) -> None:
-    """Check that no two of some adapters have rows of the same tokens: they can't be in use at once, nor in one weight.
+    """Raise `error` if two of the `adapters` have rows for the same tokens: such adapters can't be active, or merged, at the same time.
 
     Args:
-        path: of a module of the base, for the message.
-        layers: those around it.
-        adapters: names.
-        error: what is raised otherwise.
+        path: path of a module of the base model, for the error message.
+        layers: the trainable-rows layers around this module.
+        adapters: names of the adapters to check.
+        error: class of the exception to raise.
     """
     owners: dict[int, str] = {}
     for adapter in dict.fromkeys(adapters):
@@ -308,7 +308,7 @@ def refuse_common_rows(path: str, layers: Iterable[TrainableRowsLayer], adapters
 
 
 class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
-    """Rows that a part of an adapter trains which every method may have (`trainable_token_indices`).
+    """Trainable rows that a config of any method can ask for with `trainable_token_indices`, in addition to the method itself.
 
     Shapes: `token_adapter.trainable_tokens_delta.<adapter>` (|T|, dim), in the order in which the indices were given.
     """
@@ -318,38 +318,38 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
 
     @property
     def token_indices(self) -> dict[str, list[int]]:
-        """Adapter → the tokens whose rows it trains, in the order given."""
+        """Adapter → the token ids whose rows it trains, in the order in which they were given."""
         return {adapter: list(indices) for adapter, indices in self.indices.items()}
 
     def create_containers(self, base_layer: nn.Module) -> None:
-        """Create the empty containers for rows, in a module around the base."""
-        # in this order parameters get the names that begin with token_adapter
+        """Create the empty containers for trainable rows in a `TokenAdapter` around `base_layer`."""
+        # token_adapter is registered first: named_parameters() gives a shared tensor the name of its first occurrence
         del self._modules["base_layer"]
         self.token_adapter = TokenAdapter(base_layer, self)
         self._modules["base_layer"] = base_layer
 
     @property
     def container_module(self) -> Any:
-        """The module that has the containers of the rows."""
+        """The module that stores the trainable rows and their initial values."""
         return self.token_adapter
 
     @property
     def original_module(self) -> nn.Module:
-        """The module of the base."""
+        """The wrapped module of the base model."""
         return self.get_base_layer()
 
     def put_inside(self, module: nn.Module) -> None:
-        """Set the module whose output the rows overwrite: the base, or a wrapper around it."""
+        """Set `module` as the module whose output the rows overwrite: the base module or a wrapper around it."""
         super().put_inside(module)
         self.token_adapter._modules["base_layer"] = module
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return key in an adapter's file → key in memory, both behind the path of this module; none for rows of another layer."""
+        """Return {key in an adapter's file: key in memory}, both relative to this module's path; empty if another layer stores the rows."""
         return {self.key: join(self.key, adapter_name)} if adapter_name in self.tables else {}
 
-    # ---- names in state dicts: the base stands under token_adapter only ----------------------------------------------
+    # ---- names in state dicts: the base module is listed under token_adapter only -----------------------------------
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the tensors, each once, as the reference implementation names them."""
+        """Return the state dict with each tensor once, under the name that the reference implementation uses."""
         found = super().state_dict(*args, **kwargs)
         for name in duplicates_of_token_adapter(found, kwargs.get("prefix", "")):
             del found[name]
@@ -361,9 +361,9 @@ class TokenRows(TrainableRowsLayer, AuxiliaryTrainingWrapper):
 
 
 def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor, y: Tensor) -> Tensor:
-    """Return `y` with the rows where `ids` (…) has their numbers: looked up as the base does it, out of a table of |T| + 1 rows.
+    """Return `y` (…, dim), overwritten by trainable rows where `ids` (…) are in T. The look-up works as in the base, in a table of |T| + 1 rows.
 
-    The last row stands for all other ids, `padding` is the one that gets no gradient.
+    The last row of this table is a dummy for all ids outside T; `padding` is the position of the row that gets no gradient.
     """
     at = torch.searchsorted(table.ascending, ids)
     hit = table.ascending[at] == ids
@@ -371,6 +371,6 @@ def _looked_up(base: Any, rows: Tensor, table: _Table, padding: int, ids: Tensor
     small = F.pad(rows, (0, 0, 0, 1))
     if type(base) is nn.Embedding:
         found = F.embedding(positions, small, padding, base.max_norm, base.norm_type, base.scale_grad_by_freq)
-    else:  # with a scale, or whatever else the class does
+    else:  # a subclass may scale its output or do anything else: run its own forward
         found = with_weight(base, small, padding_idx=padding, sparse=False)(positions)
     return torch.where(hit.unsqueeze(-1), found.to(y.dtype), y)

@@ -1,4 +1,4 @@
-"""What a merge does to a weight, as objects and not closures, so that a merged model can be copied and pickled."""
+"""Classes that describe how a merge changes a weight. They are objects, not closures, so that a merged model can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..base.ops import BaseOps
 
 
 class ChangedLayer(Protocol):
-    """What changes of a weight ask of the layer whose adapters they fold in; see `AdapterLayer`."""
+    """The interface that the classes of this module need of the layer whose adapters are merged; see `AdapterLayer`."""
 
     scaling: dict[str, float]
     ops: BaseOps
 
     @property
     def weight(self) -> Tensor:
-        """The base weight, in its own layout."""
+        """The weight of the base layer, in the layout in which the base layer stores it."""
         ...
 
     def holders(self, adapter: str) -> Iterator[tuple[str, nn.Module, str]]:
@@ -32,20 +32,20 @@ class ChangedLayer(Protocol):
         ...
 
     def weight_factor(self, adapter: str) -> Tensor | None:
-        """Return what W + ΔW is multiplied by; None for a sum."""
+        """Return the factor by which W + ΔW is multiplied elementwise; None: there is no factor."""
         ...
 
     def merged_weight(self, adapter: str, weight: Tensor) -> Tensor:
-        """Return the weight with the adapter folded in."""
+        """Return the weight with the adapter merged."""
         ...
 
     def merged_bias(self, adapter: str, bias: Tensor | None) -> Tensor | None:
-        """Return the bias with the adapter folded in."""
+        """Return the bias with the adapter merged."""
         ...
 
 
 class WeightChange:
-    """W → W' of effects that say it as a whole (`merged_weight`) and have no way back but a copy."""
+    """W → W' for effects that compute the whole merged weight (`merged_weight`). It has no inverse: unmerging needs a copy of W."""
 
     additive = False
     invertible = False
@@ -54,18 +54,18 @@ class WeightChange:
         self.layer, self.adapters = layer, tuple(adapters)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return the weight with all effects folded in, in the widest dtype that took part."""
+        """Return the weight with all adapters merged, in the widest of the dtypes involved."""
         for adapter in self.adapters:
             weight = self.layer.merged_weight(adapter, weight)
         return weight
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return `weight`: there is no way back."""
+        """Return `weight` unchanged: this change has no inverse."""
         return weight
 
 
 class BiasChange:
-    """b → b' as `merged_bias` says, one adapter after the other. A copy of the few numbers is the way back."""
+    """b → b', computed by `merged_bias` for one adapter after the other. Unmerging restores a copy of b, which is small."""
 
     additive = True
     invertible = False
@@ -74,7 +74,7 @@ class BiasChange:
         self.layer, self.adapters = layer, tuple(adapters)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return the bias with all effects folded in."""
+        """Return the bias with all adapters merged."""
         for adapter in self.adapters:
             changed = self.layer.merged_bias(adapter, weight)
             assert changed is not None
@@ -82,34 +82,34 @@ class BiasChange:
         return weight
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return `weight`: there is no way back."""
+        """Return `weight` unchanged: this change has no inverse."""
         return weight
 
 
 class Product:
-    """s·B·A, multiplied out when it is asked for: a few rows and columns instead of a second weight.
+    """s·B·A, which is multiplied when it is called: the small factors are stored instead of a matrix as large as the weight.
 
     Args:
-        a: (r, in).
-        b: (out, r).
-        scaling: s.
+        a: A, (r, in).
+        b: B, (out, r).
+        scaling: the factor s.
     """
 
     def __init__(self, a: Tensor, b: Tensor, scaling: float) -> None:
-        # clones are aligned as the allocator aligns, so that the same product is rounded the same way later
+        # a clone has the allocator's memory alignment, so that the same product is rounded in the same way later
         self.a, self.b, self.scaling = a.detach().clone(), b.detach().clone(), scaling
 
     def __call__(self, device: torch.device) -> Tensor:
-        """Return it (out, in)."""
+        """Return s·B·A, (out, in), on `device`."""
         return self.b.to(device) @ self.a.to(device) * self.scaling
 
 
 class Subtraction:
-    """W → W − Δ with a Δ (out, in) that was computed once.
+    """W → W − Δ with a fixed Δ (out, in).
 
     Args:
         delta: Δ, or its factors.
-        ops: lays it out as the weight is.
+        ops: converts Δ to the layout of the weight.
     """
 
     additive = True
@@ -123,25 +123,25 @@ class Subtraction:
         return self.delta.to(device) if isinstance(self.delta, Tensor) else self.delta(device)
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return `weight`, in the layout of the base, − Δ."""
+        """Return `weight` − Δ; `weight` has the layout of the base layer."""
         return _sum(weight, -self.ops.to_weight_layout(self.matrix(weight.device)))
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return `weight`, in the layout of the base, + Δ."""
+        """Return `weight` + Δ; `weight` has the layout of the base layer."""
         return _sum(weight, self.ops.to_weight_layout(self.matrix(weight.device)))
 
 
 class AffineChange:
-    """W → factor ⊙ (W + Δ), one adapter after the other, and back. Most effects are of this kind: for sums there is no factor.
+    """W → factor ⊙ (W + Δ), for one adapter after the other, and its inverse. Most methods are of this kind; additive ones have no factor.
 
-    The few parameters of the adapters are kept as they were when merged, and Δ is multiplied out of them again when it is taken out.
+    Copies of the adapters' parameters at the time of the merge are stored (they are small); unmerging computes Δ from these copies again.
     """
 
     invertible = True
 
     def __init__(self, layer: ChangedLayer, adapters: Sequence[str]) -> None:
         self.layer = layer
-        # clones are aligned as the allocator aligns, so that the same product is rounded the same way later
+        # a clone has the allocator's memory alignment, so that the same product is rounded in the same way later
         self.kept = {
             adapter: (
                 _fixed(layer.scaling[adapter]),
@@ -153,8 +153,8 @@ class AffineChange:
         self.additive = not self.factors
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return the weight with all effects folded in, in the widest dtype that took part."""
-        if self.additive:  # summed first: one rounding of a small number instead of one of a large number for each adapter
+        """Return the weight with all adapters merged, in the widest of the dtypes involved."""
+        if self.additive:  # the deltas are summed first, so that the large weight is rounded once and not once per adapter
             return _sum(weight, self._total())
         for adapter in self.kept:
             weight = _sum(weight, self._stored(adapter))
@@ -163,7 +163,7 @@ class AffineChange:
         return weight
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return what `apply` was given, up to rounding."""
+        """Return the weight before `apply`, up to rounding."""
         if self.additive:
             return _sum(weight, -self._total())
         for adapter in reversed(self.kept):
@@ -192,7 +192,7 @@ class AffineChange:
 
     @contextlib.contextmanager
     def as_merged(self, adapter: str) -> Iterator[None]:
-        """Inside the block the adapter has the values that it had when it was merged."""
+        """Context manager: inside the block the adapter has the scaling and the parameters that it had when it was merged."""
         layer, (scaling, values) = self.layer, self.kept[adapter]
         present: list[tuple[Any, str, str]] = [
             (module._parameters if name in module._parameters else module._buffers, name, key) for key, module, name in layer.holders(adapter)
@@ -211,12 +211,12 @@ class AffineChange:
 
 
 def _fixed(scaling: float) -> float:
-    """Return a scaling that stays as it is: where it is a tensor (of a compiled model), somebody may fill it with another value."""
+    """Return a copy of the scaling if it is a tensor (in a compiled model), because such a tensor may be overwritten in place later."""
     return scaling.clone() if isinstance(scaling, Tensor) else scaling
 
 
 def home_of(module: nn.Module, name: str) -> dict[str, Any]:
-    """Return the dict of a module in which a parameter or buffer is."""
+    """Return the dict of `module` that contains the parameter or buffer `name`: `_parameters` or `_buffers`."""
     return module._parameters if name in module._parameters else module._buffers
 
 
