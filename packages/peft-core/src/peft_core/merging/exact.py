@@ -1,7 +1,8 @@
 """Merges changes into weights so that unmerging is exact, bit for bit.
 
-W' = round(W + Δ) loses bits of W. The loss is small: read as integers, the bit patterns of W and of round(W' − Δ) are close. Their differences are
-stored as int8 (one byte per weight, instead of a full copy), the few that overflow as a sparse list; where too many overflow, a full copy is stored.
+The merged weight W' = round(W + Δ) loses bits of W. The loss is small: if the bit patterns of W and of round(W' − Δ) are read as integers, they are
+close to each other. Their differences are stored as int8 (one byte per weight, instead of a full copy). The few differences that overflow int8 are
+stored as a sparse list. If too many overflow, a full copy of W is stored instead.
 """
 
 from __future__ import annotations
@@ -17,13 +18,19 @@ from ..base.weight import MERGES
 from ..errors import MergeError
 
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float64: torch.int64}
-#: when more than this share of the differences do not fit in int8, a full copy is smaller
+#: if more than this fraction of the differences does not fit in int8, a full copy of the weight takes less memory
 _SPARSE_SHARE = 0.15
 
 
 @dataclass(frozen=True)
 class Residual:
-    """Integers that turn round(W' − Δ) back into W."""
+    """The integer differences between the bit patterns of W and of round(W' − Δ): added to the latter, they give W again.
+
+    Attributes:
+        small: the differences that fit in int8, in the shape of the weight; 0 where a difference does not fit.
+        large_at: the flat positions of the differences that do not fit in int8.
+        large: the values of those differences.
+    """
 
     small: Tensor
     large_at: Tensor
@@ -31,21 +38,21 @@ class Residual:
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept while merged."""
+        """The number of bytes that these tensors take while the change is merged."""
         return sum(t.numel() * t.element_size() for t in (self.small, self.large_at, self.large))
 
 
 class Change(Protocol):
-    """A change of a weight: what goes in, and, where it can be said, the way back."""
+    """A change of a weight: how to apply it, and, if it is invertible, how to remove it again."""
 
     @property
     def additive(self) -> bool:
-        """Whether it is a sum: then the order of merges does not matter."""
+        """Whether the change only adds to the weight (W + Δ): then the order of merges does not matter."""
         ...
 
     @property
     def invertible(self) -> bool:
-        """Whether `invert` leads back up to rounding; if not, a copy of the weight is kept."""
+        """Whether `invert` returns the original weight up to rounding; if False, merging stores a copy of the weight."""
         ...
 
     def apply(self, weight: Tensor) -> Tensor:
@@ -53,18 +60,18 @@ class Change(Protocol):
         ...
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return the weight without the change, up to rounding. Must give the same bits when called again."""
+        """Return the weight without the change, up to rounding. Two calls with the same weight must return the same bits."""
         ...
 
 
 class Fold:
-    """One change of one parameter that can be undone.
+    """One change of one parameter, which can be applied and undone.
 
     Args:
         owner: the module that has the parameter.
-        name: name of the parameter in it, of any shape.
-        change: what is done to it.
-        shared: it also belongs to another module (tied embeddings): while merged, `owner` holds a parameter of its own.
+        name: the name of the parameter in `owner`; the parameter can have any shape.
+        change: the change of the parameter.
+        shared: whether the parameter also belongs to another module (tied embeddings). If so, `owner` has a separate parameter while merged.
     """
 
     def __init__(self, owner: nn.Module, name: str, change: Change, *, shared: bool = False) -> None:
@@ -76,7 +83,7 @@ class Fold:
         self._threads = torch.get_num_threads()
 
     def prepare(self) -> Tensor:
-        """Return the changed parameter's value, of its shape, without touching anything."""
+        """Return the merged value, in the shape of the parameter, and store what `undo` needs. Does not modify the parameter."""
         # after an undo, the next merge may start from another weight: all saved state is reset
         parameter = self.owner.get_parameter(self.name)
         self._original = parameter if self._shared else None
@@ -90,7 +97,7 @@ class Fold:
             return merged
 
     def put(self, merged: Tensor) -> None:
-        """Put `merged`, of the parameter's shape, in place: into the same parameter, or into one of its own where the parameter is shared."""
+        """Write `merged` (in the shape of the parameter) into the parameter, or, if that is shared, into a new parameter of `owner`."""
         parameter = self.owner.get_parameter(self.name)
         if self._original is not None:
             self.owner.register_parameter(self.name, nn.Parameter(merged, requires_grad=parameter.requires_grad))
@@ -99,7 +106,7 @@ class Fold:
             parameter.copy_(merged)
 
     def undo(self) -> None:
-        """Restore the parameter as it was before."""
+        """Restore the value that the parameter had before the merge."""
         if self._original is not None:
             self.owner.register_parameter(self.name, self._original)
             return
@@ -108,13 +115,13 @@ class Fold:
             parameter.copy_(self.before(parameter.detach()))
 
     def before(self, merged: Tensor) -> Tensor:
-        """Return the value that was there before, given `merged`, the one that is there now, of the same shape. Changes nothing."""
+        """Return the value from before the merge, given the current value `merged`, in the same shape. Changes nothing."""
         if self._original is not None:
             return self._original.detach()
         if self._copy is not None:
             return self._copy.to(merged.device)
         threads = torch.get_num_threads()
-        torch.set_num_threads(self._threads)  # with another number of threads the product could be split, and Δ rounded, differently
+        torch.set_num_threads(self._threads)  # another number of threads could split the matrix product, and so round Δ, differently
         try:
             plain = self.change.invert(merged).to(merged.dtype)
         finally:
@@ -125,7 +132,7 @@ class Fold:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept for the way back, besides the adapter's own parameters."""
+        """The number of bytes stored for `undo`, not counting the adapter's parameters."""
         copied = 0 if self._copy is None else self._copy.numel() * self._copy.element_size()
         return copied + (self._residual.nbytes if self._residual is not None else 0)
 
@@ -140,14 +147,14 @@ class Fold:
 
 
 class Merge:
-    """Adapters of one layer folded into its base: one fold for each parameter of the base that they change.
+    """The merge of one or more adapters of one layer into its base module: one `Fold` for each parameter of the base that they change.
 
     Args:
         owner: the base module.
-        adapters: what is merged.
-        folds: the changes.
-        permanent: undone when the adapter is deleted, not by unmerging: PiSSA and its relatives subtract the initial s·B·A from the base
-            weight.
+        adapters: the names of the adapters to merge.
+        folds: the changes, one for each changed parameter.
+        permanent: the merge is undone when the adapter is deleted, not by unmerging. For initialisations such as PiSSA, which subtract the
+            initial s·B·A from the base weight.
     """
 
     def __init__(self, owner: nn.Module, adapters: tuple[str, ...], folds: Sequence[Fold], *, permanent: bool = False) -> None:
@@ -155,19 +162,19 @@ class Merge:
 
     @property
     def additive(self) -> bool:
-        """Whether all changes are sums."""
+        """Whether all changes only add to their parameter (W + Δ)."""
         return all(fold.change.additive for fold in self.folds)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept for the way back."""
+        """The number of bytes stored for `undo`."""
         return sum(fold.nbytes for fold in self.folds)
 
     def prepare(self, *, check_finite: bool) -> list[Tensor]:
-        """Return the merged values, in the shapes of the parameters, without touching anything.
+        """Return the merged values, in the shapes of the parameters. Does not modify the parameters.
 
         Raises:
-            MergeError: `check_finite`, and one contains NaN or infinity.
+            MergeError: `check_finite` is True, and a merged value contains NaN or infinity.
         """
         values = []
         for fold in self.folds:
@@ -183,18 +190,18 @@ class Merge:
         return values
 
     def apply(self, values: Sequence[Tensor]) -> None:
-        """Put `values`, what `prepare` returned, in the shapes of the parameters, in place."""
+        """Write `values`, which `prepare` returned, into the parameters; each has the shape of its parameter."""
         for fold, merged in zip(self.folds, values, strict=True):
             fold.put(merged)
 
     def undo(self) -> None:
-        """Restore the base as it was before the merge."""
+        """Restore the parameters of the base to their values before the merge."""
         for fold in reversed(self.folds):
             fold.undo()
 
 
 def pristine(owner: nn.Module, name: str = "weight") -> Tensor:
-    """Return a parameter as it was before all that is merged into it now; detached, not to be written to."""
+    """Return a parameter's value without the adapters that are merged now; permanent merges stay in. Detached; do not write to it."""
     value: Tensor = getattr(owner, name).detach()
     for merge in reversed(owner.__dict__.get(MERGES, ())):
         if merge.permanent:
@@ -206,14 +213,14 @@ def pristine(owner: nn.Module, name: str = "weight") -> Tensor:
 
 
 def merges_of(owner: nn.Module) -> list[Merge]:
-    """Return the merges into the weight of `owner`, a module of the base, in the order in which they were done, whatever layers did them."""
+    """Return the merges into the base module `owner`, in the order in which they were done, whichever adapter layers did them."""
     stack: list[Merge] = owner.__dict__.setdefault(MERGES, [])
     return stack
 
 
 def _difference(weight: Tensor, plain: Tensor) -> Residual | None:
     bits = _BITS[weight.dtype]
-    # int32 patterns can differ by more than int32 holds (opposite signs): wrapping subtraction and addition still cancel exactly
+    # the difference of two int32 patterns can overflow int32 (opposite signs): subtraction and addition wrap around and still cancel exactly
     difference = weight.contiguous().view(bits) - plain.contiguous().view(bits)
     flat = difference.flatten()
     at = ((flat > 127) | (flat < -128)).nonzero().flatten()

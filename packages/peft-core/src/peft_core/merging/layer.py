@@ -1,4 +1,4 @@
-"""The merges of one adapter layer into its base weight and bias, and their exact (bit for bit) undoing."""
+"""Merges the adapters of one adapter layer into its base weight and bias, and unmerges them exactly (bit for bit)."""
 
 from __future__ import annotations
 
@@ -32,17 +32,18 @@ class MergeableLayer(ChangedLayer, Protocol):
 
 
 class LayerMerging:
-    """Merges adapters of one layer into its base weight and bias, and undoes it; the attribute `merging` of an `AdapterLayer`.
+    """Merges adapters of one layer into its base weight and bias, and unmerges them; the attribute `merging` of an `AdapterLayer`.
 
     Args:
         layer: the adapter layer.
-        replaces_weight: the merged weight is what the layer's `merged_weight` returns; otherwise factor ⊙ (W + ΔW), from its `weight_factor` and
-            `delta_weight`.
+        replaces_weight: True: the merged weight is what the layer's `merged_weight` returns. False: it is factor ⊙ (W + ΔW), computed from the
+            layer's `weight_factor` and `delta_weight`.
 
     Attributes:
         merges: merges of adapters in the order in which they were done; `unmerge` undoes them.
-        shifts: adapter → the merge that subtracts from the base weight what its initialisation asked for (PiSSA); undone when the adapter is deleted.
-        shared_weight: the base weight also belongs to another module (tied embeddings).
+        shifts: adapter → the merge that subtracts from the base weight the matrix that the adapter's initialisation requires (PiSSA). It is undone
+            when the adapter is deleted.
+        shared_weight: whether the base weight also belongs to another module (tied embeddings).
     """
 
     def __init__(self, layer: MergeableLayer, replaces_weight: bool = False) -> None:
@@ -58,13 +59,13 @@ class LayerMerging:
         return [adapter for merge in self.merges for adapter in merge.adapters]
 
     def mergeable(self, adapters: Sequence[str]) -> tuple[str, ...]:
-        """Return those of `adapters` that have weights in the layer and are not merged yet."""
+        """Return the names in `adapters` that have weights in this layer and are not merged yet."""
         merged = self.adapters
         return tuple(adapter for adapter in adapters if adapter in self.layer.scaling and adapter not in merged)
 
     # ---- merging -----------------------------------------------------------------------------------------------------
     def plan(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of the `mergeable` among `adapters`, without applying it; None if there are none.
+        """Return a `Merge` of the `mergeable` adapters among `adapters`, without applying it; None if none is mergeable.
 
         Raises:
             MergeError: an adapter can't be merged into this base.
@@ -81,7 +82,7 @@ class LayerMerging:
         return Merge(base, mergeable, folds)
 
     def weight_fold(self, change: Change, instead: str = "use the adapter unmerged") -> Fold:
-        """Return what makes `change` in the base weight, nothing done yet. `instead`: what somebody can do otherwise, for the message.
+        """Return a `Fold` that makes `change` in the base weight, not applied yet. `instead`: what the error message advises the user to do.
 
         Raises:
             MergeError: the weight can't be written to.
@@ -91,15 +92,16 @@ class LayerMerging:
         return Fold(base, name, change, shared=self.shared_weight)
 
     def change_of(self, adapters: Sequence[str]) -> Change:
-        """Return the change of the base weight that merging `adapters` is."""
+        """Return the `Change` of the base weight that merging `adapters` makes."""
         with torch.no_grad():
             return WeightChange(self.layer, adapters) if self.replaces_weight else AffineChange(self.layer, adapters)
 
     def merge(self, adapters: Sequence[str], *, check_finite: bool = False) -> None:
-        """Merge the `mergeable` among `adapters` into the base weight and bias.
+        """Merge the `mergeable` adapters among `adapters` into the base weight and bias.
 
         Raises:
-            MergeError: the order of nested layers is wrong, or (`check_finite`) the result is not finite; nothing is changed then.
+            MergeError: the adapters of nested layers would be merged in the wrong order, or `check_finite` is True and the merged values are
+                not finite. The weights are unchanged then.
         """
         refuse_wrong_order(self.layer, adapters)
         merge = self.plan(adapters)
@@ -110,7 +112,7 @@ class LayerMerging:
             self.layer.selection.drop_cached()
 
     def undo_last(self) -> None:
-        """Undo the last merge of this layer. No other layer may have merged into the same weight since."""
+        """Undo the last merge of this layer. Requires that no other layer has merged into the same weight after it."""
         merge = self.merges.pop()
         merge.undo()
         merges_of(merge.owner).remove(merge)
@@ -120,7 +122,7 @@ class LayerMerging:
     def unmerge(self) -> None:
         """Unmerge all adapters of this layer; the base weight is restored bit for bit.
 
-        Later merges of other layers around the same weight are undone first, and done again afterwards.
+        If other layers have merged into the same weight later, their merges are undone first and done again afterwards.
         """
         if self.merges:
             _undo_merges(self.layer.get_base_layer(), self.merges)
@@ -128,7 +130,7 @@ class LayerMerging:
             self.layer.selection.drop_cached()
 
     def settle(self) -> None:
-        """Forget all merges and shifts, so that they can't be undone: for unloading the base with its merged weight."""
+        """Forget all merges and shifts, so that they can't be undone any more. Used when the base is unloaded with its merged weight."""
         self.shifts.clear()
         self.merges.clear()
         self.layer.get_base_layer().__dict__.pop(MERGES, None)
@@ -138,7 +140,7 @@ class LayerMerging:
         """Subtract `delta` (out, in) from the base weight for as long as the adapter exists; see `AdapterLayer.shift_base`.
 
         Raises:
-            MergeError: something is merged into the weight, or it can't be written to.
+            MergeError: an adapter is merged into the weight, or the weight can't be written to.
         """
         fold = self.weight_fold(Subtraction(delta, self.layer.ops), "choose an initialisation that leaves the base weight as it is")
         base = fold.owner
@@ -153,13 +155,13 @@ class LayerMerging:
         self.layer.selection.drop_cached()
 
     def shift_of(self, adapter: str) -> Tensor | None:
-        """Return what an adapter's initialisation subtracted from the base weight, as a matrix (out, in); None if nothing."""
+        """Return the matrix (out, in) that an adapter's initialisation subtracted from the base weight; None if it subtracted nothing."""
         merge = self.shifts.get(adapter)
         change = merge.folds[0].change if merge is not None else None
         return change.matrix(execution_device(self.layer.get_base_layer(), self.layer.weight_name)) if isinstance(change, Subtraction) else None
 
     def unmerged_shifts(self) -> list[str]:
-        """Return the adapters that a `shift` belongs to and that are not merged: what is merged was made for the shifted weight."""
+        """Return the adapters that have a `shift` and are not merged. (A merged adapter belongs to the shifted weight, so its shift must stay.)"""
         merged = self.adapters
         return [adapter for adapter in self.shifts if adapter not in merged]
 
@@ -173,7 +175,7 @@ class LayerMerging:
 
 
 def _undo_merges(base: nn.Module, merges: Sequence[Merge]) -> None:
-    """Undo `merges`; later merges on the stack of `base` are undone first and done again afterwards."""
+    """Undo `merges`. Merges that were done later on `base` are undone first and done again afterwards."""
     stack = merges_of(base)
     wanted = set(map(id, merges))
     others: list[Merge] = []
@@ -191,7 +193,7 @@ def _undo_merges(base: nn.Module, merges: Sequence[Merge]) -> None:
 
 
 def _drop_empty_stack(base: nn.Module) -> None:
-    """Delete the list of merges on `base` if it is empty."""
+    """Delete the attribute of `base` that lists its merges, if the list is empty."""
     if not base.__dict__.get(MERGES, True):
         del base.__dict__[MERGES]
 
@@ -199,20 +201,23 @@ def _drop_empty_stack(base: nn.Module) -> None:
 def refuse_wrong_order(layer: Any, adapters: Sequence[str], inside_merges: Mapping[Any, Sequence[str]] | None = None) -> None:
     """Check that the model computes the same after merging adapters of `layer` as before.
 
-    An adapter with a factor, factor ⊙ (W + ΔW) (DoRA), also multiplies what acts before it: earlier adapters of its layer, and the layers
-    inside. Three merges are wrong:
+    An adapter with a factor (DoRA computes factor ⊙ (W + ΔW)) also multiplies the adapters that act before it: earlier adapters of its layer,
+    and the adapters of the layers that its layer wraps. Three merges are wrong:
 
-    - an adapter with a factor is merged, and one that acts before it stays unmerged: the factor would no longer multiply that one;
-    - an adapter is merged, and one with a factor in a layer further inside stays unmerged: that factor would multiply the merged one, too;
-    - an adapter is merged, and one with a factor in a layer further outside is merged already: that factor would not multiply the new one.
+    - An adapter with a factor is merged, and an adapter that acts before it stays unmerged: the factor would no longer multiply the unmerged
+      adapter.
+    - An adapter is merged, and an adapter with a factor in a wrapped (inner) layer stays unmerged: the factor would multiply the merged adapter,
+      too.
+    - An adapter is merged, and an adapter with a factor in a wrapping (outer) layer is merged already: the factor would not multiply the newly
+      merged adapter.
 
     Args:
         layer: the `AdapterLayer` where adapters are about to be merged.
-        adapters: those that the caller merges in it.
-        inside_merges: for each of the layers inside, those that the caller merges there; None: the same.
+        adapters: the names of the adapters that the caller merges in `layer`.
+        inside_merges: inner layer → the names of the adapters that the caller merges in it; None: `adapters` in each inner layer.
 
     Raises:
-        MergeError: one of the three would happen; nothing has changed.
+        MergeError: the merge is one of these three; nothing is changed.
     """
     mergeable = layer.merging.mergeable(adapters)
     if not mergeable:
@@ -245,7 +250,7 @@ def refuse_wrong_order(layer: Any, adapters: Sequence[str], inside_merges: Mappi
 
 
 def layers_inside(layer: Any) -> Iterator[Any]:
-    """Yield the adapter layers inside `layer`, the outermost first."""
+    """Yield the adapter layers that `layer` wraps, the outermost first."""
     inner = layer._modules["base_layer"]
     while isinstance(getattr(inner, "merging", None), LayerMerging):
         yield inner
@@ -253,13 +258,13 @@ def layers_inside(layer: Any) -> Iterator[Any]:
 
 
 def _left_unmerged(layer: Any, merged: Sequence[str]) -> list[str]:
-    """Return the active adapters of `layer` that are still unmerged once `merged` are merged."""
+    """Return the active adapters of `layer` that are still unmerged after the adapters in `merged` are merged."""
     merged_then = {*merged, *layer.merging.adapters}
     return [name for name in layer.selection.names if name in layer.scaling and name not in merged_then]
 
 
 def _left_unmerged_before(layer: Any, adapter: str, merged: Sequence[str]) -> list[str]:
-    """Return the active adapters of `layer` itself that come before `adapter` and are still unmerged once `merged` are merged."""
+    """Return the active adapters of `layer` that act before `adapter` and are still unmerged after the adapters in `merged` are merged."""
     names = layer.selection.names
     earlier = names[: names.index(adapter)] if adapter in names else names
     return [name for name in earlier if name in layer.scaling and name not in merged and name not in layer.merging.adapters]

@@ -1,4 +1,4 @@
-"""Rows of a weight overwritten, and put back."""
+"""Overwrites some rows of a weight when an adapter is merged, and restores them when it is unmerged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from .exact import Fold
 
 
 class RowsChange:
-    """W → W with some rows overwritten. The rows are kept as they were when merged."""
+    """A change W → W with some rows overwritten. It uses the values that the rows have when this object is created.
+
+    Args:
+        rows: pairs of (indices of rows, values of those rows); all pairs are concatenated.
+    """
 
     additive = False
     invertible = False
@@ -21,30 +25,31 @@ class RowsChange:
         self.rows = torch.cat([values.detach() for _, values in rows])
 
     def apply(self, weight: Tensor) -> Tensor:
-        """Return a weight with the rows."""
+        """Return a copy of `weight` with the rows overwritten."""
         return weight.index_copy(0, self.indices.to(weight.device), self.rows.to(weight))
 
     def invert(self, weight: Tensor) -> Tensor:
-        """Return `weight`: the way back is not in the rows."""
+        """Return `weight` unchanged: the old values can't be computed from the new rows."""
         return weight
 
 
 class RowsFold(Fold):
-    """Overwrites rows in place; the few that were there are the way back. With `shared`, in a weight of the owner's own meanwhile.
+    """Overwrites rows of a weight in place, and stores the old values of these rows for `undo`.
 
-    All modules that have the weight in common get the rows, as they should.
+    Without `shared`, all modules that use the same weight see the new rows, which is intended. With `shared`, the rows are written into a separate
+    parameter of `owner` while merged.
     """
 
     change: RowsChange
 
     def __init__(self, owner: nn.Module, name: str, change: RowsChange, *, shared: bool = False) -> None:
         super().__init__(owner, name, change, shared=shared)
-        #: the parameter in which the rows are
+        #: the parameter into which the rows were written; None while unmerged
         self.written: nn.Parameter | None = None
         self._before: Tensor | None = None
 
     def prepare(self) -> Tensor:
-        """Return what is written, without touching anything."""
+        """Return what `put` writes: the new rows, or, if `shared`, the whole merged weight. Does not modify the parameter."""
         if self._shared:
             return super().prepare()
         parameter = self.owner.get_parameter(self.name)
@@ -52,7 +57,7 @@ class RowsFold(Fold):
         return self.change.rows.to(parameter)
 
     def put(self, merged: Tensor) -> None:
-        """Write the rows."""
+        """Write `merged`, which `prepare` returned, into the weight."""
         if self._shared:
             super().put(merged)
         else:
@@ -60,7 +65,7 @@ class RowsFold(Fold):
         self.written = self.owner.get_parameter(self.name)
 
     def undo(self) -> None:
-        """Write back what was there."""
+        """Restore the old values of the rows."""
         if self._shared:
             super().undo()
         else:
@@ -69,14 +74,14 @@ class RowsFold(Fold):
         self.written = None
 
     def before(self, merged: Tensor) -> Tensor:
-        """Return the weight that was there before; changes nothing."""
+        """Return the weight from before the merge, given the current weight `merged`. Changes nothing."""
         if self._shared or self._before is None:
             return super().before(merged)
         return merged.index_copy(0, self.change.indices.to(merged.device), self._before.to(merged))
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept for the way back."""
+        """The number of bytes stored for `undo`."""
         return 0 if self._before is None else self._before.numel() * self._before.element_size()
 
     def _write(self, rows: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The wrapped model: what `PeftModel` and `PeftMixedModel` are, apart from prompts. Each method delegates to functions over the index."""
+"""`AdaptedModel`, the base class of `PeftModel` and `PeftMixedModel`. Its methods call functions that take the `AdapterIndex`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
     """A base model with adapters of any methods; see `PeftModel`."""
 
     task: ClassVar[TaskSpec] = NO_TASK
-    #: what `strict` is where a call does not say
+    #: the value of `strict` if a call does not pass it
     strict_loading: ClassVar[Strict] = True
 
     def __init__(
@@ -82,18 +82,18 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         base = index.base
         if getattr(getattr(base, "config", None), "pretraining_tp", 1) != 1:
             base.config.pretraining_tp = 1  # type: ignore[union-attr]
-        # without the attribute, assume checkpointing; read from the class, since the property warns
+        # without the attribute, assume checkpointing; look the attribute up in the class, since reading the property gives a warning
         if checkpointed(base) or not (hasattr(type(base), CHECKPOINTED) or CHECKPOINTED in base.__dict__):
             self.prepare_model_for_gradient_checkpointing(base)
 
     def _tuner_model(self, index: AdapterIndex, config: PeftConfig, called: nn.Module) -> TunerModel:
-        """Return what stands between this model and its base, for the first adapter's `config`; it calls `called`."""
+        """Return the `TunerModel` between this model and its base, for the first adapter's `config`; its forward calls `called`."""
         return TunerModel(index, called, self.restores_base)
 
     # ---- making one ------------------------------------------------------------------------------------------------
     @classmethod
     def class_for(cls, task: str) -> type[Any]:
-        """Return the class of models for a `task`, as in `TaskType`."""
+        """Return the class to instantiate for a `task`, a value of `TaskType`."""
         return cls
 
     @classmethod
@@ -114,22 +114,22 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> Self:
-        """Wrap a base with an adapter from a folder or the Hub. Everything is compared before the base is touched.
+        """Wrap a base with an adapter from a folder or the Hub. All tensors are checked before the base is changed.
 
         Args:
             model: the base.
-            model_id: folder, or repository id.
-            adapter_name: its name in this model; the files do not hold one.
-            is_trainable: it goes on training; default frozen and in eval mode.
-            config: use this config instead of the file's.
+            model_id: the folder, or the repository id on the Hub, of the adapter.
+            adapter_name: the adapter's name in this model; files do not contain a name.
+            is_trainable: True: the adapter is trainable. False: it is frozen, and the model is in eval mode.
+            config: the config to use instead of the config file.
             autocast_adapter_dtype, ephemeral_gpu_offload, low_cpu_mem_usage, key_mapping, torch_device, strict, ignore_mismatched_sizes:
-                as `load_adapter`.
+                as in `load_adapter`.
             **kwargs: download options (`revision`, `subfolder`, `token`, ...).
 
         Raises:
-            ConfigFileError, AdapterFileError: there is no adapter.
-            AdapterWeightsError: its tensors do not fit; the base is as before.
-            ConfigError: `config` is no config, or its values do not suit the base.
+            ConfigFileError, AdapterFileError: there is no adapter at `model_id`.
+            AdapterWeightsError: the adapter's tensors do not match the base; the base is unchanged.
+            ConfigError: `config` is not a `PeftConfig`, or its values do not suit the base.
         """
         options = LoadOptions(
             is_trainable,
@@ -166,17 +166,19 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     @classmethod
     def from_stack(cls, model: nn.Module, directory: str | os.PathLike[str], is_trainable: bool = False, *, strict: Strict | None = None) -> Self:
-        """Wrap a base with all adapters that `save_pretrained` of a model with several wrote, in their order, those in use in use again.
+        """Wrap a base with all adapters that `save_pretrained` of a model with several adapters wrote.
+
+        The order of the adapters and the set of active adapters are restored.
 
         Args:
             model: the base.
-            directory: the folder with `peft_stack.json`.
-            is_trainable: the adapters in use go on training; default frozen and in eval mode.
-            strict: as `load_adapter`.
+            directory: the folder that contains the manifest, `peft_stack.json`.
+            is_trainable: True: the active adapters are trainable. False: they are frozen, and the model is in eval mode.
+            strict: as in `load_adapter`.
 
         Raises:
-            AdapterFileError: there is no manifest, or it names what is not there.
-            others: as `from_pretrained`; the base is as before.
+            AdapterFileError: there is no manifest, or it names files or folders that do not exist.
+            others: as in `from_pretrained`; the base is unchanged.
         """
         stack = read_stack(directory)
         root = Path(directory)
@@ -198,16 +200,16 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     # ---- adapters --------------------------------------------------------------------------------------------------
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True) -> None:
-        """Add a freshly initialised adapter, of the same method or another. It is neither in use nor trainable until `set_adapter`.
+        """Add a newly initialised adapter of any method. It is neither active nor trainable until `set_adapter` is called.
 
         Args:
-            adapter_name: its name; no dots. With slashes (``"a/b"``) its files are in folders inside one another.
-            peft_config: its config; kept, not copied.
-            low_cpu_mem_usage: weights on the meta device, to be loaded later.
-            autocast_adapter_dtype: half-precision weights are kept in float32.
+            adapter_name: the name of the new adapter, without dots. A name with slashes (``"a/b"``) is saved in nested folders.
+            peft_config: the config of the new adapter; this object is stored, not a copy.
+            low_cpu_mem_usage: create the weights on the meta device, to be loaded later.
+            autocast_adapter_dtype: create the adapter's weights in float32 if they would be in half precision.
 
         Raises:
-            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: the model is as before.
+            AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: the model is unchanged.
         """
         self._check_config(peft_config)
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage)
@@ -226,53 +228,54 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Inside the block the model computes exactly what the base computes. Merged adapters are taken out first and stay out."""
+        """Disable all adapters inside the block: the model computes what the base computes. Merged adapters are unmerged first and stay unmerged."""
         with disabled(self._peft_index):
             yield
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Make the outputs of the input embeddings require gradients, so that checkpointed layers of a frozen base get any.
+        """Make the outputs of the input embeddings require gradients, so that gradients flow through checkpointed layers of a frozen base.
 
         Args:
-            model: the base; left alone if it is quantised.
+            model: the base; a quantised base is not changed.
         """
         checkpointing.prepare_inputs(model)
         return model
 
     # ---- calls -----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """Call the base with the adapters in use.
+        """Call the base with the active adapters.
 
         Args:
-            *args, **kwargs: as the base's forward takes them.
-            adapter_names: for each sample the name of the adapter that it uses, a list of names, or ``"__base__"``.
+            *args, **kwargs: the arguments of the base's `forward`.
+            adapter_names: for each sample of the batch the name of its adapter, a list of names, or ``"__base__"`` for no adapter.
 
         Raises:
-            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
+            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be applied.
         """
         return run.forward(self._peft_index, self.base_model, self.task, args, kwargs, adapter_names)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the base with its adapters in place, and leave to Python what chooses among them.
+        """Compile the base with its adapters in place; the code that selects adapters stays uncompiled Python.
 
-        Choosing adapters for the rows of a batch then compiles nothing again, as it would in ``torch.compile(model)``, which compiles the names
-        into the graph. Switching between frozen adapters (``set_adapter(name, inference_mode=True)``), disabling them and `use_adapters` need no
-        new graph either way; where `set_adapter` lets others train than before, one is needed.
+        With this method, other adapters for the samples of a batch (`adapter_names`) need no recompilation. With ``torch.compile(model)`` they do,
+        because it compiles the names into the graph. With both, no new graph is needed to switch between frozen adapters
+        (``set_adapter(name, inference_mode=True)``), to disable adapters, or for `use_adapters`; and a new graph is needed if `set_adapter` changes
+        which adapters are trainable.
 
         Args:
-            *args, **kwargs: as for `torch.compile`.
+            *args, **kwargs: the arguments of `torch.compile`.
         """
         self.get_base_model().compile(*args, **kwargs)
 
     def cached(self) -> contextlib.AbstractContextManager[None]:
-        """Return a cache scope: ``with model.cached(): ...``. See `peft_core.cached`."""
+        """Return a context manager in which values computed from weights are cached: ``with model.cached(): ...``. See `peft_core.cached`."""
         return self._peft_index.selection.cached()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load tensors; an open cache scope is emptied.
+        """Load a state dict as `nn.Module.load_state_dict` does, and empty the cache of an open `cached` scope.
 
         Args:
-            *args, **kwargs: as `nn.Module.load_state_dict` takes them.
+            *args, **kwargs: the arguments of `nn.Module.load_state_dict`.
         """
         try:
             return super().load_state_dict(*args, **kwargs)
@@ -280,7 +283,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
             self._peft_index.selection.drop_cached()
 
     def train(self, mode: bool = True) -> Any:
-        """Switch between training and evaluation; training closes an open cache scope with a warning."""
+        """Set training or evaluation mode. Training mode closes an open `cached` scope with a warning."""
         index = self.__dict__.get(ATTRIBUTE)
         if index is not None:
             if mode:
@@ -289,15 +292,15 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         return super().train(mode)
 
     def generate(self, *args: Any, adapter_names: Sequence[Any] | None = None, **kwargs: Any) -> Any:
-        """Generate with the base and the adapters in use. Virtual tokens never appear in the result.
+        """Generate with the base and the active adapters. Virtual tokens never appear in the result.
 
         Args:
-            *args, **kwargs: as the base's generate takes them.
-            adapter_names: as in `forward`; beams of a sample follow its adapter.
+            *args, **kwargs: the arguments of the base's `generate`.
+            adapter_names: as in `forward`; all beams of a sample use the adapter of that sample.
 
         Raises:
-            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be followed.
-            MissingMethodError: the base can't generate.
+            AdapterNotFoundError, CapabilityError, RoutingError: `adapter_names` can't be applied.
+            MissingMethodError: the base has no method `generate`.
         """
         return generation.generate(self._peft_index, self.task, args, kwargs, adapter_names)
 
@@ -317,31 +320,31 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         ignore_mismatched_sizes: bool = False,
         **kwargs: Any,
     ) -> LoadResult:
-        """Read an adapter from a folder or the Hub. It is not put in use; an existing one of this name gets the file's weights.
+        """Load an adapter from a folder or the Hub, without activating it. If the model has an adapter of this name, its weights are replaced.
 
-        Everything is read and compared before the model is touched.
+        All tensors are read and checked before the model is changed.
 
         Args:
-            model_id: folder, or repository id.
-            adapter_name: its name in this model.
-            is_trainable: it may train; default frozen.
-            torch_device: where tensors are read to before they are copied.
-            autocast_adapter_dtype: half-precision weights are kept in float32.
-            ephemeral_gpu_offload: noted in the config's `runtime_config`, where it has one.
-            low_cpu_mem_usage: no memory for initial values.
-            key_mapping: regular expression → replacement for the file's keys, behind `base_model.model.`.
-            strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned. None: `strict_loading`, True
-                unless a subclass says otherwise.
-            ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
+            model_id: the folder, or the repository id on the Hub, of the adapter.
+            adapter_name: the adapter's name in this model.
+            is_trainable: whether the adapter is trainable; by default it is frozen.
+            torch_device: the device to which the tensors are read before they are copied into the model.
+            autocast_adapter_dtype: create the adapter's weights in float32 if they would be in half precision.
+            ephemeral_gpu_offload: stored in the config's `runtime_config`, if the config has one.
+            low_cpu_mem_usage: do not allocate memory for initial values of the weights.
+            key_mapping: regular expression → replacement for the part of the file's keys after `base_model.model.`.
+            strict: True: missing and unexpected tensors are errors. ``"warn"``: they give one warning. False: they are only returned. None: the
+                class attribute `strict_loading` decides, which is True unless a subclass overrides it.
+            ignore_mismatched_sizes: skip tensors whose shape differs from the model's, with a warning.
             **kwargs: download options (`revision`, `subfolder`, `token`, ...).
 
         Returns:
             (missing_keys, unexpected_keys).
 
         Raises:
-            ConfigFileError, AdapterFileError: there is no adapter.
-            AdapterWeightsError: its tensors do not fit.
-            ConfigError: an adapter of this name has another config.
+            ConfigFileError, AdapterFileError: there is no adapter at `model_id`.
+            AdapterWeightsError: the adapter's tensors do not match the model.
+            ConfigError: the model has an adapter of this name with a different config.
         """
         options = LoadOptions(
             is_trainable,
@@ -369,28 +372,29 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         push_to_hub: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Write the adapters: ``default`` into the directory, every other one into a folder of its name; and a model card.
+        """Save the adapters and a model card: ``default`` in the directory itself, every other adapter in a subfolder with its name.
 
-        All files appear together or not at all, and the network is asked only with `push_to_hub`.
+        Either all files are written or none. The network is used only with `push_to_hub`.
 
         Args:
-            save_directory: created if missing.
-            safe_serialization: safetensors; False: a pickled dict of tensors.
-            selected_adapters: which; default all.
-            save_embedding_layers: also write the base's embeddings: True, False, or ``"auto"`` (if targeted or resized).
-            is_main_process: False: only make the folders.
-            path_initial_model_for_weight_conversion: folder of the adapter as it was saved when it had just been created. An adapter that took
-                its first values out of the base (PiSSA, ...) is then written as one for the original base; this model stays as it is.
-            state_dict: take the tensors from here (names of this model) instead of from the model.
-            push_to_hub: upload the folder afterwards, to `repo_id` or a repository that is called as the folder.
-            **kwargs: of the upload (`repo_id`, `private`, `token`, `revision`, `commit_message`); what only saving a whole model needs
-                (`save_function`, `max_shard_size`, `variant`) has no effect.
+            save_directory: the folder to write to; created if missing.
+            safe_serialization: True: save in the safetensors format. False: save a pickled dict of tensors.
+            selected_adapters: the names of the adapters to save; None: all.
+            save_embedding_layers: whether to save the base's embeddings, too: True, False, or ``"auto"`` (if they are targeted or resized).
+            is_main_process: False: only create the folders.
+            path_initial_model_for_weight_conversion: the folder where the adapter was saved directly after its creation. An adapter whose
+                initialisation subtracted a matrix from the base (PiSSA, ...) is then saved as an adapter for the original base. This model does
+                not change.
+            state_dict: take the tensors from this dict (with the names of this model) instead of from the model.
+            push_to_hub: upload the folder afterwards, to `repo_id` or to a repository with the folder's name.
+            **kwargs: options of the upload (`repo_id`, `private`, `token`, `revision`, `commit_message`). Options that only apply to saving a
+                whole model (`save_function`, `max_shard_size`, `variant`) have no effect.
 
         Raises:
-            TypeError: another keyword.
+            TypeError: `kwargs` has an unknown keyword.
             AdapterFileError: `save_directory` is a file.
-            AdapterNotFoundError: `selected_adapters` names one that the model lacks.
-            CapabilityError: there is nothing to convert in adapters of this method.
+            AdapterNotFoundError: `selected_adapters` has a name that the model has no adapter for.
+            CapabilityError: adapters of this method can't be converted.
         """
         upload = hub_options(kwargs, push_to_hub, save_directory)
         save.save_adapters(
@@ -422,7 +426,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         Args:
             repo_id: the repository; created if it does not exist.
             private, token, revision, commit_message: as in huggingface_hub.
-            **save_options: as `save_pretrained`.
+            **save_options: further arguments of `save_pretrained`.
 
         Returns:
             What `huggingface_hub.HfApi.upload_folder` returns.
@@ -432,7 +436,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
             return upload_folder(folder, repo_id, private=private, token=token, revision=revision, commit_message=commit_message)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write or update `README.md` in the folder `output_dir`, which is created if missing. Doing it twice changes nothing."""
+        """Write or update `README.md` in the folder `output_dir`, which is created if missing. A second call changes nothing."""
         model_card.write(self._peft_index, output_dir)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
@@ -446,10 +450,10 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """The config of the adapter in use (of the first, if there are several).
+        """The config of the active adapter (of the first one, if several are active).
 
         Raises:
-            ModelError: none is in use.
+            ModelError: no adapter is active.
         """
         index = self._peft_index
         if not index.active:
@@ -458,12 +462,12 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     @property
     def peft_type(self) -> str | None:
-        """The method of the first adapter."""
+        """The `peft_type` (the method) of the first adapter; None if there is no adapter."""
         first = next(iter(self._peft_index.configs.values()), None)
         return first.peft_type if first is not None else None
 
     def get_base_model(self) -> nn.Module:
-        """Return the object that was wrapped, with what others had put around it; its layers still are adapted."""
+        """Return the object that was wrapped, including wrappers of other libraries that it already had. Its layers still have their adapters."""
         base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model
         return base
 
@@ -477,7 +481,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
 
     @peft_config.setter
     def peft_config(self, configs: Mapping[str, PeftConfig]) -> None:
-        """Exchange the configs of the adapters; what they have computed from the old ones stays."""
+        """Replace the configs of the adapters. Values that were computed from the old configs do not change."""
         present = self._peft_index.configs
         if not isinstance(configs, Mapping) or set(configs) != set(present) or not all(isinstance(each, PeftConfig) for each in configs.values()):
             raise ConfigError(f"peft_config takes a dict with a PeftConfig for each of {list(present)}", hint="add_adapter and delete_adapter")
@@ -485,11 +489,11 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         self._peft_index.refresh()
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return (numbers that train, all numbers) of this model; shared parameters count once."""
+        """Return (number of trainable elements, number of all elements) of this model's parameters; shared parameters count once."""
         return counting.count(self)
 
     def print_trainable_parameters(self) -> None:
-        """Print how much of the model trains. (Differs from transformers' `num_parameters`: adapters are counted.)"""
+        """Print how many parameters are trainable. (Unlike transformers' `num_parameters`, this counts the parameters of adapters, too.)"""
         print(counting.summary(self))
 
     def __getattr__(self, name: str) -> Any:

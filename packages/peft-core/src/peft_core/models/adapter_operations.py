@@ -1,4 +1,4 @@
-"""The operations on a model's adapters, as methods: what `PeftModel`, `PeftMixedModel` and `TunerModel` share."""
+"""The operations on a model's adapters, as methods that `PeftModel`, `PeftMixedModel` and `TunerModel` share."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ from ..tuners.index import ATTRIBUTE, AdapterIndex, adapted_model
 
 
 class AdapterOperations:
-    """Operations on the adapters of a model, for every class that has an index."""
+    """The methods that operate on the adapters of a model; a mixin for classes with an `AdapterIndex` in `_peft_index`."""
 
     _peft_index: AdapterIndex
-    #: what `restore_base` is where a call of `unload` or `merge_and_unload` does not say
+    #: the value of `restore_base` if a call of `unload` or `merge_and_unload` does not pass it
     restores_base: bool = True
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use one adapter, or several whose effects add up, from now on. They train; all others are frozen.
+        """Activate one adapter, or several whose effects add up. Their parameters become trainable; all other adapters are frozen.
 
         Args:
-            adapter_name: a name or a list of names. In each layer the adapters of one method act in this order; where several methods wrap one
-                layer, the one that was added first is innermost.
-            inference_mode: they do not train either.
+            adapter_name: a name or a list of names. In each layer the adapters of one method act in this order. If several methods wrap one
+                layer, the wrapper of the method that was added first is innermost.
+            inference_mode: True: the activated adapters are frozen, too.
 
         Raises:
-            AdapterNotFoundError: the model lacks one; nothing changes then.
+            AdapterNotFoundError: the model has no adapter of one of these names; nothing changes then.
         """
         activate(self._peft_index, _names(adapter_name), trainable=not inference_mode)
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, safe_merge: bool = False) -> None:
-        """Fold adapters into the base weights, all or nothing; `unmerge_adapter` takes them out again bit for bit.
+        """Merge adapters into the base weights: all of them, or none if one fails. `unmerge_adapter` restores the weights bit for bit.
 
         Args:
-            adapter_names: which; None: those in use, in layers that were switched individually those in use there.
-            safe_merge: refuse results that are not finite.
+            adapter_names: the adapters to merge. None: the active adapters; in a layer whose adapters were set individually, the ones active there.
+            safe_merge: raise `MergeError` if a merged weight is not finite.
 
         Raises:
-            AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
+            AdapterNotFoundError, CapabilityError, MergeError: the model is unchanged.
         """
         merging.merge(self._peft_index, None if adapter_names is None else _names(adapter_names), safe=safe_merge)
 
     def unmerge_adapter(self) -> None:
-        """Take all merged adapters out of the base weights, which have every bit that they had before."""
+        """Unmerge all merged adapters; the base weights are restored bit for bit. Warns if no adapter is merged."""
         if not self._peft_index.merged_adapters():
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning, stacklevel=2)
             return
@@ -67,27 +67,28 @@ class AdapterOperations:
         *,
         restore_base: bool | None = None,
     ) -> nn.Module:
-        """Fold adapters in, take all wrappers off, and return the base: the same object as was given. This model is used up.
+        """Merge adapters, remove all adapter layers, and return the base: the object that was wrapped. Do not use this model afterwards.
 
         Args:
             progressbar: show a progress bar.
-            safe_merge: refuse results that are not finite.
-            adapter_names: which; all others are dropped. None: those in use.
-            restore_base: what becomes of weights that adapters which are dropped took a part out of; as `unload`.
+            safe_merge: raise `MergeError` if a merged weight is not finite.
+            adapter_names: the adapters to merge; all other adapters are removed. None: the active adapters.
+            restore_base: as in `unload`, for the adapters that are removed without being merged.
 
         Raises:
-            AdapterNotFoundError, CapabilityError, MergeError: the model is as before.
+            AdapterNotFoundError, CapabilityError, MergeError: the model is unchanged.
         """
         names = None if adapter_names is None else _names(adapter_names)
         return self._unload(restore_base, fold=True, adapters=names, safe=safe_merge, progress=progressbar)
 
     def unload(self, *, restore_base: bool | None = None) -> nn.Module:
-        """Take all wrappers off without merging and return the base. A saved head in use stays. This model is used up.
+        """Remove all adapter layers without merging and return the base. A saved head that is in use stays in it. Do not use this model afterwards.
 
         Args:
-            restore_base: what becomes of weights out of which adapters took a part when they were created (with LoRA: PiSSA, OLoRA, CorDA, LoRA-GA,
-                LoftQ, KaSA). True gives it back, so that the base has its original weights, bit for bit. False leaves it out: W − s·B₀·A₀ is the
-                base for the adapter's weights as they are, without its initialisation. None: as the attribute `restores_base` says, with a warning.
+            restore_base: for adapters that subtracted a matrix from base weights when they were created (with LoRA: PiSSA, OLoRA, CorDA, LoRA-GA,
+                LoftQ, KaSA). True adds the matrix again, so that the base has its original weights, bit for bit. False leaves the weights
+                W − s·B₀·A₀: the base for the adapter's current weights, if they are loaded without its initialisation. None: the attribute
+                `restores_base` decides, with a warning.
         """
         return self._unload(restore_base)
 
@@ -97,44 +98,44 @@ class AdapterOperations:
         return self._given()
 
     def _given(self) -> nn.Module:
-        """Return the model that was wrapped, with what others had put around it."""
+        """Return the model that was wrapped, including the wrappers of other libraries that it already had."""
         raise NotImplementedError
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only one in use, the first that remains takes over, with a warning.
+        """Delete an adapter. If it was the only active one, the first remaining adapter is activated, with a warning.
 
         Args:
-            adapter_name: which adapter.
+            adapter_name: the adapter to delete.
 
         Raises:
             AdapterNotFoundError: the model has no such adapter.
-            MergeError: it is merged.
+            MergeError: the adapter is merged.
         """
         if not isinstance(adapter_name, str):
             raise AdapterNotFoundError(f"Adapter {adapter_name!r} not found", hint="give one name")
         delete(self._peft_index, adapter_name)
 
     def enable_adapter_layers(self) -> None:
-        """Switch the chosen adapters on again."""
+        """Enable the active adapters again, after `disable_adapter_layers`."""
         follow_model(self._peft_index)
         self._peft_index.selection.enable(True)
 
     def disable_adapter_layers(self) -> None:
-        """Switch all adapters off until `enable_adapter_layers`."""
+        """Disable all adapters until `enable_adapter_layers` is called. Merged adapters are unmerged."""
         follow_model(self._peft_index)
         if self._peft_index.merged_adapters():
             merging.unmerge(self._peft_index)
         self._peft_index.selection.enable(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train or not, whether they are in use or not.
+        """Set `requires_grad` of the parameters of adapters, whether these adapters are active or not.
 
         Args:
-            adapter_names: a name or names.
-            requires_grad: whether they train.
+            adapter_names: a name or a list of names.
+            requires_grad: whether the parameters are trainable.
 
         Raises:
-            AdapterNotFoundError: the model lacks one.
+            AdapterNotFoundError: the model has no adapter of one of these names; nothing changes then.
         """
         names = _names(adapter_names)
         self._peft_index.require(*names)
@@ -142,7 +143,7 @@ class AdapterOperations:
             set_trainable(self._peft_index, name, requires_grad)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether a low-rank product can stand for what an adapter does in each of its layers.
+        """Return whether an adapter can be converted to LoRA: in each of its layers, a low-rank product can replace it.
 
         Args:
             adapter_name: which adapter.
@@ -156,15 +157,15 @@ class AdapterOperations:
 
     @contextmanager
     def use_adapters(self, *adapter_names: str) -> Iterator[None]:
-        """Use these adapters until the block ends, whatever other threads and tasks of an event loop do; which parameters train does not change.
+        """Use these adapters inside the block, independently of other threads and of other tasks of an event loop. `requires_grad` does not change.
 
-        Where an event loop runs, the choice is that of the task: call this model then, not the one inside it.
+        In an event loop the selection belongs to the current task: call this model then, not its base model.
 
         Args:
-            *adapter_names: none of them: the plain base. They act in load order, as those of rows do.
+            *adapter_names: the adapters to use, in load order (as with `adapter_names` of `forward`); without any: the base without adapters.
 
         Raises:
-            AdapterNotFoundError, RoutingError: the model lacks one, or some are merged.
+            AdapterNotFoundError, RoutingError: the model has no adapter of one of these names, or adapters are merged.
         """
         index = self._peft_index
         index.require(*adapter_names)
@@ -174,36 +175,36 @@ class AdapterOperations:
             yield
 
     def _operation(self, name: str) -> Callable[..., Any] | None:
-        """Return what a tuner offers for this model as `name` (`TunerBase.operations`); None if there is no such thing."""
-        index: AdapterIndex | None = self.__dict__.get(ATTRIBUTE)  # copies and pickles have none yet
+        """Return the operation `name` that a tuner adds to this model (`TunerBase.operations`), bound to the model; None if there is none."""
+        index: AdapterIndex | None = self.__dict__.get(ATTRIBUTE)  # while a model is copied or unpickled, the index is not set yet
         found = index.operation(name) if index is not None else None
         return None if found is None else functools.partial(found, self)
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters in use, in the order given."""
+        """The active adapters, in the order in which they were passed to `set_adapter`."""
         return list(self._peft_index.active)
 
     @property
     def active_adapter(self) -> str | list[str] | None:
-        """The adapter in use; a list if there are several, None if there is none."""
+        """The name of the active adapter; a list of names if there are several, None if there is none."""
         active = self.active_adapters
         return active[0] if len(active) == 1 else (active or None)
 
     @property
     def has_active_enabled_adapter(self) -> bool:
-        """Whether an adapter is in use and not disabled."""
+        """Whether an adapter is active and the adapters are not disabled."""
         return bool(self._peft_index.active) and self._peft_index.selection.enabled
 
     @property
     def targeted_module_names(self) -> list[str]:
-        """The modules of the base that adapters wrap."""
+        """The names of the base's modules that adapters wrap."""
         entries = self._peft_index.modules.items()
         return list(dict.fromkeys(path for (kind, path), module in entries if kind and not kind.startswith("@") and not _parameters_in(module)))
 
     @property
     def targeted_parameter_names(self) -> list[str]:
-        """The parameters of the base that adapters change by themselves, without wrapping their module as a whole."""
+        """The names of the base's parameters that adapters change individually (`target_parameters`), without wrapping the whole module."""
         return [f"{path}.{name}" for (_, path), module in self._peft_index.modules.items() for name in _parameters_in(module)]
 
 
@@ -220,6 +221,6 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def given_to(model: nn.Module) -> nn.Module:
-    """Return the model that was wrapped, where `model` is one of ours or a wrapper of others around one; `model` itself elsewhere."""
+    """Return the model that was wrapped, if `model` is an adapted model, also inside another library's wrapper; otherwise return `model`."""
     inner = adapted_model(model)
     return inner._given() if isinstance(inner, AdapterOperations) else model

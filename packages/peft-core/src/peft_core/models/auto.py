@@ -1,4 +1,4 @@
-"""`AutoPeftModel` and its task classes: the base and its adapter from the adapter's folder alone."""
+"""`AutoPeftModel` and its task classes: they load an adapter and its base, given only the location of the adapter."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..errors import ConfigError
 from .configs import read_config
 from .peft_model import PeftModel
 
-#: what `auto_mapping` of a file may import from: a file must not make us import anything at all
+#: the libraries from which a class named in the `auto_mapping` of a config file may be imported; a file must not cause arbitrary imports
 ALLOWED_LIBRARIES = ("transformers", "diffusers", "sentence_transformers", "timm", "torchvision", "open_clip")
-#: task → the class of transformers that makes its bases
+#: task → the transformers class that loads base models for this task
 _BASES = {
     TaskType.CAUSAL_LM.value: "AutoModelForCausalLM",
     TaskType.SEQ_2_SEQ_LM.value: "AutoModelForSeq2SeqLM",
@@ -29,7 +29,14 @@ _BASES = {
 
 
 class AutoPeftModel:
-    """Makes the class that the adapter's config asks for: `from_pretrained` is all there is; a call with any `args`, `kwargs` is an error."""
+    """Loads an adapter and its base with `from_pretrained`, and returns a model of the class for the task in the adapter's config.
+
+    Args:
+        *args, **kwargs: whatever they are, calling the class raises an error.
+
+    Raises:
+        OSError: the class is called; use `from_pretrained`.
+    """
 
     #: the only task whose adapters this class loads; None: any
     task: ClassVar[str | None] = None
@@ -50,20 +57,21 @@ class AutoPeftModel:
         import_allowlist: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> PeftModel:
-        """Load an adapter's base and the adapter onto it.
+        """Load the base of an adapter, add the adapter to it, and return the adapted model.
 
         Args:
-            pretrained_model_name_or_path: folder or repository of the adapter.
-            adapter_name: its name in this model.
-            is_trainable: it goes on training; default frozen and in eval mode.
-            config: use this config instead of the file's.
-            revision: of the adapter's repository; the base's is in the config.
-            import_allowlist: further libraries from which the class of the base may be imported, where the file names one that is not known here.
-            **kwargs: for the base's `from_pretrained` (`dtype`, `device_map`, ...); download options go to both.
+            pretrained_model_name_or_path: the folder, or the repository id on the Hub, of the adapter.
+            adapter_name: the adapter's name in the returned model.
+            is_trainable: True: the adapter is trainable. False: it is frozen, and the model is in eval mode.
+            config: the config to use instead of the config file.
+            revision: the revision of the adapter's repository; the revision of the base is in the config.
+            import_allowlist: libraries, in addition to `ALLOWED_LIBRARIES`, from which the class of the base may be imported if the config file
+                names one of them.
+            **kwargs: arguments of the base's `from_pretrained` (`dtype`, `device_map`, ...); download options are used for base and adapter.
 
         Raises:
-            ConfigError: the config names no base, belongs to another task, or to a library that must not be imported.
-            others: as `PeftModel.from_pretrained`.
+            ConfigError: the config names no base, belongs to another task, or names a library that must not be imported.
+            others: as in `PeftModel.from_pretrained`.
         """
         hub = {name: value for name, value in kwargs.items() if name in HUB_KEYS or name == "subfolder"}
         download_options = {**hub, **({"revision": revision} if revision is not None else {})}
@@ -74,7 +82,7 @@ class AutoPeftModel:
                 f"the adapter in {str(pretrained_model_name_or_path)!r} does not say which base it was trained on (base_model_name_or_path is empty)",
                 hint="load the base yourself, then use PeftModel.from_pretrained(base, folder)",
             )
-        # writers that know layers and no task (transformers' download_options) leave it out; then the class says it
+        # libraries that inject adapters without a task (transformers) leave task_type out; then the task of this class is used
         task = str(config.task_type) if config.task_type is not None else cls.task
         if cls.task is not None and task != cls.task:
             raise ConfigError(
@@ -91,7 +99,7 @@ class AutoPeftModel:
 
     @classmethod
     def class_for(cls, task: str | None) -> type[PeftModel]:
-        """Return the class of models that is made for a task."""
+        """Return the subclass of `PeftModel` that is instantiated for a task."""
         return PeftModel.class_for(task or "")
 
 
@@ -119,7 +127,7 @@ def _base_class(config: PeftConfig, task: str | None, further: Sequence[str]) ->
 
 
 def _fit_vocabulary(base: nn.Module, folder: str | os.PathLike[str], hub: dict[str, Any], trust_remote_code: bool) -> None:
-    """Make the embeddings larger where a tokenizer with more tokens was saved beside the adapter."""
+    """If a tokenizer was saved with the adapter and has more tokens than the base's embeddings, resize the embeddings to its size."""
     if not _has_tokenizer(folder, hub):
         return
     from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""The tensors of the base under the names that they had before anything was wrapped."""
+"""Reads and writes the tensors of the base model under the names that they had before adapters were added."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..tuners.index import AdapterIndex, require_index
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's tensors under their original names; those of adapters are left out, merged ones are in as they are.
+    """Return the base's tensors under their original names, without the tensors of adapters. Merged weights are returned in their merged state.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters. What others put around it (compiled, parallel, sharded) is looked through; in
-            FSDP1 the tensors come from its state dict, which every process has to take.
+        model: a `PeftModel`, or a model with injected adapters. It may be inside a wrapper of another library (compiled, parallel, sharded). Under
+            FSDP1 the tensors come from the state dict of the FSDP model, so every process must call this function.
 
     Raises:
         AdapterNotFoundError: the model has no adapters.
@@ -35,19 +35,19 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
-    """Write tensors under their original names into the base, in place.
+    """Write tensors, named as in the base before adapters were added, into the base, in place.
 
     Args:
         model: as in `get_base_model_state_dict`.
-        state_dict: the tensors.
-        strict: names that are missing or unexpected keys: errors.
+        state_dict: original name → tensor.
+        strict: True: missing names and unexpected keys are errors.
 
     Returns:
         torch's (missing_keys, unexpected_keys).
 
     Raises:
         AdapterNotFoundError: the model has no adapters.
-        AdapterWeightsError: names or shapes do not fit; nothing was written.
+        AdapterWeightsError: names (with `strict`) or shapes do not match the base; nothing was written.
     """
     index = require_index(model)
     with whole_parameters(model):
@@ -75,7 +75,7 @@ def _write(holders: Mapping[str, tuple[nn.Module, str]], state_dict: Mapping[str
 
 
 def _holders(index: AdapterIndex) -> dict[str, tuple[nn.Module, str]]:
-    """Return name → (the module that holds the tensor, the attribute), for what a state dict of the base would have."""
+    """Return name → (module with the tensor, attribute name) for every parameter and buffer that the base's state dict would contain."""
     found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in index.view.modules.items():
         buffers = [key for key, tensor in module._buffers.items() if tensor is not None and key not in module._non_persistent_buffers_set]

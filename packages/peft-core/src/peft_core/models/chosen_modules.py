@@ -1,4 +1,4 @@
-"""Lets the keys of a state dict choose which modules are adapted, instead of the targets of a config."""
+"""Chooses the modules to adapt from the keys of a state dict, instead of from the targets of a config."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..tuners.index import AdapterIndex
 def view_for_state_dict(index: AdapterIndex, config: PeftConfig, adapter: str, state_dict: Mapping[str, Any]) -> BaseView:
     """Return a view of the base in which exactly the modules that have tensors in `state_dict` are targets.
 
-    Warns if the config's own targets would have been other modules.
+    Warns if the targets in `config` would have selected other modules.
 
     Raises:
-        ConfigError: `target_parameters` is set; no key contains the tuner's parameter prefix; or none names a module of the base.
+        ConfigError: `target_parameters` is set in `config`; or no key contains the tuner's parameter prefix; or no key names a module of the base.
     """
     spec = registry.resolve(str(config.peft_type))
     if getattr(config, "target_parameters", None):
@@ -32,7 +32,13 @@ def view_for_state_dict(index: AdapterIndex, config: PeftConfig, adapter: str, s
 
 
 def _adapted_paths(state_dict: Mapping[str, Any], adapter: str, prefix: str, index: AdapterIndex) -> frozenset[str]:
-    """Return the modules of the base that have tensors in `state_dict`; warns of modules that the base lacks, if it has others."""
+    """Return the paths of the base's modules that have tensors in `state_dict`.
+
+    Warns about modules in `state_dict` that the base does not have, if it has at least one of the others.
+
+    Raises:
+        ConfigError: no key contains `prefix`, or the base has none of the modules.
+    """
     paths = {path for key in state_dict if (path := adapted_module(without_adapter(key, adapter, prefix), prefix)) is not None}
     if not paths:
         raise ConfigError(f"no key of state_dict contains {prefix!r}, so it chooses no module")
@@ -52,7 +58,7 @@ def _warn_if_config_differs(index: AdapterIndex, config: PeftConfig, adapter: st
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            # a copy, in case planning changes the config
+            # planning may change the config, so it gets a copy
             by_config = {wrap.path for wrap in tuner.plan(index.view, adapter, copy.copy(config)).wraps}
     except ValueError:  # for example a config without targets, which is allowed here
         by_config = set()

@@ -1,4 +1,4 @@
-"""What loading an adapter does with its config: read it, compare it with an existing one; and checks of the download options."""
+"""Reads the config of an adapter that is loaded, compares it with the config of an existing adapter, and checks download options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_config(model_id: str | os.PathLike[str], hub: Mapping[str, Any]) -> Pef
         hub: options of the download.
 
     Raises:
-        UnknownTunerError, ConfigFileError: as `PeftConfig.from_pretrained`.
+        UnknownTunerError, ConfigFileError: as in `PeftConfig.from_pretrained`.
     """
     try:
         return PeftConfig.from_pretrained(model_id, **hub)
@@ -51,10 +51,10 @@ def set_ephemeral_offload(config: PeftConfig, ephemeral: bool) -> None:
 
 
 def checked_hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return `kwargs`, which must be options of a download from the Hub.
+    """Return a copy of `kwargs` after checking that all keywords are options of a download from the Hub.
 
     Raises:
-        TypeError: a keyword is no such option.
+        TypeError: a keyword is not such an option.
     """
     known = (*HUB_KEYS, "subfolder")
     unknown = sorted(set(kwargs) - set(known))
@@ -72,19 +72,19 @@ def default_key_mapping(base: nn.Module, config: PeftConfig) -> Mapping[str, str
     return mapping if isinstance(mapping, Mapping) and mapping else None
 
 
-#: fields that do not change what an adapter computes; whether the adapted modules agree is seen from the keys of the file
+#: config fields that do not change what an adapter computes; differing `target_modules` are found by comparing the keys of the file
 _FIELDS_WITHOUT_EFFECT = frozenset(
     {"inference_mode", "peft_version", "base_model_name_or_path", "revision", "auto_mapping", "task_type", "target_modules"}
 )
 
 
 def check_same_effect(present: PeftConfig, loaded: PeftConfig, adapter: str, allowed: frozenset[str] = frozenset()) -> None:
-    """Check that weights that were saved with one config compute the same under another.
+    """Check that weights saved with the config `loaded` compute the same in an adapter with the config `present`.
 
     Args:
         present, loaded: the config of the existing adapter, and the one that comes with the weights.
         adapter: the adapter's name, for messages.
-        allowed: further fields in which the configs may differ.
+        allowed: names of additional fields in which the configs may differ.
 
     Raises:
         ConfigError: the configs differ in other fields; the message names them.

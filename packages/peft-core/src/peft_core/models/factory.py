@@ -1,4 +1,4 @@
-"""Making adapted models, and the functions on models with injected adapters."""
+"""Functions that create adapted models, and functions that also take models with injected adapters."""
 
 from __future__ import annotations
 
@@ -66,20 +66,20 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel | PeftMixedModel:
-    """Wrap a base model with a new adapter; the class follows `peft_config.task_type`.
+    """Wrap a base model with a new adapter. `peft_config.task_type` determines the class of the returned model.
 
     Args:
         model: the base, modified in place.
-        peft_config: what to add; its `base_model_name_or_path` is set to the base's name.
+        peft_config: the config of the new adapter; its `base_model_name_or_path` is set to the base's name.
         adapter_name: the adapter's name.
-        mixed: make a `PeftMixedModel`, whatever the task.
-        autocast_adapter_dtype: half-precision adapter weights are kept in float32.
-        revision: revision of the base, stored in the config.
-        low_cpu_mem_usage: weights on the meta device, to be loaded later.
+        mixed: return a `PeftMixedModel`, whatever the task.
+        autocast_adapter_dtype: create the adapter's weights in float32 if they would be in half precision.
+        revision: the revision of the base, stored in the config.
+        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded later.
 
     Raises:
         UnknownTunerError, PluginError: the method is not installed, or its plugin is broken.
-        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError: the base is as before.
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError: the base is unchanged.
 
     Example:
         >>> model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
@@ -97,7 +97,7 @@ def wrap(
     revision: str | None,
     low_cpu_mem_usage: bool,
 ) -> PeftModel | PeftMixedModel:
-    """Do what `get_peft_model` does, with the classes that `kind` has for tasks."""
+    """Implement `get_peft_model`; the class of the returned model is the one that `kind.class_for` returns for the task."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig", hint="use get_peft_config(dict) to make one of a dict")
     task = str(peft_config.task_type) if peft_config.task_type is not None else ""
@@ -138,22 +138,22 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Add an adapter to a model without wrapping it: the model keeps its class and gets `model.peft_config`.
 
-    The new adapter is the one in use then; which of the others train does not change.
+    The new adapter becomes the only active one. `requires_grad` of the other adapters does not change.
 
     Args:
-        peft_config: what to add.
-        model: changed in place.
+        peft_config: the config of the new adapter.
+        model: the model, changed in place.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage: weights on the meta device, to be loaded later.
-        state_dict: the names in it (not the values) decide which modules are adapted, instead of the config.
+        low_cpu_mem_usage: create the weights on the meta device, to be loaded later.
+        state_dict: its keys (not the values) decide which modules are adapted, instead of the config.
 
     Returns:
         `model`.
 
     Raises:
-        CapabilityError: the method takes part in calls (virtual tokens, context for its layers), and those of a bare model are its own.
-        ConfigError: `peft_config` is no config.
-        others: as `get_peft_model`; the model is as before.
+        CapabilityError: the method must act in each forward call of the model (virtual tokens, context for its layers), which needs a wrapper.
+        ConfigError: `peft_config` is not a `PeftConfig`.
+        others: as in `get_peft_model`; the model is unchanged.
     """
     return inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
 
@@ -166,7 +166,7 @@ def inject(
     state_dict: Mapping[str, Any] | None,
     review: Callable[[AdapterIndex], InjectionReview] | None = None,
 ) -> nn.Module:
-    """Do what `inject_adapter_in_model` does; what `review` returns for the model's adapters is asked meanwhile."""
+    """Implement `inject_adapter_in_model`; while the adapter is added, `index.review` is the `InjectionReview` that `review` returns."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     spec = registry.resolve(str(peft_config.peft_type))
@@ -199,15 +199,16 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: bool | str = "auto",
 ) -> dict[str, Tensor]:
-    """Return the tensors of one adapter as its file names them.
+    """Return the tensors of one adapter under the names that they have in its file.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters (then without the prefix `base_model.model.`). What others put around it
-            (compiled, parallel, sharded) is looked through; in FSDP1 the tensors come from its state dict, which every process has to take.
-        state_dict: take the tensors from this state dict of `model` instead.
-        adapter_name: which adapter.
-        unwrap_compiled: accepted and not needed.
-        save_embedding_layers: as `PeftModel.save_pretrained`.
+        model: a `PeftModel`, or a model with injected adapters (then the names have no prefix `base_model.model.`). It may be inside a
+            wrapper of another library (compiled, parallel, sharded). Under FSDP1 the tensors come from the state dict of the FSDP model, so every
+            process must call this function.
+        state_dict: a state dict of `model` from which to take the tensors, instead of from the model.
+        adapter_name: the name of the adapter.
+        unwrap_compiled: accepted for compatibility; has no effect.
+        save_embedding_layers: as in `PeftModel.save_pretrained`.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -231,21 +232,22 @@ def set_peft_model_state_dict(
     """Write tensors, named as in a file, into an adapter.
 
     Args:
-        model: a `PeftModel`, or a model with injected adapters; keys may have the wrapper's prefix or not. What others put around it
-            (compiled, parallel, sharded) is looked through; a model in FSDP1 is gathered for it, in every process.
-        peft_model_state_dict: the tensors.
-        adapter_name: which adapter.
-        ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
-        low_cpu_mem_usage: nothing to do: what is on the meta device takes the tensors as they are, whatever this says.
-        strict: as `PeftModel.load_adapter`.
+        model: a `PeftModel`, or a model with injected adapters; the keys may have the prefix `base_model.model.` or not. The model may be
+            inside a wrapper of another library (compiled, parallel, sharded). Under FSDP1 the parameters are gathered in every process, so every
+            process must call this function.
+        peft_model_state_dict: name → tensor.
+        adapter_name: the name of the adapter.
+        ignore_mismatched_sizes: skip tensors whose shape differs from the adapter's, with a warning.
+        low_cpu_mem_usage: has no effect: parameters on the meta device are always replaced by the given tensors.
+        strict: as in `PeftModel.load_adapter`.
 
     Returns:
         (missing_keys, unexpected_keys).
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        AdapterWeightsError: tensors do not fit; nothing was written.
-        ConfigError: the tensors are no mapping.
+        AdapterWeightsError: the tensors do not match the adapter; nothing was written.
+        ConfigError: `peft_model_state_dict` is not a mapping.
     """
     index = require_index(model)
     index.require(adapter_name)
@@ -268,10 +270,10 @@ def load_peft_weights(
     """Return the tensors of an adapter's file.
 
     Args:
-        model_id: folder, or repository id.
-        device: where to; default the CPU.
-        key_mapping: as `PeftModel.load_adapter`.
-        **hub_kwargs: download options, `subfolder`.
+        model_id: the folder, or the repository id on the Hub, of the adapter.
+        device: the device of the returned tensors; None: the CPU.
+        key_mapping: as in `PeftModel.load_adapter`.
+        **hub_kwargs: download options, and `subfolder`.
 
     Raises:
         AdapterFileError: there is no such file.

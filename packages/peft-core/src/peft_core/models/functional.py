@@ -1,4 +1,4 @@
-"""Operations on one adapter of any model with adapters, wrapped or injected."""
+"""Functions that operate on single adapters of any model with adapters, wrapped (`PeftModel`) or injected."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ..tuners.index import AdapterIndex, require_index
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Cast an adapter's weights in half precision to float32.
+    """Cast the float16 and bfloat16 weights of an adapter to float32.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        adapter_name: which adapter.
-        autocast_adapter_dtype: False: do nothing.
+        adapter_name: the adapter to cast.
+        autocast_adapter_dtype: if False, nothing is cast.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -32,16 +32,16 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
 
 
 def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = None) -> list[str]:
-    """Remove an adapter and return those that are in use then.
+    """Delete an adapter and return the names of the adapters that are active afterwards.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        adapter_name: which adapter.
-        prefix: accepted and not needed: an adapter knows its modules.
+        adapter_name: the adapter to delete.
+        prefix: accepted for compatibility; has no effect, since the modules of an adapter are recorded.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        MergeError: it is merged.
+        MergeError: the adapter is merged.
     """
     index = _index(model, adapter_name)
     delete(index, adapter_name)
@@ -49,30 +49,30 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str | None = Non
 
 
 def set_adapter(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-    """Use one adapter, or several, from now on; they train, all others are frozen.
+    """Activate one or more adapters. Their parameters become trainable; all other adapters are frozen.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        adapter_name: a name or names.
-        inference_mode: they do not train either.
+        adapter_name: a name or a list of names.
+        inference_mode: True: the activated adapters are frozen, too.
 
     Raises:
-        AdapterNotFoundError: the model lacks one; nothing changes then.
+        AdapterNotFoundError: the model has no adapter of one of these names; nothing changes then.
     """
     names = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
     activate(_index(model, *names), names, trainable=not inference_mode)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """Let adapters train or not, whether they are in use or not.
+    """Set `requires_grad` of the parameters of adapters, whether these adapters are active or not.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        adapter_names: a name or names.
-        requires_grad: whether they train.
+        adapter_names: a name or a list of names.
+        requires_grad: whether the parameters are trainable.
 
     Raises:
-        AdapterNotFoundError: the model lacks one; nothing changes then.
+        AdapterNotFoundError: the model has no adapter of one of these names; nothing changes then.
     """
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
     index = _index(model, *names)
@@ -87,11 +87,11 @@ def _index(model: nn.Module, *names: str) -> AdapterIndex:
 
 
 def cached(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Return a scope in which values computed from weights are cached: merged weights of small layers, norms, stacked batches, prompts.
+    """Return a context manager in which values computed from weights are cached: merged weights of small layers, norms, stacked batches, prompts.
 
-    Entering it is a promise: inside, no weight changes, except through operations of this library (adding, loading, deleting and merging
-    adapters, scales, hot-swapping, `load_state_dict`, `train`), which empty the scope. With gradients, in training mode, under compilation, tracing
-    and function transforms nothing is cached. Nested scopes are one; threads share it. `generate` opens one for its own duration.
+    By entering it, the caller promises that no weight changes inside it, except through operations of this library (adding, loading, deleting and
+    merging adapters, scales, hot-swapping, `load_state_dict`, `train`), which empty the cache. Nothing is cached with gradients, in training mode,
+    or under compilation, tracing and function transforms. Nested scopes share one cache, and so do threads. `generate` opens a scope while it runs.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.

@@ -1,4 +1,4 @@
-"""Replacing the weights of an adapter in place: parameters of the same size stay the same objects, which compiled graphs and optimisers keep."""
+"""Replaces the weights of an adapter in place. Parameters of the same size stay the same objects: compiled graphs and optimisers stay valid."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..tuners.index import AdapterIndex, adapted_model, require_index
 from .adapted import AdaptedModel
 from .configs import check_same_effect, checked_hub_arguments, default_key_mapping, read_config
 
-#: fields that choose modules: an adapter on fewer modules may replace one on more
+#: config fields that select modules; they may differ, since the new adapter may have fewer modules than the replaced one
 _TARGETING = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern"})
 
 
@@ -37,21 +37,21 @@ def hotswap_adapter(
     key_mapping: Mapping[str, str] | None = None,
     **kwargs: Any,
 ) -> None:
-    """Replace the weights of an adapter by those of another, from a folder or the Hub. The model may be compiled.
+    """Replace the weights of an adapter by the weights of another adapter from a folder or the Hub. The model may be compiled.
 
-    Everything is read and compared before anything is written.
+    All new weights are read and checked before any weight is changed.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        model_name_or_path: folder, or repository id.
+        model_name_or_path: the folder, or the repository id on the Hub, of the new weights.
         adapter_name: the adapter that the new weights replace.
-        torch_device: where tensors are read to before they are copied.
-        key_mapping: as `PeftModel.load_adapter`.
+        torch_device: the device to which the tensors are read before they are copied into the model.
+        key_mapping: as in `PeftModel.load_adapter`.
         **kwargs: download options (`revision`, `subfolder`, `token`, ...).
 
     Raises:
-        ConfigFileError, AdapterFileError: there is no adapter.
-        AdapterNotFoundError, CapabilityError, MergeError, ConfigError, AdapterWeightsError: as `hotswap_adapter_from_state_dict`.
+        ConfigFileError, AdapterFileError: there is no adapter at `model_name_or_path`.
+        AdapterNotFoundError, CapabilityError, MergeError, ConfigError, AdapterWeightsError: as in `hotswap_adapter_from_state_dict`.
     """
     index = require_index(model)
     index.require(adapter_name)
@@ -69,21 +69,21 @@ def hotswap_adapter(
 def hotswap_adapter_from_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], adapter_name: str, config: PeftConfig, parameter_prefix: str | None = None
 ) -> None:
-    """Replace the weights of an adapter by tensors. The model may be compiled.
+    """Replace the weights of an adapter by the tensors of a state dict. The model may be compiled.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        state_dict: named as in a file, or as in the model (with the adapter's name in them).
-        adapter_name: the adapter whose weights they replace.
-        config: belongs to the tensors; its rank and scale become the adapter's.
-        parameter_prefix: what the names of parameters begin with; default: as the tuner says.
+        state_dict: the new tensors; their names are as in an adapter's file, or as in the model (with the adapter's name in them).
+        adapter_name: the adapter that the new tensors replace.
+        config: the config of the new tensors; the adapter takes over its rank and scale.
+        parameter_prefix: the prefix of the parameter names (``"lora_"``); None: the prefix of the tuner.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        CapabilityError: its tuner does not declare HOTSWAP.
-        MergeError: it is merged.
-        ConfigError: the configs differ in what can't be swapped.
-        AdapterWeightsError: the tensors do not fit. Nothing is changed in all these cases.
+        CapabilityError: the tuner of the adapter does not declare HOTSWAP.
+        MergeError: the adapter is merged.
+        ConfigError: the configs differ in a field that can't be swapped.
+        AdapterWeightsError: the tensors do not match the adapter. Whatever the error, nothing is changed.
     """
     index = require_index(model)
     wrapped, compiled = isinstance(adapted_model(model), AdaptedModel), _is_compiled(model)
@@ -128,10 +128,10 @@ def _is_compiled(model: nn.Module) -> bool:
 def _incoming(
     index: AdapterIndex, adapter: str, tensors: Mapping[str, Tensor], origin: str, *, wrapped: bool, parameter_prefix: str | None
 ) -> dict[str, list[IncomingWeights]]:
-    """Return what came for each module, by method.
+    """Return for each method the list of new tensors, one `IncomingWeights` for each module of the adapter.
 
     Raises:
-        AdapterWeightsError: a tensor is for none of them.
+        AdapterWeightsError: a tensor belongs to none of these modules.
     """
     spec = index.spec(adapter)
     prefix = spec.base_prefix if wrapped else ""
@@ -145,7 +145,7 @@ def _incoming(
     }
     embedded = embeddings.slots(index, adapter, wrapped=wrapped)
     incoming = with_expected_prefix(named, {*keys, *embedded})
-    # a file may bring the base's embeddings along: they must be those that are there, because other adapters see them, too
+    # a file may contain the base's embeddings: they must equal the present ones, because other adapters use these, too
     surplus = [key for key in incoming if key not in keys and not _equals(incoming[key], embedded.get(key))]
     if surplus:
         raise AdapterWeightsError(

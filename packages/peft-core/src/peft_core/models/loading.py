@@ -1,4 +1,4 @@
-"""Adapters from files: what `PeftModel.load_adapter` and `from_pretrained` share."""
+"""Loads adapters from files; the code that `PeftModel.load_adapter` and `from_pretrained` share."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .configs import check_same_effect, default_key_mapping, read_config, set_ep
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How an adapter is loaded.
+    """The options with which an adapter is loaded.
 
     Args:
-        trainable: it may train.
-        device: where tensors are read to before they are copied.
-        autocast: half-precision weights are kept in float32.
-        offload: recorded in the config's `runtime_config`, where it has one.
-        meta: no memory for initial values.
-        key_mapping: regular expression → replacement for the file's keys; None: what the base says.
-        strict: True: missing and surplus tensors are errors; ``"warn"``: one warning; False: only returned.
-        ignore_mismatched_sizes: leave out tensors of other shapes with a warning.
-        hub: options of a download.
+        trainable: whether the adapter is trainable.
+        device: the device to which the tensors are read before they are copied into the model.
+        autocast: create the adapter's weights in float32 if they would be in half precision.
+        offload: the value of `ephemeral_gpu_offload`, stored in the config's `runtime_config`, if the config has one.
+        meta: do not allocate memory for initial values of the weights.
+        key_mapping: regular expression → replacement for the file's keys; None: the base's `key_mapping`, if it has one.
+        strict: True: missing and unexpected tensors are errors. ``"warn"``: they give one warning. False: they are only returned.
+        ignore_mismatched_sizes: skip tensors whose shape differs from the model's, with a warning.
+        hub: options of a download from the Hub.
     """
 
     trainable: bool = False
@@ -48,11 +48,11 @@ class LoadOptions:
     hub: Mapping[str, Any] = field(default_factory=dict)
 
     def config(self, model_id: str | os.PathLike[str], given: PeftConfig | None = None) -> PeftConfig:
-        """Return the adapter's config: `given`, or the file's.
+        """Return the adapter's config: `given`, or, if that is None, the config read from the file.
 
         Raises:
-            UnknownTunerError, ConfigFileError: as `PeftConfig.from_pretrained`.
-            ConfigError: `given` is no config.
+            UnknownTunerError, ConfigFileError: as in `PeftConfig.from_pretrained`.
+            ConfigError: `given` is not a `PeftConfig`.
         """
         if given is not None and not isinstance(given, PeftConfig):
             raise ConfigError(f"The input config must be a PeftConfig, got {type(given).__name__}", hint="use get_peft_config(dict)")
@@ -61,10 +61,10 @@ class LoadOptions:
         return config
 
     def source(self, model_id: str | os.PathLike[str], config: PeftConfig, base: nn.Module) -> tuple[WeightFile, TensorSource]:
-        """Find the adapter's file, and return it with its tensors, not read yet.
+        """Find the adapter's weight file, and return it with a `TensorSource` for its tensors, which are not read yet.
 
         Raises:
-            AdapterFileError: there is none.
+            AdapterFileError: there is no weight file.
         """
         mapping = self.key_mapping if self.key_mapping is not None else default_key_mapping(base, config)
         file = find_weights(model_id, **self.hub)
@@ -81,23 +81,23 @@ def add(
     heads: Sequence[str],
     mount_on: nn.Module,
 ) -> LoadResult | None:
-    """Add an adapter to a model: freshly initialised, or with the tensors of `source`.
+    """Add an adapter to a model, with newly initialised weights or with the tensors of `source`.
 
     Args:
         index: the adapters of the model.
-        name: the new adapter.
-        config: its config; kept, not copied.
-        options: how it is loaded.
-        source: its tensors; None: initial values.
+        name: the name of the new adapter.
+        config: the config of the new adapter; this object is stored, not a copy.
+        options: the options with which the adapter is loaded.
+        source: the adapter's tensors; None: the weights are newly initialised.
         heads: names of heads that the model's task saves whole.
-        mount_on: what modules beside the base are put on.
+        mount_on: the module to which modules that do not wrap a module of the base are added.
 
     Returns:
-        What was missing and unexpected in `source`; None without one.
+        The missing and the unexpected keys of `source`; None if `source` is None.
 
     Raises:
-        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError, AdapterWeightsError: the model is as
-            before.
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError, AdapterWeightsError: the model is
+            unchanged.
     """
     if source is None:
         init_options = InitOptions(meta=options.meta, autocast=options.autocast)
@@ -118,7 +118,7 @@ def add(
 def load(
     index: AdapterIndex, model_id: str | os.PathLike[str], name: str, options: LoadOptions, *, heads: Sequence[str], mount_on: nn.Module
 ) -> LoadResult:
-    """Read an adapter from a folder or the Hub into a model that has adapters; see `PeftModel.load_adapter`."""
+    """Load an adapter from a folder or the Hub into a model that already has adapters; see `PeftModel.load_adapter`."""
     config = options.config(model_id)
     config.inference_mode = not options.trainable
     file, source = options.source(model_id, config, index.base)
@@ -132,16 +132,16 @@ def load(
         result = added
         set_trainable(index, name, options.trainable)
         if not options.trainable:
-            mount_on.eval()  # but not where only the weights of an adapter in training are replaced
+            mount_on.eval()  # not done above, where only the weights of an existing adapter are replaced: it may be in training
     hooks.adapter_loaded(index.base, name, file.path.parent, str(model_id))
     return result
 
 
 def _check_over(index: AdapterIndex, name: str, config: PeftConfig) -> None:
-    """Check that the tensors that belong to `config` can be loaded over an adapter that is there.
+    """Check that tensors saved with `config` can replace the weights of the existing adapter `name`.
 
     Raises:
-        ConfigError: they compute something else, or for another base.
+        ConfigError: with the existing adapter's config, the tensors would compute something else, or they belong to a different base weight.
     """
     present = index.configs[name]
     kind = str(present.peft_type)

@@ -1,4 +1,4 @@
-"""Classes that stand for "the base with adapters of one method", as `LoraModel` does in code written for other frameworks."""
+"""The base class of classes such as `LoraModel`: a base model with adapters of one method, for code written for other frameworks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from .tuner_model import TunerModel
 
 
 class _OfMethod(type(nn.Module)):  # type: ignore[misc]
-    """Of a class that names a method, an instance is any `TunerModel` with an adapter of it. Classes derived from such a class are ordinary."""
+    """The metaclass of `MethodModel`: it changes what ``isinstance(model, cls)`` returns.
+
+    For a class that sets `peft_type` itself, the result is True for any `TunerModel` with an adapter of this method (of any method if `peft_type` is
+    None). For a class that only inherits `peft_type`, the ordinary rule applies.
+    """
 
     peft_type: str | None
 
@@ -31,18 +35,19 @@ class _OfMethod(type(nn.Module)):  # type: ignore[misc]
 class MethodModel(TunerModel, metaclass=_OfMethod):
     """A base with adapters of one method, without the wrapper that `get_peft_model` puts around it.
 
-    A subclass names its method. Calling it adds an adapter to a model in place, as `inject_adapter_in_model`; ``isinstance`` says whether a
-    `TunerModel` has adapters of the method. Where the model has this adapter already, with this very config, nothing is added.
+    A subclass sets `peft_type` to its method. Instantiating it adds an adapter to a model in place, as `inject_adapter_in_model` does. If the model
+    already has an adapter of this name with the same config object, nothing is added. ``isinstance(model, subclass)`` is True for a `TunerModel`
+    that has an adapter of the method.
 
     Args:
         model: the base, changed in place.
-        peft_config: the config, or a mapping from adapter to config.
+        peft_config: the config, or a mapping from adapter name to config.
         adapter_name: the adapter's name.
-        low_cpu_mem_usage, state_dict: as `inject_adapter_in_model`.
+        low_cpu_mem_usage, state_dict: as in `inject_adapter_in_model`.
 
     Raises:
-        ConfigError: the config is of another method.
-        others: as `inject_adapter_in_model`; the model is as before.
+        ConfigError: the config belongs to another method, or there is none for `adapter_name`.
+        others: as in `inject_adapter_in_model`; the model is unchanged.
     """
 
     peft_type: ClassVar[str | None] = None
@@ -62,7 +67,7 @@ class MethodModel(TunerModel, metaclass=_OfMethod):
         super().__init__(require_index(model), model, getattr(self, "restores_base", True))
 
     def _review(self, index: AdapterIndex) -> InjectionReview:
-        """Return what is asked when this object injects an adapter."""
+        """Return the `InjectionReview` that is used while this object injects an adapter; subclasses may override it."""
         return index.review
 
     def _checked(self, given: PeftConfig | Mapping[str, PeftConfig], adapter_name: str) -> PeftConfig:

@@ -17,20 +17,21 @@ from .adapted import AdaptedModel
 class PeftModel(AdaptedModel):
     """A base model with adapters.
 
-    The base is modified in place: layers are wrapped, its parameters are frozen, the adapter's train (unless the config is for
-    inference). Several adapters, also of different methods, can be added, used alone, together, or each for some rows of a batch.
+    The base is modified in place: layers are wrapped, and the base's parameters are frozen. The adapter's parameters are trainable, unless the config
+    has `inference_mode=True`. Several adapters, also of different methods, can be added. They can be used one at a time, together, or each for some
+    samples of a batch.
 
     Args:
         model: the base; a transformers model, or any `nn.Module` for methods that wrap layers.
-        peft_config: config of the first adapter; kept, not copied.
-        adapter_name: its name.
-        autocast_adapter_dtype: half-precision adapter weights are kept in float32.
-        low_cpu_mem_usage: weights on the meta device, to be loaded later.
-        source, strict, ignore_mismatched_sizes: for `from_pretrained`, which passes the tensors of a file.
+        peft_config: the config of the first adapter; this object is stored, not a copy.
+        adapter_name: the name of the first adapter.
+        autocast_adapter_dtype: create the adapter's weights in float32 if they would be in half precision.
+        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded later.
+        source, strict, ignore_mismatched_sizes: used by `from_pretrained`, which passes the tensors of a file.
 
     Raises:
         UnknownTunerError, PluginError: the method is not installed, or its plugin is broken.
-        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError: the base is as before.
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError: the base is unchanged.
 
     Example:
         >>> model = PeftModel(base, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
@@ -39,7 +40,7 @@ class PeftModel(AdaptedModel):
 
     @classmethod
     def class_for(cls, task: str) -> type[PeftModel]:
-        """Return the class of models for a `task`, as in `TaskType`; this one for others."""
+        """Return the subclass for a `task`, a value of `TaskType`; this class for any other string."""
         return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
 
     @property
@@ -51,17 +52,17 @@ class PeftModel(AdaptedModel):
 
     @property
     def special_peft_forward_args(self) -> set[str]:
-        """Keywords that the model takes for itself and does not pass to the base."""
+        """The keyword arguments of `forward` that this model uses itself and does not pass to the base."""
         return {"adapter_names", "alora_offsets", *self._peft_index.call_arguments}
 
     @property
     def base_model_torch_dtype(self) -> Any:
-        """The base's dtype, or None."""
+        """The `dtype` attribute of the base; None if it has none."""
         return getattr(self._peft_index.base, "dtype", None)
 
     @property
     def transformer_backbone_name(self) -> str:
-        """The name of the base's first child that is a transformers model; ``"base_model"`` if the base itself is all there is."""
+        """The name of the base's first child module that is a transformers model; ``"base_model"`` if no child is one."""
         for name, child in self._peft_index.base.named_children():
             if any(cls.__name__ == "PreTrainedModel" for cls in type(child).__mro__):
                 return name
@@ -69,14 +70,14 @@ class PeftModel(AdaptedModel):
 
     @property
     def word_embeddings(self) -> nn.Module:
-        """The module that embeds tokens."""
+        """The input embedding module of the base."""
         found: nn.Module = self._peft_index.base.get_input_embeddings()  # type: ignore[operator]
         return found
 
     # ---- prompts ---------------------------------------------------------------------------------------------------
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
-        """Adapter → numbers of its virtual tokens (tokens,), on the CPU."""
+        """Adapter name → indices 0, 1, … of its virtual tokens: an int64 tensor (tokens,) on the CPU."""
         import torch
 
         return {
@@ -86,18 +87,18 @@ class PeftModel(AdaptedModel):
         }
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
-        """Return the virtual tokens of the adapter in use: (batch, tokens, hidden), or a cache of keys and values.
+        """Return the virtual tokens of the active adapter: a tensor (batch, tokens, hidden), or a cache of keys and values.
 
-        On encoder-decoder models `tokens` is num_virtual_tokens·num_transformer_submodules: a table holds tokens for both, of which prompt tuning
-        and p-tuning use the first num_virtual_tokens, before the encoder's text.
+        For encoder-decoder models `tokens` is num_virtual_tokens·num_transformer_submodules, because the embedding table has virtual tokens for the
+        encoder and the decoder. Prompt tuning and p-tuning only use the first num_virtual_tokens of them, before the text of the encoder.
 
         Args:
-            batch_size: how many samples; each gets the same tokens unless `task_ids` say otherwise.
-            task_ids: (batch,), for methods with several tasks.
-            max_cache_len: for keys and values: a cache of fixed size with room for so many tokens, virtual ones included.
+            batch_size: the number of samples; all samples get the same virtual tokens unless `task_ids` selects different ones.
+            task_ids: the task of each sample (batch,), for methods with several tasks.
+            max_cache_len: for keys and values: return a cache of fixed size for this number of tokens, including the virtual tokens.
 
         Raises:
-            CapabilityError: the adapter in use has no virtual tokens.
+            CapabilityError: the active adapter has no virtual tokens.
         """
 
         from ..virtual_tokens.assembly import prompt_of
@@ -119,14 +120,14 @@ class PeftModel(AdaptedModel):
         return prompt_of(call, index.forward, max_cache_len)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """Return what a file holds of a prompt: detached, on the CPU; (tokens, hidden), of a prefix (tokens, 2·layers·width).
+        """Return the prompt tensor that the adapter's file stores, detached, on the CPU: (tokens, hidden); for a prefix (tokens, 2·layers·width).
 
         Args:
-            adapter_name: which adapter.
+            adapter_name: the name of the adapter.
 
         Raises:
             AdapterNotFoundError: the model has no such adapter.
-            CapabilityError: it has no virtual tokens.
+            CapabilityError: the adapter has no virtual tokens.
         """
         index = self._peft_index
         index.require(adapter_name)
@@ -137,11 +138,11 @@ class PeftModel(AdaptedModel):
 
 
 class _TaskModel(PeftModel):
-    """What the classes of tasks share.
+    """The common base class of the task classes.
 
     Args:
-        model, peft_config, adapter_name: as `PeftModel`.
-        **kwargs: `autocast_adapter_dtype`, `low_cpu_mem_usage`, as `PeftModel`.
+        model, peft_config, adapter_name: as in `PeftModel`.
+        **kwargs: `autocast_adapter_dtype`, `low_cpu_mem_usage`, as in `PeftModel`.
     """
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -149,7 +150,7 @@ class _TaskModel(PeftModel):
 
     @property
     def cls_layer_name(self) -> str | None:
-        """The name of the base's first child that is a head of this task."""
+        """The name of the base's first child module that is a head of this task; None if there is none."""
         for name, _ in self._peft_index.base.named_children():
             if any(name == head or name.endswith(f".{head}") for head in self.task.heads):
                 return name
@@ -157,20 +158,20 @@ class _TaskModel(PeftModel):
 
 
 class PeftModelForSequenceClassification(_TaskModel):
-    """A sequence classifier; its head trains and is saved with the adapter."""
+    """A sequence classifier; its head is trainable and is saved with the adapter."""
 
     task = TASKS[TaskType.SEQ_CLS.value]
 
 
 class PeftModelForTokenClassification(_TaskModel):
-    """A token classifier; its head trains and is saved with the adapter. Logits are those of the caller's tokens.
+    """A token classifier; its head is trainable and is saved with the adapter. The logits belong to the caller's tokens, not to virtual tokens.
 
     Args:
-        model, adapter_name, **kwargs: as `PeftModel`.
-        peft_config: as `PeftModel`; the signature that others have for this class has a default, which is refused.
+        model, adapter_name, **kwargs: as in `PeftModel`.
+        peft_config: as in `PeftModel`. The default None only exists because other libraries have it in this signature; it raises `ConfigError`.
 
     Raises:
-        ConfigError: there is no config.
+        ConfigError: `peft_config` is None.
     """
 
     def __init__(self, model: nn.Module, peft_config: PeftConfig | None = None, adapter_name: str = "default", **kwargs: Any) -> None:
@@ -180,7 +181,7 @@ class PeftModelForTokenClassification(_TaskModel):
 
 
 class PeftModelForQuestionAnswering(_TaskModel):
-    """An extractive question answerer; its head trains and is saved with the adapter. Positions are those of the caller's tokens."""
+    """An extractive question answering model; its head is trainable and is saved with the adapter. Positions count the caller's tokens only."""
 
     task = TASKS[TaskType.QUESTION_ANS.value]
 
@@ -192,13 +193,13 @@ class PeftModelForFeatureExtraction(_TaskModel):
 
 
 class PeftModelForCausalLM(_TaskModel):
-    """A causal language model. With virtual embeddings the logits have their positions, too, and labels ignore them."""
+    """A causal language model. If virtual tokens are embedded, the logits include their positions, and the loss ignores these positions."""
 
     task = TASKS[TaskType.CAUSAL_LM.value]
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
-        """The base's own preparation of a generation step."""
+        """The base's original method `prepare_inputs_for_generation`, without the hook for adapters."""
         return _own_preparation(self)
 
 
@@ -216,16 +217,16 @@ class PeftModelForSeq2SeqLM(_TaskModel):
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
-        """The base's own preparation of a generation step."""
+        """The base's original method `prepare_inputs_for_generation`, without the hook for adapters."""
         return _own_preparation(self)
 
     @property
     def base_model_prepare_encoder_decoder_kwargs_for_generation(self) -> Any:
-        """The base's own run of its encoder before the first step; None where transformers has no method for it (5.23 has none)."""
+        """The base's method that runs its encoder before the first generation step; None if transformers has no such method (5.23 has none)."""
         return getattr(self._peft_index.base, "_prepare_encoder_decoder_kwargs_for_generation", None)
 
 
-#: task → class of its models
+#: task → the `PeftModel` subclass for this task
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     cls.task.name: cls
     for cls in (

@@ -1,4 +1,4 @@
-"""Preparing a base for training: quantised ones, and those in half precision."""
+"""Prepares quantised and half-precision base models for training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..base.wrappers import unwrapped
 from ..calls.checkpointing import require_output_grad
 from ..errors import ConfigError, PeftWarning
 
-#: quantised weights of these are not to be cast, nor what stands beside them
+#: quantisation methods with which no parameter of the model is cast to float32
 _KEEP_HALF = ("gptq", "aqlm", "eetq", "hqq", "torchao")
 
 
@@ -24,13 +24,14 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freeze a base, cast what is in half precision and not quantised to float32, and switch gradient checkpointing on if it is quantised.
+    """Freeze a base, cast its half-precision parameters that are not quantised to float32, and enable gradient checkpointing if it is quantised.
 
     Args:
-        model: changed in place.
-        use_gradient_checkpointing: recompute activations in the backward pass.
-        gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`; with ``{"use_reentrant": False}`` inputs need no gradients.
-        auto_clear_cache: hand unused memory of the accelerator back after casting.
+        model: the base, changed in place.
+        use_gradient_checkpointing: recompute activations in the backward pass instead of storing them.
+        gradient_checkpointing_kwargs: arguments of `model.gradient_checkpointing_enable`. With ``{"use_reentrant": False}`` the outputs of the input
+            embeddings need not require gradients.
+        auto_clear_cache: release unused cached memory of the accelerator after casting.
 
     Returns:
         `model`.
@@ -68,18 +69,18 @@ def _enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what does not train to `dtype` and what trains to float32, in place.
+    """Cast the frozen parameters to `dtype` and the trainable parameters to float32, in place.
 
     Args:
-        model: with adapters.
+        model: a model with adapters.
         dtype: ``torch.float16`` or ``torch.bfloat16``.
 
     Raises:
-        ConfigError: `dtype` is no floating type; nothing is cast then.
+        ConfigError: `dtype` is not a floating-point type; nothing is cast then.
     """
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ConfigError(f"dtype={dtype!r} is no floating type", hint="write torch.float16 or torch.bfloat16")
     for parameter in model.parameters():
-        if not parameter.is_floating_point():  # quantised
+        if not parameter.is_floating_point():  # quantised weights stay as they are
             continue
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)

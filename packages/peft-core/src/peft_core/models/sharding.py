@@ -13,17 +13,17 @@ from ..tuners.index import index_of
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Return the rule by which `torch.distributed.fsdp.FullyShardedDataParallel` makes units of a model's modules.
+    """Return the policy that tells `torch.distributed.fsdp.FullyShardedDataParallel` which modules to wrap as FSDP units.
 
-    Units are the base's blocks, modules of prompts, and each module without children whose weight trains: so that, with
-    ``use_orig_params=False``, everything in a unit trains or nothing does. Blocks are the classes named in the environment variable
-    `FSDP_TRANSFORMER_CLS_TO_WRAP` (with commas between), else in the base's `_no_split_modules`.
+    Units are the base's transformer blocks, the prompt modules, and each module without children whose weight is trainable. So in each unit either
+    all parameters are trainable or none, which ``use_orig_params=False`` requires. The classes of the blocks are named in the environment variable
+    `FSDP_TRANSFORMER_CLS_TO_WRAP` (separated by commas), or, if it is not set, in the base's `_no_split_modules`.
 
     Args:
-        model: a model with adapters, or any other.
+        model: any model, with or without adapters.
 
     Returns:
-        A function of (module, recurse, nonwrapped_numel), as `auto_wrap_policy` takes it.
+        A function (module, recurse, nonwrapped_numel) → bool, to be passed as `auto_wrap_policy`.
 
     Raises:
         ModelError: the model has no module of a named class.
@@ -58,7 +58,7 @@ def _block_classes(model: nn.Module) -> set[type]:
 
 
 def _prompts(model: nn.Module) -> set[nn.Module]:
-    """Return the modules of prompts. Each is one unit: it reads weights of its parts without calling them."""
+    """Return the prompt modules. Each must be a single FSDP unit, because it reads the weights of its submodules without calling them."""
     index = index_of(model)
     mounts = [] if index is None else [module for (kind, _), module in index.modules.items() if not kind and isinstance(module, nn.Module)]
     return {prompt for mount in mounts for prompt in mount.children()}

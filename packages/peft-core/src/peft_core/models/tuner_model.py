@@ -19,12 +19,12 @@ from .write_through import WriteThrough
 
 
 class TunerModel(WriteThrough, AdapterOperations):
-    """Holds the base model as `model`, and has the operations on its adapters. It is why parameter names begin with `base_model.model.`.
+    """Has the base model as its submodule `model`, and the operations on its adapters. Hence parameter names begin with `base_model.model.`.
 
     Args:
         index: the adapters of the base.
-        model: what is called: the base, or what others put around it. Default the base.
-        restores_base: as of the model that this is `base_model` of.
+        model: the module that `forward` calls: the base, or a wrapper of another library around the base. None: the base.
+        restores_base: the `restores_base` of the `PeftModel` whose `base_model` this is.
     """
 
     def __init__(self, index: AdapterIndex, model: nn.Module | None = None, restores_base: bool = True) -> None:
@@ -63,7 +63,7 @@ class TunerModel(WriteThrough, AdapterOperations):
         Args:
             model: the base; must be `self.model`.
             adapter_name: the adapter's key in `peft_config`.
-            autocast_adapter_dtype: adapter weights are float32 where they would be float16 or bfloat16.
+            autocast_adapter_dtype: create the adapter's weights in float32 if they would be float16 or bfloat16.
             low_cpu_mem_usage: create the weights on the meta device, to be loaded later.
             state_dict: its keys (not the values) decide which modules are adapted, instead of the config.
 
@@ -71,7 +71,7 @@ class TunerModel(WriteThrough, AdapterOperations):
             AdapterNotFoundError: `peft_config` has no config of this name.
             AdapterNameError: the adapter has been added already.
             ModelError: `model` is not `self.model`.
-            others: as `inject_adapter_in_model`. After any error the model and `peft_config` are as before.
+            others: as in `inject_adapter_in_model`. After any error the model and `peft_config` are unchanged.
         """
         index = self._peft_index
         index.require(adapter_name)
@@ -115,13 +115,13 @@ class TunerModel(WriteThrough, AdapterOperations):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":  # not set yet, as in copies and pickles: looking it up below would never end
+            if name == "model":  # while a copy or unpickled model is created, `model` is not set: looking it up below would recurse endlessly
                 raise
             operation = self._operation(name)
             return getattr(_having(name, self.model), name) if operation is None else operation
 
 
 def _having(name: str, model: nn.Module) -> nn.Module:
-    """Return the model that has an attribute: `model`, or the one inside what others put around it, which may not show those of what it wraps."""
+    """Return `model` if it has the attribute `name`; otherwise the model inside other libraries' wrappers, which may hide its attributes."""
     inner = unwrapped(model)
     return model if inner is model or hasattr(model, name) else inner

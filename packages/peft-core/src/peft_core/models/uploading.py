@@ -1,4 +1,4 @@
-"""Adapters to the Hub. Nothing else in core writes to the network."""
+"""Uploads adapters to the Hub. This is the only module of peft-core that uploads anything."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import Any
 from ..errors import did_you_mean
 
 OF_UPLOAD = ("repo_id", "private", "token", "revision", "commit_message")
-#: of transformers' saving of whole models: scripts pass them to whatever they save
+#: options with which transformers saves whole models; accepted and ignored, because scripts pass them for any model
 OF_WHOLE_MODELS = ("save_function", "max_shard_size", "variant", "save_peft_format", "save_original_format")
 
 
 def hub_options(given: Mapping[str, Any], push: bool, directory: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return the arguments of `upload_folder` among the keywords of a call that saves; None if nothing is to be uploaded.
+    """Return the keywords in `given` (the extra keywords of `save_pretrained`) for `upload_folder`; None if `push` is False.
+
+    Without a `repo_id` in `given`, it is the name of the folder `directory`.
 
     Raises:
-        TypeError: there is a keyword that neither saving nor uploading has.
+        TypeError: `given` has a keyword that is neither an option of saving nor of uploading.
     """
     known = (*OF_UPLOAD, *OF_WHOLE_MODELS)
     unknown = [name for name in given if name not in known]
@@ -39,7 +41,7 @@ def upload_folder(
     revision: str | None = None,
     commit_message: str = "Upload adapter",
 ) -> Any:
-    """Create a repository if it does not exist, and upload a folder; returns what `huggingface_hub.HfApi.upload_folder` does."""
+    """Create a repository on the Hub if it does not exist, and upload a folder. Return the result of `huggingface_hub.HfApi.upload_folder`."""
     from huggingface_hub import HfApi
 
     hub = HfApi(token=token)

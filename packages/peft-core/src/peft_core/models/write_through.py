@@ -1,4 +1,4 @@
-"""Attributes of the base that are read through a wrapper are written through it, too."""
+"""Lets a wrapper write attributes to its base, as it reads them from its base."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ _MISSING = object()
 
 
 class WriteThrough(nn.Module):
-    """A wrapper that shows the attributes of its base as its own.
+    """A wrapper through which the attributes of its base can be read and written.
 
-    What it would read from the base (`generation_config`, `config`, ...), it writes to the base: there the base looks for it. Names of the wrapper's
-    own, names that begin with an underscore, modules, parameters and tensors are set on the wrapper, as are properties that can't be set.
+    An attribute that is read from the base (`generation_config`, `config`, ...) is also written to the base, because the base uses the value there.
+    Set on the wrapper are: attributes that the wrapper already has, names that begin with an underscore, modules, names of parameters, buffers and
+    submodules of the base, and names of properties of the base without a setter.
     """
 
     def _written_through(self) -> nn.Module | None:
-        """Return the base; None while the wrapper is being made."""
+        """Return the base; None while the wrapper is being constructed."""
         index: AdapterIndex | None = self.__dict__.get(ATTRIBUTE)
         return None if index is None else index.base
 
@@ -51,4 +52,4 @@ def _is_settable(base: nn.Module, name: str) -> bool:
     found = inspect.getattr_static(base, name, _MISSING)
     if isinstance(found, property):
         return found.fset is not None
-    return found is not _MISSING and not isinstance(found, GenerationHook)  # which defers to what it has replaced
+    return found is not _MISSING and not isinstance(found, GenerationHook)  # the hook replaces a method of the base, which it calls

@@ -1,4 +1,4 @@
-"""Which adapters act and train from now on."""
+"""Activates adapters, sets whether they are trainable, and disables them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from .delete import delete
 
 
 def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = True) -> None:
-    """Use these adapters from now on; they train if `trainable`, all others are frozen. In each layer they act in this order.
+    """Activate these adapters; they become trainable if `trainable`, all others are frozen. In each layer they act in the given order.
+
+    Merged adapters are unmerged first, with a warning.
 
     Raises:
-        AdapterNotFoundError: the model lacks one.
-        RoutingError: two have rows of the same tokens; nothing has changed.
+        AdapterNotFoundError: the model has no adapter of one of these names.
+        RoutingError: two of the adapters train the embeddings of the same tokens; nothing is changed.
     """
     index.require(*adapters)
     refuse_common_rows(index, adapters, RoutingError)
@@ -38,10 +40,10 @@ def activate(index: AdapterIndex, adapters: Sequence[str], *, trainable: bool = 
 
 
 def activate_new(index: AdapterIndex, adapter: str, others: Sequence[str], *, trainable: bool = True) -> None:
-    """Use an adapter that was just added, beside `others`; if they can't be used together, it is taken out again.
+    """Activate a newly added adapter together with `others`; if they can't be used together, the new adapter is deleted again.
 
     Raises:
-        RoutingError: they can't.
+        RoutingError: the adapters can't be used together.
     """
     try:
         activate(index, [*others, adapter], trainable=trainable)
@@ -51,7 +53,7 @@ def activate_new(index: AdapterIndex, adapter: str, others: Sequence[str], *, tr
 
 
 def follow_model(index: AdapterIndex) -> None:
-    """Let every layer that was switched by itself follow the model's selection again."""
+    """Reset every layer whose adapters were set or disabled individually: it uses the model's active adapters again."""
     index.selection.switched_off.clear()
     for module in index.modules.values():
         if isinstance(module, SelectionMixin) and module.selection is not index.selection:
@@ -65,7 +67,7 @@ def set_trainable(index: AdapterIndex, adapter: str, trainable: bool) -> None:
 
 @contextlib.contextmanager
 def disabled(index: AdapterIndex) -> Iterator[None]:
-    """Inside the block the plain base computes. Merged adapters are taken out first; which parameters train does not change."""
+    """Inside the block the model computes without adapters. Merged adapters are unmerged first; `requires_grad` does not change."""
     if any(config.shared_options().bias != "none" for config in index.configs.values()):
         warnings.warn(
             "Careful, disabling adapter layers with bias configured to be trained does not produce the same output as the base "

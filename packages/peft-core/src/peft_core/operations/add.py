@@ -1,4 +1,4 @@
-"""Adding an adapter: plan all parts, then change the model, each step with its undo."""
+"""Adds an adapter: all parts are planned first, then the model is changed; every step can be undone."""
 
 from __future__ import annotations
 
@@ -39,21 +39,22 @@ def add_adapter(
     before_commit: Callable[[], None] | None = None,
     adapt_config: bool = False,
 ) -> None:
-    """Add an adapter: plan all parts, then perform; it is neither active nor trainable afterwards. A failure leaves no trace.
+    """Add an adapter: plan all parts, then change the model. The adapter is neither active nor trainable. If a step fails, all are undone.
 
     Args:
         index: the adapters of a model.
-        adapter: its name.
-        config: its config; stored, not copied.
-        init_options: how its weights are made.
-        heads: modules that the task wants saved whole where they exist.
-        mount_on: where modules beside the base go; None refuses plans that mount something.
-        view: the view to plan with; default the model's own.
-        adapt_config: rewrite a config that was made for another layout of the base; loading a file has done so already.
-        before_commit: called when everything is built (to write a file's tensors); if it raises, all is undone.
+        adapter: the name of the new adapter.
+        config: the config of the new adapter; this object is stored, not a copy.
+        init_options: how the adapter's weights are initialised.
+        heads: names of modules that the task saves whole, if the base has them.
+        mount_on: the module to which modules that do not wrap a module of the base are added; None: a plan with such modules raises
+            `CapabilityError`.
+        view: the view of the base with which the adapter is planned; None: the view of the index.
+        adapt_config: rewrite a config that was made for another module layout of the base. False if loading a file has done this already.
+        before_commit: called after the adapter's modules are created (to write a file's tensors); if it raises, all steps are undone.
 
     Raises:
-        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: from the plans.
+        AdapterNameError, ConfigError, NoMatchingPeftModuleError, UnsupportedModuleError, CapabilityError: the adapter can't be planned.
     """
     spec = registry.resolve(str(config.peft_type))
     adapter_names.check_name(adapter, index.configs)
@@ -108,7 +109,7 @@ def _commit(
             undo.call(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
     if heads and hasattr(config, "modules_to_save"):
-        # a list of our own: the caller's stays as it was
+        # assign a new list: the caller's list must not change
         undo.call(setattr, config, "modules_to_save", config.modules_to_save)
         config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *heads)))
     undo.call(index.refresh)
@@ -130,7 +131,7 @@ def _freeze_base(index: AdapterIndex, undo: Undo) -> None:
 
 
 def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init_options: InitOptions, undo: Undo) -> list[Key]:
-    """Wrap what a plan names, where it is not wrapped yet, and add the adapter's weights; return the entries of the index."""
+    """Wrap the modules that `plan` names, unless they are wrapped already, and add the adapter's weights. Return their keys in `index.modules`."""
     keys = []
     for wrap in plan.wraps:
         key = (kind, wrap.path)
@@ -153,7 +154,7 @@ def _wrap_modules(index: AdapterIndex, kind: str, plan: Plan, adapter: str, init
 def _mount_modules(
     index: AdapterIndex, tuner: TunerBase, plan: Plan, adapter: str, init_options: InitOptions, mount_on: nn.Module, undo: Undo
 ) -> list[Key]:
-    """Put the adapter's own modules beside the base, on `mount_on`; return the entries of the index."""
+    """Add to `mount_on` the adapter's modules that do not wrap a module of the base. Return their keys in `index.modules`."""
     keys: list[Key] = []
     for path, mount in plan.mounts.items():
         key = ("", path)
@@ -174,7 +175,7 @@ def _mount_modules(
 
 
 def _adopt_parameters(index: AdapterIndex, kind: str, plan: Plan, adapter: str, undo: Undo) -> list[Key]:
-    """Let parameters of the base itself belong to the adapter; return the entries of the index."""
+    """Record parameters of the base as parameters of the adapter. Return their keys in `index.modules`."""
     keys = []
     for path, adopt in plan.adopts.items():
         key = (kind, path)
@@ -188,7 +189,13 @@ def _adopt_parameters(index: AdapterIndex, kind: str, plan: Plan, adapter: str, 
 
 
 def _insert_wrapper(index: AdapterIndex, key: Key, occupant: nn.Module, wrap: Wrap, undo: Undo) -> None:
-    """Put a new wrapper around what is there, or, where rows of it train, inside what writes those: that stays outermost, and is merged last."""
+    """Put a new wrapper around `occupant`, the module (perhaps already wrapped) at the wrap's path.
+
+    A `TrainableRowsLayer` must stay outermost and is merged last: the new wrapper is put inside it.
+
+    Raises:
+        UnsupportedModuleError: rows of the module are trained, and the new wrapper would save the module whole.
+    """
     if not isinstance(occupant, TrainableRowsLayer):
         module: Any = wrap.build(occupant)
         _replace_module(index, wrap.path, module, undo)
@@ -227,9 +234,9 @@ def _configure(index: AdapterIndex, path: str, module: Any) -> None:
 
 
 def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
-    """Return the index of a base model and whether it is new. A model that already has one keeps it.
+    """Return the adapter index of a base model, and whether it was newly created. If the model already has an index, that is returned.
 
-    Where somebody else took the wrappers off, as libraries that know layers do, what was recorded of them is removed.
+    If another library has removed the adapter layers without `unload`, the outdated index is deleted first.
     """
     found = index_of(model)
     if found is not None:

@@ -1,4 +1,4 @@
-"""Taking adapters out of a model."""
+"""Deletes adapters from a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from . import reshape
 
 
 def delete(index: AdapterIndex, adapter: str) -> None:
-    """Remove an adapter's weights and config. If it was the only one in use, the first that remains takes over.
+    """Delete the weights and the config of an adapter. If it was the only active one, the first remaining adapter is activated, with a warning.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        MergeError: it is merged.
+        MergeError: the adapter is merged.
     """
     index.require(adapter)
     if adapter in index.merged_adapters():
@@ -30,7 +30,7 @@ def delete(index: AdapterIndex, adapter: str) -> None:
         if not kind:
             for tuner in index.tuners.values():
                 tuner.mounted.get(path, {}).pop(adapter, None)
-        if isinstance(module, SelectionMixin) and module.selection is not index.selection:  # switched by itself
+        if isinstance(module, SelectionMixin) and module.selection is not index.selection:  # its adapters were set individually
             module.stop_using(adapter)
     del index.keys_by_adapter[adapter], index.configs[adapter]
     active = before = index.selection.names
@@ -51,7 +51,7 @@ def delete(index: AdapterIndex, adapter: str) -> None:
 
 
 def retire(index: AdapterIndex) -> None:
-    """Forget all adapters; the base is no adapted model any more."""
+    """Delete all records of adapters and all hooks from the base, which is then an ordinary model again."""
     generation.uninstall(index.base)
     backbone.uninstall(index)
     checkpointing.uninstall(index.base)
@@ -59,7 +59,7 @@ def retire(index: AdapterIndex) -> None:
         index.base.__dict__.pop(name, None)
     for (kind, path), module in index.modules.items():
         mounted: Any = index.base._modules.get(path)
-        if not kind and mounted is module:  # mounted on the base itself, as injecting does
+        if not kind and mounted is module:  # injecting adds such modules to the base itself
             del index.base._modules[path]
     index.modules.clear()
     index.keys_by_adapter.clear()
@@ -69,16 +69,16 @@ def retire(index: AdapterIndex) -> None:
 
 
 def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> None:
-    """Take an adapter out of some of the modules that it wraps; a wrapper that no adapter uses any more is taken off.
+    """Remove an adapter from some of the modules that it wraps. A wrapper that no adapter uses any more is removed.
 
     Args:
         index: the adapters of a model.
-        adapter: which one.
-        paths: original names of modules; those that it does not wrap are ignored.
+        adapter: the name of the adapter.
+        paths: the original names of modules; names of modules that the adapter does not wrap are ignored.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        MergeError: it is merged.
+        MergeError: the adapter is merged.
     """
     index.require(adapter)
     if adapter in index.merged_adapters():
@@ -91,7 +91,7 @@ def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> 
 
 
 def _take_off(index: AdapterIndex, key: Key) -> None:
-    """Replace a wrapper without adapters by the module that it wraps. One inside another wrapper stays: it does nothing."""
+    """Replace a wrapper without adapters by the module that it wraps. A wrapper inside another wrapper stays: without adapters it has no effect."""
     module: Any = index.modules[key]
     if not isinstance(module, AdapterLayer) or module.adapters() or index.view.occupant(key[1]) is not module:
         return

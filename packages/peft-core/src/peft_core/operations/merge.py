@@ -1,4 +1,4 @@
-"""Folding adapters into the base weights and taking them out: over the whole model, all or nothing."""
+"""Merges adapters into the base weights of the whole model (all layers, or none if one fails), unmerges and unloads them."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from .delete import retire
 
 
 def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> None:
-    """Fold adapters into the base weights; all or nothing.
+    """Merge adapters into the base weights of all layers; if one layer fails, none is changed.
 
     Args:
         index: the adapters of a model.
-        adapters: None: in each layer those that act there, which are the layer's own choice where it was switched individually.
-        safe: refuse results that are not finite.
+        adapters: the names of the adapters to merge. None: in each layer the adapters that are active in it; for a layer whose adapters were set
+            individually, these may differ from the model's active adapters.
+        safe: raise `MergeError` if a merged weight is not finite.
         progress: show a progress bar.
 
     Raises:
-        AdapterNotFoundError, CapabilityError: before anything changes.
-        MergeError: a result is not finite, or two adapters have rows of the same tokens; nothing is changed then.
+        AdapterNotFoundError, CapabilityError: raised before anything is changed.
+        MergeError: a merged weight is not finite, or two adapters train the embeddings of the same tokens; nothing is changed then.
     """
     layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
     chosen = _acting_somewhere(index, layers) if adapters is None else tuple(adapters)
@@ -56,7 +57,7 @@ def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = F
 
 
 def _fold(names_in: Mapping[AdapterLayer, Sequence[str]], safe: bool, progress: bool) -> set[str]:
-    """Merge into each layer the adapters given for it, or into none; return the names of those that had weights somewhere."""
+    """Merge into each layer the adapters that `names_in` gives for it; undo all if one fails. Return the names of the adapters that were merged."""
     done: list[AdapterLayer] = []
     try:
         with collector_paused():
@@ -73,19 +74,23 @@ def _fold(names_in: Mapping[AdapterLayer, Sequence[str]], safe: bool, progress: 
 
 
 def acting_in(index: AdapterIndex, module: AdapterModule) -> tuple[str, ...]:
-    """Return the adapters chosen for a module: the model's, or its own where it was switched individually; none where it was switched off so."""
+    """Return the names of the adapters that are active in a module.
+
+    These are the model's active adapters, or, if the adapters of this module were set individually, those set for the module. The result is empty
+    if the module was disabled individually.
+    """
     own = module.selection if isinstance(module, SelectionMixin) else index.selection
     return () if own is not index.selection and index.selection.enabled and not own.enabled else own.names
 
 
 def _acting_somewhere(index: AdapterIndex, layers: Sequence[AdapterLayer]) -> tuple[str, ...]:
-    """Return the model's choice and, in load order, what layers that were switched individually have chosen."""
+    """Return, in load order, the adapters that are active in the model or in a layer whose adapters were set individually."""
     found = {name for layer in layers if layer.selection is not index.selection for name in acting_in(index, layer) if name in layer.scaling}
     return tuple(name for name in index.configs if name in found or name in index.active)
 
 
 def unmerge(index: AdapterIndex) -> None:
-    """Take out all merged adapters, in reverse."""
+    """Unmerge all merged adapters; the layers are processed in reverse order."""
     merged = tuple(index.merged_adapters())
     with collector_paused():
         for module in reversed(list(index.modules.values())):
@@ -105,16 +110,17 @@ def unload(
     restore_base: bool = True,
     announce: bool = False,
 ) -> nn.Module:
-    """Take all wrappers off, after merging if asked, and return the base.
+    """Remove all adapter layers, after merging if `fold`, and return the base.
 
     Args:
         index: the adapters of a model.
-        fold: merge the adapters first; saved modules in use take the place of the originals.
-        adapters: which to merge; all others are dropped, whether they are in use or not. None: those in use.
-        safe: refuse results that are not finite.
+        fold: merge the adapters first. The copies of modules in `modules_to_save` that are in use replace the original modules.
+        adapters: the adapters to merge; all others are removed, whether they are active or not. None: the active adapters.
+        safe: raise `MergeError` if a merged weight is not finite.
         progress: show a progress bar.
-        restore_base: give back what adapters that are not merged took out of base weights when they were created; False leaves it out for good.
-        announce: say in one warning which of the two was done, where it makes a difference.
+        restore_base: for adapters that are not merged and that subtracted a matrix from base weights when they were created: True adds the matrix
+            again; False leaves the base weights without it permanently.
+        announce: warn once which of the two was done, if there are such adapters.
 
     Raises:
         as `merge`.
@@ -125,7 +131,7 @@ def unload(
         merge(index, None, safe=safe, progress=progress)
     else:
         index.require(*adapters)
-        with _in_use_alone(index, adapters):  # what is dropped afterwards stays beside no weight
+        with _in_use_alone(index, adapters):  # adapters that will be removed must not count as active and unmerged
             merge(index, adapters, safe=safe, progress=progress)
     names, folded = tuple(index.configs), tuple(index.merged_adapters())
     replaced = {
@@ -149,7 +155,7 @@ def unload(
 
 @contextmanager
 def _in_use_alone(index: AdapterIndex, adapters: Sequence[str]) -> Iterator[None]:
-    """Use these adapters and no others, in all layers alike; if the block fails, what was in use before is so again."""
+    """Activate only these adapters, in all layers, individually set ones included. If the block raises, the previous selection is restored."""
     selections = [(module, module.selection) for module in index.modules.values() if isinstance(module, SelectionMixin)]
     before = index.selection.names
     try:
@@ -165,7 +171,10 @@ def _in_use_alone(index: AdapterIndex, adapters: Sequence[str]) -> Iterator[None
 
 
 def _settle(index: AdapterIndex, restore_base: bool) -> list[str]:
-    """Make base weights final, and return the adapters that took something out of them and are not merged."""
+    """Make the base weights final, and return the unmerged adapters that subtracted a matrix from base weights at their creation.
+
+    With `restore_base`, these matrices are added again first.
+    """
     layers = [module for module in index.modules.values() if isinstance(module, AdapterLayer)]
     changed: dict[str, None] = {}
     for layer in layers:
@@ -189,7 +198,7 @@ def _announce(adapters: Sequence[str], restored: bool) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """Say in the config that input and output embeddings differ, where an adapter made them: readers would drop one of them."""
+    """Set `tie_word_embeddings` to False in the config if merging made input and output embeddings differ; else reloading would lose one of them."""
     config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False) or not hasattr(model, "get_output_embeddings"):
         return

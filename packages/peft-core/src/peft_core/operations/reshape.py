@@ -1,4 +1,4 @@
-"""Changes of the base's structure that adapters need before they are planned (layers that come several times), and their way back."""
+"""Changes the structure of the base for adapters that need it (for example layers that are used several times), and restores it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ..tuners.tuner import TunerBase
 
 
 def reshape(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, undo: Undo) -> None:
-    """Give the base the structure that a new adapter wants.
+    """Change the base to the structure that a new adapter needs, before the adapter is planned.
 
     Raises:
-        ConfigError: it has another one, or adapters that were planned for the one that it has.
+        ConfigError: the base already has a different changed structure, or it has adapters that were planned for its present structure.
     """
     wanted, present = tuner.reshape(index.view, config), index.reshaped
     if present is None and wanted is not None:
@@ -38,30 +38,34 @@ def reshape(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftCon
 
 
 def _suits(index: AdapterIndex, present: Reshape, wanted: Reshape | None, kind: str) -> bool:
-    """Return whether the present structure is one that an adapter can live with; methods that know nothing of it take the base as it is."""
+    """Return whether an adapter of the method `kind` can be added to the present structure.
+
+    For the method that changed the structure, `wanted` must be the same change. Any other method accepts the base with its present structure,
+    unless it wants a change of its own.
+    """
     if kind != index.reshaped_by:
         return wanted is None
     return wanted is not None and wanted.what == present.what
 
 
 def restore_when_unused(index: AdapterIndex) -> None:
-    """Undo the change of the structure if no adapter is left, and take the wrappers off."""
+    """If no adapter is left, remove the remaining wrappers and restore the original structure of the base."""
     if index.reshaped is not None and not index.configs:
         _unwrap(index, None)
         _restore(index)
 
 
 def restore(index: AdapterIndex) -> None:
-    """Undo the change of the structure, if there is one; nothing may be wrapped any more."""
+    """Restore the original structure of the base, if it was changed. No module may be wrapped any more."""
     if index.reshaped is not None:
         _restore(index)
 
 
 def refuse_merge(index: AdapterIndex) -> None:
-    """Check that adapters can be merged into this structure.
+    """Check that adapters can be merged into the base with its present structure.
 
     Raises:
-        MergeError: modules share weights and have an adapter each.
+        MergeError: several modules share each weight and each module has a separate adapter.
     """
     if index.reshaped is not None and index.reshaped.shares_weights:
         raise MergeError(
@@ -78,7 +82,7 @@ def _restore(index: AdapterIndex) -> None:
 
 
 def _unwrap(index: AdapterIndex, undo: Undo | None) -> None:
-    """Take off the wrappers that deleted adapters have left."""
+    """Remove the wrappers that are still in the model after their adapters were deleted."""
     for key in [key for key in index.modules if key[0]]:
         entry = index.modules.pop(key)
         for parent, leaf in index.view.sites.get(key[1], ()):

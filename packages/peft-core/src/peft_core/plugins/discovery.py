@@ -1,4 +1,4 @@
-"""What the installed distributions claim to offer, read from package metadata alone: no plugin is imported here."""
+"""Reads the entry points of the installed distributions from their package metadata. Does not import any plugin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SWITCH = "PEFT_CORE_PLUGINS"
 
 @dataclass(frozen=True)
 class Claim:
-    """One entry point: a name, the module that stands behind it, and the distribution that declares it."""
+    """One entry point: its name, the module that it refers to, and the distribution that declares it."""
 
     name: str
     module: str
@@ -30,13 +30,16 @@ class Claim:
 
 
 def claims(group: str, *, switched_off: bool = False) -> Iterator[Claim]:
-    """Yield the entry points of `group`, each once, in the order of the import path: those let in, or those `switched_off`."""
+    """Yield the entry points of `group`, each once, in the order of the import path.
+
+    Yields only the distributions that `allowed` permits, or, with `switched_off`, only the others.
+    """
     seen: set[tuple[str, str]] = set()
     for point in metadata.entry_points(group=group):
         dist = point.dist
         about = _metadata(dist)
         distribution = about.get("Name") or "unknown"
-        # an editable install and its stale twin on the path declare the same thing twice
+        # an editable install and an outdated copy on the import path can declare the same entry point twice
         if (point.name, _normal(distribution)) in seen or allowed(distribution) is switched_off:
             continue
         seen.add((point.name, _normal(distribution)))
@@ -45,7 +48,7 @@ def claims(group: str, *, switched_off: bool = False) -> Iterator[Claim]:
 
 
 def _metadata(dist: Any) -> Mapping[str, str]:
-    """Return name, version, … of a distribution; nothing of a half-removed one, which has entry points but no metadata."""
+    """Return the metadata fields of a distribution (`Name`, `Version`, …); empty if an incomplete uninstall left entry points without metadata."""
     try:
         return {} if dist is None or dist.metadata is None else dict(dist.metadata.items())
     except FileNotFoundError:
@@ -53,9 +56,9 @@ def _metadata(dist: Any) -> Mapping[str, str]:
 
 
 def allowed(distribution: str) -> bool:
-    """Return whether the environment variable `PEFT_CORE_PLUGINS` lets this distribution in.
+    """Return whether the environment variable `PEFT_CORE_PLUGINS` allows plugins of this distribution.
 
-    Unset: all. ``none``: no plugin. ``a,b``: only these distributions. ``-a``: all but this one.
+    Unset: all are allowed. ``none``: no plugin. ``a,b``: only these distributions. ``-a``: all except this one.
     """
     words = [_normal(word) for word in os.environ.get(SWITCH, "").replace(",", " ").split()]
     if "none" in words:
@@ -66,7 +69,7 @@ def allowed(distribution: str) -> bool:
 
 
 def unmet_requirement(claim: Claim) -> str | None:
-    """Return the plugin's own `Requires-Dist: peft-core…` if the running core does not satisfy it."""
+    """Return the plugin's requirement `peft-core…` if the running version of peft-core does not satisfy it; otherwise None."""
     if not claim.requires_core:
         return None
     from packaging.requirements import InvalidRequirement, Requirement

@@ -1,7 +1,7 @@
 """The hooks a plugin can implement. Each returns plain data or a frozen dataclass; each is called through `hooks.py`.
 
-pluggy's two markers only set an attribute. They are written out here, because importing pluggy costs more than all of core's
-plugin code and is not needed until a hook is called. What may change here in which version stands in docs/plugins.md.
+pluggy's two markers only set an attribute. They are implemented here again, because importing pluggy takes longer than all of core's plugin code
+and is not needed until a hook is called. docs/plugins.md says which changes to hooks are possible in which version.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
     from .spec import TunerSpec
 
 PROJECT = "peft"
-#: attribute of an implementation that holds what it was marked with
+#: name of the attribute of a hook implementation that holds the options of `hookimpl`
 IMPLEMENTATION = f"{PROJECT}_impl"
-#: attribute of a specification that holds its `Deprecation`, if it has one
+#: name of the attribute of a hook specification that holds its `Deprecation`, if it has one
 DEPRECATION = f"{PROJECT}_deprecation"
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class Deprecation:
-    """What of a hook is on its way out. Whoever implements it is warned, by the name of the distribution.
+    """The deprecation of a hook or of some of its arguments. Implementing them gives a warning that names the plugin's distribution.
 
-    pluggy's own `warn_on_impl` is not used: it can't say whose the implementation is.
+    pluggy's `warn_on_impl` is not used, because its warning can't name the distribution of the implementation.
 
     Args:
-        hook: since when, and what to use instead; None: the hook stays.
-        arguments: argument → the same of it.
+        hook: since which version the hook is deprecated, and what to use instead; None: the hook is not deprecated.
+        arguments: deprecated argument → since which version, and what to use instead.
     """
 
     hook: str | None = None
@@ -51,12 +51,12 @@ def hookspec(
 
     Args:
         function: the specification.
-        firstresult: the first answer that is not None counts, and nobody is asked after it.
-        deprecated: the hook is on its way out: since when, and what to use instead.
-        deprecated_arguments: argument → the same of it.
+        firstresult: the result is the first return value that is not None; the remaining plugins are not called.
+        deprecated: since which version the hook is deprecated, and what to use instead; None: it is not deprecated.
+        deprecated_arguments: deprecated argument → since which version, and what to use instead.
 
     Raises:
-        PluginError: `deprecated_arguments` names what the function does not take.
+        PluginError: `deprecated_arguments` names an argument that the function does not take.
 
     Example:
         >>> from peft_core import hookspec
@@ -88,10 +88,10 @@ def hookimpl(function: _F | None = None, *, tryfirst: bool = False, trylast: boo
     """Mark a function of a plugin as the implementation of a hook (`pluggy.HookimplMarker("peft")`).
 
     Args:
-        function: the implementation; it takes those arguments of the hook that it needs, by their names.
-        tryfirst: it is asked before others.
-        trylast: it is asked after others.
-        optionalhook: no error if nobody specifies such a hook (one of another plugin, or of newer versions of core).
+        function: the implementation; it takes the arguments of the hook that it needs, under the same names.
+        tryfirst: call this implementation before the others.
+        trylast: call this implementation after the others.
+        optionalhook: no error if the hook is not specified (a hook of another plugin, or of a newer version of peft-core).
     """
     options = {"wrapper": False, "hookwrapper": False, "optionalhook": optionalhook, "tryfirst": tryfirst, "trylast": trylast, "specname": None}
     mark = _marked("impl", options)
@@ -111,7 +111,7 @@ def _marked(kind: str, options: dict[str, Any]) -> Callable[[_F], _F]:
 
 @hookspec
 def peft_tuners() -> Iterable[TunerSpec]:  # type: ignore[empty-body]
-    """Offer tuners. Called once, when a type of this distribution is first asked for.
+    """Return the tuners of this plugin. Called once, when a `peft_type` of this distribution is first needed.
 
     Example:
         >>> from peft_core import TunerSpec, hookimpl
@@ -125,7 +125,7 @@ def peft_tuners() -> Iterable[TunerSpec]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def peft_default_targets(peft_type: str, model_type: str) -> list[str] | str | None:
-    """Say which modules of an architecture are adapted when the user names none. The first answer counts.
+    """Return which modules of an architecture are adapted if the user names none. The first result that is not None is used.
 
     Args:
         peft_type: as in `adapter_config.json`: ``"LORA"``.
@@ -143,14 +143,15 @@ def peft_default_targets(peft_type: str, model_type: str) -> list[str] | str | N
 
 @hookspec(firstresult=True)
 def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | None:
-    """Give a tuner the adapter layer for a base layer that it does not know itself (a quantised one, say). First answer counts.
+    """Return the adapter layer for a base layer that the tuner does not support itself (for example a quantised one).
 
-    Not asked for torch's own Linear, Embedding and convolutions with weights of plain numbers.
+    The first result that is not None is used. The hook is not called for torch's Linear, Embedding and convolutions with ordinary,
+    unquantised weights.
 
     Args:
         peft_type: as in `adapter_config.json`: ``"LORA"``.
         base_layer: the module to wrap.
-        selection: to be handed to the layer.
+        selection: the `AdapterSelection` to pass to the adapter layer.
 
     Example:
         >>> from torch import nn
@@ -170,7 +171,7 @@ def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | No
 
 @hookspec(firstresult=True)
 def peft_convert_state_dict(peft_type: str, state_dict: dict[str, Any], config: Any) -> dict[str, Any] | None:
-    """Rename or reshape the tensors of a file before they are compared with the model. The first answer counts.
+    """Rename or reshape the tensors of a file before they are compared with the model. The first result that is not None is used.
 
     Args:
         peft_type: as in `adapter_config.json`: ``"LORA"``.
@@ -196,8 +197,8 @@ def peft_adapter_added(model: Any, adapter_name: str, config: Any) -> None:
 
     Args:
         model: the base.
-        adapter_name: its name.
-        config: its config, including what the model decided (targets).
+        adapter_name: the name of the added adapter.
+        config: the config of the adapter, including values that were chosen for this model (targets).
 
     Example:
         >>> from peft_core import PeftConfig, hookimpl
@@ -215,9 +216,9 @@ def peft_adapter_loaded(model: Any, adapter_name: str, path: str, source: str) -
 
     Args:
         model: the base.
-        adapter_name: its name.
-        path: the folder in which the files lie, absolute and without links; of the Hub, the snapshot in the local cache.
-        source: what the caller named: a folder, or an id on the Hub.
+        adapter_name: the name of the adapter.
+        path: the absolute path, without links, of the folder with the files; for the Hub, the snapshot folder in the local cache.
+        source: the folder or the Hub id that the caller passed.
 
     Example:
         >>> from peft_core import hookimpl
@@ -231,12 +232,12 @@ def peft_adapter_loaded(model: Any, adapter_name: str, path: str, source: str) -
 
 @hookspec
 def peft_adapter_saved(model: Any, adapter_name: str, path: str) -> None:
-    """Called after an adapter was written.
+    """Called after an adapter was saved.
 
     Args:
         model: the base.
-        adapter_name: its name.
-        path: the folder, as the caller named it.
+        adapter_name: the name of the adapter.
+        path: the folder, as the caller passed it.
 
     Example:
         >>> from peft_core import hookimpl
@@ -250,11 +251,11 @@ def peft_adapter_saved(model: Any, adapter_name: str, path: str) -> None:
 
 @hookspec
 def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Called when the adapters that a model uses were chosen.
+    """Called after the active adapters of a model were set.
 
     Args:
         model: the base.
-        adapter_names: all of them, in the order given.
+        adapter_names: the names of all active adapters, in the order given.
 
     Example:
         >>> from peft_core import hookimpl
@@ -268,11 +269,11 @@ def peft_adapter_activated(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Called after adapters were folded into the base weights; not if all of them were already.
+    """Called after adapters were merged into the base weights; not called if all of them were merged already.
 
     Args:
         model: the base.
-        adapter_names: those newly folded in, in the order of folding.
+        adapter_names: the names of the newly merged adapters, in the order of merging.
 
     Example:
         >>> from peft_core import hookimpl
@@ -286,11 +287,11 @@ def peft_adapter_merged(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
-    """Called after adapters were taken out of the base weights, by whichever operation; not if none was in them.
+    """Called after adapters were unmerged from the base weights, by any operation; not called if no adapter was merged.
 
     Args:
-        model: the base; its weights are what they were before the merge.
-        adapter_names: those taken out, in load order.
+        model: the base; its weights have the values from before the merge.
+        adapter_names: the names of the unmerged adapters, in load order.
 
     Example:
         >>> from peft_core import hookimpl
@@ -304,12 +305,12 @@ def peft_adapter_unmerged(model: Any, adapter_names: tuple[str, ...]) -> None:
 
 @hookspec
 def peft_adapter_unloaded(model: Any, adapter_names: tuple[str, ...], merged: tuple[str, ...]) -> None:
-    """Called after all adapters were taken off a model, which is the plain base again.
+    """Called after all adapters were removed from a model, which is the unwrapped base again.
 
     Args:
         model: the base, no longer wrapped.
-        adapter_names: those that it had, in load order.
-        merged: those whose effect stays in its weights, in load order; empty after `unload`.
+        adapter_names: the names of the adapters that the model had, in load order.
+        merged: the names of the adapters that stay merged in its weights, in load order; empty after `unload`.
 
     Example:
         >>> from peft_core import hookimpl
@@ -327,7 +328,7 @@ def peft_adapter_deleted(model: Any, adapter_name: str) -> None:
 
     Args:
         model: the base.
-        adapter_name: the name that it had.
+        adapter_name: the name of the deleted adapter.
 
     Example:
         >>> from peft_core import hookimpl

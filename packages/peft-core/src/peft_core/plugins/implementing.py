@@ -1,4 +1,4 @@
-"""What a plugin implements, compared with what is specified, before pluggy takes it: the errors and warnings name whose it is."""
+"""Checks a plugin's hook implementations against the specifications before pluggy registers it; errors and warnings name the plugin's owner."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from .hookspecs import DEPRECATION, IMPLEMENTATION, Deprecation
 
 
 def register(manager: Any, plugin: object, *, owner: str, name: str | None = None) -> None:
-    """Register a plugin; it is refused before anything of it is called.
+    """Register a plugin. An invalid plugin is refused before any of its functions is called.
 
     Args:
         manager: the `pluggy.PluginManager`.
         plugin: a module or object with implementations.
-        owner: whose it is, for messages: a distribution with its version.
-        name: under which the manager keeps it; None: pluggy chooses one.
+        owner: the distribution of the plugin with its version, for messages.
+        name: the name under which the manager registers the plugin; None: pluggy chooses one.
 
     Raises:
-        PluginError: it implements a hook that is not specified, takes an argument that the hook does not give, or marks no function.
+        PluginError: the plugin implements a hook that is not specified, takes an argument that the hook does not pass, or marks an object that is
+            not a function with `@hookimpl`.
 
     Warns:
-        PeftWarning: it implements what is deprecated.
+        PeftWarning: the plugin implements a deprecated hook or takes a deprecated argument.
     """
     import pluggy
 
@@ -49,10 +50,10 @@ def register(manager: Any, plugin: object, *, owner: str, name: str | None = Non
 
 
 def _implementations(manager: Any, plugin: object, owner: str) -> Iterator[tuple[str, Any, bool]]:
-    """Yield (hook, `pluggy.HookImpl`, whether an unknown hook is no error) for everything in a plugin that is marked.
+    """Yield (hook name, `pluggy.HookImpl`, whether the hook may be unknown) for every function of a plugin that is marked with `@hookimpl`.
 
     Raises:
-        PluginError: something is marked that is no function: pluggy would pass over it in silence.
+        PluginError: an object that is not a function is marked; pluggy would ignore it silently.
     """
     import pluggy
 
@@ -62,7 +63,7 @@ def _implementations(manager: Any, plugin: object, owner: str) -> Iterator[tuple
             implementation = pluggy.HookImpl(plugin, attribute, getattr(plugin, attribute), options)
             yield options.get("specname") or attribute, implementation, bool(options.get("optionalhook"))
             continue
-        value = inspect.getattr_static(plugin, attribute, None)  # does not run properties
+        value = inspect.getattr_static(plugin, attribute, None)  # unlike getattr, this does not execute properties
         if isinstance(getattr(value, "__dict__", {}).get(IMPLEMENTATION), dict):
             raise PluginError(
                 f"the plugin {owner} decorates {attribute!r} with @hookimpl, but it is a {type(value).__name__}, not a function",
@@ -71,10 +72,10 @@ def _implementations(manager: Any, plugin: object, owner: str) -> Iterator[tuple
 
 
 def _compare(hook: str, implementation: Any, spec: Any, owner: str) -> list[str]:
-    """Return the warnings that an implementation deserves.
+    """Compare a hook implementation with the specification, and return the texts of the deprecation warnings to give.
 
     Raises:
-        PluginError: it wants what the hook does not give.
+        PluginError: the implementation takes an argument that the hook does not pass, or takes one as keyword-only.
     """
     gives = tuple(spec.argnames)
     unknown = [name for name in (*implementation.argnames, *_by_keyword_only(implementation.function)) if name not in gives]
