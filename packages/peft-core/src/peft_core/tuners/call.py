@@ -32,8 +32,8 @@ class VirtualTokens:
         embeds: embeddings (n, hidden), or (rows, n, hidden) if they differ between rows.
         keys_values: for each layer the pair of keys and values, each of shape (heads, n, head_dim) of that layer; None for a layer without keys.
         weights: (n,), added to the attention scores of the keys: the logarithm of each key's weight in the attention; None: the virtual keys
-            count like any other key. Keys with weights occupy no positions, so that with zero weight (logarithm -inf) the base model computes
-            the same as without virtual tokens.
+            count like any other key. Keys with weights occupy no positions, so that with zero weight the base model computes the same as without
+            virtual tokens.
     """
 
     rows: Rows

@@ -172,7 +172,7 @@ class AdapterIndex:
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
-    """Return the innermost-wrapped model that has adapters, looking through wrappers of other libraries; `model` itself if none has adapters.
+    """Return the model with adapters inside the wrappers that other libraries put around it; `model` itself if there is no such model.
 
     The wrappers (compiled, parallel, sharded) may be nested in any order.
     """

@@ -14,7 +14,7 @@ from ..base.fused import WeightUse, weight_uses
 from ..base.view import BaseView
 from ..errors import ConfigError, PeftWarning, listed
 
-#: the output projection after a fused kernel; like convolutions, a module whose weight the kernel takes always counts as fused
+#: the output projection of a block; it counts as fused if a kernel takes its weight, as convolutions always do
 _OUT = "out_proj"
 _HINT = "leave them out with exclude_modules, or target in_proj"
 
