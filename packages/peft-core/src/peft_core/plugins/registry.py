@@ -361,5 +361,9 @@ def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
 
 
 def unregister_tuner(peft_type: str) -> None:
-    """Forget the tuner `peft_type` that was made known with `register_tuner`; a name that was not is ignored."""
+    """Remove the tuner `peft_type` that was added with `register_tuner`.
+
+    Raises:
+        UnknownTunerError: no tuner of this name was registered in this process.
+    """
     registry.unregister(peft_type)
