@@ -99,7 +99,7 @@ class Registry:
             return spec
         with self._lock:
             spec = self._registered.get(name) or self._loaded.get(name)
-            if spec is not None:  # another thread was faster
+            if spec is not None:  # another thread has loaded it in the meantime
                 return spec
             claims = self.claims().get(name, [])
             if not claims:

@@ -57,7 +57,7 @@ class AdapterSelection:
         self.root = self
         #: (names, enabled) → the selection of layers that were switched individually; layers in the same state share one
         self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool], AdapterSelection] = weakref.WeakValueDictionary()
-        #: saved modules that were disabled individually; enabled again together with the layers
+        #: saved modules that were disabled individually; they are enabled again when an adapter layer is
         self.switched_off: list[Any] = []
         #: the cache scope that a caller opened for the whole model
         self.scope: CacheScope | None = None

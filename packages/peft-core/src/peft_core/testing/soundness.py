@@ -27,7 +27,7 @@ class SoundnessChecks(SuiteBase):
     """Checks that no output is computed from outdated weights, inside or outside of a cache scope."""
 
     def test_outputs_follow_the_weights(self, name: str) -> None:
-        """After a call and a change of a weight (each of `peft_core.testing.changes.CHANGES`), outputs equal those of a model with these weights.
+        """After a call and a change of a weight (each of `peft_core.testing.changes.CHANGES`), outputs equal those computed anew from the weights.
 
         Protects from values computed from weights that are stored beyond a call: merged weights, norms, transposed copies, virtual tokens.
         """
@@ -51,7 +51,7 @@ class SoundnessChecks(SuiteBase):
         model.eval()
 
     def test_outputs_follow_the_modules(self, name: str) -> None:
-        """After a call and a change of a module (each of `MODULE_CHANGES`) or of the dtype, the outputs equal those of a fresh, equally changed model.
+        """After a call and a change of a module (each of `MODULE_CHANGES`) or of the dtype, outputs equal those of a fresh model changed equally.
 
         Protects from code that reads a module's weight instead of calling the module: hooks that don't run, replaced modules that have no effect.
         """
