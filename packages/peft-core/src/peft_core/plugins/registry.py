@@ -1,4 +1,4 @@
-"""The one registry: from a `peft_type` to its spec, config class and tuner class, importing a plugin when it is first needed."""
+"""The registry of tuners: finds the spec, config class and tuner class of a `peft_type`, and imports a plugin when it is first needed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .spec import TunerSpec
 
 @dataclass(frozen=True)
 class TunerInfo:
-    """What is known of a tuner without importing it.
+    """The information about a tuner that is available without importing it.
 
     Args:
-        peft_type: the method.
-        distribution, version: the package that offers it, and its version.
-        module: what its entry point names.
+        peft_type: the name of the tuner's method.
+        distribution, version: the package that offers the tuner, and the package's version.
+        module: the module that the package's entry point names.
         state: ``"available"`` (not imported yet), ``"loaded"``, ``"registered"`` (by `register_tuner`), ``"broken"`` (see `error`) or
             ``"conflict"`` (offered by more than one distribution).
-        error: why it can't be used; None: nothing is known against it.
+        error: the error because of which the tuner can't be used; None if no error is known.
     """
 
     peft_type: str
@@ -38,7 +38,7 @@ class TunerInfo:
 
 
 class Registry:
-    """Tuners by `peft_type`. Safe to use from several threads and from within a plugin's own import."""
+    """The tuners by `peft_type`. It is safe to use from several threads, and while a plugin is being imported."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -53,7 +53,7 @@ class Registry:
 
     # ---- listing -------------------------------------------------------------------------------------------------
     def claims(self) -> dict[str, list[Claim]]:
-        """Return the installed entry points by `peft_type`; read once (see `refresh`)."""
+        """Return the installed entry points by `peft_type`; they are read once and cached (see `refresh`)."""
         with self._lock:
             if self._claims is None:
                 self._claims = {}
@@ -62,7 +62,7 @@ class Registry:
             return self._claims
 
     def refresh(self) -> None:
-        """Read the installed distributions anew (after a `pip install` in a running notebook). Loaded tuners stay."""
+        """Make the next query read the installed distributions again (after `pip install` in a running notebook). Loaded tuners remain loaded."""
         with self._lock:
             self._claims = None
             self._broken.clear()
@@ -72,7 +72,7 @@ class Registry:
         return sorted({*self._registered, *self.claims()})
 
     def info(self) -> list[TunerInfo]:
-        """Return what is known of each tuner, sorted; imports none of them."""
+        """Return a `TunerInfo` for each tuner and distribution that offers it, sorted by `peft_type`; imports no tuner."""
         found = [TunerInfo(name, "(this process)", "", "", "registered") for name in self._registered]
         for name, claims in self.claims().items():
             if name in self._registered:
@@ -88,10 +88,10 @@ class Registry:
         """Return the spec of a tuner, importing its plugin if that has not happened yet.
 
         Raises:
-            UnknownTunerError: nothing installed or registered has this name.
-            DuplicateTunerError: several distributions offer it.
-            IncompatiblePluginError: its distribution requires another peft-core.
-            PluginError: the plugin fails to import, or does not offer what its entry point says.
+            UnknownTunerError: no installed or registered tuner has this name.
+            DuplicateTunerError: several distributions offer this tuner.
+            IncompatiblePluginError: the tuner's distribution requires another version of peft-core.
+            PluginError: the plugin fails to import, or does not offer the tuner that its entry point names.
         """
         name = str(peft_type).upper()
         spec = self._registered.get(name) or self._loaded.get(name)
@@ -99,7 +99,7 @@ class Registry:
             return spec
         with self._lock:
             spec = self._registered.get(name) or self._loaded.get(name)
-            if spec is not None:  # another thread was faster
+            if spec is not None:  # another thread has loaded it in the meantime
                 return spec
             claims = self.claims().get(name, [])
             if not claims:
@@ -115,30 +115,30 @@ class Registry:
             try:
                 self._load(claims[0])
             except PluginError as error:
-                if claims[0].module not in self._loading:  # a refusal inside its own import is not the last word
+                if claims[0].module not in self._loading:  # an error while the plugin is being imported may not be final
                     self._broken[name] = error
                 raise
             return self._loaded[name]
 
     def config_class(self, peft_type: str) -> type:
-        """Return the config class of a tuner (imports the tuner's config module; no torch is needed for that)."""
+        """Return the config class of a tuner; this imports the module of the config class, which does not need torch."""
         return self._class_of(self.resolve(peft_type), "config")
 
     def tuner_class(self, peft_type: str) -> type:
-        """Return the tuner class."""
+        """Return the tuner class of a tuner; this imports the module of the class."""
         return self._class_of(self.resolve(peft_type), "tuner")
 
     def owner(self, peft_type: str) -> Claim | None:
-        """Return the distribution behind a tuner; None when it was registered in this process."""
+        """Return the entry point of the distribution that offers a tuner; None if the tuner was registered in this process or is not installed."""
         claims = self.claims().get(str(peft_type).upper(), [])
         return None if str(peft_type).upper() in self._registered or not claims else claims[0]
 
     # ---- registering without packaging ---------------------------------------------------------------------------
     def register(self, spec: TunerSpec, *, replace: bool = False) -> None:
-        """Make a tuner known in this process.
+        """Add a tuner to the registry of this process.
 
         Raises:
-            DuplicateTunerError: the name is taken, by an installed distribution too, and `replace` is False.
+            DuplicateTunerError: another registered tuner or an installed distribution already uses the name, and `replace` is False.
         """
         with self._lock:
             taken = spec.peft_type in self._registered or spec.peft_type in self.claims()
@@ -151,14 +151,18 @@ class Registry:
             self._registered[spec.peft_type] = spec
 
     def unregister(self, peft_type: str) -> None:
-        """Forget a tuner that `register` made known; installed ones can't be forgotten."""
+        """Remove a tuner that was added with `register`; installed tuners can't be removed.
+
+        Raises:
+            UnknownTunerError: no tuner of this name was registered in this process.
+        """
         with self._lock:
             if self._registered.pop(str(peft_type).upper(), None) is None:
                 raise UnknownTunerError(f"{peft_type!r} was not registered in this process")
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
     def manager(self) -> Any:
-        """Return the pluggy manager, with the general plugins loaded; made when a hook is first called."""
+        """Return the pluggy manager with the general plugins loaded; it is created on the first call."""
         with self._lock:
             manager = self._bare_manager()
             if not self._general_loaded:
@@ -171,30 +175,30 @@ class Registry:
             return manager
 
     def register_plugin(self, plugin: object, name: str | None = None) -> None:
-        """Add an object or module with hook implementations in this process (what an entry point does for a package).
+        """Register an object or module with hook implementations in this process, as an entry point does for a package.
 
         Raises:
-            PluginError: it implements what is no hook, or takes an argument that the hook does not give.
+            PluginError: the plugin implements a hook that does not exist, or an implementation takes an argument that its hook does not have.
         """
         with self._lock:
             implementing.register(self.manager(), plugin, owner=f"{name or type(plugin).__name__} (registered in this process)", name=name)
             self._offers.clear()
 
     def unregister_plugin(self, plugin: object) -> None:
-        """Take out what `register_plugin` added."""
+        """Remove a plugin that was added with `register_plugin`."""
         with self._lock:
             self.manager().unregister(plugin)
             self._offers.clear()
 
     def offers(self, hook: str, peft_type: str) -> tuple[Any, ...]:
-        """Return all that plugins offer through a hook that takes no arguments and yields specs; asked once, and anew after a plugin came or went.
+        """Return all specs that plugins offer through a hook without arguments. The result is cached until a plugin is added or removed.
 
         Args:
-            hook: its name.
-            peft_type: the tuner that owns it, whose plugin is imported first.
+            hook: the name of the hook.
+            peft_type: the tuner whose package defines the hook; its plugin is imported first.
 
         Raises:
-            PluginError: as `resolve`.
+            PluginError: as in `resolve`.
         """
         found = self._offers.get(hook)
         if found is None:
@@ -213,9 +217,9 @@ class Registry:
 
             self._manager = pluggy.PluginManager(hookspecs.PROJECT)
             self._manager.add_hookspecs(hookspecs)
-            for claim in discovery.claims(discovery.HOOKSPECS):  # hooks that a tuner package owns; light modules
+            for claim in discovery.claims(discovery.HOOKSPECS):  # hooks that a tuner package defines; their modules are cheap to import
                 if discovery.unmet_requirement(claim) is not None:
-                    continue  # its tuner says so when it is asked for
+                    continue  # resolving the package's tuner raises the error
                 try:
                     self._manager.add_hookspecs(importlib.import_module(claim.module))
                 except Exception as error:
@@ -226,7 +230,7 @@ class Registry:
         """Import a plugin's module and register its hooks.
 
         Raises:
-            IncompatiblePluginError, PluginError: as `resolve`.
+            IncompatiblePluginError, PluginError: as in `resolve`.
         """
         wanted = discovery.unmet_requirement(claim)
         if wanted is not None:
@@ -277,7 +281,7 @@ class Registry:
                 f"{listed(offered) or 'none'}",
                 hint="the entry point's name is the peft_type in lower case",
             )
-        # other names of the same module are only taken when they have an entry point of their own: that keeps the metadata true
+        # other tuners of the same module are only loaded through their own entry point, so that the package's metadata lists every tuner
         self._loaded[name] = offered[name]
 
     def _class_of(self, spec: TunerSpec, field: str) -> type:
@@ -313,7 +317,7 @@ class Registry:
         )
 
 
-#: hints only: where the tuner of a well-known type is, when that is not `peft-<type>`
+#: used in hints only: peft_type → package of a well-known tuner, if the package is not called `peft-<type>`
 PACKAGES = {
     "PROMPT_TUNING": "peft-prompt",
     "PREFIX_TUNING": "peft-prompt",
@@ -334,28 +338,32 @@ def get_tuner_spec(peft_type: str) -> TunerSpec:
     """Return the spec of a tuner, importing its plugin if that has not happened yet.
 
     Args:
-        peft_type: the method, in upper or lower case.
+        peft_type: the name of the method, in upper or lower case.
 
     Raises:
-        UnknownTunerError: nothing installed or registered has this name.
-        DuplicateTunerError, IncompatiblePluginError, PluginError: it can't be used; the message names its distribution.
+        UnknownTunerError: no installed or registered tuner has this name.
+        DuplicateTunerError, IncompatiblePluginError, PluginError: the tuner can't be used; the message names its distribution.
     """
     return registry.resolve(peft_type)
 
 
 def register_tuner(spec: TunerSpec, *, replace: bool = False) -> None:
-    """Make a tuner known without packaging it, for example in a notebook.
+    """Register a tuner in this process without packaging it, for example in a notebook.
 
     Args:
-        spec: the tuner.
-        replace: replace one of this name.
+        spec: the declaration of the tuner.
+        replace: replace an existing tuner of the same name.
 
     Raises:
-        DuplicateTunerError: the name is taken and `replace` is False.
+        DuplicateTunerError: another tuner already has this name, and `replace` is False.
     """
     registry.register(spec, replace=replace)
 
 
 def unregister_tuner(peft_type: str) -> None:
-    """Forget the tuner `peft_type` that was made known with `register_tuner`; a name that was not is ignored."""
+    """Remove the tuner `peft_type` that was added with `register_tuner`.
+
+    Raises:
+        UnknownTunerError: no tuner of this name was registered in this process.
+    """
     registry.unregister(peft_type)

@@ -13,7 +13,7 @@ from ..tensor_names import WRAPPER_PREFIX
 
 
 class Capability(enum.Flag):
-    """Abilities of a tuner besides forward, training, saving and loading. Core refuses what is not declared."""
+    """Optional abilities of a tuner, in addition to forward, training, saving and loading. Core refuses operations whose ability is not declared."""
 
     NONE = 0
     MERGE = enum.auto()  #: its effect can be folded into the base weight
@@ -26,7 +26,7 @@ class Capability(enum.Flag):
 
 @dataclass(frozen=True)
 class TunerSpec:
-    """One tuner: its name, where its classes are, how its files look, what it can do.
+    """The declaration of one tuner: its name, the location of its classes, the format of its file keys, and its capabilities.
 
     Args:
         peft_type: upper-case name, as in `adapter_config.json`.
@@ -35,14 +35,14 @@ class TunerSpec:
         parameter_prefix: prefix of the tuner's parameter names (``"lora_"``); must not collide with an adapter's name.
         base_prefix: prefix of base module paths in weight files: ``"base_model.model."`` for tuners that wrap
             layers, ``"base_model."`` for those that don't modify the base.
-        call_arguments: keywords of a model call that belong to the tuner and that the base never sees.
-        tags: what the model card says, for the Hub's search.
-        capabilities: what it can do; `Capability.NONE` by default.
-        examples: name → config fields of an example; the conformance suite runs these unless it is given configs.
+        call_arguments: keyword arguments of a model call that are passed to the tuner and not to the base model.
+        tags: tags for the model card, by which the Hub can be searched.
+        capabilities: the tuner's optional abilities; `Capability.NONE` by default.
+        examples: name → config fields of an example; the conformance suite uses these as configs unless it defines its own configs.
             The extra key ``"base"`` names a model of `peft_core.testing.BASES`.
 
     Raises:
-        ConfigError: a malformed name, import path or example.
+        ConfigError: the name, an import path or an example is malformed, or `parameter_prefix` is empty.
     """
 
     peft_type: str

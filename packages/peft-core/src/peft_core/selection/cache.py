@@ -1,4 +1,4 @@
-"""The cache scope: the only object in which values computed from weights outlive a call, and only until the scope ends."""
+"""The cache scope: the only object that stores values computed from weights for longer than one call; they are dropped when the scope ends."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 
 class CacheScope:
-    """Values computed from weights, by key; valid while the scope is open and no operation of ours has changed a weight.
+    """A cache of values computed from weights, valid while the scope is open and no peft-core operation has changed a weight.
 
-    Keys are written out: (kind, module, adapter or route, dtype, device). A key holds its objects alive, so that none can be mistaken for another.
+    A key is a tuple of the objects themselves: (kind, module, adapter or route, dtype, device). The cache keeps references to these objects, so that
+    a new object can't take the identity of a freed one.
     """
 
     __slots__ = ("__weakref__", "_epoch", "_lock", "_values", "closed")
@@ -28,13 +29,13 @@ class CacheScope:
         self.closed = False
 
     def get(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """Return the value under `key`; if there is none, what `compute` returns, called without gradients."""
+        """Return the value cached under `key`; if there is none, call `compute` without gradients, cache its result and return it."""
         try:
             return cast(T, self._values[key])
         except KeyError:
             pass
         epoch = self._epoch
-        # no inference tensors: a scope may be entered again outside of inference mode
+        # create no inference tensors: the cached value may also be used outside of inference mode
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
         with self._lock:
@@ -43,17 +44,17 @@ class CacheScope:
         return value
 
     def clear(self) -> None:
-        """Drop all values; what another thread is computing right now is not put in."""
+        """Drop all values; a value that another thread is computing at this moment will not be cached either."""
         with self._lock:
             self._epoch += 1
             self._values = {}
 
     def close(self) -> None:
-        """Drop all values and take no more."""
+        """Drop all values and cache no further ones."""
         self.closed = True
         self.clear()
 
 
 def may_cache() -> bool:
-    """Return whether values computed now are real and need no gradient: not under gradients, compilation, tracing, fake tensors or transforms."""
+    """Return whether values computed now may be cached: False if gradients are enabled, or under compilation, tracing, fake tensors or transforms."""
     return not (torch.is_grad_enabled() or is_transformed())

@@ -21,13 +21,14 @@ BASE = "__base__"
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` names for each row.
+    """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` with the names for each row.
 
     Args:
-        names: adapters that every row uses, in the order in which they act; with `per_row`, the union over all rows, in that order.
-        per_row: for each row the adapters that it uses; ``()`` is the plain base.
+        names: the adapters that every row uses, in the order in which they are applied; with `per_row`, the union over all rows, in this order.
+        per_row: for each row the adapters that it uses; ``()`` means the base model without adapters.
         context: values for this call that a tuner passes to its own layers.
-        active_mask: mask over the adapters, read by compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; set by `use`.
+        active_mask: mask of the active adapters, read by compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; set by
+            `AdapterSelection.use`.
     """
 
     names: tuple[str, ...] = ()
@@ -38,19 +39,18 @@ class Route:
 
     @property
     def used(self) -> tuple[str, ...]:
-        """Every adapter that some row uses."""
+        """The names of all adapters that at least one row uses."""
         if self.per_row is None or self.names:
             return self.names
         return tuple(dict.fromkeys(name for row in self.per_row for name in row))
 
     def rows(self, adapter: str, batch: int, device: torch.device | None = None) -> Rows:
-        """Return which rows of a batch use `adapter`: None (no row), `ALL`, or a tensor of row numbers (rows,).
+        """Return which rows of a batch use `adapter`: None (no row), `ALL`, or a tensor of row numbers (rows,) on `device`.
 
-        Each entry of `per_row` covers ``batch / len(per_row)`` consecutive rows: beams of one sample, or tokens of a flattened batch.
-        `device`: of the returned indices.
+        Each entry of `per_row` applies to ``batch / len(per_row)`` consecutive rows: the beams of one sample, or the tokens of a flattened batch.
 
         Raises:
-            RoutingError: the batch is no multiple of the number of names.
+            RoutingError: the batch size is not a multiple of the length of `per_row`.
         """
         if self.per_row is None:
             return ALL if adapter in self.names else None
@@ -78,7 +78,7 @@ class Route:
 
 
 class _All:
-    """The type of `ALL`; as an index it selects every row, as ``slice(None)`` does."""
+    """The type of `ALL`: a singleton that means all rows of a batch, as ``slice(None)`` does."""
 
     _instance: _All | None = None
 
@@ -97,7 +97,7 @@ class _All:
         return (_All, ())
 
 
-#: what `Route.rows` returns where all rows of the batch use the adapter; as an index it selects every row
+#: the value that `Route.rows` returns if all rows of the batch use the adapter
 ALL = _All()
 
 
@@ -108,7 +108,7 @@ NO_ROUTE = Route()
 
 
 def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
-    """Turn ``["a", "__base__", ["a", "b"]]`` into one tuple of adapters per row.
+    """Convert a list such as ``["a", "__base__", ["a", "b"]]`` to one tuple of adapter names per row; ``"__base__"`` becomes ``()``.
 
     Raises:
         RoutingError: an entry is neither a name nor a list of names.
@@ -119,8 +119,8 @@ def read_names(names: Sequence[Any]) -> tuple[tuple[str, ...], ...]:
     if torch.compiler.is_compiling():
         return _rows(given)
     try:
-        return _remembered(given)  # servers send the same rows step by step
-    except TypeError:  # lists among the entries
+        return _remembered(given)  # servers send the same names at every generation step
+    except TypeError:  # entries that are lists can't be hashed
         return _rows(given)
 
 

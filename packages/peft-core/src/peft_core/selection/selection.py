@@ -1,4 +1,4 @@
-"""Which adapters take part in a forward pass: one object per model, read by every layer, overridable per thread."""
+"""Which adapters are used in a forward pass: one selection object per model, which every layer reads and each thread can override."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from .route import NO_ROUTE, Route
 
 T = TypeVar("T")
 
-#: for each selection the route that a task of an event loop follows
+#: id of a selection → the route that the current asyncio task uses for it
 _TASK_ROUTES: contextvars.ContextVar[Mapping[Any, Any]] = contextvars.ContextVar("peft_core_task_routes", default=MappingProxyType({}))
 
 
 class AdapterSelection:
-    """The adapters in use, shared by all adapter layers of a model: switching sets one attribute and visits no layer.
+    """The active adapters, shared by all adapter layers of a model: switching adapters sets one attribute and does not loop over layers.
 
-    A thread may override it for itself with `use`: concurrent requests do not see one another.
+    A thread can override the selection for itself with `use`, so that concurrent requests do not affect each other.
 
     Args:
-        names: the adapters in use.
+        names: the names of the active adapters.
     """
 
     def __init__(self, names: Sequence[str] = ()) -> None:
@@ -47,40 +47,40 @@ class AdapterSelection:
         self.suspended = False
         #: how often layers were switched individually
         self._switches = 0
-        #: adapter → its number
+        #: adapter name → its index in `active_mask`
         self.adapter_ids: dict[str, int] = {}
-        #: mask of the active adapters, by index: compiled graphs read it, so that switching adapters does not recompile
+        #: mask of the active adapters, bool (adapters,): compiled graphs read it, so that switching adapters does not recompile
         self.active_mask = torch.zeros(0, dtype=torch.bool)
-        #: the active adapters, if they were not chosen in load order: part of compiled graphs, which otherwise do not depend on the choice
+        #: the active adapters if they are not in load order, else (): compiled graphs depend on this order, but not on which adapters are active
         self.reordered: tuple[str, ...] = ()
         #: the selection of the whole model; `self`, unless this is a variant
         self.root = self
         #: (names, enabled) → the selection of layers that were switched individually; layers in the same state share one
         self.variants: weakref.WeakValueDictionary[tuple[tuple[str, ...], bool], AdapterSelection] = weakref.WeakValueDictionary()
-        #: saved modules that were disabled individually; enabled again together with the layers
+        #: saved modules that were disabled individually; they are enabled again when an adapter layer is
         self.switched_off: list[Any] = []
         #: the cache scope that a caller opened for the whole model
         self.scope: CacheScope | None = None
-        #: every open scope, those of single threads included
+        #: every open cache scope, including those opened for single threads
         self.scopes: weakref.WeakSet[CacheScope] = weakref.WeakSet()
 
     @property
     def switches(self) -> int | None:
-        """How often layers were switched individually; None where all layers follow the model now."""
+        """How often layers were switched individually; None if all layers currently follow the model's selection."""
         return self._switches if self.variants and not self.suspended else None
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters chosen for the whole model, in the order in which they act, also while they are disabled."""
+        """The names of the adapters selected for the whole model, in the order in which they are applied, also while they are disabled."""
         return self.selected.names
 
     def select(self, names: Sequence[str]) -> None:
-        """Choose the adapters `names` for the whole model."""
+        """Select the adapters `names` for the whole model."""
         self.selected = Route(tuple(names))
         self._refresh()
 
     def enable(self, enabled: bool) -> None:
-        """Switch all adapters on or off, as `enabled` says, without forgetting which were chosen."""
+        """Switch all adapters on if `enabled` is True, else off; the selected names are not changed."""
         self.enabled = enabled
         self._refresh()
 
@@ -110,8 +110,8 @@ class AdapterSelection:
         """Assign the adapter `name` an index into `active_mask`, shared with all variants.
 
         Args:
-            name: the adapter.
-            device: of its layers; `active_mask` moves there, unless it is meta.
+            name: the name of the adapter.
+            device: the device of the adapter's layers; `active_mask` is moved to this device, unless it is the meta device.
         """
         root = self.root
         if name not in root.adapter_ids:
@@ -131,15 +131,15 @@ class AdapterSelection:
 
     def current(self) -> Route:
         """Return the route of the calling thread."""
-        # getattr on a threading.local is traced by torch.compile; ContextVar.get would break the graph in every layer
+        # torch.compile can trace getattr on a threading.local; ContextVar.get would cause a graph break in every layer
         route: Route | None = getattr(self.local, "route", None)
         return self.default if route is None else route
 
     @contextlib.contextmanager
     def use(self, route: Route) -> Iterator[None]:
-        """Use `route` in this thread until the block ends."""
+        """Use `route` in the calling thread until the block ends."""
         previous = getattr(self.local, "route", None)
-        if route.active_mask is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # something may have been compiled
+        if route.active_mask is None and "torch._dynamo" in sys.modules and not torch.compiler.is_compiling():  # compiled graphs may exist
             rows = [route.names] if route.per_row is None else route.per_row
             numbers = torch.stack([self._numbers(names) for names in rows]).to(self.active_mask.device)
             object.__setattr__(route, "active_mask", numbers[0] if route.per_row is None else numbers)
@@ -167,7 +167,7 @@ class AdapterSelection:
             _TASK_ROUTES.reset(token)
 
     def task_route(self) -> Route | None:
-        """Return the route that `use_in_context` chose for this task; None elsewhere."""
+        """Return the route that `use_in_context` stored for the current asyncio task; None if there is none, or during compilation."""
         return None if torch.compiler.is_compiling() else _TASK_ROUTES.get().get(id(self))
 
     # ---- the cache scope ---------------------------------------------------------------------------------------------
@@ -184,16 +184,19 @@ class AdapterSelection:
         return None
 
     def open_scope(self) -> CacheScope | None:
-        """Return the open cache scope without checking the call. Only where `can_fuse` returned True and gradients are off; otherwise use `cache`."""
+        """Return the open cache scope, or None, without checking whether this call may use it.
+
+        Call this only if `can_fuse` returned True and gradients are disabled; otherwise call `cache`.
+        """
         scope: CacheScope | None = getattr(self.local, "cache", None) or self.root.scope
         return None if scope is None or scope.closed else scope
 
     @contextlib.contextmanager
     def cached(self, *, thread: bool = False) -> Iterator[None]:
-        """Open a cache scope until the block ends; an open scope is reused.
+        """Open a cache scope until the block ends; if a scope is already open, use that one.
 
         Args:
-            thread: for the calling thread alone.
+            thread: open the scope only for the calling thread.
         """
         root = self.root
         if root.scope is not None or getattr(self.local, "cache", None) is not None:
@@ -215,15 +218,15 @@ class AdapterSelection:
                 root.scope = None
 
     def cached_result(self, kind: str, module: nn.Module, compute: Callable[[], T], key: Hashable = None) -> T:
-        """Return ``compute()``, cached while a cache scope is open.
+        """Return the result of ``compute()``; while a cache scope is open, the result is cached.
 
-        Nothing is cached while a part of `module` is in training mode, where it may compute something else each time, or has hooks.
+        Nothing is cached if `module` or one of its submodules is in training mode, where each call may give a different result, or has hooks.
 
         Args:
-            kind: names the result.
-            module: the result may depend on its parameters and buffers only.
-            compute: takes nothing, returns a tensor or anything made of tensors.
-            key: distinguishes several results of one module and kind.
+            kind: name of the kind of result.
+            module: the module on whose parameters and buffers, and nothing else, the result depends.
+            compute: function without arguments that returns a tensor or a structure of tensors.
+            key: distinguishes several results of the same module and kind.
         """
         scope = self.cache()
         if scope is None or any(part.training or is_observed(part) for part in module.modules()):
@@ -238,18 +241,18 @@ class AdapterSelection:
                 scope.clear()
 
     def begin_training(self) -> None:
-        """Close the cache scope of the model with a warning: weights are about to change, and what it holds would be stale."""
+        """Close the cache scope of the model and warn: training will change weights, which would make the cached values stale."""
         scope = self.root.scope
         if scope is not None and not scope.closed:
             scope.close()
             warnings.warn("train() was called inside cached(model); nothing is cached from here on", PeftWarning, stacklevel=3)
 
     def variant(self, names: Sequence[str], enabled: bool) -> AdapterSelection:
-        """Return the selection of layers whose adapters differ from the model's. Thread-local overrides stay shared with the model.
+        """Return a selection for layers whose active adapters differ from the model's. It shares thread-local overrides with the model's selection.
 
         Args:
-            names: the adapters in use there.
-            enabled: whether they are switched on.
+            names: the active adapters of these layers.
+            enabled: whether adapters are switched on in these layers.
         """
         root = self.root
         root._switches += 1

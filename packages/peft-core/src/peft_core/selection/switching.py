@@ -1,4 +1,4 @@
-"""Choosing adapters layer by layer, for libraries that know the layers of a model and not the model as a whole."""
+"""Selecting adapters layer by layer, for libraries that work with the adapter layers of a model instead of the whole model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .selection import AdapterSelection
 
 
 class SelectionMixin(nn.Module):
-    """A module that follows its model's choice of adapters until it is given one of its own.
+    """A module that uses its model's selection of adapters until a selection is set for this module alone.
 
-    `PeftModel.set_adapter`, `enable_adapter_layers` and `disable_adapter_layers` bring it back to the model's.
+    `PeftModel.set_adapter`, `enable_adapter_layers` and `disable_adapter_layers` make it use the model's selection again.
     """
 
-    #: attributes that hold weights by adapter, and those that hold other things by adapter
+    #: names of the attributes that hold weights by adapter, and of those that hold other values by adapter
     adapter_layer_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: ClassVar[tuple[str, ...]] = ()
 
@@ -30,25 +30,25 @@ class SelectionMixin(nn.Module):
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters chosen here, in the order in which they act, also those that have no weights here."""
+        """The adapters selected for this module, in the order in which they are applied, including those without weights in this module."""
         return list(self.selection.names)
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The same, under the name by which libraries that know layers ask for it: always a list, unlike that of a model or a saved module."""
+        """The same list as `active_adapters`, under the name that libraries read from layers; for a model or a saved module it may be a string."""
         return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:
-        """Whether adapters are switched off here."""
+        """Whether adapters are switched off in this module."""
         return not self.selection.enabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use these adapters in this module; they train, all others are frozen.
+        """Activate these adapters in this module and make their parameters trainable; the parameters of all other adapters are frozen.
 
         Args:
-            adapter_names: a name or names; those without weights here have no effect here.
-            inference_mode: they do not train either.
+            adapter_names: one name or several names; an adapter without weights in this module has no effect in it.
+            inference_mode: also freeze the parameters of the activated adapters.
         """
         given = (adapter_names,) if isinstance(adapter_names, str) else tuple(dict.fromkeys(adapter_names))
         self.selection = self.selection.variant(given, self.selection.enabled)
@@ -56,14 +56,14 @@ class SelectionMixin(nn.Module):
             let_train(self.parameters_of(name).values(), name in given and not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off in this module, as `enabled` says; which of them train does not change."""
+        """Switch adapters on in this module if `enabled` is True, else off; `requires_grad` of their parameters is not changed."""
         if enabled is not self.selection.enabled:
             self.selection = self.selection.variant(self.selection.names, enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter's weights out of this module; a name without weights here is ignored.
+        """Remove an adapter's weights from this module; the name of an adapter without weights in this module is ignored.
 
-        If no adapter in use remains, the first that has weights here takes over.
+        If no active adapter remains, the first adapter that has weights in this module becomes active.
         """
         if adapter_name not in self.adapters():
             return
@@ -71,47 +71,47 @@ class SelectionMixin(nn.Module):
         self.stop_using(adapter_name)
 
     def stop_using(self, adapter_name: str) -> None:
-        """Take a name out of those in use here; if none remains, the first adapter that has weights here takes over."""
+        """Deactivate an adapter in this module; if no active adapter remains, the first adapter that has weights in this module becomes active."""
         active = self.selection
         if adapter_name in active.names:
             rest = tuple(name for name in active.names if name != adapter_name) or self.adapters()[:1]
             self.selection = active.variant(rest, active.enabled)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let adapters train in this module or not, whether they are in use or not."""
+        """Set `requires_grad` of the parameters of these adapters in this module, whether the adapters are active or not."""
         for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
             if name in self.adapters():
                 let_train(self.parameters_of(name).values(), requires_grad)
 
 
 def let_train(parameters: Iterable[nn.Parameter], trains: bool) -> None:
-    """Set `requires_grad`; what holds no floating-point numbers can't train and is left out."""
+    """Set `requires_grad` of each parameter to `trains`; parameters that are not floating-point can't require gradients and are never set to True."""
     for parameter in parameters:
         if parameter.requires_grad is not trains and (parameter.is_floating_point() or not trains):
             parameter.requires_grad_(trains)
 
 
 class AuxiliaryTrainingWrapper(SelectionMixin):
-    """What stands around a module of the base for a part of an adapter that every method may have: saved modules, rows of tokens.
+    """Base class of the wrappers for the adapter parts that are available with every method: saved modules and trained token rows.
 
-    Methods take an adapter's name as `adapter_name`.
+    The methods of this class take an adapter's name as `adapter_name`.
     """
 
     @property
     def active_adapter(self) -> str | list[str]:
-        """The adapter chosen here; a list if there are several, or none."""
+        """The name of the adapter selected for this module; a list of names if several are selected, or none."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Return key in an adapter's file → key in memory, both behind the path of this module."""
+        """Return a dict: key in the adapter's file → name in memory, both relative to the path of this module."""
         raise NotImplementedError(f"{type(self).__name__} must define adapter_state_dict_load_map(adapter_name)")
 
     def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what an adapter's file holds of this module.
+        """Return the tensors of this module that are saved in the adapter's file, by their key relative to the path of this module.
 
         Args:
-            adapter_name: which adapter.
+            adapter_name: the name of the adapter.
             state_dict: the module's state dict.
 
         Raises:
@@ -120,7 +120,10 @@ class AuxiliaryTrainingWrapper(SelectionMixin):
         return {key: state_dict[name] for key, name in self.adapter_state_dict_load_map(adapter_name).items()}
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch adapters on or off in this module. It comes on again with the first adapter layer of the model that does."""
+        """Switch adapters on if `enabled` is True, else off, in this module.
+
+        A module that was switched off is switched on again as soon as an adapter layer of the model is.
+        """
         super().enable_adapters(enabled)
         root = self.selection.root
         if not enabled and not any(module is self for module in root.switched_off):

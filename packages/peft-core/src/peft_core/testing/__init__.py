@@ -1,7 +1,7 @@
-"""What a tuner must pass: a conformance suite that an author subclasses in five lines, and tiny models to try things on.
+"""The conformance suite that every tuner must pass, which an author subclasses in five lines, and tiny models for tests.
 
-Importing this imports neither torch nor pytest: names are loaded when they are first used (PEP 562), since pytest imports this room, where
-the plugin is (`peft_core.testing.plugin`), whenever it starts.
+Importing this package imports neither torch nor pytest: names are loaded when they are first used (PEP 562), because pytest imports this package,
+which contains the pytest plugin (`peft_core.testing.plugin`), at each start.
 
 Example:
     >>> class TestLoHa(TunerSuite):

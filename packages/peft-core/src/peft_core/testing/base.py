@@ -1,4 +1,4 @@
-"""The plumbing of the conformance suite: bases, configs, models, outputs, and how pytest runs the checks."""
+"""The base class of the conformance suite: it builds base models, configs, models and outputs, and tells pytest how to run the checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ..plugins import registry
 from .helpers import quiet, randomise, tensor_of
 from .models import TASKS, inputs_of, tiny
 
-#: fields that say which modules are adapted: they make no sense on another base
+#: config fields that select the modules to adapt; they are not valid for another base model
 _SELECTING = frozenset(field.name for field in dataclasses.fields(LayerConfig))
 
 #: keys of an example that are no fields of its config
@@ -35,17 +35,18 @@ _EXTRA = frozenset({"base", "arguments", "second"})
 
 
 class SuiteBase:
-    """Subclass it in a test file, name the tuner and a few configs; pytest collects the checks.
+    """Base class of a conformance suite. Subclass it in a test file and set the tuner and a few configs; pytest collects the checks.
 
     Attributes:
         peft_type: the tuner; it must be installed or registered.
-        configs: name → fields of its config. The extra key ``"base"`` chooses a model of `BASES`, default ``"llama"``; ``"arguments"`` has a list for
-            each keyword of a call that belongs to the tuner (`TunerSpec.call_arguments`): one entry for each row, repeated; ``"second"`` has
-            the fields in which further adapters on one model differ, where two equal ones would stand in for one another.
-            Without any: the examples of the tuner's spec, else one config with nothing but defaults.
-        expected_failures: check → reason. Strict: a listed check that passes is a failure, so that the list can only shrink.
-        neutral_start: a new adapter leaves the outputs as they are. None: expected of tuners that wrap layers, not of others.
-        tolerance: how far equal computations may be apart in float32, relative to the largest output.
+        configs: name → config fields. Three extra keys are not config fields. ``"base"``: the name of a model of `BASES`, by default ``"llama"``.
+            ``"arguments"``: for each keyword argument of a call that is passed to the tuner (`TunerSpec.call_arguments`) a list with one value
+            per row, repeated if there are more rows. ``"second"``: the config fields that differ for further adapters on the same model, needed
+            if two adapters with equal configs could not be told apart.
+            If `configs` is empty, the examples of the tuner's spec are used; if there are none, one config with default values.
+        expected_failures: check → reason. It is strict: a listed check that passes is reported as a failure, so that the list can only shrink.
+        neutral_start: True if a new adapter must not change the outputs. None: True for tuners that wrap layers, False for others.
+        tolerance: the largest allowed difference between equal computations in float32, relative to the largest output.
     """
 
     peft_type: ClassVar[str] = ""
@@ -54,34 +55,34 @@ class SuiteBase:
     neutral_start: ClassVar[bool | None] = None
     tolerance: ClassVar[float] = 1e-5
 
-    # ---- plumbing --------------------------------------------------------------------------------------------------
+    # ---- configs, models and outputs -------------------------------------------------------------------------------
     @classmethod
     def checks(cls) -> list[str]:
-        """Return the names of all checks, in the order of the files."""
+        """Return the names of all checks, in the order in which the classes of the suite define them."""
         return list(dict.fromkeys(name for kind in reversed(cls.__mro__) for name in vars(kind) if name.startswith("test_")))
 
     @classmethod
     def named_configs(cls) -> Mapping[str, Mapping[str, Any]]:
-        """Return the configs that the checks run on: the suite's own, the examples of the tuner's spec, or one with defaults.
+        """Return the configs on which the checks run: `configs`, else the examples of the tuner's spec, else one config with default values.
 
         Raises:
-            UnknownTunerError: there are none of its own, and the tuner is not installed.
+            UnknownTunerError: `configs` is empty, and the tuner is not installed.
         """
         return cls.configs or get_tuner_spec(cls.peft_type).examples or {"default": {}}
 
     def not_run(self, check: str, name: str) -> str | None:
-        """Return why a check does not apply to a config, or None: it applies, or that shows only when it runs."""
+        """Return the reason why a check does not apply to a config; None if it applies, or if this can only be found out by running the check."""
         condition = getattr(getattr(type(self), check), "condition", None)
         try:
             return None if condition is None else condition(self, name)
-        except PeftError:  # a tuner that a fixture will register, a bad config: the check itself will ask again, and say it
+        except PeftError:  # a fixture may register the tuner later, or the config is invalid: then the check raises the error when it runs
             return None
 
     def pytest_generate_tests(self, metafunc: Any) -> None:
-        """Let pytest run each check on each config to which it applies, expected failures strict.
+        """Parametrise each check with the names of the configs to which it applies, and mark expected failures as strict xfail.
 
         Raises:
-            ConfigError: `expected_failures` names no check.
+            ConfigError: a name in `expected_failures` is not the name of a check.
         """
         if "name" not in metafunc.fixturenames:
             return
@@ -100,33 +101,33 @@ class SuiteBase:
 
     @property
     def spec(self) -> TunerSpec:
-        """What the tuner declares."""
+        """The spec of the tuner."""
         return get_tuner_spec(self.peft_type)
 
     @property
     def wraps_layers(self) -> bool:
-        """Whether the tuner is one that wraps layers."""
+        """Whether the tuner wraps layers of the base model, that is, is a `LayerTuner`."""
         return issubclass(registry.tuner_class(self.peft_type), LayerTuner)
 
     @property
     def starts_neutral(self) -> bool:
-        """Whether a new adapter must leave the outputs as they are."""
+        """Whether a new adapter must not change the outputs."""
         return self.wraps_layers if self.neutral_start is None else self.neutral_start
 
     def base_name(self, name: str) -> str:
-        """Return which of `BASES` a config runs on."""
+        """Return the key in `BASES` of the base model on which a config runs."""
         return str(self.named_configs()[name].get("base", "llama"))
 
     def base(self, name: str) -> nn.Module:
-        """Return a fresh base model for a config, in eval mode; override for models of your own."""
+        """Return a fresh base model for a config, in eval mode; override this method to use your own models."""
         return tiny(self.base_name(name))
 
     def config(self, name: str, **changes: Any) -> PeftConfig:
-        """Return the config called `name`, with changes."""
+        """Return the config called `name`, with the fields in `changes` replaced."""
         return get_peft_config({"peft_type": self.peft_type, **self._fields(name), **changes})
 
     def config_from_keywords(self, name: str) -> PeftConfig:
-        """Return the config called `name`, made by its class itself, which refuses what it does not know."""
+        """Return the config called `name`, created by calling its class with keyword arguments, which raises an error for unknown fields."""
         config: PeftConfig = registry.config_class(self.peft_type)(**self._fields(name))
         return config
 
@@ -135,9 +136,10 @@ class SuiteBase:
         return {"task_type": TASKS.get(self.base_name(name)), **fields}
 
     def config_on(self, name: str, target: str) -> PeftConfig:
-        """Return the config called `name` for another base, of which the module `target` is all that it adapts.
+        """Return the config called `name` for another base model, in which it adapts only the module `target`.
 
-        Fields that choose modules are left out: those of `LayerConfig`, and others called ``*_modules``. Override if yours are called otherwise.
+        Fields that select modules are left out: those of `LayerConfig`, and others called ``*_modules``. Override this method if your config has
+        such fields with other names.
         """
         fields = {
             key: copy.deepcopy(value)
@@ -147,11 +149,14 @@ class SuiteBase:
         return get_peft_config({"peft_type": self.peft_type, **fields, "target_modules": [target]})
 
     def second_config(self, name: str) -> PeftConfig:
-        """Return the config of further adapters on one model."""
+        """Return the config for further adapters on the same model: the config called `name` with the fields of its key ``"second"`` replaced."""
         return self.config(name, **self.named_configs()[name].get("second", {}))
 
     def model(self, name: str, *adapters: str, seed: int = 1, random: bool = True, base: nn.Module | None = None, second: bool = False) -> PeftModel:
-        """Return a model in eval mode with adapters (default one called ``default``), their weights random so that they have an effect."""
+        """Return a model in eval mode with the given adapters; without names, with one adapter called ``default``.
+
+        If `random`, the adapters' weights are random values, so that the adapters have an effect.
+        """
         names = adapters or ("default",)
         with quiet():
             first = self.second_config(name) if second else self.config(name)
@@ -164,7 +169,7 @@ class SuiteBase:
         return wrapped.eval()
 
     def model_on(self, name: str, base: nn.Module, random: bool = True) -> PeftModel:
-        """Return another base with one adapter of the config called `name` on its module ``target``, as `model` does."""
+        """Return a model in eval mode made of `base` and one adapter with the config called `name` on the module ``target`` of `base`."""
         with quiet():
             wrapped = get_peft_model(base, self.config_on(name, "target"))
         if random:
@@ -172,16 +177,16 @@ class SuiteBase:
         return wrapped.eval()
 
     def inputs(self, name: str, rows: int = 3) -> dict[str, Tensor]:
-        """Return inputs of the base, the same each time; override for models of your own."""
+        """Return inputs of the base model, the same in each call; override this method to use your own models."""
         return inputs_of(self.base_name(name), rows)
 
     def arguments(self, name: str, rows: int = 3) -> dict[str, Tensor]:
-        """Return the keywords of a call that belong to the tuner; override for others than lists of numbers."""
+        """Return the keyword arguments of a call that are passed to the tuner; override this method if they are not lists of numbers."""
         given: Mapping[str, Any] = self.named_configs()[name].get("arguments", {})
         return {key: torch.tensor([values[row % len(values)] for row in range(rows)]) for key, values in given.items()}
 
     def inputs_for(self, model: nn.Module, name: str, rows: int = 3) -> dict[str, Tensor]:
-        """Return the inputs, those that are no ids in the precision of the model."""
+        """Return the inputs for `model`, with floating-point inputs in the model's dtype, and the tuner's keyword arguments that it accepts."""
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         found = {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs(name, rows).items()}
         wrapped = getattr(model, "_orig_mod", model)
@@ -189,19 +194,19 @@ class SuiteBase:
         return {**found, **{key: value for key, value in self.arguments(name, rows).items() if key in taken}}
 
     def output(self, model: nn.Module, name: str, rows: int = 3, **kwargs: Any) -> Tensor:
-        """Return what the model computes, as one tensor (rows, …)."""
+        """Return the model's main output, computed without gradients, as one tensor (rows, …)."""
         with torch.no_grad():
             return tensor_of(model(**self.inputs_for(model, name, rows), **kwargs)).clone()
 
     def loss(self, model: nn.Module, name: str) -> Tensor:
-        """Return a scalar that depends on every output."""
+        """Return a scalar loss that depends on every element of the output."""
         output = tensor_of(model(**self.inputs_for(model, name)))
         weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
         total: Tensor = (output * weights).sum() / output.numel() ** 0.5
         return total
 
     def close(self, found: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
-        """Fail unless two outputs agree within the tolerance."""
+        """Raise `AssertionError` unless two outputs have the same shape and agree within ``factor`` times the tolerance."""
         assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
         if not expected.numel():
             return

@@ -1,4 +1,4 @@
-"""Checks of what an adapter computes, and of its files."""
+"""Checks of an adapter's outputs and of its files."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .helpers import parameters_of, quiet, raises, trainability
 
 
 class BehaviourChecks(SuiteBase):
-    """Checks of what an adapter computes, and of its files."""
+    """Checks of an adapter's outputs and of its files."""
 
     # ---- config and files ------------------------------------------------------------------------------------------
     def test_config_survives_json(self, name: str) -> None:
-        """A config takes every field that it is given, and says the same when it was written to `adapter_config.json` and read again.
+        """A config stores every field that it is given, and is equal after it was written to `adapter_config.json` and read again.
 
-        Protects from an adapter that is loaded with other settings than it was trained with.
+        Protects from an adapter that is loaded with settings other than those with which it was trained.
         """
         config = self.config(name)
         _same_fields(config, self.config_from_keywords(name), "made of a dict, not with keywords")
@@ -39,9 +39,9 @@ class BehaviourChecks(SuiteBase):
         _same_fields(reloaded, config, "written and read")
 
     def test_save_and_load(self, name: str) -> None:
-        """A saved adapter gives bit-equal outputs on a fresh base; nothing stays on the meta device.
+        """A saved adapter that is loaded on a fresh base model gives bitwise equal outputs; no parameter stays on the meta device or is trainable.
 
-        Protects from trained weights that are lost, or changed, on their way through a file.
+        Protects from trained weights that are lost or changed by saving and loading.
         """
         model = self.model(name)
         expected = self.output(model, name)
@@ -57,9 +57,9 @@ class BehaviourChecks(SuiteBase):
                 assert not trains, f"loaded for inference, but {trains[:3]} train"
 
     def test_files_hold_everything_and_no_names(self, name: str) -> None:
-        """The tensors of a file determine the adapter, and their names do not contain the adapter's.
+        """The tensors of a file determine the adapter's outputs, and their keys do not contain the adapter's name.
 
-        Protects from files that are incomplete, and files that can only be loaded under the name they were saved with.
+        Protects from incomplete files, and from files that can only be loaded under the adapter name with which they were saved.
         """
         first, second = self.model(name, "zebra", seed=1), self.model(name, "zebra", seed=7)
         with quiet():
@@ -71,9 +71,9 @@ class BehaviourChecks(SuiteBase):
         assert torch.equal(self.output(second, name), self.output(first, name)), "the file does not determine what the adapter computes"
 
     def test_strict_keys(self, name: str) -> None:
-        """Missing, surplus and misshapen tensors are errors that change nothing.
+        """With `strict=True`, missing tensors, unexpected tensors and tensors of a wrong shape raise an error, and the adapter does not change.
 
-        Protects from a file that does not fit and is half loaded without a word.
+        Protects from a file that does not fit the adapter and is partly loaded without an error.
         """
         model = self.model(name)
         before = self.output(model, name)
@@ -91,9 +91,9 @@ class BehaviourChecks(SuiteBase):
 
     # ---- what the adapter computes ---------------------------------------------------------------------------------
     def test_identity_at_start(self, name: str) -> None:
-        """A new adapter leaves the outputs as they are (unless the suite says otherwise).
+        """A new adapter does not change the outputs; if the suite says that it may (`neutral_start`), the outputs are finite.
 
-        Protects from training that begins with a damaged model.
+        Protects from training that starts with a damaged model.
         """
         expected = self.output(self.base(name), name)
         found = self.output(self.model(name, random=False), name)
@@ -103,9 +103,9 @@ class BehaviourChecks(SuiteBase):
             assert torch.isfinite(found).all(), "a new adapter gives infinite outputs"
 
     def test_has_an_effect(self, name: str) -> None:
-        """Weights that are not zero change the outputs, and none of the adapter's parameters is without effect.
+        """An adapter with random weights changes the outputs, and so does a change of each single parameter of the adapter.
 
-        Protects from parameters that cost memory and training time, and do nothing.
+        Protects from parameters that cost memory and training time but have no effect.
         """
         model = self.model(name)
         base = self.output(self.base(name), name)
@@ -120,9 +120,9 @@ class BehaviourChecks(SuiteBase):
                 parameter.copy_(before)
 
     def test_disable(self, name: str) -> None:
-        """Disabled, the model computes bit for bit what the base computes; afterwards it is as before, trainability included.
+        """With the adapter disabled, the outputs are bitwise equal to the base model's; afterwards outputs and `requires_grad` are as before.
 
-        Protects from a reference model (for DPO, for evaluations) that is not the base, and training that stops when an evaluation was in between.
+        Protects from a reference model (for DPO or evaluation) that differs from the base model, and from parameters frozen by an evaluation.
         """
         model = self.model(name)
         before, flags = self.output(model, name), trainability(model)
@@ -132,9 +132,9 @@ class BehaviourChecks(SuiteBase):
         assert trainability(model) == flags, "disabling changed what trains"
 
     def test_two_adapters(self, name: str) -> None:
-        """Adapters of one model do not see one another; the one in use trains, the other does not.
+        """Two adapters on one model do not affect each other; the active adapter is trainable, the other one is frozen.
 
-        Protects from one adapter answering, or being trained, instead of another.
+        Protects from using or training the wrong adapter.
         """
         model = self.model(name, "one", "two")
         alone = {adapter: self.output(self.model(name, "x", seed=seed, second=adapter == "two"), name) for adapter, seed in (("one", 1), ("two", 2))}
@@ -145,9 +145,9 @@ class BehaviourChecks(SuiteBase):
             assert not any(p.requires_grad for p in parameters_of(model, other).values()), f"{other!r} is not in use but trains"
 
     def test_delete(self, name: str) -> None:
-        """Deleting an adapter removes its parameters and leaves the others; without any, the base is left.
+        """Deleting an adapter removes its parameters and does not change other adapters; after the last, the outputs are the base model's.
 
-        Protects from memory that is never freed, and other adapters that change when one is deleted.
+        Protects from memory that is never freed, and from adapters that change when another adapter is deleted.
         """
         model = self.model(name, "one", "two")
         expected = self.output(model, name)
@@ -161,9 +161,9 @@ class BehaviourChecks(SuiteBase):
         assert torch.equal(self.output(model, name), self.output(self.base(name), name)), "without adapters the model differs from the base"
 
     def test_unload(self, name: str) -> None:
-        """`unload` gives the base back: the same object, the same modules, the same outputs.
+        """`unload` returns the original base model: the same object, with the same modules and the same outputs.
 
-        Protects from a base model that stays wrapped or changed after the adapter is gone.
+        Protects from a base model that stays wrapped or changed after the adapter is removed.
         """
         base = self.base(name)
         modules = {key: id(module) for key, module in base.named_modules()}

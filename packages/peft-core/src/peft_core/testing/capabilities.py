@@ -1,4 +1,4 @@
-"""Checks of what a tuner declares: a capability that is declared works, one that is not is refused and nothing changes."""
+"""Checks of a tuner's capabilities: a declared capability works; using one that is not declared raises an error and changes nothing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ from .models import OneLayer, seeded, unsettle
 
 
 def _takes(capability: Capability, make: Callable[[], nn.Module]) -> Condition:
-    """Apply to tuners that wrap layers, but not to a config that excludes a kind which its tuner declares, and adapts with defaults."""
+    """Return the condition of a check on the kind of layer that `make` creates, for which a tuner declares `capability`.
+
+    The check applies to tuners that wrap layers. It does not apply to a config that refuses this kind of layer although the tuner declares the
+    capability and accepts such a layer with a default config.
+    """
 
     def condition(suite: SuiteBase, name: str) -> str | None:
         reason = wraps_layers(suite, name)
@@ -53,13 +57,13 @@ def _refusal(layer: nn.Module, config: PeftConfig) -> str | None:
 
 
 class CapabilityChecks(SuiteBase):
-    """Checks of what a tuner declares, both ways."""
+    """Checks that declared capabilities work and that capabilities which are not declared are refused."""
 
     # ---- merging ---------------------------------------------------------------------------------------------------
     def test_merge(self, name: str) -> None:
-        """Declared MERGE: the merged base computes what the adapter computed. Not declared: refused, and nothing changes.
+        """MERGE declared: the merged model gives the same outputs as the adapter. Not declared: merging raises an error and changes nothing.
 
-        Protects from deploying a merged model that is not the one that was evaluated.
+        Protects from deploying a merged model whose outputs differ from those of the model that was evaluated.
         """
         model = self.model(name)
         expected = self.output(model, name)
@@ -75,9 +79,9 @@ class CapabilityChecks(SuiteBase):
         assert not wrapped, f"merge_and_unload left wrappers behind: {wrapped[:3]}"
 
     def test_unmerge_is_exact(self, name: str) -> None:
-        """Merging and taking out again, many times, in every dtype, leaves every bit of the base's parameters and buffers as it was.
+        """After repeated merging and unmerging in float32, bfloat16 and float16, the base's parameters and buffers are bitwise unchanged.
 
-        Protects from a base that drifts a little with each adapter that is merged for a while.
+        Protects from base weights that drift a little each time an adapter is merged and unmerged.
         """
         if not self.spec.can(Capability.MERGE):
             self._refuses_to_merge(self.model(name), name)
@@ -90,14 +94,14 @@ class CapabilityChecks(SuiteBase):
             for cycle in range(5):
                 model.merge_adapter()
                 assert changed_tensors(before), f"{dtype}: merging changed no weight"
-                randomise(model, "default", 50 + cycle)  # what trains meanwhile must not leak into the base
+                randomise(model, "default", 50 + cycle)  # changes of the adapter while it is merged must not leak into the base
                 model.unmerge_adapter()
                 assert not changed_tensors(before), f"{dtype}: after {cycle + 1} cycles the base differs in {changed_tensors(before)[:3]}"
 
     def test_safe_merge_refuses_nan(self, name: str) -> None:
-        """A safe merge of a broken adapter is refused, and no tensor of the model changes. Not declared MERGE: refused anyway.
+        """A safe merge of an adapter with NaN weights raises an error, and no tensor of the base model changes. MERGE not declared: all merges raise.
 
-        Protects from a base that is full of NaN after a merge, with no way back.
+        Protects from a base model whose weights are NaN after a merge and can't be restored.
         """
         base = self.base(name)
         initial = tensors_of(base)
@@ -122,9 +126,9 @@ class CapabilityChecks(SuiteBase):
 
     # ---- several adapters ------------------------------------------------------------------------------------------
     def test_per_sample(self, name: str) -> None:
-        """Declared PER_SAMPLE: each row computes what it would alone. Not declared: refused.
+        """PER_SAMPLE declared: each row's output is the same as with its adapter active for the whole batch. Not declared: the call raises an error.
 
-        Protects from a batch in which the adapter of one user answers another.
+        Protects from a batch in which a user's row is computed with another user's adapter.
         """
         model = self.model(name, "one", "two")
         names: list[Any] = ["two", "__base__", "one"]
@@ -138,13 +142,13 @@ class CapabilityChecks(SuiteBase):
         for row, adapter in enumerate(names):
             with model.use_adapters(*([] if adapter == "__base__" else [adapter])):
                 alone = self.output(model, name)[row]
-            # virtual tokens, of other rows too, come first: what is compared are the caller's own tokens
+            # virtual tokens (also padding for those of other rows) come first: only the outputs of the caller's own tokens are compared
             self.close(found[row][-length:], alone[-length:], f"row {row} ({adapter}) differs from what it computes alone")
 
     def test_two_at_once(self, name: str) -> None:
-        """Two adapters in use act together: effects that are sums add up, merging both gives the same, and unmerging is exact.
+        """Two active adapters both have an effect: additive effects add up, merging both gives the same outputs, and unmerging is exact.
 
-        Protects from an adapter that silently drops out, or counts twice, when adapters are combined.
+        Protects from an adapter that is silently ignored, or applied twice, when adapters are combined.
         """
         base = self.base(name)
         initial = tensors_of(base)
@@ -181,15 +185,15 @@ class CapabilityChecks(SuiteBase):
             for names in (["one", "two"], ["one"], ["two"]):
                 with model.use_adapters(*names):
                     effects.append(layer(x) - plain)
-        # what is subtracted is as large as the base's output, and so is the rounding
+        # the effects are differences of values as large as the base's output, so the rounding error is relative to that output
         scale = plain.abs().max()
         error = (effects[0] - effects[1] - effects[2]).abs().max()
         assert error <= 10 * self.tolerance * max(scale, effects[0].abs().max()), f"the effects of two adapters do not add up: off by {error:.2e}"
 
     def test_hotswap(self, name: str) -> None:
-        """Declared HOTSWAP: another adapter's file replaces an adapter in the same parameters. Not declared: refused, nothing changes.
+        """HOTSWAP declared: another adapter's file is loaded into the existing parameters in place. Not declared: an error, and nothing changes.
 
-        Protects from a server that recompiles, or answers with the old weights, when an adapter is exchanged.
+        Protects from a server that recompiles, or answers with the old weights, when an adapter is replaced.
         """
         model, other = self.model(name), self.model(name, seed=7)
         before, expected = self.output(model, name), self.output(other, name)
@@ -208,9 +212,9 @@ class CapabilityChecks(SuiteBase):
     # ---- kinds of layers -------------------------------------------------------------------------------------------
     @only(_takes(Capability.EMBEDDING, partial(nn.Embedding, 4, 4)))
     def test_embedding(self, name: str) -> None:
-        """Declared EMBEDDING: an embedding can be adapted and merged. Not declared: it is refused, and nothing changes.
+        """EMBEDDING declared: an embedding can be adapted, and merged if MERGE is declared. Not declared: an error, and nothing changes.
 
-        Protects from an embedding that is adapted as if its ids were numbers, and from an error in the middle of an adaptation.
+        Protects from an adapter that computes with token ids as if they were features, and from an error that leaves a model partly adapted.
         """
         ids = torch.tensor([[0, 3, 10], [3, 7, 1]])
         with seeded(4):
@@ -218,9 +222,9 @@ class CapabilityChecks(SuiteBase):
 
     @only(_takes(Capability.CONV, partial(nn.Conv1d, 4, 4, 1)))
     def test_convolution(self, name: str) -> None:
-        """Declared CONV: convolutions in one and two dimensions can be adapted and merged. Not declared: they are refused, nothing changes.
+        """CONV declared: Conv1d and Conv2d can be adapted, and merged if MERGE is declared. Not declared: an error, and nothing changes.
 
-        Protects from a convolution whose stride, padding or dilation the adapter forgets.
+        Protects from an adapter that ignores the stride, padding or dilation of a convolution.
         """
         with seeded(4):
             self._kind(name, Capability.CONV, nn.Conv1d(3, 5, 3, stride=2, padding=1), torch.randn(2, 3, 9))
@@ -230,9 +234,9 @@ class CapabilityChecks(SuiteBase):
 
     @only(refuses_quantised)
     def test_quantised(self, name: str) -> None:
-        """Not declared QUANTISED: a quantised layer is refused, also where another plugin offers the adapter layer; nothing changes.
+        """QUANTISED not declared: a quantised layer raises an error, even if another plugin offers an adapter layer for it, and nothing changes.
 
-        Protects from an adapter around packed weights that its method reads as if they were numbers.
+        Protects from an adapter on packed weights that its method reads as if they were ordinary weights.
         """
         offer = _OffersLayers()
         registry.register_plugin(offer)
@@ -282,7 +286,7 @@ class CapabilityChecks(SuiteBase):
 
 
 class PackedLinear(nn.Linear):
-    """A Linear whose weight is packed into bytes: enough of a quantised layer to be refused."""
+    """A Linear with a uint8 weight, like the packed weight of a quantised layer; it can't compute and is only used to be refused."""
 
     def __init__(self, inp: int, out: int) -> None:
         super().__init__(inp, out)
@@ -291,7 +295,7 @@ class PackedLinear(nn.Linear):
 
 
 class _OffersLayers:
-    """A plugin that has an adapter layer for everything."""
+    """A plugin that offers an adapter layer for every module."""
 
     @hookimpl
     def peft_make_layer(self, base_layer: nn.Module, selection: Any) -> Any:

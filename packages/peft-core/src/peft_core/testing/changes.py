@@ -1,4 +1,4 @@
-"""A catalogue of ways to change the weights and modules that a forward depends on, for the conformance suite and for your own tests."""
+"""A list of ways to change the weights and modules on which a forward depends, for the conformance suite and for your own tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parameters_to_vector, parametrize, prune, vector_to_p
 
 from ..base.weight import MERGES
 
-#: called with a module and a name: changes its parameter (in `CHANGES`) or its submodule (in `MODULE_CHANGES`) of this name
+#: function of a module and a name that changes the module's parameter (in `CHANGES`) or submodule (in `MODULE_CHANGES`) of this name
 Change = Callable[[nn.Module, str], None]
 
 
@@ -108,7 +108,7 @@ def _stepped_in_data(module: nn.Module, name: str) -> None:
 
 
 def _replaced_by_average(module: nn.Module, name: str) -> None:
-    """Copy averaged weights into the parameter, as is done to evaluate with an exponential moving average."""
+    """Copy averaged weights into the parameter, as code does that evaluates with an exponential moving average of the weights."""
     parameter = module.get_parameter(name)
     average = parameter.detach().clone().mul_(0.3).add_(0.1)
     parameter.data.copy_(average)
@@ -210,12 +210,12 @@ MODULE_CHANGES: dict[str, Change] = {
 }
 
 
-# ---- tensors that must not be kept -------------------------------------------------------------------------------------
+# ---- tensors that must not be left in a model after a call -------------------------------------------------------------
 _TYPES_WITHOUT_TENSORS = (str, bytes, int, float, complex, bool, type(None), type, torch.dtype, torch.device)
 
 
 def hidden_tensors(model: nn.Module, allowed: Callable[[Tensor], bool] = lambda tensor: not tensor.is_floating_point()) -> list[str]:
-    """Return the paths of tensors that objects of a model keep besides parameters, buffers and records of merges, such as cached results.
+    """Return the paths of tensors stored in a model that are not parameters, buffers or records of merges, such as cached results.
 
     Args:
         model: the model; all attributes, dicts, lists and slots are searched.

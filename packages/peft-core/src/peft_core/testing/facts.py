@@ -1,4 +1,4 @@
-"""What a report says of a suite besides its results: plain data, made in the process where the suite runs."""
+"""The data about a suite that a report contains in addition to its results: plain data, created in the process that runs the suite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .conditions import explained
 
 @functools.cache
 def facts_of(suite: Any) -> dict[str, Any]:
-    """Return a suite's tuner, its checks with what each protects from, its configs, and why a check does not run on a config."""
+    """Return a dict with a suite's name, its tuner, its configs, its checks (what each tests and protects from), and why checks do not apply."""
     asking, checks, configs = suite(), suite.checks(), list(suite.named_configs())
     reasons = {check: {name: reason for name in configs if (reason := asking.not_run(check, name)) is not None} for check in checks}
     return {
@@ -25,7 +25,7 @@ def facts_of(suite: Any) -> dict[str, Any]:
 
 
 def tuner_facts(peft_type: str) -> dict[str, Any]:
-    """Return a tuner's type, distribution and version, and what it declares; a tuner that is not known yet has no more than its type."""
+    """Return a dict with a tuner's type, distribution, version and declared capabilities; for an unknown tuner only the type is filled in."""
     try:
         spec, owner = get_tuner_spec(peft_type), registry.owner(peft_type)
     except PeftError:

@@ -1,4 +1,4 @@
-"""What the checks of the suite share: outputs, parameters and pictures of a model."""
+"""Helper functions for the checks of the suite: outputs, parameters and snapshots of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..tuners.index import ATTRIBUTE, AdapterIndex
 
 
 def tensor_of(output: Any) -> Tensor:
-    """Return the main tensor of a model's output."""
+    """Return the main tensor of a model's output: the output itself, its logits, start logits or last hidden state, or its first element."""
     if isinstance(output, Tensor):
         return output
     for key in ("logits", "start_logits", "last_hidden_state"):
@@ -28,7 +28,7 @@ def tensor_of(output: Any) -> Tensor:
 
 
 def in_one_precision(base: nn.Module) -> nn.Module:
-    """Return the model with norms that compute in their input's dtype: transformers' RMSNorm rounds to float32 inside."""
+    """Replace each RMSNorm of transformers, which computes in float32, by one that computes in its input's dtype; return the model in float64."""
     for module in list(base.modules()):
         for name, child in module.named_children():
             if type(child).__name__.endswith("RMSNorm"):
@@ -40,13 +40,13 @@ def in_one_precision(base: nn.Module) -> nn.Module:
 
 
 def parameters_of(model: PeftModel, adapter: str) -> dict[str, nn.Parameter]:
-    """Return an adapter's parameters under unique names."""
+    """Return an adapter's parameters by unique names, made of module path and parameter name."""
     index: AdapterIndex = model.__dict__[ATTRIBUTE]
     return {join(path, key): p for (_, path), module in index.modules_of(adapter) for key, p in module.parameters_of(adapter).items()}
 
 
 def method_parameters(model: PeftModel, adapter: str) -> Iterator[nn.Parameter]:
-    """Yield an adapter's parameters without those of saved modules, which keep the dtype of the original."""
+    """Yield the parameters of the adapter's own method, without those of built-in parts such as saved modules, which have the original's dtype."""
     index: AdapterIndex = model.__dict__[ATTRIBUTE]
     for (kind, _), module in index.modules_of(adapter):
         if not kind.startswith("@"):
@@ -59,7 +59,7 @@ def layers_of(model: PeftModel) -> list[AdapterLayer]:
 
 
 def randomise(model: PeftModel, adapter: str, seed: int) -> None:
-    """Give an adapter's parameters random values, the same for the same seed."""
+    """Set an adapter's parameters to random values (normal distribution, standard deviation 0.3), which depend only on the seed."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters_of(model, adapter).values():
@@ -67,12 +67,15 @@ def randomise(model: PeftModel, adapter: str, seed: int) -> None:
 
 
 def trainability(model: nn.Module) -> dict[str, bool]:
-    """Return which parameters train."""
+    """Return `requires_grad` of each parameter by name."""
     return {key: parameter.requires_grad for key, parameter in model.named_parameters()}
 
 
 def anatomy(model: nn.Module) -> dict[str, tuple[str, int]]:
-    """Return every module and parameter by name, with its class and identity; empty containers of adapters left out."""
+    """Return (class name, id) of every module and ("", id) of every parameter, by name.
+
+    Containers (`ModuleDict`, `ParameterDict`) are left out, since empty containers of adapters may remain.
+    """
     found = {
         key: (type(module).__name__, id(module)) for key, module in model.named_modules() if not isinstance(module, (nn.ModuleDict, nn.ParameterDict))
     }
@@ -84,7 +87,7 @@ Snapshot = list[tuple[str, nn.Module, str, Tensor]]
 
 
 def tensors_of(base: nn.Module) -> Snapshot:
-    """Return a copy of each parameter and buffer of a model, with the module that holds it: found again there when it is wrapped."""
+    """Return a copy of each parameter and buffer of a model, with the module that holds it, so that the tensor is still found after wrapping."""
     return [
         (join(path, name), module, name, tensor.detach().clone())
         for path, module in base.named_modules()
@@ -93,12 +96,12 @@ def tensors_of(base: nn.Module) -> Snapshot:
 
 
 def retaken(snapshot: Snapshot) -> Snapshot:
-    """Return a snapshot of the same tensors as they are now: adding an adapter may change the base while it is there."""
+    """Return a snapshot of the same tensors with their current values: an adapter may change the base model for as long as it is present."""
     return [(key, module, name, getattr(module, name).detach().clone()) for key, module, name, _ in snapshot]
 
 
 def changed_tensors(snapshot: Snapshot) -> list[str]:
-    """Return the names of those tensors that are no longer what they were, bit for bit."""
+    """Return the names of the tensors whose dtype, shape or bits have changed since the snapshot."""
     found = []
     for key, module, name, before in snapshot:
         now = getattr(module, name)
@@ -108,12 +111,12 @@ def changed_tensors(snapshot: Snapshot) -> list[str]:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor: NaN equals itself, and 0.0 is not -0.0."""
+    """Return the bytes of a tensor as uint8 (bytes,), for bitwise comparison: NaN equals NaN, and 0.0 differs from -0.0."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
 def layer_inputs(model: PeftModel, inputs: dict[str, Tensor]) -> list[tuple[AdapterLayer, Tensor]]:
-    """Return the adapter layers that a call reaches, each with what it is given."""
+    """Call the model and return (layer, first input) for each call of an adapter layer."""
     found: list[tuple[AdapterLayer, Tensor]] = []
     hooks = [layer.register_forward_pre_hook(lambda layer, args: found.append((layer, args[0].detach().clone()))) for layer in layers_of(model)]
     try:
@@ -126,7 +129,7 @@ def layer_inputs(model: PeftModel, inputs: dict[str, Tensor]) -> list[tuple[Adap
 
 
 def raises(kind: type[BaseException], action: Callable[[], Any], what: str) -> None:
-    """Fail unless `action` raises `kind`."""
+    """Raise `AssertionError` unless `action()` raises an exception of the class `kind`; `what` describes the action in the message."""
     try:
         action()
     except kind:
@@ -138,7 +141,7 @@ def raises(kind: type[BaseException], action: Callable[[], Any], what: str) -> N
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Ignore warnings: they have tests of their own."""
+    """Ignore warnings inside the block; other tests check the warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

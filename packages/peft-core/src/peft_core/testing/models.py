@@ -1,4 +1,4 @@
-"""Tiny models with random weights, built from configs: the same weights each time, no files, no network."""
+"""Tiny models with reproducible random weights, built from configs without files or network access."""
 
 from __future__ import annotations
 
@@ -147,19 +147,19 @@ class ConvNet(nn.Module):
 
 
 class OneLayer(nn.Module):
-    """A model that is one layer, called ``target``."""
+    """A model that consists of one layer, the attribute ``target``."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.target = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer computes."""
+        """Return the output of the layer."""
         found: Tensor = self.target(x)
         return found
 
 
-#: name → what builds it
+#: name → function that builds the model
 BASES: dict[str, Callable[[], nn.Module]] = {
     "llama": _llama,
     "llama-seq-cls": functools.partial(_llama, "LlamaForSequenceClassification", num_labels=3),
@@ -175,7 +175,7 @@ BASES: dict[str, Callable[[], nn.Module]] = {
     "conv1d-net": functools.partial(ConvNet, nn.Conv1d),
     "conv2d-net": functools.partial(ConvNet, nn.Conv2d),
 }
-#: name → the task of its configs, where it has one
+#: name → the `task_type` of configs for this model; models without a task are not listed
 TASKS = {
     "llama": "CAUSAL_LM",
     "llama-seq-cls": "SEQ_CLS",
@@ -191,7 +191,7 @@ TASKS = {
 
 
 def inputs_of(name: str, rows: int) -> dict[str, Tensor]:
-    """Return inputs of a tiny model, the same each time."""
+    """Return inputs with `rows` rows for the tiny model `name`, the same in each call."""
     generator = torch.Generator().manual_seed(0)
     if name in ("conv1d-net", "conv2d-net"):
         return {"pixels": torch.randn(rows, 3, *[9] * (1 if name == "conv1d-net" else 2), generator=generator)}
@@ -202,7 +202,7 @@ def inputs_of(name: str, rows: int) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Draw the same random numbers in the block each time; those drawn after it are what they would have been."""
+    """Seed torch's CPU random generator inside the block, and restore its previous state afterwards."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -212,10 +212,11 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def unsettle(model: nn.Module) -> nn.Module:
-    """Change fresh weights so that a fault shows in the outputs, the same way each time; returns the model.
+    """Change freshly initialised weights in place, reproducibly, so that errors become visible in the outputs; return the model.
 
-    Vectors (biases, the weights of norms) move away from 0 and 1: forgetting one counts. Matrices that transformers begins at a spread of
-    0.02 get one of 0.15: behind several of the small ones, nothing that a layer does is seen any more.
+    Random values are added to vectors (biases, weights of norms), which are initialised to 0 or 1, so that leaving one out changes the outputs.
+    Matrices that transformers initialises with a standard deviation of 0.02 are scaled to 0.15: after several layers with small weights, the
+    effect of a single layer would no longer be visible in the outputs.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -234,11 +235,11 @@ def _built(name: str, seed: int) -> nn.Module:
 
 
 def tiny(name: str = "llama", seed: int = 0) -> nn.Module:
-    """Return a fresh copy of a tiny model in eval mode, with the same weights each time; no bias is 0, no weight of a norm 1.
+    """Return a fresh copy of a tiny model in eval mode, with the same weights in each call; no bias is 0, and no weight of a norm is 1.
 
     Args:
         name: a key of `BASES`.
-        seed: of its weights.
+        seed: the seed of the random weights.
 
     Raises:
         ConfigError: there is no model of this name.

@@ -1,6 +1,6 @@
-"""The pytest plugin: `--peft-tuner`, `--peft-config` and `--peft-report`.
+"""The pytest plugin with the options `--peft-tuner`, `--peft-config` and `--peft-report`.
 
-pytest imports it at each start, so it imports torch and other parts of peft-core only where they are needed.
+pytest imports this module at each start, so torch and other parts of peft-core are imported only inside the functions that need them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: the module that is collected for `--peft-tuner`; it holds no tests of its own
 SUITES = Path(__file__).with_name("installed.py")
-#: the attribute of a `pytest.TestReport` with what the conformance report needs; pytest-xdist sends it from the worker to the controller
+#: attribute of a `pytest.TestReport` that holds the data for the conformance report; pytest-xdist sends it from the worker to the controller
 REPORT_ATTRIBUTE = "peft_conformance"
 
 
@@ -134,7 +134,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module | pytest.Class, name: str
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach to the `TestReport` of a check what the conformance report needs: under pytest-xdist that report is written in another process."""
+    """Attach the data for the conformance report to the `TestReport` of a check: under pytest-xdist another process writes the conformance report."""
     report = yield
     if item.config.getoption("peft_report") and isinstance(item, pytest.Function):
         suite, call = _suite(item.cls), getattr(item, "callspec", None)
@@ -148,5 +148,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 def _suite(cls: Any) -> Any | None:
     """Return `cls` if it is a conformance suite, a subclass of `SuiteBase`; otherwise None."""
-    base = sys.modules.get(f"{__package__}.base")  # not imported yet: there can be no subclass either
+    base = sys.modules.get(f"{__package__}.base")  # if the module is not imported yet, no subclass can exist
     return cls if base is not None and isinstance(cls, type) and issubclass(cls, base.SuiteBase) else None

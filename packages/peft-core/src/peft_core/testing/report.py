@@ -1,4 +1,4 @@
-"""The conformance report: what was found, as `conformance.json`, and as `conformance.html` without any other file. Imports no torch."""
+"""Writes the conformance report: the results as `conformance.json`, and as the self-contained page `conformance.html`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .html import page
 
 
 class Reporter:
-    """Gathers the results of all suites of a run, and writes the report at its end.
+    """Collects the results of all suites of a pytest run, and writes the conformance report at the end of the run.
 
     Args:
-        config: of the run; its option `peft_report` is the folder, relative to where pytest was started.
-        key: the attribute of a test's report that says which check of which suite it is.
+        config: the pytest config of the run; its option `peft_report` is the output folder, relative to the folder in which pytest was started.
+        key: the attribute of a `pytest.TestReport` that names the suite, the check and the config of the test.
     """
 
     def __init__(self, config: pytest.Config, key: str) -> None:
@@ -28,7 +28,7 @@ class Reporter:
         self.results: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note the outcome of one phase of a check."""
+        """Record the outcome of one phase (setup, call or teardown) of a check."""
         facts: dict[str, Any] | None = getattr(report, self.key, None)
         if facts is None:
             return
@@ -43,18 +43,18 @@ class Reporter:
             cell.update(outcome=outcome, reason=reason)
 
     def pytest_sessionfinish(self) -> None:
-        """Write both files."""
+        """Write `conformance.json` and `conformance.html`."""
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self.report()
         (self.folder / "conformance.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         (self.folder / "conformance.html").write_text(page(found), encoding="utf-8")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say where it is."""
+        """Print the path of `conformance.html`."""
         terminalreporter.write_line(f"conformance report: {self.folder / 'conformance.html'}")
 
     def report(self) -> dict[str, Any]:
-        """Return the report as it is written to JSON."""
+        """Return the report as the dict that is written to `conformance.json`."""
         suites = [self._suite(name, facts) for name, facts in sorted(self.suites.items())]
         return {"format": 1, "versions": versions(), "suites": suites}
 
@@ -80,7 +80,7 @@ class Reporter:
         }
 
 
-#: every outcome that a report can name
+#: all possible outcomes of a check in the report
 OUTCOMES = ("passed", "failed", "expected failure", "not run")
 
 
@@ -97,7 +97,7 @@ def _outcome(report: pytest.TestReport) -> tuple[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, core and what both stand on; from metadata, so that nothing heavy is imported."""
+    """Return the versions of Python, peft-core, torch, transformers, pytest and hypothesis, read from package metadata without importing them."""
     found = {"python": platform.python_version(), "peft-core": __version__}
     for name in ("torch", "transformers", "pytest", "hypothesis"):
         try:

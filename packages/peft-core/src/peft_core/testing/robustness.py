@@ -27,9 +27,9 @@ class RobustnessChecks(SuiteBase):
 
     # ---- training --------------------------------------------------------------------------------------------------
     def test_gradients(self, name: str) -> None:
-        """In float64, gradients of the adapter agree with finite differences, and nothing else gets any.
+        """In float64, the gradients of the adapter's parameters agree with finite differences, and no other parameter gets a gradient.
 
-        Protects from training that follows a wrong gradient, and memory spent on gradients of frozen weights.
+        Protects from training with wrong gradients, and from memory used for gradients of frozen weights.
         """
         model = self.model(name, base=in_one_precision(self.base(name))).double()
         torch.autograd.backward(self.loss(model, name))
@@ -52,9 +52,9 @@ class RobustnessChecks(SuiteBase):
             )
 
     def test_training_changes_the_adapter_alone(self, name: str) -> None:
-        """A few steps lower the loss; of the model's parameters only the adapter's change.
+        """A few training steps reduce the loss, and only the adapter's parameters change.
 
-        Protects from a base model that is changed by training, so that other adapters on it no longer fit.
+        Protects from training that changes the base model, so that other adapters no longer fit it.
         """
         model = self.model(name).train()
         adapter_parameters = {id(p) for p in parameters_of(model, "default").values()}
@@ -75,9 +75,9 @@ class RobustnessChecks(SuiteBase):
 
     # ---- moving, copying, compiling --------------------------------------------------------------------------------
     def test_dtypes(self, name: str) -> None:
-        """On a half-precision base the adapter's weights are float32 unless asked otherwise; outputs have the base's dtype.
+        """On a half-precision base model the adapter's weights are float32 by default; outputs are finite and have the base model's dtype.
 
-        Protects from updates that are rounded away in half precision, and outputs that the next layer refuses.
+        Protects from updates that are rounded away in half precision, and from outputs whose dtype the next layer can't use.
         """
         for dtype in (torch.bfloat16, torch.float16):
             base = self.base(name).to(dtype)
@@ -95,16 +95,16 @@ class RobustnessChecks(SuiteBase):
         self.close(self.output(moved, name).float(), self.output(self.model(name), name), "moved to float64, the model computes something else", 10)
 
     def test_deepcopy(self, name: str) -> None:
-        """A deep copy computes the same and shares nothing.
+        """A deep copy gives bitwise equal outputs and shares neither parameters nor the active adapters with the original.
 
         Protects from an averaged or frozen copy that changes when the original is trained.
         """
         self._independent(name, copy.deepcopy)
 
     def test_pickle(self, name: str) -> None:
-        """A pickled model computes the same and shares nothing.
+        """A pickled and unpickled model gives bitwise equal outputs and shares neither parameters nor the active adapters with the original.
 
-        Protects from models that can't be sent to another process, or arrive there as something else.
+        Protects from models that can't be sent to another process, or that differ there.
         """
         self._independent(name, lambda model: pickle.loads(pickle.dumps(model)))
 
@@ -121,9 +121,9 @@ class RobustnessChecks(SuiteBase):
         assert model.active_adapters == ["one"], "switching the copy switched the original"
 
     def test_compile(self, name: str) -> None:
-        """The model compiles to one graph without breaks and computes the same, with per-sample routes too.
+        """The model compiles to one graph without graph breaks and gives the same outputs, also with per-sample routing if it is declared.
 
-        Protects from `torch.compile` that is slow for no visible reason, or computes something else.
+        Protects from a compiled model that is slow because of hidden graph breaks, or gives other outputs.
         """
         import torch._dynamo
 
@@ -139,9 +139,9 @@ class RobustnessChecks(SuiteBase):
 
     # ---- robustness ------------------------------------------------------------------------------------------------
     def test_failed_add_leaves_no_trace(self, name: str) -> None:
-        """If adding fails at the very end, modules, parameters, flags, configs and outputs are as before.
+        """If adding an adapter fails in the last step, modules, parameters, `requires_grad`, configs and outputs are as before.
 
-        Protects from a model that is half adapted after an error, so that it has to be loaded again.
+        Protects from a model that is partly adapted after an error and has to be loaded again.
         """
         model = self.model(name, "one")
         index: AdapterIndex = model.__dict__[ATTRIBUTE]
@@ -168,9 +168,9 @@ class RobustnessChecks(SuiteBase):
         assert trainability(bare) == flags, "a failed first add left the base frozen"
 
     def test_threads(self, name: str) -> None:
-        """Threads that use different adapters at the same time do not disturb one another.
+        """Threads that use different adapters of one model at the same time do not affect each other's outputs.
 
-        Protects from a server in which one request is answered with the adapter of another.
+        Protects from a server that answers one request with the adapter of another request.
         """
         model = self.model(name, "one", "two")
         expected: dict[str, Tensor] = {}
@@ -199,9 +199,9 @@ class RobustnessChecks(SuiteBase):
 
     @only(generates)
     def test_generate(self, name: str) -> None:
-        """Greedy generation equals taking the most likely token step by step; the prompt's own ids come back unchanged.
+        """Greedy `generate` returns the prompt's ids followed by the same tokens as choosing the most likely token step by step without a cache.
 
-        Protects from generation that differs from what was trained, because the cache leaves out the adapter.
+        Protects from generation that differs from the trained model because the key-value cache does not include the adapter.
         """
         model = self.model(name)
         ids = self.inputs(name)["input_ids"]
@@ -215,9 +215,9 @@ class RobustnessChecks(SuiteBase):
         assert torch.equal(found, expected), f"generate gives {found[0].tolist()}, step by step {expected[0].tolist()}"
 
     def test_status(self, name: str) -> None:
-        """The status lists the adapter with its modules, what trains, and where it is.
+        """`get_model_status` lists the adapters, their methods, which of them are trainable, and a number of adapter layers above 0.
 
-        Protects from tools that report a model without adapters, or another one than there is.
+        Protects from tools that report no adapters or wrong adapters.
         """
         model = self.model(name, "one", "two")
         status = model.get_model_status()

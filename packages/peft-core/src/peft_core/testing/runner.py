@@ -1,4 +1,4 @@
-"""Running a suite without pytest: for tools, and for the tests of the suite itself."""
+"""Runs a conformance suite without pytest: for tools, and for the tests of the suite itself."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Result:
     """The outcome of one check on one config.
 
     Args:
-        check: name of the check.
-        config: name of the config.
-        error: what it raised; None if it passed or was not run.
-        reason: why it was not run, because it does not apply to this config; None if it was.
+        check: the name of the check.
+        config: the name of the config.
+        error: the exception that the check raised; None if the check passed or was not run.
+        reason: the reason why the check does not apply to this config and was not run; None if it was run.
     """
 
     check: str
@@ -42,11 +42,11 @@ class Result:
 
 
 def run_suite(suite: type[TunerSuite], checks: Iterable[str] | None = None) -> list[Result]:
-    """Run the checks of a suite on each of its configs.
+    """Run the checks of a suite on each of its configs, and return one `Result` for each check and config.
 
     Args:
-        suite: the author's subclass.
-        checks: names of checks (``"test_merge"``); None: all.
+        suite: the author's subclass of `TunerSuite`.
+        checks: the names of the checks to run (``"test_merge"``); None: all checks.
 
     Raises:
         UnknownTunerError: the suite's tuner is not installed.

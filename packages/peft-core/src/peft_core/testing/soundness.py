@@ -1,4 +1,4 @@
-"""Checks that a call computes what the weights and modules say now, whatever was computed before."""
+"""Checks that the outputs of a call depend only on the current weights and modules, not on values computed in earlier calls."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .changes import CHANGES, MODULE_CHANGES, hidden_tensors
 from .conditions import generates, merges, only, routes
 from .helpers import parameters_of, quiet, randomise, tensor_of
 
-#: how a model is called: name → (in training mode, with gradients)
+#: modes in which a model is called: name → (in training mode, with gradients)
 MODES = {"evaluation": (False, False), "evaluation with gradients": (False, True), "training": (True, True)}
 
 
 class SoundnessChecks(SuiteBase):
-    """Checks that no output follows from weights that are gone, in or out of a cache scope."""
+    """Checks that no output is computed from outdated weights, inside or outside of a cache scope."""
 
     def test_outputs_follow_the_weights(self, name: str) -> None:
-        """After a call, every way to change a weight (`peft_core.testing.changes.CHANGES`) gives the outputs of a model that was never called before.
+        """After a call and a change of a weight (each of `peft_core.testing.changes.CHANGES`), outputs equal those computed anew from the weights.
 
-        Protects from values computed from weights that outlive a call: merged weights, norms, transposed copies, virtual tokens.
+        Protects from values computed from weights that are stored beyond a call: merged weights, norms, transposed copies, virtual tokens.
         """
         model = self.model(name)
         for number, (mode, (training, grad)) in enumerate(MODES.items()):
@@ -37,13 +37,13 @@ class SoundnessChecks(SuiteBase):
             model.train(training)
             fresh = self._fresh(model, name, training)
             found = self._called(model, name, grad)
-            # what a call without gradients could keep is what the others could find: they need a sample
+            # the other modes can only use stored values that a call without gradients could store, too: for them every fifth change is enough
             for what in [*CHANGES][:: 1 + 4 * bool(number)]:
                 for module, key, where in sampled(model, what):
                     before = found
                     CHANGES[what](module, key)
                     found = self._called(model, name, grad)
-                    fresh.load_state_dict(model.state_dict())  # it has seen other weights, so that what it could keep would differ
+                    fresh.load_state_dict(model.state_dict())  # this model was called with other weights, so values that it stored would differ
                     expected = self._called(fresh, name, grad)
                     self.close(found, expected, f"{mode}, {where} changed: {what}", factor=3)
                     if what == "in place" and where.startswith("adapter"):
@@ -51,9 +51,9 @@ class SoundnessChecks(SuiteBase):
         model.eval()
 
     def test_outputs_follow_the_modules(self, name: str) -> None:
-        """After a call, every way to change a module (`MODULE_CHANGES`) and a move to another dtype give the outputs of a fresh model.
+        """After a call and a change of a module (each of `MODULE_CHANGES`) or of the dtype, outputs equal those of a fresh model changed equally.
 
-        Protects from modules that are read instead of called: hooks that don't fire, replaced modules that don't count.
+        Protects from code that reads a module's weight instead of calling the module: hooks that don't run, replaced modules that have no effect.
         """
         model = self.model(name)
         done: list[tuple[str, str]] = []
@@ -70,7 +70,7 @@ class SoundnessChecks(SuiteBase):
                     _change_module(fresh, *each)
                 found = self._follow(model, name)
                 self.close(found, self._follow(fresh, name), f"{done[-1][1]} changed: {what}", factor=3)
-                if done[-1][1].endswith(".base_layer") and found.shape == before.shape:  # else it says that it can't
+                if done[-1][1].endswith(".base_layer") and found.shape == before.shape:  # otherwise the model refuses such a module
                     assert not torch.allclose(found, before, rtol=1e-4, atol=1e-4), f"{done[-1][1]}: {what} had no effect"
         model, fresh = self.model(name), self.model(name)
         self.output(model, name)
@@ -78,7 +78,7 @@ class SoundnessChecks(SuiteBase):
             self.close(self.output(model.to(dtype), name), self.output(fresh.to(dtype), name), f"moved to {dtype}", factor=3)
 
     def _follow(self, model: PeftModel, name: str) -> Tensor:
-        """Return what the model computes; nothing (0,) where a layer says that it can't with such a module."""
+        """Return the model's output; an empty tensor (0,) if a layer raises `PeftError` because it does not support the changed module."""
         try:
             return self.output(model, name)
         except PeftError:
@@ -86,9 +86,9 @@ class SoundnessChecks(SuiteBase):
 
     @only(generates)
     def test_generation_follows_the_weights(self, name: str) -> None:
-        """After `generate`, changed weights give the logits of a model that was never called.
+        """After `generate` and a change of weights, the logits of `generate` equal those of a model that was never called.
 
-        Protects from values of the scope that `generate` opens for itself outliving it.
+        Protects from cached values that are still used after the cache scope that `generate` opens has ended.
         """
         model = self.model(name)
         self._generated(model, name)
@@ -100,16 +100,16 @@ class SoundnessChecks(SuiteBase):
 
     @only(routes)
     def test_rows_follow_the_weights(self, name: str) -> None:
-        """After a batch in which rows use different adapters, changed weights give the outputs of a model that was never called.
+        """After a per-sample routed batch and a change of weights, the outputs equal those of a model that was never called.
 
-        Protects from stacks of adapters that outlive a call.
+        Protects from stacked adapter weights that are stored beyond a call.
         """
         rows = ["default", "__base__", "other", "default"]
 
         def called(model: PeftModel) -> Tensor:
             try:
                 return self.output(model, name, rows=len(rows), adapter_names=rows)
-            except RoutingError:  # some wrappers refuse it, always
+            except RoutingError:  # some wrappers always refuse per-sample routing
                 return torch.zeros(0)
 
         def made() -> PeftModel:
@@ -125,9 +125,9 @@ class SoundnessChecks(SuiteBase):
                 self.close(called(model), called(fresh), f"rows, {where} changed: {what}", factor=3)
 
     def test_copies_compute_their_own(self, name: str) -> None:
-        """A deep copy of a model that has been called follows its own weights, and the original does not follow those of the copy.
+        """The outputs of a deep copy of a called model depend on the copy's weights, and changing the copy does not change the original's outputs.
 
-        Protects from copies that share what was computed.
+        Protects from copies that share computed values with the original.
         """
         model = self.model(name)
         before = self.output(model, name)
@@ -137,9 +137,9 @@ class SoundnessChecks(SuiteBase):
         assert torch.equal(self.output(model, name), before), "changing a copy changed the original"
 
     def test_nothing_is_kept(self, name: str) -> None:
-        """After evaluation no tensor is left in the objects of a model but parameters, buffers and the records of merges.
+        """After calls in evaluation mode, a model stores no new tensors other than parameters, buffers and the records of merges.
 
-        Protects from memory that grows with each adapter, and from values that can be stale.
+        Protects from memory use that grows with each adapter, and from stale values.
         """
         model = self.model(name)
         had = set(hidden_tensors(model))
@@ -148,15 +148,15 @@ class SoundnessChecks(SuiteBase):
         with torch.no_grad(), cached(model):
             self.output(model, name)
         if Capability.PER_SAMPLE in self.spec.capabilities:
-            with contextlib.suppress(RoutingError):  # some wrappers refuse it; capabilities have checks of their own
+            with contextlib.suppress(RoutingError):  # some wrappers refuse per-sample routing; other checks test it
                 self.output(model, name, adapter_names=["default", "__base__", "default"])
         left = [where for where in hidden_tensors(model) if where not in had]
         assert not left, f"tensors are left behind: {left[:5]}"
 
     def test_cache_scope(self, name: str) -> None:
-        """Inside ``cached(model)`` outputs are those outside of it, also after operations of ours in the scope, and an error leaves nothing behind.
+        """Outputs inside ``cached(model)`` equal those outside, also after peft-core operations in the scope; an error leaves no cached values.
 
-        Protects from a scope that holds values behind operations that are allowed in it.
+        Protects from cached values that are stale after an operation that is allowed inside the scope.
         """
         model = self.model(name)
         expected = self.output(model, name)
@@ -179,9 +179,9 @@ class SoundnessChecks(SuiteBase):
 
     @only(merges)
     def test_merging_in_a_cache_scope(self, name: str) -> None:
-        """Merging and unmerging inside of ``cached(model)`` empties it.
+        """After merging and after unmerging inside ``cached(model)``, the outputs are still correct: both operations empty the cache scope.
 
-        Protects from a scope that holds the weight of before.
+        Protects from a cache scope that returns values computed from the weight before the merge.
         """
         model = self.model(name)
         expected = self.output(model, name)
@@ -206,7 +206,7 @@ class SoundnessChecks(SuiteBase):
         }
 
     def _called(self, model: nn.Module, name: str, grad: bool) -> Tensor:
-        torch.manual_seed(0)  # training draws
+        torch.manual_seed(0)  # training mode uses random numbers (dropout)
         with torch.set_grad_enabled(grad):
             return tensor_of(model(**self.inputs_for(model, name))).detach().clone()
 
@@ -238,7 +238,7 @@ UNTYING = ("another parameter in its place", "load_state_dict, assign=True")
 
 
 def called_modules(model: PeftModel) -> tuple[list[str], list[str]]:
-    """Return the paths of plain modules that have a weight: those of the base, wrapped ones first, and those of the adapter ``default``."""
+    """Return the paths of modules of a type in `LAYER_TYPES` with a ``weight``: (those of the base, wrapped ones first; those of ``default``)."""
     adapter_parameters = {id(parameter) for parameter in parameters_of(model, "default").values()}
     base: list[str] = []
     adapter: list[str] = []
@@ -254,14 +254,14 @@ def _change_module(model: nn.Module, what: str, path: str) -> None:
 
 
 def sampled(model: PeftModel, what: str) -> Iterator[tuple[nn.Module, str, str]]:
-    """Yield (module, name, description) of tensors to change: for each change another one of the adapter, and another one of the base.
+    """Yield (module, name, description) of the parameters to change: one of the adapter and one of the base, different ones for each change `what`.
 
-    Changing all tensors at once would hide that a single one is not followed; each is taken in turn.
+    Only one parameter is changed at a time: changing all at once would hide that the outputs do not depend on the current value of one of them.
     """
     number = list(CHANGES).index(what)
     adapter_parameters = {id(parameter): key for key, parameter in parameters_of(model, "default").items()}
     tensors = [(module, key, p) for module in model.modules() for key, p in module._parameters.items() if p is not None]
-    if what in UNTYING:  # a tensor that two modules share would be two afterwards, which no state dict can say
+    if what in UNTYING:  # a tensor that two modules share would become two tensors, which a state dict can't restore
         times = Counter(id(p) for _, _, p in tensors)
         tensors = [entry for entry in tensors if times[id(entry[2])] == 1]
     adapter = [(module, key, f"adapter: {adapter_parameters[id(p)]}") for module, key, p in tensors if id(p) in adapter_parameters and p.dim()]

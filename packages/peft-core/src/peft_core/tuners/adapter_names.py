@@ -1,4 +1,4 @@
-"""What an adapter may be called."""
+"""The rules for the names of adapters."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from ..selection.route import BASE
 
 
 def check_name(adapter: str, present: Collection[str]) -> None:
-    """Check that a new adapter may be called so.
+    """Check that `adapter` is a valid name for a new adapter.
 
-    It becomes a key of module containers, and a folder: with slashes, folders inside others, never one outside.
+    The name is used as a key of module containers and as a folder name. Slashes in it make nested folders; no name can lead outside the folder
+    into which the adapter is saved.
 
     Args:
-        adapter: its name.
-        present: the names that are taken.
+        adapter: the name of the new adapter.
+        present: the names of the adapters that the model already has.
 
     Raises:
-        AdapterNameError: taken, or not a legal key or path.
+        AdapterNameError: the name is already used, or it is not a valid container key or folder path.
     """
     if not isinstance(adapter, str) or not adapter:
         raise AdapterNameError(f"{adapter!r} is not an adapter name", hint="give a non-empty string")

@@ -1,4 +1,4 @@
-"""Biases of the base that train in place (`bias`)."""
+"""Training of the base model's own bias parameters (the config field `bias`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .tuner import Plan, TunerBase
 
 @dataclass(frozen=True)
 class BiasRequest:
-    """Which biases train: those of `targets` (paths of adapted modules), or every one of the base; none inside modules saved whole."""
+    """Which biases are trained: those of `targets` (paths of adapted modules), or with `every` all biases of the base model.
+
+    Biases inside the modules at the paths `saved`, which the adapter saves in full, are left out.
+    """
 
     targets: tuple[str, ...]
     every: bool
@@ -26,41 +29,44 @@ class BiasRequest:
 
 
 class BiasHolder:
-    """Biases of the base that train in place. They belong to the base: disabling or deleting an adapter does not take them back."""
+    """Holds the biases of the base model that an adapter trains in place.
+
+    They are parameters of the base model: disabling or deleting the adapter does not restore their original values.
+    """
 
     def __init__(self) -> None:
         self.biases: dict[str, dict[str, tuple[nn.Module, str]]] = {}
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapter that trains biases, if there is one."""
+        """Return a tuple with the name of the adapter that trains biases; it is empty if there is no such adapter."""
         return tuple(self.biases)
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return the biases by the path that they have in a file."""
+        """Return the bias parameters that the adapter trains, by their key in the adapter's file."""
         return {key: module.get_parameter(name) for key, (module, name) in self.biases[adapter].items()}
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return one slot for each bias."""
+        """Return one slot for each bias that the adapter trains, by its key in the adapter's file."""
         return {key: Slot.of(module, name) for key, (module, name) in self.biases[adapter].items()}
 
     def drop(self, adapter: str) -> None:
-        """Freeze the biases; their values stay."""
+        """Freeze the biases that the adapter trained and forget them; their trained values remain in the base model."""
         for module, name in self.biases.pop(adapter, {}).values():
             module.get_parameter(name).requires_grad_(False)
 
 
 class Biases(TunerBase):
-    """Plans which biases of the base train."""
+    """Plans which biases of the base model are trained."""
 
     def __init__(self, selection: AdapterSelection) -> None:
         super().__init__(TunerSpec("BIAS", "peft_core.config:PeftConfig", Biases, "bias@", capabilities=Capability.MERGE), selection)
         self.holder = BiasHolder()
 
     def plan(self, base: BaseView, adapter: str, config: BiasRequest) -> Plan:
-        """Find the biases.
+        """Find the biases to train and return the plan that registers them for `adapter`.
 
         Raises:
-            AdapterNameError: another adapter trains biases of this model already.
+            AdapterNameError: another adapter already trains biases of this model.
         """
         if self.holder.biases:
             other = next(iter(self.holder.biases))

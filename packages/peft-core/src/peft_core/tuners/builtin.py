@@ -1,6 +1,7 @@
-"""Parts of an adapter that core supplies for every method: modules saved whole, rows of embeddings, and trained biases of the base.
+"""Parts of an adapter that core supplies for every method: modules saved in full, trained embedding rows, and trained biases of the base.
 
-They are tuners like any other: they plan, their modules stand in the index, rows are routed to them, files hold their slots.
+They are implemented as tuners like any other: they make plans, the index lists their modules, they support per-sample routing, and their slots
+are saved in the adapter's file.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ from .tuner import Plan, TunerBase
 def requests(
     tuners: Mapping[str, TunerBase], selection: AdapterSelection, options: SharedOptions, view: BaseView, main: Plan
 ) -> Iterator[tuple[str, TunerBase, SavedRequest | TokenRequest | BiasRequest]]:
-    """Yield the built-in parts that a config and a task ask for: kind, tuner, and its request.
+    """Yield (kind, tuner, request) for each built-in part that the config and the task require.
 
     Args:
-        tuners: those that the model has already.
-        selection: of the model.
-        options: what the config asks for.
-        view: the base; its `heads` are what the task asks for.
+        tuners: the tuners that the model already has, by kind.
+        selection: the selection of the model.
+        options: the shared options of the config.
+        view: the view of the base model; its `heads` are the modules that the task saves.
         main: the plan of the adapter's own method.
 
     Raises:
-        ConfigError: an unknown choice of biases; or of modules whose weights are to stay tied, one is adapted and one saved whole.
+        ConfigError: `bias` has an unknown value; or two modules have tied weights that must stay tied, and one of them is adapted while the
+            other is saved in full.
     """
     found = tuners.get(SAVED)
     saved = found if isinstance(found, SavedModules) else SavedModules(selection)

@@ -1,4 +1,4 @@
-"""A model call as data: inputs, task, route, and the virtual tokens offered so far."""
+"""A model call as data: inputs, task, route, and the virtual tokens that tuners have added so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Output = Any
 
 
 class Site(enum.Enum):
-    """Where virtual tokens go."""
+    """The input sequence before which virtual tokens are inserted."""
 
     INPUT = "input"  #: before the tokens of a decoder-only model, or of an encoder
     DECODER = "decoder"  #: before the decoder's tokens of an encoder-decoder model
@@ -24,15 +24,16 @@ class Site(enum.Enum):
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """What a prompt method offers to some rows of a call: embeddings, or keys and values for every layer.
+    """The virtual tokens that a prompt method adds to some rows of a call: embeddings, or keys and values for every layer.
 
     Args:
-        rows: the rows that use them: `ALL`, or row numbers (rows,).
-        site: where they go.
-        embeds: (n, hidden), or (rows, n, hidden) where the rows differ.
-        keys_values: for each layer keys and values, each (heads, n, head_dim) of that layer; None for a layer without keys.
-        weights: added to the attention scores of the keys (n,): the logarithm of how much each counts; None: as any other key. Keys with weights
-            take no positions, so that with no weight at all the base computes what it computes alone.
+        rows: the batch rows that use the virtual tokens: `ALL`, or row numbers (rows,).
+        site: the input sequence before which they are inserted.
+        embeds: embeddings (n, hidden), or (rows, n, hidden) if they differ between rows.
+        keys_values: for each layer the pair of keys and values, each of shape (heads, n, head_dim) of that layer; None for a layer without keys.
+        weights: (n,), added to the attention scores of the keys: the logarithm of each key's weight in the attention; None: the virtual keys
+            count like any other key. Keys with weights occupy no positions, so that with zero weight the base model computes the same as without
+            virtual tokens.
     """
 
     rows: Rows
@@ -43,7 +44,7 @@ class VirtualTokens:
 
     @property
     def length(self) -> int:
-        """n."""
+        """The number n of virtual tokens."""
         if self.embeds is not None:
             return self.embeds.shape[-2]
         assert self.keys_values is not None
@@ -55,16 +56,16 @@ class Call:
     """One call of the base.
 
     Args:
-        task: the model's task, as in `TaskType`; None without one.
-        inputs: the keywords that the base would get.
+        task: the model's task, as in `TaskType`; None if it has no task.
+        inputs: the keyword arguments that the base model would receive.
         route: which adapters act on which rows.
-        batch: number of rows.
-        device: where the call is computed.
-        virtual: virtual tokens offered so far, in the order in which they will stand.
-        arguments: keywords that belong to tuners (`TunerSpec.call_arguments`), the base never sees them.
-        generating: the call is a step of `generate`.
-        cached: number of tokens in its cache; None: ask the cache.
-        entire: not a call of the base; all virtual tokens of the adapters are wanted, also those that no forward uses.
+        batch: the number of rows.
+        device: the device on which the call is computed.
+        virtual: the virtual tokens that tuners have added so far, in the order in which they are inserted.
+        arguments: keyword arguments for tuners (`TunerSpec.call_arguments`); they are not passed to the base model.
+        generating: True if the call is a step of `generate`.
+        cached: the number of tokens in the key-value cache; None: read it from the cache.
+        entire: True if the base model is not called and the caller wants all virtual tokens of the adapters, also those that no forward uses.
     """
 
     task: str | None
@@ -79,15 +80,15 @@ class Call:
     entire: bool = False
 
     def adding(self, *tokens: VirtualTokens) -> Call:
-        """Return the call with more virtual tokens, after those already there."""
+        """Return a copy of the call with `tokens` appended to its virtual tokens."""
         return replace(self, virtual=self.virtual + tokens)
 
     def telling(self, **context: Any) -> Call:
-        """Return the call with context that the tuner's own layers read from the route."""
+        """Return a copy of the call with `context` added to its route, where the tuner's own layers read it."""
         return replace(self, route=replace(self.route, context={**self.route.context, **context}))
 
     def share(self, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Rows]]:
-        """Yield those adapters of `modules` that the route uses, each with its rows."""
+        """Yield (adapter, rows) for each adapter in `modules` that the route applies to at least one row of the batch."""
         for adapter in self.route.used:
             if adapter in modules:
                 rows = self.route.rows(adapter, self.batch, self.device)
@@ -96,7 +97,7 @@ class Call:
 
 
 def batch_of(inputs: Mapping[str, Any]) -> tuple[int, torch.device] | None:
-    """Return the number of rows of a call and its device, from the first input that has them."""
+    """Return the batch size and the device of a call, read from the first input that is a tensor; None if there is no such input."""
     for key in ("input_ids", "inputs_embeds", "pixel_values", "input_values", "input_features", "attention_mask", "decoder_input_ids"):
         value = inputs.get(key)
         if isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""What the doors of a tuner take and give: the content of files, and weights that come for modules. Data alone."""
+"""Data classes for loading and converting adapters: the content of adapter files, and new weights for modules. They contain no logic."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..layers.slots import AdapterModule
 
 @dataclass(frozen=True)
 class IncomingWeights:
-    """New weights of an adapter in one module, which are to replace the present ones.
+    """New weights of an adapter in one module, which replace the module's current weights.
 
     Args:
-        path: the module's original name in the base.
-        module: it holds the weights.
-        tensors: the new ones by the end of their file key; empty if nothing came for this module.
-        resizable: parameters may become larger: no graph was compiled that holds them.
+        path: the module's original path in the base model.
+        module: the module that holds the adapter's weights.
+        tensors: the new weights, by the end of their key in the file (the part after the module's path); empty if the file has none for this module.
+        resizable: True if parameters may become larger, because no compiled graph refers to them.
     """
 
     path: str
@@ -33,9 +33,9 @@ class AdapterCheckpoint:
     """The content of an adapter's file.
 
     Args:
-        config: its config.
-        tensors: by their keys in the file.
-        modules: of an adapter in a model: path in the base → the module there that holds its weights.
+        config: the adapter's config.
+        tensors: the adapter's tensors, by their keys in the file.
+        modules: path in the base model → the module at this path that holds the adapter's weights; only for an adapter that is in a model.
     """
 
     config: Any
@@ -45,11 +45,11 @@ class AdapterCheckpoint:
 
 @dataclass(frozen=True)
 class CheckpointTranslation:
-    """How an adapter that was written for another layout of a base is read on this one.
+    """How to convert an adapter that was saved for another module layout of a base model, so that it fits this base model.
 
     Args:
-        fields: fields of its config → their values here.
-        convert: turns the file's tensors into those for this base; names begin with a module's path in the base.
+        fields: names of config fields → their values for this base model.
+        convert: converts the tensors of the file to tensors for this base model; tensor names begin with a module's path in the base model.
     """
 
     fields: Mapping[str, Any]

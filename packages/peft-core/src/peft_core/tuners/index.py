@@ -1,4 +1,4 @@
-"""The index of a model: which adapter has weights in which module. Data and queries; `operations/` has what is done with it."""
+"""The index of a model: which adapter has weights in which module. It holds data and answers queries; the operations are in `operations/`."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ Key = tuple[str, str]
 
 
 class AdapterIndex:
-    """The adapters of one base model, of whatever methods. `PeftModel` and the plain functions are views of it.
+    """All adapters of one base model, whatever their methods. `PeftModel` and the plain functions both work on this index.
 
     Attributes:
-        base: the base model, adapted in place; the one inside, where others have put wrappers around it.
-        view: the base under its original names.
-        selection: which adapters act.
-        configs: adapter → config, in load order.
-        modules: (method, path) → the module there that holds weights; mounts have the path of the mount and no method.
+        base: the base model, adapted in place, without the wrappers that other libraries may have put around it.
+        view: the base model under its original module names.
+        selection: which adapters are active.
+        configs: adapter name → config, in load order.
+        modules: (method, path) → the module that holds adapter weights at this path; a module mounted beside the base model has the path of
+            its mount and an empty method.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -46,25 +47,25 @@ class AdapterIndex:
         self.tuners: dict[str, TunerBase] = {}
         self.modules: dict[Key, AdapterModule] = {}
         self.keys_by_adapter: dict[str, list[Key]] = {}
-        #: tuners whose prepare or finish is called; recomputed when adapters come and go, not per call
+        #: tuners whose `prepare` or `finish` is called in each model call; recomputed when adapters are added or deleted, not in each call
         self.call_tuners: tuple[TunerBase, ...] = ()
         self.call_arguments: frozenset[str] = frozenset()
         self.frozen_base = False
-        #: path → batches that a normalisation of the base had seen when the first adapter came
+        #: path → number of batches that a normalisation layer of the base model had processed when the first adapter was added
         self.batches_seen: dict[str, int] = {}
         self.forward = BaseForward(self.view)
-        #: the change that was made to the base's structure, and the method that asked for it
+        #: the change that was made to the base's structure, and the method that required it
         self.reshaped: Reshape | None = None
         self.reshaped_by = ""
-        #: is asked before an adapter is added
+        #: review that is called before an adapter is added
         self.review: InjectionReview = PASSES
         self._adding: TunerBase | None = None
 
     def require(self, *adapters: str) -> None:
-        """Check that the model has these adapters.
+        """Check that the model has all of these adapters.
 
         Raises:
-            AdapterNotFoundError: it lacks one; the message names the nearest.
+            AdapterNotFoundError: the model lacks one of them; the hint suggests the most similar existing name.
         """
         for adapter in adapters:
             if adapter not in self.configs:
@@ -74,7 +75,7 @@ class AdapterIndex:
                 )
 
     def modules_of(self, adapter: str) -> list[tuple[Key, AdapterModule]]:
-        """Return the modules in which an adapter has weights, by (method, path)."""
+        """Return ((method, path), module) for each module in which the adapter has weights."""
         return [(key, self.modules[key]) for key in self.keys_by_adapter.get(adapter, ())]
 
     def parameters_of(self, adapter: str) -> Iterator[nn.Parameter]:
@@ -83,7 +84,10 @@ class AdapterIndex:
             yield from module.parameters_of(adapter).values()
 
     def slots(self, adapter: str) -> Iterator[tuple[str | None, str, Slot]]:
-        """Yield (path in the base or None for what is mounted beside it, end of the key, slot) for all that a file holds of an adapter."""
+        """Yield (path, end of the file key, slot) for each tensor of the adapter that is saved in its file.
+
+        The path is the module's path in the base model; it is None for modules mounted beside the base model.
+        """
         for (kind, path), module in self.modules_of(adapter):
             where = path if kind else None
             for key, slot in module.slots(adapter).items():
@@ -98,15 +102,15 @@ class AdapterIndex:
         return self._adding if self._adding is not None else self.tuners[str(self.configs[adapter].peft_type)]
 
     def tuner_for(self, spec: TunerSpec) -> TunerBase:
-        """Return this model's tuner of the method `spec`; a new one, not stored yet, if it has none."""
+        """Return the model's tuner for the method `spec`; if the model has none, return a new tuner, which is not stored yet."""
         return self.tuners.get(spec.peft_type) or registry.tuner_class(spec.peft_type)(spec, self.selection)
 
     def prefix(self, adapter: str) -> str:
-        """Return what stands before a base module's path in the adapter's file, also while the adapter is being added."""
+        """Return the prefix of base module paths in the keys of the adapter's file, also while the adapter is being added."""
         return self.tuner(adapter).spec.base_prefix
 
     def operation(self, name: str) -> Callable[..., Any] | None:
-        """Return the function that the tuner of an adapter offers as `name`: of the first in load order that does; None if none does."""
+        """Return the operation called `name` of the first adapter (in load order) whose tuner offers it; None if no tuner does."""
         for config in self.configs.values():
             found = self.tuners[str(config.peft_type)].operations.get(name)
             if found is not None:
@@ -115,11 +119,11 @@ class AdapterIndex:
 
     @property
     def active(self) -> tuple[str, ...]:
-        """The adapters chosen for the whole model, in the order given."""
+        """The names of the adapters selected for the whole model, in the order in which they were given."""
         return self.selection.names
 
     def refresh(self) -> None:
-        """Recompute what depends on which adapters there are."""
+        """Recompute the attributes that depend on which adapters the model has, and empty the cache scopes."""
         self.selection.drop_cached()
         used = {str(config.peft_type) for config in self.configs.values()}
         present = [tuner for kind, tuner in self.tuners.items() if kind in used or kind in (SAVED, BIAS)]
@@ -129,23 +133,23 @@ class AdapterIndex:
         self.call_arguments = frozenset(name for tuner in present for name in tuner.spec.call_arguments)
 
     def require_capability(self, adapter: str, capability: Capability, what: str) -> None:
-        """Raise `CapabilityError` unless the adapter's tuner declares `capability`; `what` it is for, for the message."""
+        """Raise `CapabilityError` unless the adapter's tuner declares `capability`; `what` completes the message "the adapter can't be …"."""
         spec = self.spec(adapter)
         if not spec.can(capability):
             raise CapabilityError(f"the adapter {adapter!r} ({spec.peft_type}) can't be {what}", hint=f"its tuner does not declare {capability.name}")
 
     def attach(self, *, with_configs: bool = True) -> None:
-        """Let the base know its adapters.
+        """Set this index as an attribute of the base model.
 
         Args:
-            with_configs: give it `peft_config`, too, by which other libraries recognise a model whose layers are adapted.
+            with_configs: also set the attribute `peft_config`, by which other libraries recognise a model with adapted layers.
         """
         self.base.__dict__[ATTRIBUTE] = self
         if with_configs:
             self.base.__dict__["peft_config"] = self.configs
 
     def is_in_place(self) -> bool:
-        """Return whether the layers of adapters stand in the base: False where somebody else took all of them off."""
+        """Return whether the adapter layers are still installed in the base model; False if other code has removed all of them."""
         wrapped = [key for key, module in self.modules.items() if key[0] and isinstance(module, nn.Module) and key[1] in self.view.sites]
         return not wrapped or any(self._is_installed(key) for key in wrapped)
 
@@ -162,13 +166,16 @@ class AdapterIndex:
         return False
 
     def merged_adapters(self) -> list[str]:
-        """Return the merged adapters, each once, in load order."""
+        """Return the names of the adapters that are merged in any layer, in load order, without duplicates."""
         merged = {name for module in self.modules.values() if isinstance(module, AdapterLayer) and module.merged for name in module.merged_adapters}
         return [name for name in self.configs if name in merged]
 
 
 def adapted_model(model: nn.Module) -> nn.Module:
-    """Return the model that has adapters inside what others put around it (compiled, parallel, sharded, nested in any order); `model` if none has."""
+    """Return the model with adapters inside the wrappers that other libraries put around it; `model` itself if there is no such model.
+
+    The wrappers (compiled, parallel, sharded) may be nested in any order.
+    """
     found: nn.Module | None = model
     while found is not None:
         if isinstance(getattr(found, "__dict__", {}).get(ATTRIBUTE), AdapterIndex):
@@ -178,16 +185,16 @@ def adapted_model(model: nn.Module) -> nn.Module:
 
 
 def index_of(model: nn.Module) -> AdapterIndex | None:
-    """Return the index of a `PeftModel`, or of a model with injected adapters; None if it has none. Wrappers around it are looked through.
+    """Return the index of a `PeftModel` or of a model with injected adapters, looking through wrappers around it; None if there is no index.
 
-    An index whose layers others have taken off, as libraries that know layers do, is none.
+    Also returns None if other code, such as a library that works on single layers, has removed all adapter layers from the model.
     """
     found = getattr(adapted_model(model), "__dict__", {}).get(ATTRIBUTE)
     return found if isinstance(found, AdapterIndex) and found.is_in_place() else None
 
 
 def require_index(model: nn.Module) -> AdapterIndex:
-    """Return the index of a `PeftModel`, or of a model with injected adapters. Wrappers around it are looked through.
+    """Return the index of a `PeftModel` or of a model with injected adapters, looking through wrappers around it.
 
     Raises:
         AdapterNotFoundError: the model has no adapters.

@@ -1,4 +1,7 @@
-"""Targets whose weights the base computes with itself, past any adapter: refused, left out or warned of."""
+"""Target modules whose weight the base model reads directly instead of calling the module, which bypasses any adapter on it.
+
+Such targets raise an error, are left out, or cause a warning.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,23 @@ from ..base.fused import WeightUse, weight_uses
 from ..base.view import BaseView
 from ..errors import ConfigError, PeftWarning, listed
 
-#: the layer behind a fused kernel; like convolutions, it is nothing without it
+#: the output projection of a block; it counts as fused if a kernel takes its weight, as convolutions always do
 _OUT = "out_proj"
 _HINT = "leave them out with exclude_modules, or target in_proj"
 
 
 def without_passed_by(base: BaseView, found: Sequence[str], *, named: bool, trains: bool) -> list[str]:
-    """Return those of the targets on which an adapter has an effect.
+    """Return the targets on which an adapter has an effect; warn about the others.
 
     Args:
-        base: the model.
-        found: the targets.
-        named: they were named one by one; False: every linear layer is meant, so that those without an effect are left out.
-        trains: the adapter is to train; what is computed with in training only does not matter otherwise.
+        base: the view of the base model.
+        found: the paths of the target modules.
+        named: True if the user named the targets; they are then returned even where an adapter has no effect. False if every linear layer is
+            targeted; layers on which an adapter has no effect are then left out.
+        trains: True if the adapter will be trained; otherwise weights that the base model reads directly only in training are ignored.
 
     Raises:
-        ConfigError: a fused kernel takes the weight of one that was named, or no target is ever called.
+        ConfigError: the targets were named, and a fused kernel reads the weight of one of them, or none of them is ever called.
     """
     uses = {name: use for name in found if (use := _use(base, name)) is not None and (trains or not use.in_training)}
     fused = [name for name, use in uses.items() if _is_fused(base.modules[name], name, use)]
@@ -54,7 +58,7 @@ def without_passed_by(base: BaseView, found: Sequence[str], *, named: bool, trai
 
 def _use(base: BaseView, name: str) -> WeightUse | None:
     parent, _, leaf = name.rpartition(".")
-    if isinstance(base.modules[name], nn.Embedding) or parent not in base.modules:  # rows of an embedding are read by many
+    if isinstance(base.modules[name], nn.Embedding) or parent not in base.modules:  # many models read rows of an embedding directly
         return None
     return weight_uses(base.modules[parent]).get(leaf)
 

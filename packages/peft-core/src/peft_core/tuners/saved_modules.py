@@ -1,4 +1,4 @@
-"""Modules that an adapter saves whole: `modules_to_save`, and heads of a task."""
+"""Modules that an adapter copies, trains and saves in full: `modules_to_save`, and the heads of a task."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SavedRequest:
 
 
 class SavedModules(TunerBase):
-    """Plans a `ModulesToSaveWrapper` around each module that is to be saved whole."""
+    """Plans a `ModulesToSaveWrapper` around each module that an adapter saves in full."""
 
     def __init__(self, selection: AdapterSelection) -> None:
         spec = TunerSpec(
@@ -72,7 +72,7 @@ class SavedModules(TunerBase):
 
     @staticmethod
     def paths(base: BaseView, request: SavedRequest) -> list[str]:
-        """Return the paths of the modules to save in full, without those nested in another of them."""
+        """Return the paths of the modules to save in full; a module nested inside another saved module is left out."""
         named = target_matcher((*request.required, *request.optional), "modules_to_save")
         brought = {other for path in base.tied if named(path) for other in base.sharing(path)} if request.tied else frozenset()
         found: list[str] = []
