@@ -13,19 +13,21 @@ ROWS_OR_COMPONENTS = ("rows", "components")
 
 @dataclass
 class LoHaConfig(LayerConfig):
-    """LoHa: ΔW = (alpha/r)·(w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r² from 2r(out + in) numbers.
+    """LoHa: ΔW = (alpha/r)·(w1_a w1_b) ⊙ (w2_a w2_b), of rank up to r² with 2r(out + in) parameters.
 
     Besides the fields of `LayerConfig`:
 
     Args:
         r: rank of each of the two products.
         alpha: numerator of the scaling.
-        rank_dropout: in training each output row of ΔW is dropped with this probability, in [0, 1); the rows that stay are divided by their share.
+        rank_dropout: in training each output row of ΔW is dropped with this probability, in [0, 1); the other rows are divided by the share
+            of rows that remain.
         module_dropout: in training the adapter is skipped with this probability for a whole call, in [0, 1].
-        use_effective_conv2d: the Tucker form for convolutions, in any number of dimensions, whose kernel is not 1.
+        use_effective_conv2d: use the Tucker form for convolutions with a kernel larger than 1 (Conv1d, Conv2d and Conv3d).
         init_weights: True: w2_b is zero, so that a new adapter changes nothing; False: all random.
-        rank_dropout_on: ``"rows"``, as above; ``"components"``: `rank_dropout` drops each of the r components of both products, what the name
-            says, and divides by 1 − p. Other readers of the format do not know this field.
+        rank_dropout_on: ``"rows"``: `rank_dropout` as described above; ``"components"``: it drops each of the r components of both products with
+            probability p and divides by 1 − p, as the name `rank_dropout` suggests. Other software that reads this file format does not know this
+            field.
 
     Raises:
         ConfigError: a bad value.
@@ -45,7 +47,7 @@ class LoHaConfig(LayerConfig):
     additional: ClassVar[frozenset[str]] = frozenset({"rank_dropout_on"})
 
     def check(self) -> None:
-        """Check every value by itself.
+        """Check each field separately.
 
         Raises:
             ConfigError: a bad value.

@@ -4,7 +4,8 @@
 
     ΔW[o, i] = Σ_ab B₁[o, a] B₂[o, b] · A₁[a, i] A₂[b, i],
 
-a product of rank r² of the row-wise Khatri–Rao product of the B and the column-wise one of the A. So x ΔWᵀ never needs ΔW.
+So ΔW has rank at most r²: it is the product of the row-wise Khatri–Rao product of B₁ and B₂ and the column-wise Khatri–Rao product of A₁ and A₂.
+With these two factors, x ΔWᵀ can be computed without ΔW.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Args:
         t: core (r, r, *kernel).
         a: A (r, in).
-        b: B (r, out), the other way round than in the flat form.
+        b: B (r, out), transposed compared with the flat form.
     """
     r = t.shape[0]
     inner = torch.einsum("abk,bc->ack", t.reshape(r, r, -1), a)
@@ -48,14 +49,15 @@ def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the ways to the same output cost, in multiplications of a large matrix product.
+    """The costs of the different ways to compute the same output. The unit is one multiplication in a large matrix product.
 
     Args:
         out, inp: the matrix has the shape (out, in).
         r: rank.
 
-    Khatri–Rao costs r²(in + out) a token. A whole matrix costs in·out a token, or nothing where it stands for the base's own, and first it
-    has to be formed: passes over memory, which cost as much as this many multiplications an entry, more where the matrix leaves the cache.
+    The Khatri–Rao factors cost r²(in + out) per token. A full matrix costs in·out per token, or nothing if it replaces the base's own product, plus
+    the cost to compute the matrix once: passes over memory, given in `forming` as multiplications per entry; they cost more if the matrix does not
+    fit into the cache.
     """
 
     out: int
@@ -64,29 +66,29 @@ class Costs:
 
     @property
     def thin(self) -> int:
-        """Khatri–Rao, a token."""
+        """Cost per token of the product with the Khatri–Rao factors."""
         return self.r * self.r * (self.inp + self.out)
 
     @property
     def whole(self) -> int:
-        """A product with a whole matrix, a token."""
+        """Cost per token of the product with a full matrix (out, in)."""
         return self.inp * self.out
 
     @property
     def forming(self) -> int:
-        """Forming W + s·ΔW once."""
+        """Cost of computing W + s·ΔW once."""
         return self.whole * (2 * self.r + (30 if self.whole <= 1 << 18 else 160))
 
     def prefer_whole_delta(self, tokens: int) -> bool:
-        """Return whether x ΔWᵀ is cheaper with ΔW than with Khatri–Rao factors, beside the base."""
+        """Return whether x ΔWᵀ, computed in addition to the base's product, is cheaper with ΔW than with Khatri–Rao factors."""
         return (tokens + 1) * self.thin > tokens * self.whole + self.forming
 
     def prefer_whole_weight(self, tokens: int) -> bool:
-        """Return whether x (W + s·ΔW)ᵀ is cheaper than xWᵀ and x ΔWᵀ with Khatri–Rao factors."""
+        """Return whether x (W + s·ΔW)ᵀ is cheaper than xWᵀ plus x ΔWᵀ with Khatri–Rao factors."""
         return tokens * self.thin > self.forming
 
     def prefer_whole_gradient(self, tokens: int) -> bool:
-        """Return whether the factors' gradients are cheaper from dL/dW than from those of the Khatri–Rao factors."""
+        """Return whether the factors' gradients are cheaper to compute from dL/dW than from the gradients of the Khatri–Rao factors."""
         return 2 * tokens * self.thin > tokens * self.whole + 2 * self.forming
 
 
@@ -102,19 +104,19 @@ def add_applied_to_one(y: Tensor, s: float, x: Tensor, b1: Tensor, a1: Tensor, b
         b1, a1, b2, a2: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
     """
     terms = torch.mm(F.linear(a2 * x.view(-1), a1), b1.t()).mul_(b2.t())  # (r, out)
-    y.view(-1).addmv_(terms.t(), y.new_ones(terms.shape[0]), alpha=s)  # sums, scales and adds in one call
+    y.view(-1).addmv_(terms.t(), y.new_ones(terms.shape[0]), alpha=s)  # addmv_ sums over r, scales by s and adds to y in one call
     return y
 
 
 def add_applied(y: Tensor, s: float, x: Tensor, factors: Factors, *, fixed: bool = False) -> Tensor:
-    """Return y + s·x ΔWᵀ in plain operations and new memory, summed in the dtype of the factors and rounded once to that of `y`.
+    """Return y + s·x ΔWᵀ as a new tensor, with ordinary PyTorch operations, summed in the dtype of the factors and rounded once to the dtype of `y`.
 
     Args:
         y: (…, out).
         s: scaling.
         x: (…, in).
         factors: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
-        fixed: choose the way without looking at the number of tokens, so that a compiled graph does not depend on it.
+        fixed: choose the method independently of the number of tokens, so that a compiled graph does not depend on this number.
     """
     b1, a1, _, _ = factors
     costs = Costs(b1.shape[0], a1.shape[1], a1.shape[0])

@@ -1,9 +1,9 @@
-"""x ↦ x(W + s·ΔW)ᵀ + bias for a frozen W and many tokens, as one step of the graph that keeps little and costs little.
+"""x ↦ x(W + s·ΔW)ᵀ + bias for a frozen W and many tokens, as one autograd function that saves little memory and time.
 
-The adapter's products are accumulated in the dtype of its factors, float32 by default, and the sum is rounded once to that of the
-activations. What is derived from the factors (r² or in·out numbers, not tokens) is formed again in the backward instead of kept; activations
-are kept as they came. Products with a side of length r² have it first: BLAS is up to
-twice as slow at the other orientations.
+The adapter's products are accumulated in the dtype of its factors, float32 by default, and the sum is rounded once to the dtype of the activations.
+Matrices that are derived from the factors (with r² or in·out in their size, independent of the number of tokens) are not saved for the backward
+pass, but computed again there; activations are saved in the dtype that they have. In matrix products with a dimension of size r², this dimension
+comes first: BLAS is up to twice as slow for the other orientations.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: 
         weight, bias: W (out, in) and the bias (out,) of the base.
         factors: B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in).
         s: scaling.
-        record: somebody wants gradients.
+        record: gradients are needed, so the call must be recorded by autograd.
     """
     if record:
         return LoHaLinear.apply(x, weight, bias, *factors, s)  # type: ignore[no-any-return, no-untyped-call]
@@ -34,21 +34,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: 
 
 
 def may_sum(x: Tensor, factors: Factors) -> bool:
-    """Return whether W + s·ΔW may stand for its two parts: in half precision, W would round small changes away."""
+    """Return whether W + s·ΔW may be computed as one matrix: not in half precision, where small changes would be lost in the rounding of W."""
     return factors[0].dtype is x.dtype and x.dtype not in (torch.float16, torch.bfloat16)
 
 
 def whole_weight(weight: Tensor, factors: Factors, s: float) -> Tensor:
-    """Return W + s·ΔW (out, in) in new memory."""
+    """Return W + s·ΔW (out, in) as a new tensor."""
     return _merged(weight, *_halves(factors), s)
 
 
 class LoHaLinear(torch.autograd.Function):
-    """x ↦ x(W + s·ΔW)ᵀ + bias with W and bias frozen; where W + s·ΔW is not formed, products add into those of the base."""
+    """x ↦ x(W + s·ΔW)ᵀ + bias with W and bias frozen; if W + s·ΔW is not computed, the adapter's products are added in place to the base's output."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, b1: Tensor, a1: Tensor, b2: Tensor, a2: Tensor, s: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        """Return the output (…, out) for `x` (…, in) as a new tensor, which the caller may change in place."""
         y, hidden = _forward(x, weight, bias, (b1, a1, b2, a2), s)
         ctx.save_for_backward(x, weight, b1, a1, b2, a2, hidden)
         ctx.s = s
@@ -60,16 +60,16 @@ class LoHaLinear(torch.autograd.Function):
         x, weight, *factors, hidden = ctx.saved_tensors
         want_x, _, _, *want = ctx.needs_input_grad[:7]
         kind = g.device.type
-        autocast = torch.is_autocast_enabled(kind)  # somebody entered it around the backward pass alone
+        autocast = torch.is_autocast_enabled(kind)  # on only if the caller runs the backward pass itself inside an autocast block
         with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
-            if torch.is_grad_enabled():  # somebody differentiates this again: everything must follow from the inputs
+            if torch.is_grad_enabled():  # double backward: the gradients need a graph that starts at the inputs
                 return _differentiable(x, weight, factors, ctx.s, g, ctx.needs_input_grad)
             gx, found = _gradients(x, weight, factors, ctx.s, g, hidden, want_x, any(want))
         return gx, None, None, *(value if wanted else None for value, wanted in zip(found, want, strict=True)), None
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, s: float) -> tuple[Tensor, Tensor | None]:
-    """Return the output, and K_A·xᵀ (r², tokens) in the factors' dtype where it was needed for it."""
+    """Return the output, and K_A·xᵀ (r², tokens) in the factors' dtype if the output was computed from it, otherwise None."""
     b1, a1, b2, a2 = factors
     wide, x2 = b1.dtype, x.reshape(-1, x.shape[-1])
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -92,20 +92,20 @@ def _linear_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> T
     return found
 
 
-#: of B₁, A₁, B₂, A₂
+#: the gradients of B₁, A₁, B₂, A₂
 _FactorGradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 def _gradients(
     x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, want_x: bool, want_factors: bool
 ) -> tuple[Tensor | None, _FactorGradients]:
-    """Return the gradients of x and of the factors, in the way that costs least.
+    """Return the gradients of x and of the factors, computed by the cheapest method.
 
     Args:
         x, weight, factors, s: as for `linear`.
         g: gradient of the output (…, out).
-        hidden: K_A·xᵀ (r², tokens), if the forward has kept it.
-        want_x, want_factors: whether they are needed; None is returned for what is not.
+        hidden: K_A·xᵀ (r², tokens), if the forward pass has saved it, otherwise None.
+        want_x, want_factors: whether the gradients of x and of the factors are needed; None is returned for a gradient that is not needed.
     """
     x2, g2 = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     costs, tokens, summed = _costs(factors), _tokens(x), may_sum(x, factors)
@@ -123,7 +123,7 @@ def _gradients(
 
 
 def _by_whole_matrices(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, want_x: bool) -> tuple[Tensor | None, _FactorGradients]:
-    """Return the gradients of x (tokens, in) and of the factors by way of dL/dΔW (out, in), for `g` (tokens, out)."""
+    """Return the gradients of x (tokens, in) and of the factors, computed from dL/dΔW (out, in); `g` is the output's gradient (tokens, out)."""
     b1, a1, b2, a2 = factors
     w1, w2 = _halves(factors)
     gx = g.mm(_merged(weight, w1.clone(), w2, s)) if want_x else None
@@ -136,9 +136,9 @@ def _by_whole_matrices(x: Tensor, weight: Tensor, factors: Any, s: float, g: Ten
 def _by_columns(
     x: Tensor, factors: Any, s: float, g: Tensor, hidden: Tensor | None, gx: Tensor | None, want_factors: bool
 ) -> tuple[Tensor | None, _FactorGradients]:
-    """Return the gradients of x (tokens, in) and of the factors by way of the Khatri–Rao factors, for `g` (tokens, out).
+    """Return the gradients of x (tokens, in) and of the factors, computed with the Khatri–Rao factors; `g` is the output's gradient (tokens, out).
 
-    `gx` (tokens, in) is what comes through the base, to which that of x is added; None: it is not wanted.
+    `gx` (tokens, in) is the gradient of x through the base weight, to which the adapter's part is added; None if the gradient of x is not needed.
     """
     b1, a1, b2, a2 = factors
     b1t, b2t = _across(b1).mul_(s), _across(b2)
@@ -157,13 +157,13 @@ def _by_columns(
 
 
 def _of_pair(g: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of two matrices (r, n) for that of their column-wise Khatri–Rao product, `g` (r², n)."""
+    """Return the gradients of two matrices (r, n), given `g` (r², n), the gradient of their column-wise Khatri–Rao product."""
     g = g.view(first.shape[0], first.shape[0], -1)
     return (g * second).sum(1), (g * first.unsqueeze(1)).sum(0)
 
 
 def _differentiable(x: Tensor, weight: Tensor, factors: Any, s: float, g: Tensor, needed: Any) -> Any:
-    """Return the gradients with a graph of their own."""
+    """Return the gradients for all inputs of `LoHaLinear`, computed with an autograd graph so that they can be differentiated again."""
     inputs = (x, *factors)
     wanted = (needed[0], *needed[3:7])
     plain = add_applied(F.linear(x, weight), s, x.to(factors[0].dtype), tuple(factors))
@@ -178,12 +178,12 @@ def _halves(factors: Any) -> tuple[Tensor, Tensor]:
 
 
 def _across(b: Tensor) -> Tensor:
-    """Return bᵀ (r, out) in memory of its own and in that order, which what is computed from it inherits."""
+    """Return bᵀ (r, out) as a new contiguous tensor; tensors computed from it have the same memory order."""
     return b.t().clone(memory_format=torch.contiguous_format)
 
 
 def _merged(weight: Tensor, w1: Tensor, w2: Tensor, s: float) -> Tensor:
-    """Return W + s·w1 ⊙ w2 in the memory of `w1`."""
+    """Compute W + s·w1 ⊙ w2 in place in `w1`, and return it."""
     w1.mul_(w2)
     return (w1 if s == 1 else w1.mul_(s)).add_(weight)
 

@@ -28,14 +28,14 @@ from .subconfigs import (
 )
 
 BIAS_OPTIONS = ("none", "all", "lora_only")
-#: fields with settings of an initialiser → the value of `init_lora_weights` that uses them, and their class
+#: name of a field with settings of an initialiser → (value of `init_lora_weights` that uses them, class of the settings)
 INITIALIZER_SETTINGS = {
     "eva_config": ("eva", EvaConfig),
     "corda_config": ("corda", CordaConfig),
     "loftq_config": ("loftq", LoftQConfig),
     "lora_ga_config": ("lora_ga", LoraGAConfig),
 }
-#: fields with settings of a variant, which is used if the field is set → their class
+#: name of a field with settings of a variant → class of the settings; if the field is set, the adapter uses the variant
 VARIANT_SETTINGS = {
     "use_bdlora": BdLoraConfig,
     "kasa_config": KasaConfig,
@@ -66,17 +66,18 @@ class LoraConfig(LayerConfig):
         loftq_config, eva_config, corda_config, lora_ga_config: settings of the initialisers of these names.
         use_dora: DoRA: LoRA adapts the direction of each output's weight vector, and a trained vector its magnitude (arXiv 2402.09353).
         lora_bias: the linear layer of B has a trained bias.
-        layer_replication: ranges (start, end) of layers, without `end`, that are concatenated to a deeper model; replicas share the base's weights.
+        layer_replication: ranges (start, end) of layers, with `end` excluded, that are concatenated to a deeper model; replicas share the base's
+            weights.
         target_parameters: names of parameters (of experts, say) to adapt, besides modules.
         trainable_token_indices: token ids whose embeddings train: a list for the input embeddings, or a dict: name of an embedding module → ids.
         ensure_weight_tying: modules that share a weight in the base share their trained weights, too.
         alora_invocation_tokens, use_qalora, qalora_group_size, use_bdlora, kasa_config, velora_config, monteclora_config, arrow_config:
             choose and configure a variant; an adapter has at most one.
         variant: name of a plugin's variant.
-        plugin_settings: settings of a plugin's variant or initialiser, by its name: objects of the class that it names, or dicts of their fields.
-        grouped_convolutions: on a convolution with groups, A has the same groups, with rank r in each; such adapters can be merged.
-        out_projection_twice: on MultiheadAttention, ΔW of `out_proj` is added twice, as the package `peft` does (up to 0.21.2 at least): for
-            adapters that were trained with it.
+        plugin_settings: name of a plugin's variant or initialiser → its settings: an object of its settings class, or a dict of the fields.
+        grouped_convolutions: on a convolution with groups, A has the same groups as the base, with rank r in each; such adapters can be merged.
+        out_projection_twice: on MultiheadAttention, ΔW of `out_proj` is added twice, as the package `peft` does (up to 0.21.2 at least); for
+            adapters that were trained with that package.
         megatron_config, megatron_core: fields of the file format; a `megatron_config` is an error: Megatron's parallel layers are not supported.
         runtime_config: settings for this process only; never saved.
 
@@ -124,10 +125,10 @@ class LoraConfig(LayerConfig):
     additional: ClassVar[frozenset[str]] = frozenset({"variant", "plugin_settings", "grouped_convolutions", "out_projection_twice"})
 
     def _register_custom_module(self, mapping: Mapping[type[Any], type[Any]]) -> None:
-        """Wrap modules of a class in a layer class of one's own, as code written for other frameworks asks; no file says so.
+        """Register custom layer classes with which to wrap modules of given classes, for code written for other frameworks; not saved in files.
 
         Args:
-            mapping: class of a module → class of the layer around it, which is made as (module, adapter_name, config=, r=, lora_alpha=).
+            mapping: class of a module → class of the layer around it, which is called with (module, adapter_name, config=, r=, lora_alpha=).
         """
         warnings.warn(
             "layers of one's own at a config are called and saved, and never merged, and no file says that they are needed; "
@@ -138,10 +139,10 @@ class LoraConfig(LayerConfig):
         self._custom_modules = {**getattr(self, "_custom_modules", {}), **mapping}
 
     def check(self) -> None:
-        """Check each value and which values exclude one another; normalise some: dicts become settings objects, names lower case.
+        """Check each value, and that no values exclude one another; also convert dicts to settings objects, and initialiser names to lower case.
 
         Raises:
-            ConfigError: a bad value, or one that this release does not support.
+            ConfigError: a bad value, or a value that this release does not support.
         """
         super().check()
         require_positive_integer("r", self.r)
@@ -175,7 +176,7 @@ class LoraConfig(LayerConfig):
                 setattr(self, name, {} if name == "loftq_config" else None)
 
     def _check_word(self) -> None:
-        """Check that somebody offers the initialiser."""
+        """Check that `init_lora_weights` is a bool, or the name of an initialiser in this package or in an installed plugin."""
         word = self.init_lora_weights
         if not isinstance(word, (bool, str)):
             raise ConfigError(f"init_lora_weights={word!r} is a {type(word).__name__}", hint="write True, False or the name of an initialiser")
@@ -190,7 +191,7 @@ class LoraConfig(LayerConfig):
             )
 
     def _check_init_settings(self, name: str, init: str, settings: Callable[..., Any]) -> None:
-        """Make the field `name`, of the initialiser `init` that the config asks for, an object of the class `settings`."""
+        """Convert the field `name` to an object of the class `settings`; `init` is the config's initialiser, which uses the field."""
         given = getattr(self, name)
         if isinstance(given, dict) and given:
             setattr(self, name, _settings_from_dict(name, given, settings))
@@ -263,7 +264,7 @@ class LoraConfig(LayerConfig):
         self.layer_replication = [(start, end) for start, end in pairs]  # JSON files have lists
 
     def shared_options(self) -> SharedOptions:
-        """Return what other methods have as well: modules to save, biases and token embeddings to train, and whether tied weights stay tied."""
+        """Return the options that other methods have as well: modules to save, biases and token embeddings to train, and weight tying."""
         bias = {"none": "none", "all": "all", "lora_only": "targets"}.get(self.bias, self.bias)
         return SharedOptions(tuple(self.modules_to_save or ()), bias, self.trainable_token_indices, bool(self.ensure_weight_tying))
 
@@ -280,10 +281,10 @@ def _as_dict(value: Any) -> Any:
 
 
 def _plugin_settings(name: str, given: Any, settings_class: Callable[..., Any]) -> Any:
-    """Return the settings object of a plugin for what the user gave: an object, a dict of its fields, or None for the defaults.
+    """Return the settings object of a plugin; `given` is such an object, a dict of its fields, or None for the defaults.
 
     Raises:
-        ConfigError: the object is of another class; a field is unknown or missing.
+        ConfigError: `given` is an object of another class, or a field is unknown or missing.
     """
     label = f"plugin_settings[{name!r}]"
     if given is not None and not isinstance(given, (dict, settings_class)):  # type: ignore[arg-type]

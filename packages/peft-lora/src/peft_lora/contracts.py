@@ -1,6 +1,6 @@
-"""The contracts that layers, initialisers and variants share: what a layer is told, what A and B start with, another formula around them.
+"""The interfaces between layers, initialisers (they compute the initial values of A and B) and variants (they change the formula of LoRA).
 
-No layer is imported here: a layer knows initialisers and variants by these classes, and they know it as a `FactorLayer`.
+This module imports no layer class: layers use initialisers and variants through these base classes, which use a layer as a `FactorLayer`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What a layer is told: rank and alpha of this module, and what holds for all.
+    """The settings of an adapter for one layer: the rank and alpha of this module, and the settings that are the same for all modules.
 
     Args:
         path: the module's original name in the base.
-        r, alpha: of this module.
+        r, alpha: rank and alpha of this module.
         config: the adapter's whole config.
-        initializer: says what A and B start with.
+        initializer: computes the initial values of A and B.
         variant: class of the variant; None for plain LoRA.
     """
 
@@ -42,21 +42,21 @@ class LoraSettings:
 
 
 class FactorLayer(AdapterLayer):
-    """What initialisers and variants know of a LoRA layer, besides what `peft_core.AdapterLayer` has.
+    """The interface of a LoRA layer that initialisers and variants use, in addition to `peft_core.AdapterLayer`.
 
-    Methods take what a layer is told as `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
+    In all methods, `settings` is the `LoraSettings` of the adapter for this layer, `r` a rank, and `a` and `b` are the parameters A and B.
 
     Attributes:
-        r, lora_alpha, scaling: by adapter.
-        variants: by adapter, where it is not plain LoRA.
-        groups: into how many independent parts the base splits its input.
+        r, lora_alpha, scaling: adapter name → its rank, alpha and scaling s.
+        variants: adapter name → its variant, for the adapters that are not plain LoRA.
+        groups: the number of independent groups into which the base splits its input.
     """
 
     groups: int = 1
     r: dict[str, int]
     lora_alpha: dict[str, float]
     variants: dict[str, Variant]
-    #: how many columns of B are in use, of adapters that have room for more (hot-swapping); the rest are zeros that no file has
+    #: for adapters that are padded to a larger rank (hot-swapping): the number of columns of B in use; the other columns are zeros, never saved
     used_rank: dict[str, int]
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -64,7 +64,7 @@ class FactorLayer(AdapterLayer):
         raise NotImplementedError
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        """Put A and B, shaped as `factor_shapes` says, where they belong."""
+        """Register the parameters A and B, which have the shapes that `factor_shapes` returns, in the layer."""
         raise NotImplementedError
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -76,14 +76,14 @@ class FactorLayer(AdapterLayer):
         """Return the module that holds B, to which `lora_bias` adds a bias.
 
         Raises:
-            AttributeError: there is none.
+            AttributeError: the layer has no such module.
         """
         holder: nn.Module = self.lora_B[adapter]
         return holder
 
     @staticmethod
     def scaling_of(settings: LoraSettings) -> float:
-        """Return s for an adapter that is being added."""
+        """Return the scaling s of an adapter that is being added."""
         return formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
 
     def plain_delta(self, adapter: str) -> Tensor:
@@ -92,12 +92,12 @@ class FactorLayer(AdapterLayer):
         return formulas.delta(a, b, self.scaling[adapter])
 
     def drop_rate(self, adapter: str) -> float:
-        """Return the probability with which inputs are dropped now: of the module, which may be in another mode than the layer."""
+        """Return the dropout probability in effect now: 0 if the dropout module is in evaluation mode, which may differ from the layer's mode."""
         dropout = self.dropout_of(adapter)
         return float(getattr(dropout, "p", 0.0)) if dropout is not None and dropout.training else 0.0
 
     def dropout_of(self, adapter: str) -> nn.Module | None:
-        """Return the module through which the adapter's inputs go first; None: there is none."""
+        """Return the dropout module that is applied to the adapter's input; None if there is none."""
         held = self._modules.get("lora_dropout")
         return None if held is None else held._modules.get(adapter)
 
@@ -106,28 +106,28 @@ class SharedFactors(Protocol):
     """The A and B of another layer around the same weight (`ensure_weight_tying`)."""
 
     def holders(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield (end of the file key here, module, attribute) for A and B."""
+        """Yield (end of the file key in this layer, module, attribute name) for A and B."""
 
     def slots(self) -> Mapping[str, Slot]:
-        """Return A and B as files have them."""
+        """Return the slots of A and B, with the layout that they have in files."""
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) of this module."""
 
     def plan_merge(self, layer: Any, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge that gives `layer` the merged weight of the other; None if there is no such weight."""
+        """Return the merge that gives `layer` the merged weight of the other layer; None if the other layer has no merged weight."""
 
 
 @dataclass(frozen=True)
 class InitialFactors:
-    """What A and B start with.
+    """The initial values of A and B.
 
     Args:
-        a, b: values as matrices, A (r, in) and B (out, r), with `in` of convolutions times the kernel's size; or functions that fill a float32
-            tensor in place, which has the shape in which the layer stores it (`FactorLayer.factor_shapes`). Values may have another rank than
-            the config only from an initialiser with `needs_base`.
-        base_offset: what is subtracted from the base weight for as long as the adapter exists: True for s·B·A of these values as they are stored,
-            a tensor (out, in), or False.
+        a, b: matrices A (r, in) and B (out, r), where for convolutions `in` includes the kernel's size; or functions that fill a float32
+            tensor in place, which has the shape in which the layer stores the factor (`FactorLayer.factor_shapes`). Only an initialiser with
+            `needs_base` may return matrices with another rank than the config's.
+        base_offset: the matrix to subtract from the base weight as long as the adapter exists: True for s·B·A, computed from these values as they
+            are stored; a tensor (out, in); or False for none.
         frozen: which of ``"A"`` and ``"B"`` never train.
     """
 
@@ -138,10 +138,10 @@ class InitialFactors:
 
 
 class Extension:
-    """What initialisers and variants can do besides their work in a layer. Class methods: they answer for all adapters of a model.
+    """Hooks of initialisers and variants at the level of the model. They are class methods: one call covers all adapters of a model.
 
     Attributes:
-        joins_calls: whether `prepare` is overridden; set by itself.
+        joins_calls: whether a subclass overrides `prepare`; set automatically.
     """
 
     joins_calls: ClassVar[bool] = False
@@ -152,45 +152,46 @@ class Extension:
 
     @classmethod
     def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
-        """Return a call of the model with what the layers need to know: ``call.telling(name=...)``, found in ``layer.selection.current().context``.
+        """Return the call with data for the layers added: ``call.telling(name=...)``; layers read it in ``layer.selection.current().context``.
 
-        In `generate` it is asked for each step (`Call.generating`), with all `input_ids` so far.
+        During `generate`, this method is called for each step (`Call.generating`), with all `input_ids` so far.
 
         Args:
-            call: its inputs, its route, and the keywords that the spec's `call_arguments` name.
-            configs: of the adapters with this extension that the call uses, by name.
+            call: the call, with its inputs, its route, and the keyword arguments that the spec's `call_arguments` name.
+            configs: adapter name → config, for the adapters that the call uses and that have this extension.
         """
         return call
 
     @classmethod
     def refuse_mixture(cls, config: LoraConfig, others: Mapping[str, LoraConfig]) -> None:
-        """Check that a new adapter may come to those that a model has; asked of the extensions of all of them.
+        """Check that a new adapter can be combined with the adapters that a model already has; called for the extensions of all these adapters.
 
         Args:
-            config, others: the new one's, and those of the adapters that are there, by name.
+            config, others: the new adapter's config; adapter name → config of the adapters that the model already has.
 
         Raises:
-            ConfigError: it may not.
+            ConfigError: the new adapter can't be combined with them.
         """
 
     @classmethod
     def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
-        """Take away what was left on the modules of `base` for a new adapter with `config`: it has been added with success."""
+        """Remove temporary data for a new adapter with `config` from the modules of `base`; called after the adapter was added successfully."""
 
 
 class Initializer(Extension):
-    """Base class of initialisers. One object for each adapter; asked once for each layer.
+    """Base class of initialisers. There is one object for each adapter; its `start` is called once for each layer.
 
     Args:
         config: the adapter's config.
 
     Attributes:
-        kinds: the base layers that it can start, as their ops name them (`BaseOps.kind`); None: all, those of plugins too.
-        needs_base: it is asked also when a file will supply A and B, because it shifts the base.
-        frozen: which of ``"A"`` and ``"B"`` never train, also when they come from a file; what depends on the layer: `InitialFactors.frozen`.
+        kinds: the kinds of base layers (`BaseOps.kind`) that the initialiser supports; None: all kinds, those of plugins too.
+        needs_base: the initialiser changes the base weight, so `start` is called even if A and B will be loaded from a file.
+        frozen: which of ``"A"`` and ``"B"`` never train, even if they are loaded from a file; if this depends on the layer, use
+            `InitialFactors.frozen`.
 
     Raises:
-        ConfigError: the config does not suit it.
+        ConfigError: the config is not valid for this initialiser.
     """
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d"})
@@ -202,32 +203,32 @@ class Initializer(Extension):
         self._told = False
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return what the adapter of one layer starts with. Changes nothing.
+        """Return the initial values of A and B for one layer. Changes nothing.
 
         Args:
-            layer: `layer.base_weight()` is W in its own layout, ``layer.ops.matrix(…)`` makes it (out, in).
-            settings: rank, alpha, the module's path and the rest.
+            layer: the layer; `layer.base_weight()` is W in the layout of the base layer, and ``layer.ops.matrix(…)`` makes W a matrix (out, in).
+            settings: the settings for this layer: rank, alpha, the module's path and others.
 
         Raises:
-            ConfigError: it can't be done for this layer.
+            ConfigError: the initialiser does not work for this layer.
         """
         raise NotImplementedError(f"{type(self).__name__} must define start(layer, settings)")
 
     def subtracts_start(self) -> bool:
-        """Return whether what it takes out of the base is s·B·A of the values that A and B start with, so that adapters can be converted.
+        """Return whether the matrix subtracted from the base weight is s·B·A of the initial A and B; only then can adapters be converted.
 
         Raises:
-            ConfigError: it takes out something else; layers know that, but not why.
+            ConfigError: the initialiser subtracts another matrix. It raises the error itself, since a layer does not know the reason.
         """
         return False
 
     def tell_others(self, adapters: Sequence[str], path: str) -> None:
-        """Warn, once, that `adapters`, others of the layer at `path`, see another base from now on."""
+        """Warn, once, that `adapters`, the other adapters of the layer at `path`, compute with a changed base weight from now on."""
         who, how = f"init_lora_weights={self.config.init_lora_weights!r}", f"which {listed(adapters)} adapt, too"
         self._tell(adapters, who, path, f"{how}: they compute otherwise until the new adapter is deleted")
 
     def tell_of_others(self, adapters: Sequence[str], path: str) -> None:
-        """Warn, once, that `adapters`, others of the layer at `path`, have changed the base that the new one sees."""
+        """Warn, once, that `adapters`, the other adapters of the layer at `path`, have changed the base weight that the new adapter uses."""
         self._tell(adapters, f"the start of {listed(adapters)}", path, "with which the new adapter computes, and otherwise on another base")
 
     def _tell(self, adapters: Sequence[str], who: str, path: str, how: str) -> None:
@@ -236,10 +237,10 @@ class Initializer(Extension):
             warnings.warn(f"{who} changes the base weight of {path!r}, and perhaps of others, {how}", PeftWarning, stacklevel=3)
 
     def require_kind(self, kind: str, path: str) -> None:
-        """Check that the `kind` of the base layer at `path` is one that this initialiser knows.
+        """Check that this initialiser supports the `kind` of the base layer at `path`.
 
         Raises:
-            ConfigError: it is not.
+            ConfigError: the initialiser does not support this kind.
         """
         if self.kinds is not None and kind not in self.kinds:
             raise ConfigError(
@@ -249,23 +250,24 @@ class Initializer(Extension):
 
 
 class Variant(Extension):
-    """Base class of variants. One object for each layer and adapter.
+    """Base class of variants. There is one object for each adapter in each layer.
 
-    Methods take the input of the base as `x` (rows, …, in) and its output as `y` (rows, …, out).
+    In all methods, `x` (batch, …, in) is the input of the base layer and `y` (batch, …, out) is its output.
 
     Args:
-        layer: the adapter's layer.
-        adapter: its name.
+        layer: the layer.
+        adapter: the adapter's name.
         settings: rank, alpha, the module's path and the whole config.
 
     Attributes:
-        name: for messages.
-        kinds: the base layers around which it works, as their ops name them (`BaseOps.kind`).
-        containers: attributes of the layer in which it keeps parameters, besides those of plain LoRA; they begin with ``"lora_"``.
-        additive: its effect is a sum W + ΔW.
-        can_be_padded: zeros behind the rows of A and the columns of B have no effect (`prepare_model_for_compiled_hotswap`).
-        by_token: its effect is s·B·A on some tokens only, which no change of the base weight is.
-        shifts_base: it takes something out of W, also when its adapter is loaded; adapters of this variant share that.
+        name: the variant's name in messages.
+        kinds: the kinds of base layers (`BaseOps.kind`) that the variant supports.
+        containers: names of the layer's attributes that hold the variant's parameters, besides those of plain LoRA; they begin with ``"lora_"``.
+        additive: the merged weight is a sum W + ΔW.
+        can_be_padded: zeros appended to the rows of A and the columns of B have no effect (`prepare_model_for_compiled_hotswap`).
+        by_token: s·B·A applies to some tokens only, so the adapter can't be expressed as a change of the base weight.
+        shifts_base: the variant subtracts a matrix from W, even if the adapter is loaded from a file; all adapters of this variant share this
+            matrix.
     """
 
     name: ClassVar[str] = ""
@@ -278,18 +280,18 @@ class Variant(Extension):
 
     @classmethod
     def check(cls, config: LoraConfig) -> None:
-        """Check that a config suits the variant.
+        """Check that a config is valid for the variant.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the config is not valid for the variant.
         """
 
     @classmethod
     def require_kind(cls, kind: str, path: str) -> None:
-        """Check that the variant works around the `kind` of base layer at `path`.
+        """Check that the variant supports the `kind` of the base layer at `path`.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the variant does not support this kind.
         """
         if kind not in cls.kinds:
             raise ConfigError(
@@ -299,10 +301,10 @@ class Variant(Extension):
 
     @classmethod
     def require_base(cls, base: BaseView) -> None:
-        """Check that the variant works on a model, seen as `base`.
+        """Check that the variant works on the model that `base` describes.
 
         Raises:
-            ConfigError: it does not.
+            ConfigError: the variant does not work on this model.
         """
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
@@ -313,88 +315,89 @@ class Variant(Extension):
         return self.layer.factor_shapes(self.settings.r)
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with, given what the initialiser says."""
+        """Return the initial values of A and B; `start` holds those that the initialiser computed, and they are returned unchanged by default."""
         return start
 
     def add(self) -> None:
-        """Create the variant's own parameters with `layer.new`; A and B are there already."""
+        """Create the variant's additional parameters with `layer.new`; A and B exist already."""
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the base's output `y` for `x` with the adapter's effect. `y` may be overwritten, `x` may not."""
+        """Return the base layer's output `y` for `x` with the adapter applied. The method may change `y` in place, but not `x`."""
         raise NotImplementedError(f"{type(self).__name__} must define contribute(x, y)")
 
     def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
-        """Return the whole output of `base` for `x` with the adapter's effect, computed at once, where `can_fuse` allows it; None elsewhere."""
+        """Return the output of `base` for `x` with the adapter applied, in one fused computation, if `can_fuse` allows it; otherwise None."""
         return None
 
     def merged_rows(self, weight: Tensor) -> Tensor | None:
-        """Return the weight (out, in) of a Linear that does what one with `weight` and the adapter do; None: as `delta` and `factor` say."""
+        """Return the merged weight (out, in) of a Linear with `weight` and this adapter; None: the merge uses `delta` and `factor` instead."""
         return None
 
     def delta(self) -> Tensor:
         """Return s·ΔW (out, in); by default s·B·A.
 
         Raises:
-            MergeError: there is none.
+            MergeError: the variant has no ΔW.
         """
         return self.layer.plain_delta(self.adapter)
 
     def low_rank_factors(self) -> tuple[Tensor, Tensor] | None:
-        """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where there are none."""
+        """Return s·B (out, r) and A (r, in), whose product is s·ΔW; None if the variant has no such factors."""
         return None
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield (end of the file key, module, attribute) for each tensor that files hold and that does not train."""
+        """Yield (end of the file key, module, attribute name) for each tensor that is saved in files but not trained."""
         return iter(())
 
     def factor(self) -> Tensor | None:
-        """Return what W + ΔW is multiplied by, as a matrix that broadcasts against (out, in); None for a sum."""
+        """Return the factor by which W + ΔW is multiplied, as a matrix that broadcasts against (out, in); None if there is no such factor."""
         return None
 
     def drop(self) -> None:
-        """Undo what `add` did besides creating parameters."""
+        """Undo everything that `add` did, except for the parameters that it created."""
 
 
 class CheckpointLayout:
-    """Base class of what reads adapters for bases in another layout. Class methods, which change nothing; each is asked for every base.
+    """Base class for reading adapters that were saved for another layout of the base. All methods are class methods, are called for every base and
+    change nothing.
 
-    Arguments: `base` is the model under its original names, `config` the adapter's.
+    In all methods, `base` is the model under its original names, and `config` is the adapter's config.
     """
 
     @classmethod
     def adapted_config(cls, base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
-        """Return field → value of a config that names modules of the other layout, as this base needs them; empty if it is for this layout.
+        """Return config field → new value for this base, if the config names modules of the other layout; empty if the config is for this layout.
 
         Args:
             base, config: see the class.
-            shared: True for the config of a file: names that this base has, too, mean both. False for that of a new adapter: they mean
-                what the base has.
+            shared: how to read names that exist in both layouts. True (the config of a file): such a name means the modules of both layouts.
+                False (the config of a new adapter): it means the modules of this base only.
 
         Raises:
-            ConfigError: it asks for what can't be expressed on this base.
+            ConfigError: the config names targets that this base can't express.
         """
         return {}
 
     @classmethod
     def translate(cls, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how a file is read on this base; None: it is of this layout.
+        """Return how to convert a file for this base; None if the file already has this layout.
 
         Args:
             base, config: see the class.
-            shapes: the file's tensors: name, without what stands before a module's path → shape.
+            shapes: name of a tensor in the file, without the prefix before the module's path → its shape.
 
         Raises:
-            ConfigError: it is of the other layout, and can't be translated.
+            ConfigError: the file has the other layout, and it can't be translated.
         """
         return None
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
-        """Return transformers' conversions of a base's own weights (`WeightRenaming`, `WeightConverter`) as an adapter needs them.
+        """Return transformers' conversions (`WeightRenaming`, `WeightConverter`) for the adapter's weights, made from those for the base's weights.
 
         Args:
-            conversions: those of the base, perhaps changed by another layout already.
+            conversions: the conversions for the base's weights; another `CheckpointLayout` may have changed them already.
             adapter: name of the adapter.
-            config: its config, as in the file or as `adapted_config` has it.
+            config: the adapter's config, as in the file or with the changes that `adapted_config` returned.
         """
         return list(conversions)

@@ -1,4 +1,4 @@
-"""Resolves the targets of a config to modules of the base; each way to match nothing has an error message of its own."""
+"""Resolves the targets of a config to modules of the base; there is a separate error message for each reason why nothing matches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .passed_by import without_passed_by
 Targets = Collection[str] | str
 ALL_LINEAR = "all-linear"
 DUMMY = "dummy-target-modules"
-#: from this many explicit targets on, they are shortened to suffixes that select the same modules
+#: if a config has at least this many explicit targets, they are shortened to suffixes that select the same modules
 SHORTEN_FROM = 20
 _V = TypeVar("_V")
 
@@ -40,13 +40,13 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
     Args:
         base: the model.
-        config: its fields `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save` decide.
+        config: the config; the fields `target_modules`, `exclude_modules`, `layers_to_transform`, `layers_pattern` and `modules_to_save` are used.
         default: the targets if `target_modules` is None.
 
     Raises:
         NoMatchingPeftModuleError: nothing matches.
         ConfigError: no targets and no default; a malformed expression.
-        UnsupportedModuleError: a target is a Linear that computes something else.
+        UnsupportedModuleError: a target is a subclass of Linear that does not compute x @ W.T + b.
     """
     targets: Targets = _default(base, default) if config.target_modules is None else config.target_modules
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
@@ -62,7 +62,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
         raise _no_match(base, config, targets, matches)
     matches.found = without_passed_by(base, matches.found, named=not every_linear, trains=not config.inference_mode)
     _refuse_other_maps(base, matches.found)
-    # "all-linear" may have meant parameters of a module, which a layout of LoRA has left out
+    # "all-linear" may also cover parameters of modules (LoRA's layout of experts), which `exclude_modules` may have left out already
     parts = target_matcher(config.exclude_modules if every_linear else None, "exclude_modules")
     _warn_unused(base, config, targets, matches.excluded or list(filter(parts, base.modules)))
     if not isinstance(targets, str):
@@ -72,7 +72,7 @@ def select(base: BaseView, config: LayerConfig, default: Targets | None = None) 
 
 @dataclass
 class _Matches:
-    """The names of modules that match the targets: `found` are to be adapted; the other lists hold those that are left out, by reason."""
+    """The names of modules that match the targets: `found` will be adapted; the other lists hold the names that are left out, by reason."""
 
     found: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
@@ -113,10 +113,10 @@ def target_matcher(patterns: Targets | None, field: str) -> Callable[[str], bool
 
     Args:
         patterns: the list or the string; empty or None: no name matches.
-        field: the field that it comes from, for messages.
+        field: the config field that `patterns` come from, for messages.
 
     Raises:
-        ConfigError: the expression is malformed.
+        ConfigError: the regular expression is malformed.
     """
     if not patterns:
         return lambda name: False
@@ -199,10 +199,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
-    """Return the linear layers of a model, without its heads and what is saved whole, and in models of transformers without the output embeddings.
+    """Return the names of a model's linear layers, without heads and modules in `modules_to_save`.
+
+    In transformers models, the output embeddings are left out as well.
 
     Raises:
-        NoMatchingPeftModuleError: it has none.
+        NoMatchingPeftModuleError: the model has no such layers.
     """
     output = base.output_embeddings if base.is_transformers_model else None
     saved = frozenset((*config.shared_options().modules_to_save, *base.heads))
@@ -214,9 +216,9 @@ def all_linear(base: BaseView, config: LayerConfig) -> set[str]:
 
 
 def shortest_suffixes(found: Sequence[str], every: Iterable[str]) -> set[str]:
-    """Return few suffixes that together match exactly `found` among the names `every`.
+    """Return a small set of suffixes that together match exactly the names `found` among the names `every`.
 
-    Each found name gives its shortest suffix that no name outside of `found` has; names with the same suffix share it.
+    For each name in `found`, the result contains the name's shortest suffix that no name outside of `found` has; several names may share a suffix.
     """
     wanted = set(found)
     forbidden: set[str] = set()  # suffixes of names that must not match
@@ -272,7 +274,7 @@ def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, excluded
     if isinstance(targets, str):
         return
     used = {suffix for name in base.modules if name and (suffix := _matching_suffix(name, targets))}
-    # one name may have two of the targets as suffixes ("q_proj" and "attn.q_proj"): look at each unused one by itself
+    # one name may have two of the targets as suffixes ("q_proj" and "attn.q_proj"): check each unused target separately
     unused = sorted(each for each in set(targets) - used if not any(name == each or name.endswith(f".{each}") for name in base.modules))
     if unused:
         near = did_you_mean(unused[0].rpartition(".")[2], base.leaf_names)
@@ -280,17 +282,17 @@ def _warn_unused(base: BaseView, config: LayerConfig, targets: Targets, excluded
 
 
 class Patterns(Mapping[str, _V]):
-    """`rank_pattern` or `alpha_pattern`: a regular expression for the end of a module's name → value; the first match counts.
+    """`rank_pattern` or `alpha_pattern`: regular expression for the end of a module's name → value; the first match is used.
 
-    Keys that consist of word characters and dots only are found by a dict lookup instead of a regular expression each, so that a thousand of them on
-    a thousand modules stay cheap. A dot in such a key still matches any character.
+    Keys that consist only of word characters and dots are found by dict lookups instead of one regular expression per key, so that a thousand such
+    keys are fast for a thousand modules. A dot in such a key still matches any character.
 
     Args:
-        patterns: the expressions and their values.
-        field: the field that they come from, for messages.
+        patterns: regular expression → value.
+        field: the config field that `patterns` come from, for messages.
 
     Raises:
-        ConfigError: a malformed expression, from the constructor.
+        ConfigError: a regular expression is malformed; raised by the constructor.
     """
 
     def __init__(self, patterns: Mapping[str, _V], field: str) -> None:
@@ -326,7 +328,7 @@ class Patterns(Mapping[str, _V]):
         return self._values[first]
 
     def _simple_matches(self, name: str) -> Iterator[int]:
-        """Yield the positions of the keys without special characters that match."""
+        """Yield the positions of the simple keys (word characters and dots) that match the module's name."""
         for (length, dots, whole), keys in self._simple.items():
             start = len(name) - length
             if start < 0 or (start and (whole or name[start - 1] != ".")):
@@ -340,7 +342,7 @@ class Patterns(Mapping[str, _V]):
 
     @property
     def unused(self) -> list[str]:
-        """The patterns that have matched nothing so far."""
+        """The patterns that `value` has not used for any module so far."""
         return [key for position, key in enumerate(self._patterns) if position not in self._used]
 
     def __getitem__(self, key: str) -> _V:

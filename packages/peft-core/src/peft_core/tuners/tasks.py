@@ -1,4 +1,4 @@
-"""What each task means for a call with virtual tokens: which heads are saved, what happens to labels and outputs."""
+"""The settings of each task: which heads are saved, and how labels and outputs change in a call with virtual tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _keep(inputs: dict[str, Any], lead: Lead) -> dict[str, Any]:
 
 
 def _shift_positions(inputs: dict[str, Any], lead: Lead) -> dict[str, Any]:
-    """Move answer positions (batch,) behind the virtual tokens."""
+    """Add the number of virtual tokens, `lead`, to the answer positions (batch,)."""
     for name in ("start_positions", "end_positions"):
         if isinstance(inputs.get(name), Tensor):
             inputs[name] = inputs[name] + lead
@@ -32,16 +32,16 @@ def _shift_positions(inputs: dict[str, Any], lead: Lead) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task.
+    """The settings of one task.
 
     Args:
-        name: as in `TaskType`.
-        heads: names of heads that are trained and saved whole where the base has them.
-        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`. None: decided by their shape.
+        name: the task's name, as in `TaskType`.
+        heads: names of heads that are trained and saved as a whole if the base has them.
+        token_labels: `labels` have one entry per token (batch, tokens): virtual tokens get `IGNORED`. None: decided by the labels' shape.
         shift: adapts other labels to the number of virtual embeddings before the text: one number, or one per row (batch,).
         per_token: fields of the output with one entry per token, (batch, tokens, …), that are cut back to the caller's tokens.
         generates: the base must be able to generate.
-        pools: one answer for a whole text, which decoders read at its last token.
+        pools: the output is one prediction for the whole text, which decoder models compute at the last token.
     """
 
     name: str
@@ -55,18 +55,19 @@ class TaskSpec:
     def labels_each_token(self, labels: Any, text: tuple[int, ...]) -> bool:
         """Return whether the labels of a call have one entry per token of its text (batch, tokens).
 
-        Without a task their shape says it, as far as they are numbers of classes: (batch, classes) of a classifier are floating-point.
+        Without a task, the answer is True if the labels have the shape of the text and are not floating-point: a classifier's floating-point
+        labels (batch, classes) could have this shape by chance.
         """
         if not isinstance(labels, Tensor) or self.token_labels is not None:
             return isinstance(labels, Tensor) and bool(self.token_labels)
         return not labels.is_floating_point() and tuple(labels.shape) == text
 
     def cut(self, output: Output, lead: Lead, length: int) -> Output:
-        """Return `output` for the caller's tokens alone.
+        """Return `output` with the entries for virtual tokens removed from the `per_token` fields.
 
         Args:
-            output: of the base.
-            lead: how many virtual tokens stand before the text: one number, or one per row (batch,).
+            output: the output of the base.
+            lead: number of virtual tokens before the text: one number, or one per row (batch,).
             length: number of the caller's tokens.
         """
         if isinstance(lead, int) and not lead:
@@ -103,5 +104,5 @@ def task_of(task_type: Any) -> TaskSpec:
     return TASKS.get(str(task_type), NO_TASK) if task_type is not None else NO_TASK
 
 
-#: names that heads usually have: a config may list those of other architectures too
+#: the usual names of heads; a config may also list head names of other architectures
 HEADS = tuple(dict.fromkeys(head for task in TASKS.values() for head in task.heads))

@@ -1,4 +1,4 @@
-"""Which rows of which embeddings train by themselves (new tokens, say): a part of an adapter that core supplies for every method."""
+"""Training of single rows of embeddings (for new tokens, for example): a part of an adapter that peft-core provides for every method."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ TOKENS = "@tokens"
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """Which rows train: of the input embeddings, or by name of a module.
+    """The rows to train, of the input embeddings or of named modules.
 
     Args:
-        indices: the rows; or name of a module → its rows.
-        saved: paths of modules that are saved whole.
-        random: rows start as normal random numbers instead of the base's.
+        indices: the row indices of the input embeddings; or name of a module → its row indices.
+        saved: paths of modules that are trained and saved as a whole.
+        random: rows are initialised with normal random numbers instead of the base's values.
     """
 
     indices: Sequence[int] | Mapping[str, Sequence[int]]
@@ -38,18 +38,18 @@ class TokenRequest:
 
 
 class TrainedTokens(TunerBase):
-    """Plans a `TokenRows` around each embedding whose rows train, and around the modules that have its weight in common with it."""
+    """Plans a `TokenRows` around each embedding with trained rows, and around the modules that share the embedding's weight."""
 
     def __init__(self, selection: AdapterSelection) -> None:
         can = Capability.MERGE | Capability.PER_SAMPLE | Capability.EMBEDDING
         super().__init__(TunerSpec("TRAINED_TOKENS", "peft_core.config:PeftConfig", TrainedTokens, "token_adapter", capabilities=can), selection)
 
     def plan(self, base: BaseView, adapter: str, config: TokenRequest) -> Plan:
-        """Find the modules, and check the indices.
+        """Find the modules, check the indices, and return the plan.
 
         Raises:
-            ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
-            UnsupportedModuleError: a module is no embedding and no output layer.
+            ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved as a whole.
+            UnsupportedModuleError: a module is neither an embedding nor an output layer.
         """
         return plan_token_rows(base, adapter, config, self.selection)
 
@@ -57,18 +57,18 @@ class TrainedTokens(TunerBase):
 def plan_token_rows(
     base: BaseView, adapter: str, config: TokenRequest, selection: AdapterSelection, kind: type[TrainableRowsLayer] = TokenRows
 ) -> Plan:
-    """Plan a layer around each embedding whose rows train, and around the modules that have its weight in common with it.
+    """Return a plan with a layer around each embedding with trained rows, and around the modules that share the embedding's weight.
 
     Args:
         base: the base model.
-        adapter: the new adapter.
-        config: which rows of what.
-        selection: of the model.
+        adapter: name of the new adapter.
+        config: the modules and the rows to train.
+        selection: the model's selection of active adapters.
         kind: class of the layers.
 
     Raises:
-        ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved whole.
-        UnsupportedModuleError: a module is no embedding and no output layer.
+        ConfigError: a name matches nothing, an index is out of range or given twice, or a module is saved as a whole.
+        UnsupportedModuleError: a module is neither an embedding nor an output layer.
     """
     named = {path: checked_indices(base.modules[path], path, indices) for path, indices in _named(base, config.indices).items()}
     for path in named:
@@ -91,12 +91,12 @@ def plan_token_rows(
 
 
 def refuse_common_rows(index: AdapterIndex, adapters: Collection[str], error: type[PeftError]) -> None:
-    """Check that no two of some adapters have rows of the same tokens: they can't be in use at once, nor in one weight.
+    """Check that no two of the given adapters train rows of the same tokens: such adapters can't be active together or merged into one weight.
 
     Args:
         index: the adapters of a model.
-        adapters: names.
-        error: what is raised otherwise.
+        adapters: names of the adapters to check.
+        error: class of the error to raise if two adapters have rows of the same tokens.
     """
     if len(adapters) < 2:
         return
@@ -109,11 +109,11 @@ def refuse_common_rows(index: AdapterIndex, adapters: Collection[str], error: ty
 
 
 def checked_indices(module: nn.Module, path: str, indices: Sequence[int]) -> tuple[int, ...]:
-    """Return the indices of rows, all counted from 0.
+    """Return the indices of rows, with negative indices converted to indices counted from 0.
 
     Raises:
-        ConfigError: they are no list of integers, one is out of range, or one is given twice.
-        UnsupportedModuleError: the module is no plain embedding and no Linear.
+        ConfigError: `indices` is not a list of integers, an index is out of range, or an index is given twice.
+        UnsupportedModuleError: the module is neither a plain embedding nor a Linear.
     """
     weight = module._parameters.get("weight")
     if not isinstance(module, (nn.Embedding, nn.Linear)) or weight is None or not weight.is_floating_point():
@@ -138,7 +138,7 @@ def checked_indices(module: nn.Module, path: str, indices: Sequence[int]) -> tup
 
 
 def _named(base: BaseView, indices: Sequence[int] | Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
-    """Return path → indices, in the order of the model."""
+    """Return path of a module → row indices, in the order of the model's modules."""
     given = indices if isinstance(indices, Mapping) else {_input_embeddings(base): indices}
     found: dict[str, Sequence[int]] = {}
     for name, rows in given.items():
@@ -186,7 +186,7 @@ class _Builder:
 
 @dataclass(frozen=True)
 class _Filler:
-    """Adds an adapter's rows to a layer; a follower uses the rows in its owner's layer."""
+    """Adds an adapter's rows to a layer; if `owner` is set, the layer shares the rows of the owner's layer instead of creating its own."""
 
     adapter: str
     settings: RowSettings

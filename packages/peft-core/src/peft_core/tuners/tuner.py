@@ -1,4 +1,4 @@
-"""The interface of tuners. A tuner plans the changes for an adapter, and may change the inputs and outputs of calls; core carries out the plan."""
+"""The interface of tuners. A tuner plans the changes for an adapter, and may change inputs and outputs of calls; peft-core executes the plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Wrap:
 
     Args:
         path: the module's original name in the base.
-        build: returns a wrapper for the present module; called only if this tuner has not wrapped it yet.
+        build: returns a wrapper for the module now at `path`; called only if this tuner has not wrapped this module yet.
         fill: adds this adapter's weights to the wrapper.
     """
 
@@ -48,9 +48,9 @@ class Plan:
 
     Args:
         wraps: modules of the base to wrap.
-        mounts: modules to put beside the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
-        adopts: return modules that hold parameters which the base has already, and which then belong to the adapter (trained biases).
-        resolved: config field → value that follows from the model (default targets, dimensions); written to the config when the plan is performed.
+        mounts: name → function that creates a module to register next to the base: ``"prompt_encoder"`` becomes `prompt_encoder.<adapter>`.
+        adopts: name → function that returns a module with existing parameters of the base, which then belong to the adapter (trained biases).
+        resolved: config field → value derived from the model (default targets, dimensions); written to the config when the plan is executed.
     """
 
     wraps: tuple[Wrap, ...] = ()
@@ -60,16 +60,16 @@ class Plan:
 
 
 class TunerBase:
-    """Base class of tuners. One object per model and method, shared by the method's adapters.
+    """Base class of tuners. There is one object per model and method, shared by all adapters of the method.
 
     Attributes:
         spec: the declaration of this tuner.
-        selection: which adapters are active; handed to the layers.
-        mounted: for each mount the modules of this tuner's adapters, set by core: ``mounted["prompt_encoder"]["french"]``.
-        configs: the configs of this tuner's adapters, in load order, set by core.
+        selection: the selection of active adapters; passed to the layers.
+        mounted: name of a mount → adapter name → module, set by peft-core: ``mounted["prompt_encoder"]["french"]``.
+        configs: adapter name → config, for this tuner's adapters in load order, set by peft-core.
         operations: functions for models that have an adapter of this tuner: ``model.name(...)`` calls ``operations["name"](model, ...)``.
         swappable: config fields in which an adapter may differ from the one that it replaces in hot-swapping (`Capability.HOTSWAP`).
-        start_fields: fields of a config that say only what a new adapter starts with: tensors of a file do without them.
+        start_fields: config fields that only affect the initial values of a new adapter; loading tensors from a file does not need them.
     """
 
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = MappingProxyType({})
@@ -83,12 +83,12 @@ class TunerBase:
         self.configs: dict[str, Any] = {}
 
     def translate(self, base: BaseView, config: Any, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how to read a file that was saved for another layout of the base; None if it needs no translation. Changes nothing.
+        """Return how to convert a file that was saved for another layout of the base; None if it needs no conversion. Changes nothing.
 
         Args:
             base: the base model.
             config: the config in the file.
-            shapes: name of a tensor in the file, beginning with a module's path in the base → its shape.
+            shapes: name of a tensor in the file, which begins with a module's path in the base → shape of the tensor.
 
         Raises:
             ConfigError: the file was saved for a layout that can't be translated.
@@ -96,14 +96,14 @@ class TunerBase:
         return None
 
     def adapted_config(self, base: BaseView, config: Any) -> Mapping[str, Any]:
-        """Return config field → new value where `config` is for another layout of the base; empty if it fits. Changes nothing."""
+        """Return config field → new value if `config` is for another layout of the base; empty if it fits this base. Changes nothing."""
         return {}
 
     @classmethod
     def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
-        """Return (regular expression, replacement) pairs that turn names in files into names in memory, for loaders other than ours.
+        """Return (regular expression, replacement) pairs that convert tensor names in files to names in memory, for loaders of other libraries.
 
-        They apply to the part of a name after the path of the module.
+        The expressions apply to the part of a name after the path of the module.
 
         Args:
             spec: the tuner's spec.
@@ -113,14 +113,14 @@ class TunerBase:
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: Any) -> list[Any]:
-        """Return transformers' `WeightRenaming`s and `WeightConverter`s for `adapter` with `config`, made from those of the base, `conversions`."""
+        """Return transformers' `WeightRenaming`s and `WeightConverter`s for `adapter` with `config`; `conversions` are those of the base."""
         return list(conversions)
 
     def reshape(self, base: BaseView, config: Any) -> Reshape | None:
-        """Return the change of the base's modules that must be made before an adapter is planned; None if there is none. Changes nothing itself.
+        """Return the change to the base's modules that is needed before `plan` is called; None if none is needed. Changes nothing itself.
 
         Args:
-            base: the base model, with the changes that earlier adapters needed.
+            base: the base model, with the changes that earlier adapters needed already made.
             config: the new adapter's config.
         """
         return None
@@ -139,9 +139,10 @@ class TunerBase:
         raise NotImplementedError(f"{type(self).__name__} must define plan(base, adapter, config)")
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with this tuner's virtual tokens or context added. Only called while `takes_part_in_calls`.
+        """Return the call with this tuner's virtual tokens or context added. Only called while `takes_part_in_calls` is True.
 
-        In `generate` it is called for each step (`Call.generating`) with all `input_ids` so far; context that it added in earlier steps is there.
+        During `generate`, this method is called for each step (`Call.generating`), with all `input_ids` so far; the call still has the context that
+        earlier steps added.
         """
         return call
 
@@ -152,12 +153,12 @@ class TunerBase:
     def swap(self, adapter: str, config: Any, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
         """Check that new weights can replace an adapter's, and return the function that writes them. Changes nothing itself.
 
-        By default there must be a new tensor for every present one, of the same shape.
+        By default, each present tensor of the adapter must have a new tensor of the same shape.
 
         Args:
             adapter: the adapter whose weights are replaced.
-            config: the new weights' config; it differs from the adapter's in `swappable` fields and in targets only.
-            incoming: each module of the adapter with its new tensors.
+            config: the config of the new weights; it differs from the adapter's config only in `swappable` fields and in targets.
+            incoming: the modules of the adapter, each with its new tensors.
 
         Raises:
             AdapterWeightsError: a tensor is missing or has another shape.
@@ -183,27 +184,27 @@ class TunerBase:
         return write
 
     def check_start(self, adapter: str, config: Any, modules: Mapping[str, AdapterModule]) -> None:
-        """Check that tensors which started in another way belong to the base as this adapter has it; by default, they do.
+        """Check that tensors from an adapter with another initialisation can be loaded into this adapter; by default, nothing is checked.
 
         Args:
-            adapter: the adapter that the tensors are to be loaded over.
-            config: theirs; it differs from the adapter's in `start_fields` only.
-            modules: path in the base → the module there that holds the adapter's weights.
+            adapter: the adapter whose tensors will be replaced.
+            config: the config of the new tensors; it differs from the adapter's config only in `start_fields`.
+            modules: path in the base → the module at this path that holds the adapter's weights.
 
         Raises:
-            ConfigError: the start of one of them changed the base.
+            ConfigError: the initialisation of one of the two adapters changed the base weights.
         """
 
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
-        """Convert an adapter whose creation changed the base's weights (PiSSA) into one for the original base, to be saved. Changes nothing.
+        """Return an adapter for the original base, to be saved, made from one whose creation changed the base's weights (PiSSA). Changes nothing.
 
         Args:
             adapter: name of the adapter, for messages.
-            now: the adapter as it would be saved. What it did to the base, its `modules` know; its config may have been edited since.
-            initial: the adapter as it was saved right after its creation.
+            now: the adapter as it would be saved now. Its `modules` hold the change that it made to the base; its config may have been edited since.
+            initial: the adapter as it was saved directly after its creation.
 
         Raises:
-            CapabilityError: adapters of this tuner never change the base; raised by default.
+            CapabilityError: adapters of this tuner never change the base; this is the default.
             PeftError: the conversion is not possible.
         """
         raise CapabilityError(
@@ -213,15 +214,15 @@ class TunerBase:
 
     @property
     def takes_part_in_calls(self) -> bool:
-        """Whether `prepare` or `finish` is overridden; otherwise a forward goes straight to the base.
+        """Whether `prepare` or `finish` is overridden; if not, a forward calls the base directly.
 
-        Read whenever an adapter is added or deleted, so that an override may depend on `configs`.
+        This property is read again whenever an adapter is added or deleted, so an override may depend on `configs`.
         """
         return type(self).prepare is not TunerBase.prepare or type(self).finish is not TunerBase.finish
 
 
 class LayerTuner(TunerBase):
-    """A tuner that wraps layers: a subclass sets `layers`; choosing the targets, wrapping them and adding the weights is done here.
+    """A tuner that wraps layers: a subclass sets `layers`; this class chooses the target modules, wraps them and adds the adapter's weights.
 
     Example:
         >>> class LoHaTuner(LayerTuner):
@@ -264,7 +265,7 @@ class LayerTuner(TunerBase):
         return Plan(wraps=tuple(wraps), resolved={"target_modules": chosen.targets})
 
     def adapts_modules(self, config: Any) -> bool:
-        """Return whether the default targets are adapted where a config names no modules; if not, there are `further_wraps` only."""
+        """Return whether the default targets are adapted if the config names no modules; if not, only `further_wraps` are made."""
         return True
 
     def further_wraps(self, base: BaseView, adapter: str, config: Any, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
@@ -277,7 +278,7 @@ class LayerTuner(TunerBase):
         return ()
 
     def settings(self, config: Any, module: ModuleValues) -> Any:
-        """Return what the layer of one module gets as `config` (`AdapterLayer.add`): by default the adapter's config.
+        """Return the object that is passed as `config` to `AdapterLayer.add` for one module; by default the adapter's config.
 
         Args:
             config: the adapter's config.
@@ -286,13 +287,13 @@ class LayerTuner(TunerBase):
         return config
 
     def default_targets(self, base: BaseView) -> targeting.Targets | None:
-        """Return the targets for `base` where the config names none: from a plugin, else from the table of common architectures."""
+        """Return the targets for `base` if the config names none: from a plugin, or from the table of common architectures; None if unknown."""
         if base.model_type is None:
             return None
         return hooks.default_targets(self.spec.peft_type, base.model_type) or targeting.default_targets_by_model_type().get(base.model_type)
 
     def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
-        """Return the function that wraps `module`, at `path` in the base: in a plugin's layer, else in the first of `layers` that accepts it.
+        """Return the function that wraps `module`, at `path` in the base: in a plugin's layer, or in the first of `layers` that accepts it.
 
         Raises:
             UnsupportedModuleError: no layer accepts the module, or the tuner does not declare the capability for it.
@@ -354,7 +355,7 @@ class Filler:
 
 
 def _is_quantised(module: nn.Module) -> bool:
-    """Return whether a module has no `weight`, or one that is no ordinary floating-point tensor (integers, a tensor subclass)."""
+    """Return whether a module has no `weight`, or a `weight` that is not an ordinary floating-point tensor (integers, or a tensor subclass)."""
     weight = getattr(module, "weight", None)
     return weight is None or not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor)
 
@@ -367,7 +368,7 @@ def _is_packed(weight: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Builder:
-    """A `Wrap.build` with one of the tuner's layer classes, or, where `layer` is None, with a plugin's."""
+    """A `Wrap.build` that uses one of the tuner's layer classes or, if `layer` is None, the layer of a plugin."""
 
     layer: type[AdapterLayer] | None
     selection: AdapterSelection

@@ -1,4 +1,4 @@
-"""Tied weights of the base: whether an adapter keeps them tied, and warnings where it does not."""
+"""Tied weights of the base: checks whether an adapter keeps them tied, and warns if it does not."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ..errors import ConfigError, PeftWarning, listed
 
 
 def check(base: BaseView, ensure: bool | None, targets: Sequence[str], saved: Sequence[str]) -> None:
-    """Warn where an adapter parts what is tied in the base, or where there is nothing to keep tied.
+    """Warn if an adapter unties weights that are tied in the base, or if `ensure` is True and the adapter touches no tied weights.
 
     Args:
         base: the model.
-        ensure: whether the adapter keeps tied what is; None: its method does not offer it, and nothing is said.
+        ensure: whether the adapter keeps tied weights tied; None: its method has no such option, and there is no warning.
         targets: paths of the modules that the method adapts.
-        saved: paths of the modules that are saved whole.
+        saved: paths of the modules that are saved as a whole.
 
     Raises:
-        ConfigError: of modules that are to stay tied, one is adapted and one saved whole.
+        ConfigError: `ensure` is True, and of the modules with the same weight, one is adapted and one is saved as a whole.
     """
     if ensure is None:
         return

@@ -1,8 +1,8 @@
-"""From a call with virtual tokens to the keywords that the base gets. Done once, for all methods, rows and lengths.
+"""Turns a call with virtual tokens into the keyword arguments of the base's forward; the same code serves all methods and prompt lengths.
 
-The order in the sequence is [keys/values, embeddings, text]. A row that does not use a virtual token has 0 for it in the mask, and
-positions count what the mask counts: so rows with prompts of different lengths, and padding on either side, come out as if alone.
-An encoder-decoder model has two sequences: see `encoder_decoder`.
+The order in the sequence is [keys/values, embeddings, text]. If a row of the batch does not use a virtual token, the attention mask of the row is
+0 there, and `position_ids` count only the tokens with a mask of 1. So a row gives the same output as in a batch of one, even if the rows have
+prompts of different lengths or are padded on either side. An encoder-decoder model has two sequences: see `encoder_decoder`.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from .sequence import Assembled, cache_with_prefixes, cached_length, extended_ma
 
 
 def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
-    """Return what the base gets for a call.
+    """Return the keyword arguments for the base's forward in a call.
 
     Args:
-        call: the call, with the virtual tokens that tuners offered.
-        forward: what the base's forward takes.
+        call: the call, with the virtual tokens that tuners added.
+        forward: describes the arguments that the base's forward accepts.
         task: decides what happens to labels.
-        recomputing: layers are recomputed in the backward pass.
+        recomputing: layers are recomputed in the backward pass (gradient checkpointing).
 
     Raises:
-        RoutingError: an attention mask that is not (batch, tokens).
-        CapabilityError: virtual tokens that this base can't take.
+        RoutingError: the attention mask does not have the shape (batch, tokens).
+        CapabilityError: this base does not support the virtual tokens.
     """
     if not call.virtual:
         return Assembled(dict(call.inputs))
@@ -46,7 +46,10 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: b
 
 
 def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing: bool) -> Assembled:
-    """Return what a base with one sequence gets for a call with virtual tokens; arguments and errors as `assemble`."""
+    """Return the keyword arguments for a base with one sequence (no encoder-decoder), in a call with virtual tokens.
+
+    The arguments and the errors are those of `assemble`.
+    """
     inputs = dict(call.inputs)
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
@@ -60,7 +63,7 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
     caller_positions = inputs.get("position_ids")
     mask = extended_mask(call, (*kv, *embeds), inputs.get("attention_mask"), length + max(cached - n_kv - n_embeds, 0), caller_positions)
     positions = None if mask is None else _positions(_with_positions(mask, kv), n_kv, n_embeds, length, cached, forward, caller_positions)
-    if cached:  # a later step: the virtual tokens are in the cache already
+    if cached:  # a later decoding step: the cache already contains the virtual tokens
         seen = final_mask(call, kv, forward, mask, length, cache, cached)
         return Assembled(updated(inputs, attention_mask=seen, position_ids=positions), 0, length)
     _warn_of_windows(call, forward, n_kv + n_embeds + length)
@@ -76,7 +79,10 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
 
 
 def _warn_of_windows(call: Call, forward: BaseForward, length: int) -> None:
-    """Warn if layers that look back a few tokens only see, among these, virtual tokens of other rows; `length`: of the whole sequence."""
+    """Warn if virtual tokens that only some rows use take up positions in the window of sliding-window attention layers.
+
+    `length` is the length of the whole sequence; if the window covers it, there is no warning.
+    """
     if 0 < forward.window < length and any(tokens.rows is not ALL for tokens in call.virtual):
         warnings.warn(
             f"layers of {forward.view.name} look back {forward.window} tokens, virtual tokens of other rows among them, so that rows with different "
@@ -95,15 +101,16 @@ def _with_embeddings(
     positions: Tensor | None,
     n_kv: int,
 ) -> tuple[dict[str, Any], Tensor | None, Tensor | None, Lead]:
-    """Return inputs, mask and positions with virtual embeddings before the text, and how many lead each row.
+    """Return inputs, mask and positions with virtual embeddings before the text, and the number of virtual embeddings before the text of each row.
 
     Args:
-        embeds: the virtual embeddings, in their order.
-        forward: what the base's forward takes.
+        embeds: the virtual embeddings, in the order of the sequence.
+        forward: describes the arguments that the base's forward accepts.
         task: decides what happens to labels.
-        inputs: of the call; text as `input_ids` (batch, tokens) or `inputs_embeds` (batch, tokens, hidden).
-        mask, positions: of keys and values, virtual embeddings and text (batch, keys), and of virtual embeddings and text (batch, tokens).
-        n_kv: number of keys and values before them.
+        inputs: the inputs of the call, with the text as `input_ids` (batch, tokens) or `inputs_embeds` (batch, tokens, hidden).
+        mask, positions: the mask (batch, keys) covers the keys and values, the virtual embeddings and the text; the positions (batch, tokens) cover
+            the virtual embeddings and the text.
+        n_kv: number of keys and values before the virtual embeddings.
     """
     ids, embedded = inputs.pop("input_ids", None), inputs.get("inputs_embeds")
     shape = tuple((ids if embedded is None else embedded).shape[:2])
@@ -130,19 +137,19 @@ def _with_embeddings(
     return task.shift(inputs, lead), mask, positions, lead
 
 
-#: inputs with a value for each token of which is known what virtual tokens have there
+#: inputs with one value per token, for which we know the value to use at virtual tokens
 _EXTENDED = frozenset(["inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels"])
 
 
 def _is_per_token(value: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether an input has whole numbers of the shape (batch, tokens)."""
+    """Return whether an input is an integer tensor (not bool) of the shape `shape`, which is (batch, tokens)."""
     return isinstance(value, Tensor) and tuple(value.shape) == shape and not value.is_floating_point() and value.dtype is not torch.bool
 
 
 def _move_unused_behind_text(
     inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
 ) -> tuple[dict[str, Any], Tensor, Tensor | None, Tensor]:
-    """Move the virtual embeddings that a row does not use behind its text, so that each row begins with what it uses."""
+    """Move the virtual embeddings that a row does not use behind its text, so that each row begins with virtual embeddings that it uses."""
     used = mask[:, n_kv : n_kv + n_embeds]
     text = mask[:, n_kv + n_embeds :]
     order = torch.cat([used, torch.ones_like(text)], dim=1).argsort(dim=1, descending=True, stable=True)
@@ -158,9 +165,10 @@ def _move_unused_behind_text(
 def _move_unused_to_front(
     inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int, n_embeds: int
 ) -> tuple[dict[str, Any], Tensor, Any]:
-    """Move what a row does not look at before the virtual embeddings that it uses, so that the last of these predicts its first token.
+    """Move the masked positions before a row's text to the front of the row, so that the row's last virtual embedding predicts its first token.
 
-    That is: the embeddings of other rows, and padding on the left. A first token that nothing of its own row stands before is no label.
+    These positions are the virtual embeddings that the row does not use, and the padding on the left. If a row has no unmasked position before
+    its first token, the label of this token becomes `IGNORED`.
     """
     seen = mask[:, n_kv:] != 0
     leading = torch.cat([torch.ones_like(seen[:, :n_embeds]), seen[:, n_embeds:].cumsum(dim=1) == 0], dim=1)
@@ -177,7 +185,7 @@ def _move_unused_to_front(
 
 
 def _move_masked_to_front(inputs: dict[str, Any], mask: Tensor, positions: Tensor | None, n_kv: int) -> tuple[dict[str, Any], Tensor, Any]:
-    """Move all that a row does not look at before what it uses: among embeddings, a model can't tell which token is the last."""
+    """Move all masked positions of a row to its front, so that its last token is at the end: a model can't find the last token from embeddings."""
     order = (mask[:, n_kv:] != 0).to(torch.int8).argsort(dim=1, stable=True)
     moved = dict(inputs)
     for name in ("inputs_embeds", "per_layer_inputs"):
@@ -189,7 +197,7 @@ def _move_masked_to_front(inputs: dict[str, Any], mask: Tensor, positions: Tenso
 
 
 def _with_positions(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
-    """Return the mask with 0 for keys that take no position."""
+    """Return the mask (batch, keys) for counting positions: it is 0 for the keys that have weights, since these keys take no position."""
     if all(tokens.weights is None for tokens in kv):
         return mask
     counted, start = mask.clone(), 0
@@ -201,7 +209,10 @@ def _with_positions(mask: Tensor, kv: list[VirtualTokens]) -> Tensor:
 
 
 def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int, forward: BaseForward, caller_positions: Any) -> Tensor | None:
-    """Return the positions of the tokens that the base sees in this call: what the mask counts, or the caller's own, moved."""
+    """Return the `position_ids` of the tokens that the base gets in this call; None if the base takes no `position_ids`.
+
+    They are the cumulative sum of the mask or, if the caller gave `position_ids`, the caller's, shifted by the number of virtual tokens of the row.
+    """
     if not forward.accepts("position_ids"):
         return None
     counted = (mask.cumsum(dim=1) - 1).clamp(min=0) + forward.first_position
@@ -212,12 +223,12 @@ def _positions(mask: Tensor, n_kv: int, n_embeds: int, length: int, cached: int,
 
 
 def prompt_of(call: Call, forward: BaseForward, max_cache_len: int | None = None) -> Any:
-    """Return the virtual tokens of a call by themselves: embeddings (batch, n, hidden), or a cache of keys and values.
+    """Return only the virtual tokens of a call, without the text: embeddings (batch, n, hidden), or a cache of keys and values.
 
     Args:
-        call: after all tuners have offered their virtual tokens.
-        forward: what the base's forward takes.
-        max_cache_len: the size of the cache; None: it grows.
+        call: the call, after all tuners have added their virtual tokens.
+        forward: describes the arguments that the base's forward accepts.
+        max_cache_len: the number of tokens for which the cache has memory; None: a cache that grows.
     """
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     if kv:

@@ -1,4 +1,4 @@
-"""Caches with the keys and values of prefixes in them, as transformers takes them."""
+"""Creates transformers caches that begin with the keys and values of prefixes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
 
     Args:
         call: the call.
-        tokens: keys and values, in the order in which they stand.
+        tokens: virtual tokens with keys and values, in the order of the sequence.
         view: the base.
-        cache: an empty cache; None: a new one.
-        recomputing: layers are recomputed in the backward pass, so the cache does not store what they add.
+        cache: an empty cache; None: a new cache is created.
+        recomputing: layers are recomputed in the backward pass, so the cache does not store the keys and values that layers append.
 
     Raises:
         CapabilityError: the cache is too short, or layers that have no keys are to be recomputed.
@@ -57,7 +57,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
 
 
 def new_cache(view: BaseView, layers: int, recomputing: bool = False) -> Any:
-    """Return an empty cache that grows, for a decoder with so many layers; of an encoder-decoder model for both kinds of attention."""
+    """Return an empty cache that grows, for a decoder with `layers` layers; for an encoder-decoder model, it covers self- and cross-attention."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
@@ -83,12 +83,12 @@ def _check_size(cache: Any, length: int) -> None:
 
 
 def self_attention_cache(cache: Any) -> Any:
-    """Return the part of a cache for the decoder's own tokens; of decoder-only models it is the cache itself."""
+    """Return the part of a cache that belongs to the decoder's self-attention; for decoder-only models, this is the cache itself."""
     return getattr(cache, "self_attention_cache", cache)
 
 
 def newer() -> bool:
-    """Return whether transformers is of version 5 or later."""
+    """Return whether the installed version of transformers is 5 or later."""
     import transformers
 
     return int(transformers.__version__.partition(".")[0]) >= 5
@@ -106,14 +106,14 @@ def empty(view: BaseView, max_length: int) -> Any:
 
 
 def decoder_config(view: BaseView) -> Any:
-    """Return the config of the part that has a cache."""
+    """Return the config of the part of the model that has a cache (the decoder)."""
     config = view.text_config
     getter = getattr(config, "get_text_config", None)
     return getter(decoder=True) if getter is not None and getattr(config, "is_encoder_decoder", False) else config
 
 
 def expand_to_batch(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tensor:
-    """Return `value`, (…) or (rows, …), as (batch, …) in the dtype of `like`; zeros in the rows that do not use the virtual tokens."""
+    """Return `value`, (…) or (rows that use the tokens, …), as (batch, …) in the dtype of `like`; rows that do not use the tokens are zeros."""
     per_row = tokens.embeds is not None and tokens.embeds.ndim == 3
     value = value.to(dtype=like.dtype, device=like.device)
     if tokens.rows is ALL:
@@ -124,13 +124,13 @@ def expand_to_batch(tokens: VirtualTokens, value: Tensor, like: Tensor) -> Tenso
 
 
 def row_indices(tokens: VirtualTokens) -> Tensor:
-    """Return the indices of the rows that use some virtual tokens, where not all rows do."""
+    """Return the indices of the batch rows that use the virtual tokens; only for tokens that not all rows use."""
     assert isinstance(tokens.rows, Tensor)
     return tokens.rows
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:
-    """Return the dtype in which a base computes."""
+    """Return the dtype in which a base computes: that of its first floating-point parameter, float32 if there is none."""
     return next((parameter.dtype for parameter in base.parameters() if parameter.is_floating_point()), torch.float32)
 
 
@@ -141,7 +141,7 @@ def pair_of(cache: Any, layer: int) -> tuple[Tensor, Tensor]:
 
 
 def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
-    """Return a copy of a cache in which one layer, which is to be recomputed, has these keys and values."""
+    """Return a copy of a cache in which one layer, which will be recomputed, has the given keys and values."""
     original = self_attention_cache(cache)
     changed, changed_layer = copy.copy(original), copy.copy(original.layers[layer])
     changed_layer.keys, changed_layer.values = keys, values
@@ -154,7 +154,7 @@ def with_pair(cache: Any, layer: int, keys: Tensor, values: Tensor) -> Any:
 
 
 class _NeverUpdated(dict[int, bool]):
-    """Marks no layer's cross-attention as cached: its keys and values are recomputed, with a graph."""
+    """A dict that ignores assignments, so that no layer's cross-attention counts as cached: its keys and values are recomputed with gradients."""
 
     def __setitem__(self, key: int, value: bool) -> None:
         pass
@@ -164,12 +164,12 @@ _classes: list[type[Any]] = []
 
 
 def _recomputing_class() -> type[Any]:
-    """Return the class of caches that recomputed layers may use twice; created on first use, since it needs transformers."""
+    """Return the class of caches that a layer can use again when it is recomputed; the class is created on first use, since it needs transformers."""
     if not _classes:
         from transformers import DynamicCache
 
         class RecomputingCache(DynamicCache):
-            """A cache that stores the prefix only, and which layers read it; copies share `readers`."""
+            """A cache that stores only the prefix, and records in `readers` the layers that read the prefix; copies share `readers`."""
 
             def __init__(self, config: Any = None) -> None:
                 super().__init__(config=config)
@@ -190,7 +190,7 @@ def _recomputing_class() -> type[Any]:
 
 
 class _CacheWarningFilter(logging.Filter):
-    """Drops transformers' warning that caches are removed under checkpointing: the hook passes the cache on."""
+    """Drops transformers' warning that caches are removed under gradient checkpointing: a hook of this package passes the cache to the layers."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.msg.__class__ is str and record.msg.startswith("Caching is incompatible with gradient checkpointing"))

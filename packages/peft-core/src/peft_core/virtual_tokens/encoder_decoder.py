@@ -16,14 +16,14 @@ from .sequence import Assembled, cache_with_prefixes, cached_length, extended_ma
 
 
 def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
-    """Return what an encoder-decoder model gets for a call; arguments and errors as `assemble`."""
+    """Return the keyword arguments for the forward of an encoder-decoder model; the arguments and the errors are those of `assemble`."""
     inputs = dict(call.inputs)
     encoder = [tokens for tokens in call.virtual if tokens.site is Site.INPUT]
     kv = [tokens for tokens in call.virtual if tokens.site is Site.DECODER and tokens.keys_values is not None]
     embeds = [tokens for tokens in call.virtual if tokens.site is Site.DECODER and tokens.embeds is not None]
     if any(tokens.keys_values is not None for tokens in encoder):
         raise CapabilityError("an encoder takes no keys and values", hint="offer them with site=Site.DECODER, or embeddings")
-    if encoder and not call.generating:  # `generate` ran the encoder already
+    if encoder and not call.generating:  # during generation, `generate` has run the encoder already
         inputs = encoder_inputs(call, encoder, forward, inputs)
     if not (kv or embeds):
         return Assembled(inputs)
@@ -37,7 +37,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputi
     lead = sum(tokens.length for tokens in embeds)
     count = lead + sum(tokens.length for tokens in kv)
     mask = extended_mask(call, (*kv, *embeds), inputs.get("decoder_attention_mask"), length + max(cached - count, 0))
-    if cached:  # a later step: the virtual tokens are in the cache already
+    if cached:  # a later decoding step: the cache already contains the virtual tokens
         return Assembled(updated(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, length, cache, cached)), 0, length)
     if embeds:
         _prepend_to_decoder(embeds, forward, inputs)
@@ -49,7 +49,7 @@ def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputi
 
 
 def _decoder_length(inputs: dict[str, Any]) -> int:
-    """Return the number of the decoder's tokens in a call, virtual ones left out."""
+    """Return the number of the decoder's tokens in a call, without virtual tokens."""
     text = next((inputs[name] for name in ("decoder_inputs_embeds", "decoder_input_ids") if inputs.get(name) is not None), None)
     if text is None:
         text = inputs.get("labels")  # the base derives decoder_input_ids from labels, or from input_ids for classification
@@ -57,10 +57,11 @@ def _decoder_length(inputs: dict[str, Any]) -> int:
 
 
 def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list[VirtualTokens]) -> None:
-    """Check that virtual tokens do not shift text positions in a decoder that derives positions from the cache length.
+    """Check that virtual tokens do not wrongly shift the positions of the text in a decoder that derives positions from the cache length.
 
     Raises:
-        CapabilityError: keys with weights would shift all rows, or virtual tokens of some rows would shift the others.
+        CapabilityError: keys with weights would shift the positions in all rows, or virtual tokens that only some rows use would shift the
+            positions in the other rows.
     """
     if not forward.numbers_by_cache:
         return
@@ -77,10 +78,10 @@ def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list
 
 
 def _prepend_to_decoder(embeds: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> None:
-    """Put virtual embeddings before the decoder's text and its labels, in `inputs`.
+    """Add virtual embeddings before the decoder's text, and `IGNORED` before its labels; `inputs` is changed in place.
 
     Raises:
-        CapabilityError: the forward takes no embeddings of the decoder.
+        CapabilityError: the forward takes no `decoder_inputs_embeds`.
     """
     if not forward.accepts("decoder_inputs_embeds"):
         raise CapabilityError(f"the forward of {forward.view.name} takes no decoder_inputs_embeds", hint="use num_transformer_submodules=1")
@@ -93,10 +94,10 @@ def _prepend_to_decoder(embeds: list[VirtualTokens], forward: BaseForward, input
 def encoder_inputs(call: Call, tokens: list[VirtualTokens], forward: BaseForward, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return `inputs` with virtual embeddings before the encoder's text.
 
-    Each row is right-padded: masked positions move to its end, since an encoder counts positions from the left.
+    The result is right-padded: masked positions are moved to the end of each row, since an encoder counts positions from the left.
 
     Raises:
-        RoutingError: there is no text, or the mask is not (batch, tokens).
+        RoutingError: `encoder_outputs` are given, there is no text, or the mask does not have the shape (batch, tokens).
     """
     if inputs.get("encoder_outputs") is not None:
         raise RoutingError("encoder_outputs are given, so virtual tokens can't stand before the encoder's text", hint="pass input_ids instead")

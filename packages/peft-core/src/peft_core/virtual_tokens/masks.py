@@ -1,4 +1,4 @@
-"""Additive attention masks with a weight for each key, for prefixes whose keys count more or less than others."""
+"""Additive attention masks with a weight for each key, for prefixes whose keys get more or less attention than other keys."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ from ..selection.route import ALL
 from ..tuners.call import Call, VirtualTokens
 from .caches import decoder_config, dtype_of, newer, row_indices, self_attention_cache
 
-#: kinds of attention that take an additive mask
+#: attention implementations that accept an additive mask
 _WEIGHING = ("sdpa", "eager", "sdpa_paged", "eager_paged")
 
 
 def _takes_query_length(cache: Any) -> bool:
-    """Return whether a cache asks for the number of queries; those of older versions want their positions."""
+    """Return whether a cache's `get_mask_sizes` takes the number of queries; in older versions of transformers it takes their positions."""
     return "query_length" in inspect.signature(cache.get_mask_sizes).parameters
 
 
 def weighted_mask(
     call: Call, tokens: Sequence[VirtualTokens], view: BaseView, mask: Tensor | None, queries: int, cache: Any, past_length: int, *, causal: bool
 ) -> Any:
-    """Return the mask of a call in which some keys have a weight: (batch, 1, queries, keys), or one for each kind of layer, by its name.
+    """Return the additive mask (batch, 1, queries, keys) of a call in which some keys have a weight.
+
+    If the base has several layer types, the result is a dict: name of the layer type → mask.
 
     Args:
         call: the call.
-        tokens: the keys and values at the beginning of the cache, in their order.
+        tokens: the virtual tokens with keys and values at the beginning of the cache, in the order of the sequence.
         view: the base.
-        mask: (batch, keys), 1 where there is something to look at; None: everywhere.
-        queries: number of tokens that look.
-        cache: with the prefix in it.
+        mask: (batch, keys), 1 for keys that may be attended to; None: all keys may be.
+        queries: number of query tokens.
+        cache: the cache, which contains the prefix.
         past_length: number of tokens in the cache.
-        causal: tokens see only what stands before them.
+        causal: a token attends only to itself and to tokens before it.
 
     Raises:
-        CapabilityError: the base's kind of attention takes no weights.
+        CapabilityError: the base's attention implementation does not support weights of keys.
     """
     config = decoder_config(view)
     kind = str(getattr(config, "_attn_implementation", None) or "eager")
@@ -52,7 +54,7 @@ def weighted_mask(
     keys = past_length + queries
     seen = torch.ones(call.batch, keys, dtype=torch.bool, device=call.device) if mask is None else mask != 0
     allowed = seen[:, None, None, :]
-    at = torch.arange(past_length, keys, device=call.device)[:, None] - torch.arange(keys, device=call.device)  # how far a key lies behind a query
+    at = torch.arange(past_length, keys, device=call.device)[:, None] - torch.arange(keys, device=call.device)  # distance from key to query
     if causal:
         allowed = allowed & (at >= 0)
     weights = _weights(call, tokens, keys)[:, None, None, :].to(dtype_of(view.base))
@@ -69,7 +71,7 @@ def weighted_mask(
 
 
 def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
-    """Return what is added to the scores of each key (batch, keys)."""
+    """Return the weights (batch, keys) that are added to the attention scores of the keys; 0 for keys without a weight."""
     parts = []
     for part in tokens:
         if part.weights is None:
@@ -84,7 +86,10 @@ def _weights(call: Call, tokens: Sequence[VirtualTokens], keys: int) -> Tensor:
 
 
 def _additive_mask(cache: Any, past_length: int, layer: int, weights: Tensor, allowed: Tensor, queries: int) -> Tensor:
-    """Return (batch, 1, queries, keys of the layer): a layer with a window or of fixed size has fewer keys, or more, than there are tokens."""
+    """Return the additive mask (batch, 1, queries, keys of the layer).
+
+    The number of keys of a layer differs from the number of tokens if the layer's cache has a sliding window or a fixed size.
+    """
     lowest = torch.finfo(weights.dtype).min
     numbers = torch.where(allowed, weights, weights.new_tensor(lowest)).expand(allowed.shape[0], 1, queries, -1)
     length, offset = cache.get_mask_sizes(queries if _takes_query_length(cache) else torch.arange(past_length, past_length + queries), layer)

@@ -1,7 +1,7 @@
-"""Virtual embeddings of a causal model, computed once: nothing that follows them changes their keys, values and logits.
+"""Computes the keys, values and logits of virtual embeddings once, and reuses them: in a causal model, the text after them can't change them.
 
-Inside a cache scope that the caller opened, the base runs once on the virtual tokens alone; after that, calls get their keys and values, as with a
-prefix, and the outputs that callers expect for the virtual tokens are put before those of the text.
+Inside a cache scope that the caller opened, the base runs once on the virtual tokens without text. Later calls use the resulting keys and values like
+a prefix, and the outputs for the virtual tokens, which callers expect, are concatenated before the outputs for the text.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
 from .sequence import cached_length
 
-#: inputs with which virtual tokens may be computed apart from the text; any other input prevents it
+#: inputs that allow computing the virtual tokens separately from the text; if a call has any other input, nothing is reused
 _PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
 
 
 class VirtualKeysValues:
-    """Keys, values and outputs of virtual tokens, computed by running the base on them alone.
+    """Keys, values and outputs of virtual tokens, computed by running the base on the virtual tokens without text.
 
     Args:
         index: the adapters.
-        call: a call that `may_reuse`.
-        base: what runs the base.
+        call: a call for which `may_reuse` returns True.
+        base: the function that runs the base.
 
     Attributes:
-        embeds: the virtual tokens that were offered, each (n, hidden).
-        keys_values: as in `VirtualTokens`; None where the base has another kind of cache.
-        outputs: name → (1, n, …).
+        embeds: the embeddings of the call's virtual tokens, each (n, hidden).
+        keys_values: as in `VirtualTokens`; None if the base's cache does not store plain keys and values for all tokens.
+        outputs: name of an output → tensor (1, n, …).
     """
 
     def __init__(self, index: AdapterIndex, call: Call, base: Callable[..., Output]) -> None:
@@ -54,7 +54,7 @@ class VirtualKeysValues:
 
 
 def _plain_layers(cache: Any, length: int) -> tuple[tuple[Tensor, Tensor], ...] | None:
-    """Return the keys and values (heads, n, head_dim) of each layer, where all have them for all tokens; None elsewhere."""
+    """Return the keys and values (heads, n, head_dim) of each layer; None unless all layers have keys and values for all `length` tokens."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     found = []
@@ -66,7 +66,10 @@ def _plain_layers(cache: Any, length: int) -> tuple[tuple[Tensor, Tensor], ...] 
 
 
 def may_reuse(index: AdapterIndex, call: Call) -> bool:
-    """Return whether virtual tokens of a call may be computed apart from its text: a plain call in evaluation, the same for all rows."""
+    """Return whether a call's virtual tokens may be computed separately from its text.
+
+    This is so for a call without gradients, in evaluation mode, with ordinary inputs only, and with the same virtual tokens for all rows.
+    """
     if torch.is_grad_enabled() or index.base.training or torch.compiler.is_compiling() or not call.virtual:
         return False
     forward, config = index.forward, index.view.config
@@ -87,26 +90,28 @@ def _same_for_all_rows(tokens: VirtualTokens) -> bool:
 
 
 def with_reused_keys_values(index: AdapterIndex, call: Call, base: Callable[..., Output]) -> tuple[Call, Mapping[str, Tensor]]:
-    """Return the call with keys and values instead of virtual embeddings, and the outputs (1, n, …) of these; the same call if that is not possible.
+    """Return the call with keys and values instead of virtual embeddings, and the outputs (1, n, …) for these embeddings.
+
+    If reuse is not possible, the call is returned unchanged, with no outputs.
 
     Args:
         index: the adapters.
-        call: after all tuners have offered their virtual tokens.
-        base: what runs the base.
+        call: the call, after all tuners have added their virtual tokens.
+        base: the function that runs the base.
     """
-    # a scope of one `generate` alone has one use for them: running the base on them apart would cost more
+    # within a single `generate`, the keys and values would be used only once, so a separate run of the base would cost more
     scope = index.selection.cache() if index.selection.scope is not None else None
     if scope is None or not may_reuse(index, call):
         return call, EMPTY
     found = scope.get(("virtual keys and values", index, call.route.names, call.device), lambda: VirtualKeysValues(index, call, base))
     same = len(found.embeds) == len(call.virtual) and all(one is tokens.embeds for one, tokens in zip(found.embeds, call.virtual, strict=True))
-    if found.keys_values is None or not same:  # other tokens, or computed anew in each call
+    if found.keys_values is None or not same:  # the call has other virtual tokens than the stored ones, or a tuner computes them again in each call
         return call, EMPTY
     return replace(call, virtual=(VirtualTokens(ALL, keys_values=found.keys_values),)), found.outputs
 
 
 def prepend_outputs(output: Output, outputs: Mapping[str, Tensor], task: TaskSpec) -> Output:
-    """Return `output` with the outputs of the virtual tokens before those of the text, except for what the task cuts off anyway."""
+    """Return `output` with the virtual tokens' outputs concatenated before the text's, except for the outputs that the task cuts to the text."""
     for name, first in outputs.items():
         rest = output.get(name) if isinstance(output, Mapping) else None
         if isinstance(rest, Tensor) and rest.ndim == 3 and name not in task.per_token:

@@ -34,7 +34,10 @@ class Assembled:
 
 
 def updated(inputs: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return `inputs` with `changes`. A change to None keeps the present value; where that is None too, or missing, the result lacks the name."""
+    """Return `inputs` updated with `changes`.
+
+    A change with the value None keeps the value in `inputs`; if this value is None or missing as well, the result does not contain the name.
+    """
     merged = {**inputs, **{name: value for name, value in changes.items() if value is not None}}
     return {name: value for name, value in merged.items() if value is not None or name not in changes}
 
@@ -54,16 +57,16 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
 
     Args:
         call: the call.
-        virtual: its virtual tokens, in the order in which they stand before the text.
+        virtual: the call's virtual tokens, in the order of the sequence.
         mask: the caller's attention mask (batch, text), or None.
-        text_length: number of the caller's tokens, with those that are in the cache.
+        text_length: number of the caller's tokens, including the tokens in the cache.
         caller_positions: the caller's `position_ids`; if given, a mask is always needed.
 
     Raises:
         RoutingError: the caller's mask is not (batch, tokens).
     """
     if mask is None:
-        # where some layers have no keys, the base may ask one of these for the number of tokens: the mask and positions say it
+        # if some layers have no keys, the base may take the cache length from such a layer: an explicit mask and positions avoid the error
         plain = all(tokens.rows is ALL and tokens.weights is None and None not in (tokens.keys_values or ()) for tokens in virtual)
         if plain and caller_positions is None:
             return None
@@ -83,14 +86,14 @@ def extended_mask(call: Call, virtual: tuple[VirtualTokens, ...], mask: Any, tex
 
 
 def cached_length(call: Call, cache: Any) -> int:
-    """Return the number of tokens in the cache of a call, virtual ones included."""
+    """Return the number of tokens in the cache of a call, including virtual tokens."""
     if call.cached is not None:
         return call.cached
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: Tensor | None, queries: int, cache: Any, past_length: int) -> Any:
-    """Return `mask` (batch, keys) unchanged or, if some keys have weights, additive masks; arguments and result as of `masks.weighted_mask`."""
+    """Return `mask` (batch, keys) unchanged or, if some keys have weights, the result of `masks.weighted_mask`, with the same arguments."""
     if all(tokens.weights is None for tokens in kv):
         return mask
     return weighted_mask(call, kv, forward.view, mask, queries, cache, past_length, causal=forward.causal or forward.encoder_decoder)
@@ -99,13 +102,13 @@ def final_mask(call: Call, kv: list[VirtualTokens], forward: BaseForward, mask: 
 def cache_with_prefixes(call: Call, kv: list[VirtualTokens], forward: BaseForward, cache: Any, *, recomputing: bool = False) -> Any:
     """Return a cache that holds the keys and values of all prefixes.
 
-    Where the base's forward does not take the cache, or the layers are recomputed, it is also put into the route's context, under `PREFIX`.
+    If the base's forward takes no cache, or if the layers are recomputed, the cache is also stored in the route's context, with the key `PREFIX`.
 
     Args:
         call: the call.
-        kv: the virtual tokens with keys and values, in the order in which they stand.
-        forward: what the base's forward takes.
-        cache: the caller's empty cache; None: a new one.
+        kv: the virtual tokens with keys and values, in the order of the sequence.
+        forward: describes the arguments that the base's forward accepts.
+        cache: the caller's empty cache; None: a new cache is created.
         recomputing: layers are recomputed in the backward pass (gradient checkpointing).
 
     Raises:

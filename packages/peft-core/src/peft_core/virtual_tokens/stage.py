@@ -29,13 +29,13 @@ def run(index: AdapterIndex, call: Call, base: Callable[..., Output], task: Task
         recomputing: layers run again in the backward pass (activation checkpointing).
 
     Raises:
-        RoutingError: as `assemble`.
-        CapabilityError: as `assemble`, or the base reads no cache.
+        RoutingError: as in `assemble`.
+        CapabilityError: as in `assemble`, or the base reads no cache.
     """
     if recomputing or index.forward.backbone is not None:
-        call = call.telling()  # a copy of the route, so that the prefix that is put into its context for the layers is seen by this call only
+        call = call.telling()  # copies the route: the prefix is stored in the route's context for the layers, and must be visible in this call only
     call, reused_outputs = reuse.with_reused_keys_values(index, call, base)
-    with index.selection.use(call.route):  # around `assemble`, too: it embeds the text, and adapters may adapt the embedding
+    with index.selection.use(call.route):  # includes `assemble`, which embeds the text: adapters may change the embedding layer
         assembled = assemble(call, index.forward, task, recomputing=recomputing)
         output = base(**assembled.inputs)
     if not index.forward.reads_cache:
@@ -45,9 +45,9 @@ def run(index: AdapterIndex, call: Call, base: Callable[..., Output], task: Task
 
 
 def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, Any]) -> None:
-    """Check after the first call with a prefix of keys and values that some layer appended its own to them, and remember that one did.
+    """Check, after the first call with a prefix, that a layer of the base used the cache, and set `forward.reads_cache` if so.
 
-    If no layer appended any, none has read the prefix.
+    A layer that reads the prefix appends its own keys and values to the cache; if no layer has done this, no layer has read the prefix.
 
     Raises:
         CapabilityError: the base's layers read no cache, though its forward takes one.
@@ -61,7 +61,7 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     if not length or not hasattr(decoder_cache, "layers"):
         return
     with_keys = [layer for layer in decoder_cache.layers if getattr(layer, "keys", None) is not None]
-    readers = getattr(decoder_cache, "readers", None)  # under checkpointing, the cache does not keep what layers append, but records who read it
+    readers = getattr(decoder_cache, "readers", None)  # with checkpointing, the cache does not store appended keys, but records the layers
     if not (any(layer.get_seq_length() > length for layer in with_keys) if readers is None else readers):
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning: no layer read those of the prefix",

@@ -1,4 +1,7 @@
-"""Asks a base, by running it on two tokens, what its cache holds and whether it takes virtual tokens: configs do not say it for all models."""
+"""Finds out, by running the base on a few tokens, what its cache holds and whether it supports virtual tokens.
+
+For some models, the config does not contain this information.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from ..base.view import BaseView
 from ..errors import CapabilityError
 from . import caches
 
-#: how far logits of tokens fed one by one may be from those fed at once, relative to the largest: rounding in half precision
+#: allowed difference between the logits of tokens fed in steps and of tokens fed at once, relative to the largest logit (half-precision rounding)
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True)
 class CacheLayer:
-    """What the cache of one layer holds per token.
+    """The sizes of the keys and values that the cache of one layer holds for each token.
 
     Args:
-        heads: of keys and values.
-        key_width, value_width: of one head.
+        heads: number of heads of keys and values.
+        key_width, value_width: size of one head of the keys, and of the values.
     """
 
     heads: int
@@ -34,10 +37,10 @@ class CacheLayer:
 
 
 def cache_layers(view: BaseView) -> tuple[CacheLayer | None, ...] | None:
-    """Return what each layer of a base's decoder caches, measured by a forward on two tokens; nothing of the base changes.
+    """Return the sizes of each decoder layer's cached keys and values, measured by a forward on two tokens. Does not change the base.
 
-    A layer without keys (linear attention, state spaces) is None. The answer is None if it can't be measured: the base is none of
-    transformers', takes no text, returns no cache, or has weights on the meta device or in shards.
+    The entry of a layer without keys (linear attention, state spaces) is None. The whole result is None if nothing can be measured: the base is not
+    a transformers model, takes no text, returns no cache, or has weights on the meta device or in shards.
 
     Args:
         view: the base.
@@ -47,24 +50,24 @@ def cache_layers(view: BaseView) -> tuple[CacheLayer | None, ...] | None:
     try:
         with _quiet(view.base):
             cache = getattr(view.base(**_tokens(view), use_cache=True), "past_key_values", None)
-            if cache is None:  # it makes none, and may fill one
+            if cache is None:  # the base creates no cache, but may write to a given one
                 cache = caches.new_cache(view, 0)
                 view.base(**_tokens(view), past_key_values=cache, use_cache=True)
         layers = caches.self_attention_cache(cache).layers
-    except Exception:  # whatever the base raises: its config has to do
+    except Exception:  # any error of the base: the caller then uses the config instead
         return None
     return tuple(_measured(layer) for layer in layers) or None
 
 
 def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
-    """Check that a base computes with a cache that begins with keys and values of virtual tokens.
+    """Check that a base computes correctly with a cache that begins with keys and values of virtual tokens.
 
     Args:
         view: the base.
-        layers: as `cache_layers` found them.
+        layers: the result of `cache_layers`.
 
     Raises:
-        CapabilityError: no layer has keys, it raises an error, or tokens that are fed one by one give something else than tokens fed at once.
+        CapabilityError: no layer has keys, the base raises an error, or tokens fed in steps give other outputs than the same tokens fed at once.
     """
     if not any(layers):
         raise CapabilityError(
@@ -77,7 +80,7 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
     try:
         with _quiet(view.base):
             at_once = _logits(view, layers, [3])
-            in_steps = _logits(view, layers, [2, 1]) if forward.causal else at_once  # an encoder's tokens see one another
+            in_steps = _logits(view, layers, [2, 1]) if forward.causal else at_once  # in an encoder, each token attends to all
     except Exception as error:
         raise CapabilityError(
             f"{view.name} does not compute with a cache that begins with keys and values: {type(error).__name__}: {str(error)[:200]}",
@@ -91,10 +94,10 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
 
 
 def require_embeddings(view: BaseView) -> None:
-    """Check that the base of `view` takes embeddings in the place of token ids; what can't be run passes.
+    """Check that the base of `view` accepts `inputs_embeds` instead of token ids; a base that can't be run here passes the check.
 
     Raises:
-        CapabilityError: it does not.
+        CapabilityError: the base does not accept embeddings.
     """
     if not _can_run(view):
         return
@@ -104,8 +107,8 @@ def require_embeddings(view: BaseView) -> None:
             view.base(**given)
             forward = BaseForward(view)
             further = forward.per_layer_inputs(given["input_ids"])
-            embedded = forward.embed(given["input_ids"]) * 1.5  # of no token
-        except Exception:  # not a question of virtual tokens
+            embedded = forward.embed(given["input_ids"]) * 1.5  # the embedding of no token
+        except Exception:  # the base fails even without virtual tokens
             return
         try:
             view.base(**{name: value for name, value in given.items() if name != "input_ids"}, **further, inputs_embeds=embedded)
@@ -124,7 +127,7 @@ def _measured(layer: Any) -> CacheLayer | None:
 
 
 def _can_run(view: BaseView) -> bool:
-    """Return whether two tokens can be run through a base: a transformers model for text with all its weights here."""
+    """Return whether a base can be run on tokens: a transformers model for text, with all its weights loaded (not on meta, not in shards)."""
     if not view.is_transformers_model or getattr(view.base, "main_input_name", None) != "input_ids":
         return False
     return all(type(p) is nn.Parameter and not p.is_meta and p.numel() for p in view.base.parameters() if p.is_floating_point())
@@ -138,7 +141,7 @@ def _tokens(view: BaseView, count: int = 2) -> dict[str, Tensor]:
 
 
 def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence[int]) -> Any:
-    """Return the last output for three tokens behind two virtual ones, fed in `steps`."""
+    """Return the logits of the last of three tokens after two virtual tokens, with `steps` tokens per forward; None if there are no logits."""
     ids = _tokens(view, 3)["input_ids"]
     cache, start, n = caches.new_cache(view, len(layers)), 0, 2
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +161,7 @@ def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence
 
 @contextlib.contextmanager
 def _quiet(base: nn.Module) -> Iterator[None]:
-    """Let a base compute in evaluation, without gradients; its modules are in training again afterwards where they were."""
+    """Context manager that sets a base to evaluation mode without gradients, and restores each module's training mode afterwards."""
     training = [module for module in base.modules() if module.training]
     for module in training:
         module.training = False

@@ -17,7 +17,7 @@ from ..formulas import Factors
 
 @dataclass(frozen=True)
 class LoHaSettings:
-    """What a layer is told: rank and alpha of this module, and what holds for all."""
+    """The settings of an adapter for one layer: the rank and alpha of this module, and the settings that are the same for all modules."""
 
     r: int
     alpha: float
@@ -29,14 +29,15 @@ class LoHaSettings:
 
 
 class LoHaLayer(AdapterLayer):
-    """What all LoHa layers share: ΔW = s·(B₁A₁) ⊙ (B₂A₂), with the base weight seen as the matrix (out, in).
+    """Base class of all LoHa layers: ΔW = s·(B₁A₁) ⊙ (B₂A₂), with the base weight viewed as a matrix (out, in).
 
-    Methods take what a layer is told as `config` or `settings`, the four matrices as `factors`, a probability as `p`.
+    In all methods, `config` or `settings` is the `LoHaSettings` of the adapter for this layer, `factors` are the four matrices B₁, A₁, B₂, A₂, and
+    `p` is a dropout probability.
 
     Shapes: `hada_w1_a`, `hada_w2_a` (out, r) are B₁, B₂; `hada_w1_b`, `hada_w2_b` (r, in) are A₁, A₂.
 
     Attributes:
-        r, alpha, rank_dropout, drop_components, module_dropout, scaling: by adapter.
+        r, alpha, rank_dropout, drop_components, module_dropout, scaling: adapter name → the adapter's value.
     """
 
     containers: ClassVar[tuple[str, ...]] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -65,11 +66,11 @@ class LoHaLayer(AdapterLayer):
 
     @property
     def bound_of_a(self) -> float:
-        """A₁ starts uniform on ± this: 1/√in."""
+        """The bound of the uniform distribution from which A₁ is initialised: 1/√in."""
         return 1 / math.sqrt(self.matrix_shape[1])
 
     def record_settings(self, adapter: str, settings: LoHaSettings) -> None:
-        """Write down what holds for a new adapter."""
+        """Store the settings of a new adapter in this layer."""
         self.r[adapter] = settings.r
         self.alpha[adapter] = settings.alpha
         self.rank_dropout[adapter] = settings.rank_dropout
@@ -80,7 +81,7 @@ class LoHaLayer(AdapterLayer):
     # ---- asking -----------------------------------------------------------------------------------------------------
     def factors(self, adapter: str) -> Factors:
         """Return B₁ (out, r), A₁ (r, in), B₂ (out, r), A₂ (r, in)."""
-        # straight to the dicts: in decoding, asking costs as much as computing
+        # reads the dicts directly: in decoding, attribute access through nn.Module costs as much as the computation
         held = self._modules
         b1: Any = held["hada_w1_a"]._parameters[adapter]  # type: ignore[union-attr]
         a1: Any = held["hada_w1_b"]._parameters[adapter]  # type: ignore[union-attr]
@@ -93,7 +94,7 @@ class LoHaLayer(AdapterLayer):
         return self.scaling[adapter] * self.change_of_weight(adapter)
 
     def change_of_weight(self, adapter: str, factors: Factors | None = None) -> Tensor:
-        """Return ΔW (out, in), without s; of other factors than the adapter's, if they are given."""
+        """Return ΔW (out, in), without s; computed from `factors` instead of the adapter's own if they are given."""
         return formulas.hadamard(*(self.factors(adapter) if factors is None else factors))
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
@@ -103,13 +104,14 @@ class LoHaLayer(AdapterLayer):
 
     # ---- dropout ----------------------------------------------------------------------------------------------------
     def dropped(self, adapter: str, device: torch.device) -> tuple[Factors, Tensor | None] | None:
-        """Return the factors for one call in training, and a 0 or 1, on `device`, to multiply the effect by, if there is one; None: skip the adapter.
+        """Return (factors, multiplier) for one call in training, with dropout applied; None: skip the adapter in this call.
 
-        Dropping rows of ΔW is dropping rows of B₁, and dropping components is dropping columns of B₁ and B₂: nothing of the size of the
-        output is masked.
+        The multiplier is 0 or 1, on `device`, and ΔW must be multiplied by it; it is None except under `torch.compile` with module dropout.
+        To drop rows of ΔW, rows of B₁ are dropped, and to drop components, columns of B₁ and B₂ are dropped, so no tensor of the output's
+        size is masked.
         """
         factors = self.factors(adapter)
-        draw = torch.rand(1)  # always, and before the rows: a seed gives the same run whichever dropout is on
+        draw = torch.rand(1)  # drawn always, and before the rows, so that a seed gives the same run whichever dropout is on
         skip, p = self.module_dropout[adapter], self.rank_dropout[adapter]
         stays: Tensor | None = None
         if skip:
@@ -122,7 +124,7 @@ class LoHaLayer(AdapterLayer):
         return factors, stays
 
     def masked(self, adapter: str, factors: Factors, p: float) -> Factors:
-        """Return the factors with rank dropout."""
+        """Return the factors with rank dropout applied with probability `p`."""
         b1, a1, b2, a2 = factors
         if self.drop_components[adapter]:
             r = self.r[adapter]
@@ -132,7 +134,7 @@ class LoHaLayer(AdapterLayer):
 
     # ---- the scale --------------------------------------------------------------------------------------------------
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scaling to `scale` times alpha/r; a name without weights here is ignored."""
+        """Set the adapter's scaling to `scale` times alpha/r; an adapter that has no weights in this layer is ignored."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * self.alpha[adapter] / self.r[adapter]
             self.selection.drop_cached()
@@ -146,13 +148,13 @@ class LoHaLayer(AdapterLayer):
                 self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the adapters in use by `scale`; None: back to alpha/r."""
+        """Divide the scaling of the adapters in use by `scale`; None: reset the scaling to alpha/r."""
         for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.scaling[adapter] = self.alpha[adapter] / self.r[adapter] if scale is None else self.scaling[adapter] / scale
 
 
 def row_mask(like: Tensor, out: int, p: float) -> Tensor:
-    """Return which of `out` rows stay, divided by the share that does; all zero if none does (not 0/0)."""
+    """Return a random mask (out,): 0 for dropped rows, 1 / (share of remaining rows) for the others; all 0 if all rows are dropped (not 0/0)."""
     mask = (torch.rand(out, device=like.device) > p).to(like.dtype)
     return mask / mask.mean().clamp(min=1 / out)

@@ -14,14 +14,14 @@ from .common import LoHaLayer, LoHaSettings, row_mask
 
 
 class Convolution(LoHaLayer):
-    """LoHa around a convolution, with its stride, padding, dilation, groups and padding mode; ΔW has the shape of its kernel.
+    """LoHa around a convolution. ΔW has the shape of the base's weight, and uses the base's stride, padding, dilation, groups and padding mode.
 
-    Flat form: the weight seen as the matrix (out, in / groups · ∏ kernel). Effective (Tucker) form, with `use_effective_conv2d` and where the
-    kernel is not 1: W_i[o, c, κ] = Σ_ab t_i[a, b, κ]·A_i[b, c]·B_i[a, o] and ΔW = s·W₁ ⊙ W₂. Its shapes: `hada_t1`, `hada_t2`
-    (r, r, *kernel), in one dimension (r, r, k, 1); `hada_w*_a` (r, out) are the B; `hada_w*_b` (r, in / groups) are the A.
+    Flat form: the weight is viewed as a matrix (out, in / groups · ∏ kernel). Effective (Tucker) form, with `use_effective_conv2d` and a kernel
+    larger than 1: W_i[o, c, κ] = Σ_ab t_i[a, b, κ]·A_i[b, c]·B_i[a, o] and ΔW = s·W₁ ⊙ W₂. Shapes in this form: `hada_t1`, `hada_t2` are
+    (r, r, *kernel), for Conv1d (r, r, k, 1); `hada_w*_a` (r, out) are B₁, B₂; `hada_w*_b` (r, in / groups) are A₁, A₂.
 
     Attributes:
-        effective: by adapter, whether it has the effective form.
+        effective: adapter name → whether the adapter has the effective form.
     """
 
     containers = (*LoHaLayer.containers, "hada_t1", "hada_t2")
@@ -34,7 +34,7 @@ class Convolution(LoHaLayer):
         self.weight_shape: tuple[int, ...] = tuple(self.weight.shape)
 
     def add(self, adapter: str, config: LoHaSettings) -> None:
-        """Create the four factors, and the two cores of the effective form."""
+        """Create the four factors and, in the effective form, the two core tensors."""
         out, inp, *kernel = self.weight_shape
         self.effective[adapter] = config.effective and any(size != 1 for size in kernel)
         if not self.effective[adapter]:
@@ -47,7 +47,7 @@ class Convolution(LoHaLayer):
             zero = number == "2" and config.init
             self.new(f"hada_w{number}_a", adapter, (r, out), bound=1 / math.sqrt(out))
             self.new(f"hada_w{number}_b", adapter, (r, inp), bound=None if zero else 1 / math.sqrt(inp))
-        for number in ("1", "2"):  # last, so that a seed gives the values that it gives in the reference implementation
+        for number in ("1", "2"):  # created last, so that a seed gives the same values as in the reference implementation
             self.new(f"hada_t{number}", adapter, core, bound=1 / math.sqrt(r * math.prod(kernel)))
 
     def change_of_weight(self, adapter: str, factors: Factors | None = None) -> Tensor:
@@ -64,7 +64,7 @@ class Convolution(LoHaLayer):
         return None if self.effective[adapter] else super().low_rank_factors(adapter)
 
     def masked(self, adapter: str, factors: Factors, p: float) -> Factors:
-        """Return the factors with rank dropout; in the effective form it is the rows of the B that are components."""
+        """Return the factors with rank dropout; in the effective form, the components are the rows of B₁ and B₂, not the columns."""
         if not self.effective[adapter]:
             return super().masked(adapter, factors, p)
         b1, a1, b2, a2 = factors

@@ -14,10 +14,10 @@ from .common import LoHaLayer
 
 
 class Embedding(LoHaLayer):
-    """LoHa around `nn.Embedding`, seen as the matrix (dim, vocabulary): `hada_w*_a` (dim, r), `hada_w*_b` (r, vocabulary).
+    """LoHa around `nn.Embedding`, whose weight is viewed as a matrix (dim, vocabulary): `hada_w*_a` is (dim, r), `hada_w*_b` is (r, vocabulary).
 
     Raises:
-        UnsupportedModuleError: the base renormalises its rows in place (`max_norm`), so that there is no fixed E to add to.
+        UnsupportedModuleError: the base renormalises its rows in place (`max_norm`), so there is no fixed weight to which ΔW could be added.
     """
 
     base_types = (nn.Embedding,)
@@ -32,11 +32,11 @@ class Embedding(LoHaLayer):
 
     @property
     def bound_of_a(self) -> float:
-        """1: a look-up sums over nothing, so nothing grows with the vocabulary."""
+        """The bound is 1, independent of the vocabulary size: a look-up selects one row and does not sum over the vocabulary."""
         return 1.0
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·(A₁ᵀ[ids] B₁ᵀ) ⊙ (A₂ᵀ[ids] B₂ᵀ), times the base's own `embed_scale` if it has one: ΔW is formed for the ids alone."""
+        """Return y + s·(A₁ᵀ[ids] B₁ᵀ) ⊙ (A₂ᵀ[ids] B₂ᵀ), times the base's `embed_scale` if it has one; ΔW is computed for `ids` only."""
         factors, stays = self.factors(adapter), None
         if self.training:
             kept = self.dropped(adapter, x.device)

@@ -14,7 +14,7 @@ from .common import LoHaLayer
 
 
 class Linear(LoHaLayer):
-    """LoHa around `nn.Linear` or transformers' `Conv1D`. No ΔW is formed where something else is cheaper (`formulas.Costs`)."""
+    """LoHa around `nn.Linear` or transformers' `Conv1D`. ΔW is only computed if no other method is cheaper (`formulas.Costs`)."""
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -22,7 +22,7 @@ class Linear(LoHaLayer):
         return isinstance(module, nn.Linear) or is_conv1d(module)
 
     def fused_forward(self, x: Tensor) -> Tensor | None:
-        """Return the output where one adapter acts on a plain Linear: base and adapter in one. None elsewhere."""
+        """Return the output of base and adapter in one fused computation, if exactly one adapter is applied to a plain Linear; otherwise None."""
         adapter = self.only_adapter()
         base: Any = self._modules["base_layer"]
         if adapter is None or not can_fuse(x, base):
@@ -49,7 +49,7 @@ class Linear(LoHaLayer):
         return kernels.linear(x, weight, bias, factors, self.scaling[adapter], record=record)
 
     def _add_to_one(self, adapter: str, y: Tensor, x: Tensor, factors: formulas.Factors) -> Tensor:
-        """Return y + s·xΔWᵀ for a single token, without gradients, rounded once to the dtype of `y`; `y` may be overwritten."""
+        """Return y + s·xΔWᵀ for a single token, without gradients, rounded once to the dtype of `y`. It may change `y` in place."""
         b1, a1, b2, a2 = factors
         s, wide = self.scaling[adapter], torch.promote_types(y.dtype, b1.dtype)
         total, x = y.to(wide), x.to(wide)

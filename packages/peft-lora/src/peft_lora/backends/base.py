@@ -1,4 +1,4 @@
-"""LoRA around a Linear whose weight is not kept as floating-point numbers: what does not depend on the library."""
+"""LoRA around a Linear with a quantised weight: the code that is the same for all quantisation libraries."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..layers.linear import Linear
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as a library keeps it, by reference.
+    """A quantised weight as a library stores it; the tensors are references, not copies.
 
     Args:
-        tensor: what the base has under the name of its weight: a parameter or a buffer.
-        rest: what belongs to it elsewhere (scales that the library moves about), by name.
+        tensor: the base's parameter or buffer with the name of the weight.
+        rest: name → other data of this weight that the library stores in other places (scales, for example).
     """
 
     tensor: Tensor
@@ -31,11 +31,11 @@ class Packed:
 
 @dataclass(frozen=True)
 class RoundingError:
-    """How far quantising anew has moved a merged weight W'.
+    """The error that quantising again causes in a merged weight W'; Q(W') is the quantised W'.
 
     Args:
         of_weight: ‖Q(W') − W'‖ / ‖W'‖.
-        of_change: ‖Q(W') − W'‖ / ‖W' − W‖: at 1 as much was lost as the adapters had changed.
+        of_change: ‖Q(W') − W'‖ / ‖W' − W‖; 1 means that the error is as large as the change that the adapters made.
     """
 
     of_weight: float
@@ -43,33 +43,33 @@ class RoundingError:
 
 
 class RequantisingMerging(LoraMerging):
-    """Merging into a packed weight: the changed weight is packed anew, and the packed original is the way back."""
+    """Merges into a quantised weight: quantises the changed weight again, and stores the original quantised weight for unmerging."""
 
     def weight_fold(self, change: Change, instead: str = "") -> Requantised:
-        """Return what makes `change` in the packed weight, nothing done yet."""
+        """Return the object that will apply `change` to the quantised weight; nothing is changed yet."""
         return Requantised(self.layer, change)
 
 
 class QuantisedLinear(Linear):
-    """LoRA around a quantised Linear: y = base(x) + s·B(A·drop(x)). The adapter is in floating point, the base stays as it is.
+    """LoRA around a quantised Linear: y = base(x) + s·B(A·drop(x)). The adapter is in floating point; the base is not changed.
 
-    Merging unpacks W, changes it and packs it anew with the settings that it had: not exact, `rounding_error` says how far off. The packed
-    original is kept meanwhile, so that unmerging is exact. Several merges are one rounding of the sum and not one each.
+    Merging dequantises W, changes it and quantises it again with the same settings. This is not exact; `rounding_error` is the error. The original
+    quantised weight is stored as long as the merge lasts, so unmerging is exact. With several merges, the sum of all changes is rounded once.
 
-    A backend says `packed`, `put`, `unpack` and `pack`.
+    A subclass for a library (backend) overrides `packed`, `put`, `unpack` and `pack` where needed.
     """
 
     library: ClassVar[str] = ""
     merging_type = RequantisingMerging
 
-    # ---- what a backend says --------------------------------------------------------------------------------------
+    # ---- what a backend overrides ---------------------------------------------------------------------------------
     def packed(self) -> Packed:
-        """Return the weight as the base has it now, nothing copied."""
+        """Return the base's present weight, without copying it."""
         stored: Tensor = getattr(self.get_base_layer(), self.weight_name)
         return Packed(stored, {})
 
     def put(self, packed: Packed) -> None:
-        """Give the base a packed weight."""
+        """Set the base's weight to a quantised weight."""
         base = self.get_base_layer()
         if self.weight_name in base._buffers:
             base._buffers[self.weight_name] = packed.tensor.detach()
@@ -77,20 +77,20 @@ class QuantisedLinear(Linear):
             base._parameters[self.weight_name] = packed.tensor if isinstance(packed.tensor, nn.Parameter) else nn.Parameter(packed.tensor, False)
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Return the matrix (out, in) that a packed weight stands for, in float32."""
+        """Return a quantised weight, dequantised to a float32 matrix (out, in)."""
         raise NotImplementedError(f"{type(self).__name__} must define unpack(packed)")
 
     def pack(self, matrix: Tensor) -> Packed:
-        """Return a matrix (out, in) packed with the settings that the base's weight has. Changes nothing.
+        """Return a matrix (out, in), quantised with the settings of the base's weight. Changes nothing.
 
         Raises:
-            MergeError: it can't be packed.
+            MergeError: the matrix can't be quantised.
         """
         raise NotImplementedError(f"{type(self).__name__} must define pack(matrix)")
 
     # ---- the weight -------------------------------------------------------------------------------------------------
     def base_weight(self) -> Tensor:
-        """Return the base weight as it is when nothing is merged: unpacked, (out, in), float32."""
+        """Return the base weight without merged adapters, dequantised to a float32 matrix (out, in)."""
         for merge in self.get_base_layer().__dict__.get(MERGES, ()):
             fold = merge.folds[0]
             if not merge.permanent and isinstance(fold, Requantised) and fold.kept is not None:
@@ -100,17 +100,17 @@ class QuantisedLinear(Linear):
     # ---- merging ----------------------------------------------------------------------------------------------------
     @property
     def rounding_error(self) -> RoundingError | None:
-        """How far the merged weight is from what it should be; None if nothing is merged."""
+        """The error of the merged weight, caused by quantising it again; None if nothing is merged."""
         fold = self.merging.merges[-1].folds[0] if self.merged else None
         return fold.error if isinstance(fold, Requantised) else None
 
 
 class Requantised(Fold):
-    """One change of a packed weight, and the way back: the packed original, kept aside.
+    """One change of a quantised weight. It stores the original quantised weight, so that the change can be undone.
 
     Attributes:
-        kept: the weight before the change; None before it is made.
-        error: what packing cost.
+        kept: the quantised weight before the change; None if the change is not applied.
+        error: the error from quantising the changed weight; None if the change is not applied.
     """
 
     def __init__(self, layer: QuantisedLinear, change: Any) -> None:
@@ -120,12 +120,12 @@ class Requantised(Fold):
         self.error: RoundingError | None = None
 
     def prepare(self) -> Tensor:
-        """Return the changed matrix (out, in) in float32, not rounded yet, without touching anything."""
+        """Return the changed matrix (out, in) in float32, not quantised yet. Changes nothing."""
         with torch.no_grad():
             return self.change.apply(self._exact()).float()
 
     def put(self, merged: Tensor) -> None:
-        """Pack the changed matrix, and put it in place."""
+        """Quantise the changed matrix `merged` (out, in), and set it as the base's weight."""
         layer = self.layer
         with torch.no_grad():
             before = self._exact()
@@ -137,22 +137,22 @@ class Requantised(Fold):
             layer.put(packed)
 
     def undo(self) -> None:
-        """Give the base what it had."""
+        """Set the base's weight to the original quantised weight."""
         assert self.kept is not None
         self.layer.put(self.kept)
         self.kept = self.error = None
 
     def before(self, merged: Tensor) -> Tensor:
-        """Return the packed weight that was there before."""
+        """Return the quantised weight from before the change; `merged` if the change is not applied."""
         return merged if self.kept is None else self.kept.tensor.detach()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are kept for the way back."""
+        """Size in bytes of the original quantised weight that is stored for unmerging."""
         return 0 if self.kept is None else self.kept.tensor.nbytes
 
     def _exact(self) -> Tensor:
-        """Return the matrix with all that is merged already, each change made on unrounded numbers."""
+        """Return the float32 matrix (out, in) with all changes that are merged already, computed without rounding between the changes."""
         matrix = self.layer.base_weight()
         for merge in self.owner.__dict__.get(MERGES, ()):
             fold = merge.folds[0]
@@ -162,7 +162,7 @@ class Requantised(Fold):
 
 
 def tell_errors(model: nn.Module) -> None:
-    """Warn how far quantising anew has moved the weights of a model into which adapters were just merged; nothing if none is quantised."""
+    """Warn about the quantisation errors in a model into which adapters were just merged; no warning if no merged weight is quantised."""
     errors = {
         name: error for name, module in model.named_modules() if isinstance(module, QuantisedLinear) and (error := module.rounding_error) is not None
     }

@@ -13,12 +13,12 @@ from peft_core import MergeError
 
 from .base import Packed, QuantisedLinear
 
-#: the library, which need not be installed where types are checked
+#: the library; imported by name, because it may be missing where the type checker runs
 bnb: Any = importlib.import_module("bitsandbytes")
 
 
 def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
-    """Return the adapter layer for a quantised layer of bitsandbytes; None for everything else, 8-bit layers that keep 16 bits included."""
+    """Return the adapter layer for a quantised layer of bitsandbytes; None for all other modules, also for 8-bit layers with `has_fp16_weights`."""
     if isinstance(base, bnb.nn.Linear8bitLt):
         return None if base.state.has_fp16_weights else Linear8bitLt(base, selection)
     return Linear4bit(base, selection) if isinstance(base, bnb.nn.Linear4bit) else None
@@ -33,25 +33,25 @@ def _require_quantised(ready: bool, layer: QuantisedLinear) -> None:
 
 
 class Linear8bitLt(QuantisedLinear):
-    """LoRA around `bitsandbytes.nn.Linear8bitLt`: int8 with a scale for each output, W = codes · scale / 127."""
+    """LoRA around `bitsandbytes.nn.Linear8bitLt`: an int8 weight with one scale per output row, W = codes · scale / 127."""
 
     library = "bitsandbytes"
 
     def packed(self) -> Packed:
-        """Return the codes, and their scales: on the parameter at first, on `state` once the layer has run."""
+        """Return the codes and their scales, which are attributes of the parameter at first, and of `state` after the layer's first forward."""
         base: Any = self.get_base_layer()
         weight, state = base.weight, base.state
         return Packed(weight, {"CB": weight.CB, "SCB": weight.SCB, "state.CB": state.CB, "state.SCB": state.SCB})
 
     def put(self, packed: Packed) -> None:
-        """Give the base a packed weight, and its scales."""
+        """Set the base's weight to a quantised weight, together with the scales."""
         super().put(packed)
         base: Any = self.get_base_layer()
         base.weight.CB, base.weight.SCB = packed.rest["CB"], packed.rest["SCB"]
         base.state.CB, base.state.SCB = packed.rest["state.CB"], packed.rest["state.SCB"]
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Return codes · scale / 127, (out, in).
+        """Return the dequantised weight codes · scale / 127, (out, in).
 
         Raises:
             MergeError: the weight is not quantised yet.
@@ -63,10 +63,10 @@ class Linear8bitLt(QuantisedLinear):
         return found
 
     def pack(self, matrix: Tensor) -> Packed:
-        """Return a matrix (out, in) as int8 by rows.
+        """Return a matrix (out, in), quantised to int8 with one scale per row.
 
         Raises:
-            MergeError: a number is larger than float16 holds, through which bitsandbytes quantises.
+            MergeError: a value is too large for float16, to which bitsandbytes converts before it quantises.
         """
         if matrix.abs().amax() > torch.finfo(torch.float16).max:
             raise MergeError("the merged weight has numbers that float16 does not hold, through which bitsandbytes quantises to 8 bits")
@@ -76,28 +76,28 @@ class Linear8bitLt(QuantisedLinear):
 
 
 class Linear4bit(QuantisedLinear):
-    """LoRA around `bitsandbytes.nn.Linear4bit` (NF4, FP4): blocks of 4-bit codes, two in a byte, each block with a scale."""
+    """LoRA around `bitsandbytes.nn.Linear4bit` (NF4, FP4): 4-bit codes in blocks, two codes in one byte, one scale per block."""
 
     library = "bitsandbytes"
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the base's output with the effect of the adapters in use on each row."""
+        """Return the base's output with the adapters in use applied to each row of the batch."""
         base: Any = self.get_base_layer()
         if base.training or (x.requires_grad and torch.is_grad_enabled()):
             weight = base.weight
-            if _is_reordered(weight.quant_state):  # by an evaluation; that order has no gradient
+            if _is_reordered(weight.quant_state):  # by an earlier call in evaluation mode; bitsandbytes has no backward for this order
                 weight.data, weight.quant_state = _in_usual_order(weight.data, weight.quant_state)
                 base.quant_state = weight.quant_state
         return super().forward(x, *args, **kwargs)
 
     def put(self, packed: Packed) -> None:
-        """Give the base a packed weight; the layer has its scales, too."""
+        """Set the base's weight to a quantised weight; the base's `quant_state`, which holds the scales, is set as well."""
         super().put(packed)
         base: Any = self.get_base_layer()
         base.quant_state = packed.tensor.quant_state  # type: ignore[attr-defined]
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Return the matrix (out, in).
+        """Return the dequantised weight (out, in) in float32.
 
         Raises:
             MergeError: the weight is not quantised yet.
@@ -111,7 +111,7 @@ class Linear4bit(QuantisedLinear):
         return found.float()
 
     def pack(self, matrix: Tensor) -> Packed:
-        """Return a matrix (out, in) in the type, the blocks and the storage that the base has."""
+        """Return a matrix (out, in), quantised with the quantisation type, block size and storage dtype of the base's weight."""
         weight: Any = self.packed().tensor
         state = weight.quant_state
         codes, fresh = bnb.functional.quantize_4bit(
@@ -136,14 +136,14 @@ class Linear4bit(QuantisedLinear):
 
 
 def _is_reordered(state: Any) -> bool:
-    """Return whether the codes are in the order that bitsandbytes puts them in for AVX-512 BF16 when a layer first runs in evaluation."""
+    """Return whether bitsandbytes has reordered the codes for AVX-512 BF16, which it does in a layer's first forward in evaluation mode."""
     return getattr(state, "packing_format_for_cpu", False)
 
 
 def _in_usual_order(codes: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """Return codes and scales in the order in which they are quantised; `state` is changed."""
+    """Return codes and scales in the order in which bitsandbytes quantises; `state` is changed in place."""
     scales = state.absmax
     codes, state = bnb.functional._convert_weight_packed_for_cpu_inverse(codes, state)
-    if not state.nested:  # bitsandbytes 0.50 forgets to turn these back
+    if not state.nested:  # bitsandbytes 0.50 does not convert these scales back
         state.absmax = scales.T.reshape(-1).float()
     return codes, state

@@ -1,4 +1,7 @@
-"""Offers LoRA's layers for quantised bases. Imports neither torch nor a library: who has a layer of a library has imported it already."""
+"""Plugin that provides LoRA's layers for quantised bases.
+
+It imports neither torch nor a quantisation library: if the base has a layer of a library, the user has imported this library already.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from peft_core.plugins import hookimpl
 
-#: library → the module here that knows it
+#: name of a quantisation library → the module of this package that supports it
 BACKENDS = {"bitsandbytes": "peft_lora.backends.bitsandbytes", "torchao": "peft_lora.backends.torchao"}
 _SHARED = "peft_lora.backends.base"
 
@@ -28,6 +31,6 @@ def peft_make_layer(peft_type: str, base_layer: Any, selection: Any) -> Any | No
 
 @hookimpl
 def peft_adapter_merged(model: Any) -> None:
-    """Say, once per merge, how far quantising anew has moved the weights."""
+    """Warn, once per merge, about the errors from quantising the merged weights again."""
     if _SHARED in sys.modules:
         sys.modules[_SHARED].tell_errors(model)

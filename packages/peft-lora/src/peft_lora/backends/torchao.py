@@ -14,9 +14,9 @@ from peft_core import MergeError, PeftWarning
 from ..contracts import LoraSettings
 from .base import Packed, QuantisedLinear
 
-#: the library, which need not be installed where types are checked
+#: the library; imported by name, because it may be missing where the type checker runs
 ao: Any = importlib.import_module("torchao.quantization")
-#: kinds of weights that can be made from numbers; other versions may have others
+#: classes of quantised weights that can be created from a float matrix; other versions of torchao may lack these classes
 _INT8: Any = getattr(ao, "Int8Tensor", ())
 _INTX: Any = getattr(ao, "IntxUnpackedToInt8Tensor", ())
 
@@ -31,14 +31,14 @@ def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
 class TorchaoLinear(QuantisedLinear):
     """LoRA around `nn.Linear` with a weight of torchao.
 
-    Of any kind while unmerged; int8 (`Int8WeightOnlyConfig`) and 1 to 8 bits in bytes (`IntxWeightOnlyConfig`, int4 on CPU) can be merged,
-    also if `quantize_` made them and nobody has its config: the tensor itself says how it was made.
+    Unmerged adapters work with all weight classes of torchao. Merging works for int8 (`Int8WeightOnlyConfig`) and for 1 to 8 bits stored in bytes
+    (`IntxWeightOnlyConfig`, int4 on CPU), even if `quantize_` created the weight and its config is not known: the tensor holds the settings.
     """
 
     library = "torchao"
 
     def add(self, adapter: str, config: LoraSettings) -> None:
-        """Create A and B, and warn where no gradient gets past the base to the layers before it."""
+        """Create A and B, and warn if the base layer passes no gradient back to the layers before it."""
         super().add(adapter, config)
         if getattr(self.packed().tensor, "act_quant_kwargs", None) is not None:
             warnings.warn(
@@ -49,14 +49,14 @@ class TorchaoLinear(QuantisedLinear):
             )
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Return the matrix (out, in)."""
+        """Return the dequantised weight (out, in) in float32."""
         return packed.tensor.detach().dequantize().float()
 
     def pack(self, matrix: Tensor) -> Packed:
-        """Return a matrix (out, in) with the bits and the groups that the base's weight has.
+        """Return a matrix (out, in), quantised with the number of bits and the groups of the base's weight.
 
         Raises:
-            MergeError: it is of a kind that nobody here knows how to make.
+            MergeError: the base's weight has a class that this backend can't create.
         """
         weight: Any = self.packed().tensor.detach()
         numbers = matrix.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""LoRA around Linears of libraries that nobody here knows: used and trained, not merged."""
+"""LoRA around Linears of quantisation libraries without a backend in this package: adapters can be used and trained, but not merged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .base import Packed, QuantisedLinear
 
 
 def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
-    """Return the adapter layer for a subclass of `nn.Linear`, or a weight, that keeps no floating-point numbers; None for everything else."""
+    """Return the adapter layer for a Linear whose weight is quantised: integers in a subclass of `nn.Linear`, or a tensor subclass; else None."""
     if not isinstance(base, nn.Linear):
         return None
     weight: Any = getattr(base, "weight", None)
@@ -25,10 +25,10 @@ def make(base: nn.Module, selection: Any) -> QuantisedLinear | None:
 
 
 class UnknownLinear(QuantisedLinear):
-    """LoRA around a Linear that only its own library understands."""
+    """LoRA around a Linear with a quantised weight of a library that has no backend in this package."""
 
     def unpack(self, packed: Packed) -> Tensor:
-        """Return the matrix (out, in) by which the layer multiplies, as its answer to unit vectors: no library has to be known for that."""
+        """Return the dequantised weight (out, in) in float32: the layer's output for the identity matrix, which needs no function of the library."""
         base: Any = self.get_base_layer()
         bias = base._parameters.get(self.bias_name)
         dtype = torch.float32 if bias is None else bias.dtype
@@ -37,7 +37,7 @@ class UnknownLinear(QuantisedLinear):
             return (answer if bias is None else answer - bias.float()).T
 
     def pack(self, matrix: Tensor) -> Packed:
-        """Refuse.
+        """Raise an error, since the storage format of the weight is not known.
 
         Raises:
             MergeError: always.

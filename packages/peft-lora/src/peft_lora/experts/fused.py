@@ -1,7 +1,8 @@
-"""Adapters of mixture-of-experts models that were written when each expert was a module: read on a base that has all experts in one parameter.
+"""Converts adapters of mixture-of-experts models that have one module for each expert, for a base that fuses all experts into one parameter.
 
-transformers 5 fused them: `experts.0.w1`, `experts.0.w3`, … became `experts.gate_up_proj`, `experts.0.w2`, … `experts.down_proj`, and the router
-a module with a bare weight. Mixtral's names are w1, w3, w2 and `block_sparse_moe`; those of Qwen2-MoE and its many relatives say what they are.
+transformers 5 fused the experts: `experts.0.w1`, `experts.0.w3`, … became `experts.gate_up_proj`; `experts.0.w2`, … became `experts.down_proj`; and
+the router became a module with a bare weight parameter. Mixtral's names are w1, w3, w2 and `block_sparse_moe`; Qwen2-MoE and its many related models
+use gate_proj, up_proj, down_proj and `mlp`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..config import LoraConfig
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-#: old name → (fused parameter, place in it)
+#: old name of a projection → (fused parameter, index of the projection in it)
 _PLACES = {"w1": (GATE_UP, 0), "w3": (GATE_UP, 1), "w2": (DOWN, 0), "gate_proj": (GATE_UP, 0), "up_proj": (GATE_UP, 1), "down_proj": (DOWN, 0)}
 _EXPERT = re.compile(r"(?P<stem>.*\.experts)\.(?P<number>\d+)\.(?P<name>\w+)\.lora_(?P<factor>[AB])\.weight")
 _ROUTER = re.compile(r"(?P<stem>.*\.gate)\.lora_[AB]\.weight")
@@ -32,7 +33,7 @@ ELSEWHERE = "such an adapter can be used with transformers 4 only"
 
 @dataclass(frozen=True)
 class _Fused:
-    """The keys of one fused parameter: (place, expert, factor) → key of the file."""
+    """The file's keys for one fused parameter: (index of the projection, number of the expert, ``"A"`` or ``"B"``) → key in the file."""
 
     parameter: str
     keys: Mapping[tuple[int, int, str], str]
@@ -47,15 +48,15 @@ class _Fused:
 
 
 def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-    """Return how such a file is read on this base; None where it needs no translation.
+    """Return how to convert a file with one module for each expert, for this base; None if the file needs no translation.
 
     Args:
         base: the model.
-        config: the file's.
-        shapes: the file's tensors: name → shape.
+        config: the config in the file.
+        shapes: name of a tensor in the file → its shape.
 
     Raises:
-        ConfigError: only one of two fused projections was trained, an expert is missing, or ranks differ.
+        ConfigError: only one of two fused projections was trained, an expert is missing, or the ranks differ.
     """
     fused, routers = _fused_keys(base, shapes), _bare_routers(base, config.target_parameters or (), shapes)
     if not fused and not routers:
@@ -79,7 +80,7 @@ def translation(base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[i
 
 
 def _fused_keys(base: BaseView, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, _Fused]]:
-    """Return path of the experts → fused parameter → its keys in the file; none where each expert is a module of this base, too."""
+    """Return path of the experts → name of a fused parameter → its keys in the file; empty if in this base, too, each expert is a module."""
     keys: dict[tuple[str, str], dict[tuple[int, int, str], str]] = {}
     for key in shapes:
         match = _EXPERT.fullmatch(key)
@@ -97,7 +98,10 @@ def _fused_keys(base: BaseView, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def _bare_routers(base: BaseView, known: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
-    """Return the paths of routers in the file that are no Linear any more; one whose weight is among the `known` parameters was written as such."""
+    """Return the paths of routers in the file that are no Linear any more in the base.
+
+    A router whose weight is among the target parameters `known` is left out: the file was already saved for the newer layout of this router.
+    """
     routers = set()
     for match in filter(None, map(_ROUTER.fullmatch, shapes)):
         stem = _renamed(match["stem"], base.modules)
@@ -108,7 +112,7 @@ def _bare_routers(base: BaseView, known: Collection[str], shapes: Mapping[str, t
 
 
 def is_bare_router(module: nn.Module) -> bool:
-    """Return whether a router is no Linear any more."""
+    """Return whether a router is a module with a bare `weight` parameter instead of a Linear."""
     return not isinstance(module, nn.Linear) and module._parameters.get("weight") is not None
 
 
@@ -131,7 +135,10 @@ def _check(stem: str, one: _Fused, shapes: Mapping[str, tuple[int, ...]], config
 
 
 def _fuse(one: _Fused, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return A (E·parts·r, in), expert by expert, and B (parts·out, parts·r·E), block-diagonal for each expert, the expert counting fastest."""
+    """Return A (E·parts·r, in), with the rows of one expert after another, and B (parts·out, parts·r·E), which is block-diagonal for each expert.
+
+    E is the number of experts. In the columns of B, the expert is the fastest index.
+    """
     a_s, b_s = [], []
     for expert in range(one.experts):
         a_s.append(torch.cat([tensors[one.keys[place, expert, "A"]] for place in range(one.parts)]))
@@ -142,11 +149,11 @@ def _fuse(one: _Fused, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _fields(
     base: BaseView, config: LoraConfig, fused: Mapping[str, Mapping[str, _Fused]], routers: set[str], others: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the config's fields for the fused base."""
+    """Return the changed config fields for the base with fused experts; `others` are the file's keys that do not belong to fused parameters."""
     modules = {path for key in others if (path := _renamed_key(key, base.modules).rpartition(".lora_")[0])}
     targets = config.target_modules
     if isinstance(targets, str) or targets is None:
-        # an expression was about names that are gone: the modules that the file has are what it meant
+        # the regular expression was written for module names that no longer exist: use the modules in the file instead
         new_targets: set[str] = modules
     else:
         new_targets = {target for target in targets if any(path == target or path.endswith(f".{target}") for path in modules)}
@@ -162,20 +169,20 @@ def _fields(
 
 
 def widened(config: LoraConfig) -> dict[str, Any]:
-    """Return the patterns for two projections of rank r side by side: they have rank 2r; the scale stays what it was."""
+    """Return `rank_pattern` and `alpha_pattern` for two fused projections of rank r: the rank becomes 2r, and the scaling stays the same."""
     alpha = config.lora_alpha * (math.sqrt(2) if config.use_rslora else 2)
     key = rf".*\.{GATE_UP}"
     ranks, alphas = {key: 2 * config.r}, {key: alpha}
-    return {  # what the config says of the parameter already stays
+    return {  # patterns that the config already has keep their values and come first
         "rank_pattern": {**config.rank_pattern, **ranks, **config.rank_pattern},
         "alpha_pattern": {**config.alpha_pattern, **alphas, **config.alpha_pattern},
     }
 
 
 def without_dropout(config: LoraConfig) -> dict[str, Any]:
-    """Return the field that switches dropout off, which has no place where a parameter is adapted, and warn of it; empty if it is off.
+    """Return `lora_dropout` = 0, and warn about the change: adapted parameters do not support dropout. Empty if dropout is off already.
 
-    For files: what they give in evaluation does not depend on it.
+    Only used for adapters from files: their outputs in evaluation do not depend on dropout.
     """
     if not config.lora_dropout:
         return {}
@@ -189,7 +196,7 @@ def without_dropout(config: LoraConfig) -> dict[str, Any]:
 
 
 def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
-    """Return the last parts of the names where these match nothing else in the base, otherwise the names as they are."""
+    """Return short suffixes of the parameter paths if they match no other parameter of the base, otherwise the full paths."""
     short = sorted({path.rpartition(".")[2] if path.endswith((GATE_UP, DOWN)) else ".".join(path.split(".")[-2:]) for path in paths})
     every = [f"{name}.{parameter}" for name, module in base.modules.items() for parameter in module._parameters]
     matched = {path for path in every if any(path.endswith(f".{end}") for end in short)}
@@ -197,7 +204,7 @@ def shortest(base: BaseView, paths: Sequence[str]) -> list[str]:
 
 
 def _renamed(path: str, known: Mapping[str, nn.Module]) -> str:
-    """Return a path as the base has it."""
+    """Return the path under which the base has this module: `path`, or `path` with Mixtral's block name replaced."""
     return path if path in known else path.replace(*RENAMED)
 
 

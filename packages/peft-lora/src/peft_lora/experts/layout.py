@@ -1,4 +1,4 @@
-"""Adapters for mixture-of-experts models in which each expert is a module, as peft-lora offers to read them (`peft_lora_layouts`)."""
+"""The checkpoint layout of mixture-of-experts adapters with one module for each expert; peft-lora provides it through `peft_lora_layouts`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 
 
 class ExpertsAsModules(CheckpointLayout):
-    """Adapters with one module for each expert, for a base that has all experts in one parameter."""
+    """Reads adapters with one module for each expert, for a base that fuses all experts into one parameter."""
 
     @classmethod
     def adapted_config(cls, base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
-        """Return the fields of a config that names projections of single experts."""
+        """Return the changed fields of a config that targets projections of single experts; see `loading.adapted_config`."""
         return loading.adapted_config(base, config, shared=shared)
 
     @classmethod
     def translate(cls, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how a file with one module for each expert is read."""
+        """Return how to convert a file with one module for each expert; see `fused.translation`."""
         return fused.translation(base, config, shapes)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
-        """Return transformers' conversions with those of experts replaced by what joins factors."""
+        """Return transformers' conversions, with those for experts replaced; see `loading.conversions`."""
         return loading.conversions(conversions, adapter, config)

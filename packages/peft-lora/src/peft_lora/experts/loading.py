@@ -1,6 +1,7 @@
-"""Adapters of mixture-of-experts models of the older layout (see `fused.py`), as transformers' own loader is told of them.
+"""Adapters in the older layout of mixture-of-experts models (see `fused.py`): their configs, and conversions for transformers' own loader.
 
-The layout of a base's own file, with one module for each expert, is what transformers' conversions say; an adapter's is the same.
+transformers' conversions describe how the base's checkpoint, which has one module for each expert, maps to the fused parameters. The older
+adapters have the same layout as this checkpoint, so the adapter's conversions are made from those of the base.
 """
 
 from __future__ import annotations
@@ -22,18 +23,20 @@ if TYPE_CHECKING:
 
 
 def adapted_config(base: BaseView, config: LoraConfig, *, shared: bool = True) -> Mapping[str, Any]:
-    """Return the fields of a config that names projections of single experts, for a base that has them in one parameter; else nothing.
+    """Return the changed fields of a config that targets projections of single experts, for a base that fuses all experts into one parameter.
 
-    A target is compared with the names that the projections had when each expert was a module: a qualified name of a dense layer is no name of
-    an expert. "all-linear" means experts and routers, too, since they were linear layers.
+    The result is empty if the config or the base is not of this kind. A target is compared with the names that the projections had when each expert
+    was a module, so the qualified name of a dense layer does not match an expert. "all-linear" includes the experts and the routers, since they
+    were linear layers.
 
     Args:
         base: the model.
         config: the config.
-        shared: names that modules outside of the experts have, too (Qwen's shared expert), mean both; False: they mean these modules alone.
+        shared: True: a name that also matches modules outside of the experts (Qwen's shared expert) means both these modules and the experts.
+            False: it means these modules only.
 
     Raises:
-        ConfigError: it names only one of two projections that are one parameter now, or some of the experts only.
+        ConfigError: the config names only one of two projections that are one fused parameter now, or only some of the experts.
     """
     projections = _projections_of(_conversions_of(base.base)) if config.target_modules and base.is_transformers_model else {}
     stems = _fused_modules(base) if projections else {}
@@ -52,12 +55,12 @@ def adapted_config(base: BaseView, config: LoraConfig, *, shared: bool = True) -
 
 
 class _Meaning:
-    """Says which projections of experts the targets of a config mean.
+    """Decides which projections of experts the targets of a config match.
 
     Args:
         base: the model.
         config: the config.
-        projections: fused parameter → names of the projections that it is made of.
+        projections: name of a fused parameter → names of the projections that it is made of.
         shared: as in `adapted_config`.
     """
 
@@ -69,18 +72,18 @@ class _Meaning:
         excluded, in_layers = target_matcher(config.exclude_modules, "exclude_modules"), layer_filter(config)
         saved = target_matcher([*(config.modules_to_save or ()), *base.heads], "modules_to_save")
         self._filters = excluded, saved, in_layers
-        #: without a number in any name, what holds for one expert holds for all
+        #: no target contains a number, so a target that matches one expert matches all experts, and it is enough to test one
         self.of_all = not isinstance(targets, str) and not any(re.search(r"\.\d", f".{target}") for target in targets)
         names = {name for parts in projections.values() for name in parts}
         alone = not shared and not self.every_linear
-        #: names that mean modules of this base instead
+        #: names of projections that match modules of this base outside of the experts, and so do not mean experts
         self.taken = {leaf for path in base.modules if alone and (leaf := path.rpartition(".")[2]) in names and self.named(path)}
 
     def parameter(self, stem: str, parameter: str, count: int) -> bool:
-        """Return whether the projections of a fused parameter are meant; `count` is the number of experts in the module `stem`.
+        """Return whether the targets match the projections of a fused parameter; `count` is the number of experts in the module `stem`.
 
         Raises:
-            ConfigError: only some of them are.
+            ConfigError: the targets match only some of these projections.
         """
         names = self.projections[parameter]
         if self.taken & {*names} or self.left_out(stem) or self.left_out(f"{stem}.{parameter}"):
@@ -97,11 +100,11 @@ class _Meaning:
         return True
 
     def router(self, path: str) -> bool:
-        """Return whether a router is meant that is a module with a bare weight."""
+        """Return whether the targets match the router at `path`, which is a module with a bare weight parameter (no Linear)."""
         return self._means(path)
 
     def left_out(self, path: str) -> bool:
-        """Return whether other fields of the config leave a part of the base out."""
+        """Return whether `exclude_modules`, `modules_to_save` or `layers_to_transform` of the config leave the path out."""
         excluded, saved, in_layers = self._filters
         return excluded(path) or saved(path) or not in_layers(path)
 
@@ -115,7 +118,7 @@ def _is_all_linear(targets: Any) -> bool:
 
 
 def _conversions_of(model: Any) -> Sequence[Any]:
-    """Return transformers' conversions of a model; none from transformers 4, whose models with joint experts never had others."""
+    """Return transformers' checkpoint conversions for a model; empty under transformers 4, whose fused experts never had another layout."""
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
     except ModuleNotFoundError:
@@ -125,13 +128,13 @@ def _conversions_of(model: Any) -> Sequence[Any]:
 
 
 def _projections_of(given: Sequence[Any]) -> dict[str, list[str]]:
-    """Return fused parameter → names of the projections of one expert that it is made of."""
+    """Return name of a fused parameter → names of the projections of one expert that it is made of."""
     parameters = ((_parameter_of(one), one) for one in given)
     return {parameter: [pattern.split(".")[-2] for pattern in one.source_patterns] for parameter, one in parameters if parameter is not None}
 
 
 def _fused_modules(base: BaseView) -> dict[str, tuple[list[str], int]]:
-    """Return path of each module that has all experts → its fused parameters, and the number of experts."""
+    """Return path of each module with fused experts → (names of its fused parameters, number of experts)."""
     found: dict[str, tuple[list[str], int]] = {}
     for path, module in base.modules.items():
         names = [name for name in (GATE_UP, DOWN) if path.endswith(".experts") and module._parameters.get(name) is not None]
@@ -141,26 +144,26 @@ def _fused_modules(base: BaseView) -> dict[str, tuple[list[str], int]]:
 
 
 def _routers(base: BaseView, stems: Collection[str]) -> list[str]:
-    """Return the paths of routers beside modules with all experts that are no Linear any more; `gate` is what old adapters call them."""
+    """Return the paths of routers that are no Linear any more, next to the modules with fused experts; old adapters call a router `gate`."""
     beside = [f"{stem.rpartition('.')[0]}.gate" for stem in stems]
     return [path for path in beside if path in base.modules and is_bare_router(base.modules[path])]
 
 
 def _old_names(path: str) -> tuple[str, ...]:
-    """Return the names that a part of a mixture may have had: Mixtral and its relatives called the block in another way."""
+    """Return the paths that a module of a mixture-of-experts block may have had: Mixtral and related models used another name for the block."""
     before, now = RENAMED
     renamed = path.replace(now, before)
     return (path,) if renamed == path else (path, renamed)
 
 
 def _module_targets(base: BaseView, targets: Collection[str] | str, meant: _Meaning, paths: Sequence[str]) -> set[str]:
-    """Return what of a config's targets is still a module of the base.
+    """Return the targets of a config that still match modules of the base; for a regular expression, the paths of the Linears that it matches.
 
     Args:
         base: the model.
-        targets: names, or an expression: then the modules of the base that it means.
-        meant: what they mean.
-        paths: the parameters that they mean, too.
+        targets: the config's targets: names, or a regular expression.
+        meant: the meaning of the targets.
+        paths: paths of the parameters that the targets match as well.
     """
     routers = {path.removesuffix(".weight") for path in paths}
     modules = [path for path in base.modules if path and path not in routers]
@@ -171,12 +174,12 @@ def _module_targets(base: BaseView, targets: Collection[str] | str, meant: _Mean
 
 
 def conversions(given: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
-    """Return transformers' conversions of the base's weights, those of experts replaced by what joins the factors of an adapter.
+    """Return transformers' conversions, with those for experts replaced by conversions that join the adapter's LoRA factors of all experts.
 
     Args:
-        given: transformers' conversions.
+        given: transformers' conversions for the base's weights.
         adapter: name of the adapter.
-        config: its config, as in the file or as `adapted_config` has it.
+        config: the adapter's config, as in the file or with the changes that `adapted_config` returned.
     """
     parameters = [*map(str, config.target_parameters or ()), *(DOWN for name in _projections_of(given).get(DOWN, ()) if _names(config, name))]
     inner = "base_layer." if any(name.endswith(DOWN) for name in parameters) else ""
@@ -196,13 +199,13 @@ def _of_adapter(one: Any, adapter: str, inner: str) -> Iterator[Any]:
 
 
 def _parameter_of(one: Any) -> str | None:
-    """Return which parameter of all experts a conversion makes."""
+    """Return the name of the fused parameter of all experts that a conversion produces; None if it produces none."""
     ends = [parameter for parameter in (GATE_UP, DOWN) if one.target_patterns[0].endswith(f".experts.{parameter}")]
     return ends[0] if ends and hasattr(one, "operations") and all(".experts.*." in pattern for pattern in one.source_patterns) else None
 
 
 def _names(config: LoraConfig, name: str) -> bool:
-    """Return whether a config may mean a projection of experts, as far as it can be said without a base."""
+    """Return whether a config's targets may match the projection `name` of experts, as far as can be decided without the base model."""
     targets: Any = config.target_modules or ()
     if isinstance(targets, str):
         return _is_all_linear(targets) or any(re.fullmatch(targets, old) for old in _old_names(f"model.layers.0.mlp.experts.0.{name}"))
@@ -222,7 +225,10 @@ def _operation() -> Any:
     kind: Any = ConversionOps
 
     class JoinExperts(kind):  # type: ignore[misc]
-        """Factors of single experts → of the joint parameter: A (E·parts·r, in), B (parts·out, parts·r·E), block-diagonal per expert."""
+        """Joins the LoRA factors of single experts into those of the fused parameter.
+
+        For E experts and `parts` projections in the parameter, A is (E·parts·r, in), and B is (parts·out, parts·r·E), block-diagonal per expert.
+        """
 
         def __init__(self, factor: str) -> None:
             self.factor = factor
