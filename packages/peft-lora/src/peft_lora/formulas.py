@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
-#: stands for the norm of a row that is zero
+#: used as the norm of a row whose norm is zero, to avoid a division by zero
 TINY = 1e-12
-#: entries of the largest W of which rows are formed
+#: largest number of entries of a W for which W + s·B·A is computed explicitly
 SMALL = 1 << 18
 
 
 def scaling(alpha: float, r: int, rslora: bool) -> float:
-    """Return s = alpha / r, or alpha / √r."""
+    """Return the scaling s = alpha / r, or alpha / √r with rsLoRA."""
     return alpha / math.sqrt(r) if rslora else alpha / r
 
 
@@ -28,7 +28,7 @@ def delta(a: Tensor, b: Tensor, s: float) -> Tensor:
         s: scaling.
 
     Returns:
-        (out, in) in the dtype of B; half precision on the CPU is multiplied in float32 and rounded once.
+        (out, in) in the dtype of B; half precision on the CPU is computed in float32 and rounded once at the end.
     """
     if b.dtype in _HALF and b.device.type == "cpu":
         return (b.float() @ a.float() * s).to(b.dtype)
@@ -36,7 +36,7 @@ def delta(a: Tensor, b: Tensor, s: float) -> Tensor:
 
 
 def grouped_delta(a: Tensor, b: Tensor, s: float) -> Tensor:
-    """Return s·B·A for each group, one under the other.
+    """Return s·B·A of each group, concatenated along the output dimension.
 
     Args:
         a: (groups, r, in / groups).
@@ -50,17 +50,17 @@ def grouped_delta(a: Tensor, b: Tensor, s: float) -> Tensor:
 
 
 def in_groups(matrix: Tensor, groups: int) -> Tensor:
-    """Return a matrix (groups · n, m) as (groups, n, m)."""
+    """Reshape a matrix (groups · n, m) to (groups, n, m)."""
     return matrix.reshape(groups, -1, matrix.shape[1])
 
 
 def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -> Tensor:
-    """Return ‖W + s·B·A‖² of each row without forming it: ‖W‖² + 2s·Σ(WAᵀ ⊙ B) + s²·Σ(B(AAᵀ) ⊙ B).
+    """Return the squared norm of each row of W + s·B·A without computing this matrix: ‖W‖² + 2s·Σ(WAᵀ ⊙ B) + s²·Σ(B(AAᵀ) ⊙ B).
 
-    Rows of up to `SMALL` entries in all are formed nevertheless.
+    For a W of at most `SMALL` entries on the CPU, the matrix is computed nevertheless, since that is faster.
 
-    Where the terms cancel, the rows are formed after all; in a compiled graph and on accelerators, where that would break the graph or wait
-    for the device, the products are formed in float64 instead.
+    Rows in which the terms cancel are computed explicitly, to avoid the loss of precision. In a compiled graph and on accelerators, this
+    would break the graph or synchronise with the device; there, the products are computed in float64 instead.
 
     Args:
         weight: W (out, in).
@@ -78,7 +78,7 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -
     if branch and forms_rows(weight):
         rows: Tensor = torch.linalg.vector_norm(torch.addmm(weight.to(wide), b, a, alpha=s), dim=1)  # type: ignore[arg-type]
         return rows.double().square()
-    # half precision is widened a few rows at a time: no second W
+    # W is converted to the wider dtype a few rows at a time, so that no second copy of W is in memory
     parts = torch.split(weight, max(1, 2**20 // weight.shape[1])) if weight.dtype is not wide else (weight,)
     products = [a.mm(part.to(wide).t()) for part in parts]
     cross = products[0] if len(products) == 1 else torch.cat(products, 1)  # (r, out)
@@ -94,21 +94,21 @@ def squared_row_norms(weight: Tensor, a: Tensor, b: Tensor, s: float | Tensor) -
 
 
 def forms_rows(weight: Tensor) -> bool:
-    """Return whether the rows of W + s·B·A are formed in less time than the terms of their norms: a small W (out, in) on the CPU."""
+    """Return whether computing W + s·B·A explicitly is faster than the terms of the row norms: for a small W (out, in) on the CPU."""
     return weight.numel() <= SMALL and weight.device.type == "cpu"
 
 
 def dora_factor(m: Tensor, norms: Tensor) -> Tensor:
-    """Return f = m / norms (out,), with a gradient to m; 1 for rows of which both are zero.
+    """Return f = m / norms (out,), differentiable with respect to m; f is 1 for rows whose magnitude and norm are both zero.
 
     Args:
         m: magnitudes (out,).
-        norms: ‖W + s·B·A‖ (out,), `TINY` where it is zero.
+        norms: the row norms of W + s·B·A (out,), with `TINY` in place of zero.
     """
     return torch.where((norms <= TINY) & (m == 0), torch.ones_like(m), m / norms)
 
 
 def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ‖W‖² of each row (out,) in float64, with the rows summed in `dtype`."""
+    """Return the squared norm of each row of W, (out,) in float64; the sums over the rows are computed in `dtype`."""
     norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=dtype)
     return norms.double().square()

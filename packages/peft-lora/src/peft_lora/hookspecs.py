@@ -1,6 +1,7 @@
-"""The hooks that peft-lora owns: what a new adapter starts as, variants of its formula, other layouts of bases. Imports no torch.
+"""Hook specifications of peft-lora: initialisers of new adapters, variants of LoRA, layouts of base models. This module does not import torch.
 
-Implement them in a module with an entry point in the group `peft_core.plugins`, as for any hook of core; peft-lora's own are in `plugin.py`.
+Implement them in a module with an entry point in the group `peft_core.plugins`, as for any hook of peft-core; the implementations of peft-lora are in
+`plugin.py`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from peft_core.plugins import hookspec
 
 @dataclass(frozen=True)
 class ExtensionSpec:
-    """What an initialiser and a variant say about themselves before any of their code runs.
+    """Declaration of an initialiser or a variant, which can be read before any of its code is imported.
 
     Args:
-        name: a word.
-        place: the class, or its place as ``"package.module:Class"``; then it is imported when it is used.
-        settings: dataclass of its settings, or its place; the module should import no torch, since configs are made without it. An object or a dict
-            of its fields goes into ``LoraConfig(plugin_settings={name: ...})``, is checked by the class, and comes back from files.
-        operations: functions for models with LoRA adapters, or their places: ``model.name(...)`` calls ``operations["name"](model, ...)``.
-        call_arguments: keywords of a model call that are for it (`Call.arguments`), and that the base never sees.
+        name: a word, the name by which a config selects the extension.
+        place: the class, or its import path as ``"package.module:Class"``, which is imported on first use.
+        settings: dataclass of the extension's settings, or its import path. Its module should not import torch, since configs are created without
+            torch. Users pass an instance, or a dict of its fields, in ``LoraConfig(plugin_settings={name: ...})``; the dataclass validates the
+            values, and they are restored when a config is loaded from a file.
+        operations: functions for models with LoRA adapters, or their import paths: ``model.name(...)`` calls ``operations["name"](model, ...)``.
+        call_arguments: keyword arguments of a model call that are meant for the extension (`Call.arguments`) and are not passed to the base model.
 
     Raises:
-        ConfigError: a place is not written as ``"package.module:Class"``.
+        ConfigError: an import path is not written as ``"package.module:Class"``.
     """
 
     name: str
@@ -42,57 +44,57 @@ class ExtensionSpec:
 
     @property
     def key(self) -> str:
-        """What its settings are called in `LoraConfig.plugin_settings`."""
+        """The key of the extension's settings in `LoraConfig.plugin_settings`."""
         return self.name
 
 
 @dataclass(frozen=True)
 class InitializerSpec(ExtensionSpec):
-    """One way to start: what `init_lora_weights` says to choose it, and where its `Initializer` subclass is.
+    """Declaration of an initialiser: the value of `init_lora_weights` that selects it, and its `Initializer` subclass.
 
     Args:
-        name: a word, or a regular expression for the whole word (``"pissa_niter_[0-9]+"``).
-        shown: how messages name it; default `name`.
+        name: a word, or a regular expression that must match the whole word (``"pissa_niter_[0-9]+"``).
+        shown: the name of the initialiser in messages; default `name`.
     """
 
     shown: str = ""
 
     @property
     def key(self) -> str:
-        """What its settings are called: `shown`, where the name is an expression."""
+        """The key of the initialiser's settings in `LoraConfig.plugin_settings`: `shown` if it is given, otherwise `name`."""
         return self.shown or self.name
 
     def matches(self, word: str) -> bool:
-        """Return whether `init_lora_weights=word` means this one."""
+        """Return whether `init_lora_weights=word` selects this initialiser."""
         return re.fullmatch(self.name, word) is not None
 
 
 @dataclass(frozen=True)
 class VariantSpec(ExtensionSpec):
-    """One variant of LoRA: which configs ask for it, and where its `Variant` subclass is.
+    """Declaration of a variant of LoRA: which configs select it, and its `Variant` subclass.
 
     Args:
-        name: a word; `LoraConfig(variant=name)` asks for it.
-        field: the config field that asks for it when it is set (``"use_dora"``); None: only `variant` does.
+        name: a word; `LoraConfig(variant=name)` selects the variant.
+        field: a config field that also selects the variant when it is true (``"use_dora"``); None: only `LoraConfig(variant=name)` selects it.
     """
 
     field: str | None = None
 
     def chosen(self, config: Any) -> bool:
-        """Return whether a config asks for it."""
+        """Return whether a config selects this variant."""
         return config.variant == self.name or bool(self.field and getattr(config, self.field, None))
 
 
 @dataclass(frozen=True)
 class LayoutSpec:
-    """Adapters for bases in another layout, and where the `CheckpointLayout` subclass is that reads them.
+    """Declaration of a `CheckpointLayout` subclass, which reads adapters made for a base model with another module layout.
 
     Args:
-        name: for messages.
-        place: the class, or its place as ``"package.module:Class"``; then it is imported when it is used.
+        name: the layout's name, for messages.
+        place: the class, or its import path as ``"package.module:Class"``, which is imported on first use.
 
     Raises:
-        ConfigError: the place is not written as ``"package.module:Class"``.
+        ConfigError: the import path is not written as ``"package.module:Class"``.
     """
 
     name: str
@@ -109,7 +111,7 @@ def _check_place(place: Any) -> None:
 
 @hookspec
 def peft_lora_initializers() -> Iterable[InitializerSpec]:  # type: ignore[empty-body]
-    """Offer ways to start a new adapter, chosen with `LoraConfig(init_lora_weights=name)`.
+    """Return initialisers for new adapters, selected with `LoraConfig(init_lora_weights=name)`.
 
     Example:
         >>> @hookimpl
@@ -120,7 +122,7 @@ def peft_lora_initializers() -> Iterable[InitializerSpec]:  # type: ignore[empty
 
 @hookspec
 def peft_lora_variants() -> Iterable[VariantSpec]:  # type: ignore[empty-body]
-    """Offer variants of the formula, chosen with `LoraConfig(variant=name)`.
+    """Return variants of LoRA, selected with `LoraConfig(variant=name)`.
 
     Example:
         >>> @hookimpl
@@ -131,7 +133,9 @@ def peft_lora_variants() -> Iterable[VariantSpec]:  # type: ignore[empty-body]
 
 @hookspec
 def peft_lora_layouts() -> Iterable[LayoutSpec]:  # type: ignore[empty-body]
-    """Offer readers of adapters that were written for a base in another layout: each expert a module, say, where all are one parameter now.
+    """Return readers of adapters that were made for a base model with another module layout.
+
+    For example, each expert was a module of its own then, and all experts are one parameter now.
 
     Example:
         >>> @hookimpl

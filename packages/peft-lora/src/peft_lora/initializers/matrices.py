@@ -1,4 +1,4 @@
-"""What the initialisers that decompose a matrix share."""
+"""Helper functions for the initialisers that decompose a matrix."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from ..contracts import FactorLayer, LoraSettings
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-#: columns that a randomised decomposition has besides those that are wanted
+#: number of columns that a randomised SVD computes in addition to the requested rank
 OVERSAMPLING = 10
 
 
 def float_matrix(layer: FactorLayer, settings: LoraSettings) -> Tensor:
-    """Return the base weight as a matrix (out, in) in float32, or in float64 if that is its dtype; detached.
+    """Return the base weight as a matrix (out, in) in float32, or in float64 if the weight is in float64; detached.
 
     Raises:
-        ConfigError: it is not of a floating-point dtype (a quantised base), or has entries that are not finite.
+        ConfigError: the weight has no floating-point dtype (a quantised base), or has entries that are not finite.
     """
     weight = layer.base_weight()
     if weight.dtype not in _FLOATS:
@@ -33,14 +33,14 @@ def float_matrix(layer: FactorLayer, settings: LoraSettings) -> Tensor:
 
 
 def finite(matrix: Tensor, path: str) -> Tensor:
-    """Return a matrix that is to be decomposed, on a device with numbers.
+    """Check that all entries of a matrix are finite, and return the matrix unchanged; a matrix on the meta device is not checked.
 
     Args:
         matrix: (out, in).
-        path: the layer it belongs to.
+        path: name of the layer, for the error message.
 
     Raises:
-        ConfigError: it has entries that are infinite or no numbers.
+        ConfigError: the matrix has entries that are infinite or NaN.
     """
     if matrix.is_meta or bool(matrix.isfinite().all()):
         return matrix
@@ -48,7 +48,7 @@ def finite(matrix: Tensor, path: str) -> Tensor:
 
 
 def wide(matrix: Tensor) -> Tensor:
-    """Return a matrix in float32, or as it is if it is in float64."""
+    """Return a matrix converted to float32; a float64 matrix is returned unchanged."""
     return matrix if matrix.dtype == torch.float64 else matrix.float()
 
 
@@ -57,10 +57,10 @@ def svd(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tenso
 
     Args:
         matrix: (out, in).
-        rank: how much of it; no more than there is.
-        iterations: None: exactly; otherwise, where that is much cheaper, by so many steps of a randomised subspace iteration with
-            `OVERSAMPLING` and a fixed seed. The numbers are drawn on the CPU and no global generator moves, so that each device and each run
-            finds the same.
+        rank: number of singular values; limited to min(out, in).
+        iterations: None: exact SVD; otherwise, if this is much cheaper, a randomised SVD with this number of subspace iterations, with
+            `OVERSAMPLING` and a fixed seed. The random numbers are drawn on the CPU with a separate generator, so that the result is the same on
+            each device and in each run, and the global generator is unchanged.
     """
     rank = min(rank, *matrix.shape)
     width = rank + OVERSAMPLING
@@ -76,7 +76,7 @@ def svd(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tenso
 
 
 def split(u: Tensor, s: Tensor, vt: Tensor, scaling: float, path: str) -> tuple[Tensor, Tensor]:
-    """Return A (r, in) and B (out, r) with scaling · B·A = U·diag(S)·Vᵀ, the singular values shared out evenly.
+    """Return A (r, in) and B (out, r) with scaling · B·A = U·diag(S)·Vᵀ, where A and B each get the square roots of the singular values.
 
     Raises:
         ConfigError: the scaling is not positive.

@@ -1,4 +1,4 @@
-"""MiCA (arXiv 2604.01694): B is frozen on the minor singular directions of W, A trains from zero."""
+"""MiCA (arXiv 2604.01694): B is frozen and contains the minor left singular vectors of W; A starts at zero and is trained."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .matrices import float_matrix
 
 
 class Mica(Initializer):
-    """B = the r left singular vectors of W with the smallest singular values, frozen; A = 0, which trains. The base stays as it is.
+    """B = the r left singular vectors of W with the smallest singular values, frozen; A = 0, trained. The base weight is unchanged.
 
-    An embedding's W is the matrix (dim, vocabulary).
+    For an embedding, W is the matrix (dim, vocabulary).
     """
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d", "embedding"})
     frozen: ClassVar[frozenset[str]] = frozenset({"B"})
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return the last left singular vectors, and zeros.
+        """Return a function that sets A to zero, and the last r left singular vectors of W as B.
 
         Raises:
-            ConfigError: r is larger than there are singular vectors.
+            ConfigError: r is larger than the number of singular vectors, min(out, in).
         """
         if settings.r > min(layer.matrix_shape):
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""`init_lora_weights="orthogonal"`: A and B random and not zero, with B·A = 0."""
+"""`init_lora_weights="orthogonal"`: A and B start with random non-zero values such that B·A = 0."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ..contracts import FactorLayer, InitialFactors, Initializer, LoraSettings
 
 
 class Orthogonal(Initializer):
-    """A = (X·Q_even)ᵀ/10 and B = Yᵀ·Q_odd/10, where the rows of an orthogonal (r, r) matrix Q are shared out: so B·A = 0.
+    """A = (X·Q_even)ᵀ/10 and B = Yᵀ·Q_odd/10, with the even and the odd rows of a random orthogonal matrix Q (r, r): so B·A = 0.
 
-    X (in, r/2) and Y (r/2, out) are normal. Both factors get a gradient from the first step on.
+    X (in, r/2) and Y (r/2, out) are drawn from a standard normal distribution. Both A and B get a gradient from the first step on.
     """
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return two random factors with orthogonal rows and columns, in the order of draws of the reference implementation.
+        """Return random A and B with B·A = 0; the random numbers are drawn in the same order as in the reference implementation.
 
         Raises:
             ConfigError: r is odd.

@@ -1,4 +1,4 @@
-"""PiSSA (arXiv 2404.02948): A and B start as the principal part of W, which leaves the base."""
+"""PiSSA (arXiv 2404.02948): A and B start with the principal components of W, which are subtracted from the base weight."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class Pissa(Initializer):
-    """A = diag(√(S_r/s))·V_rᵀ and B = U_r·diag(√(S_r/s)) of W = U S Vᵀ; the base becomes W − s·B·A.
+    """A = diag(√(S_r/s))·V_rᵀ and B = U_r·diag(√(S_r/s)) with W = U S Vᵀ; the base weight becomes W − s·B·A.
 
-    ``"pissa"`` decomposes exactly; ``"pissa_niter_k"`` approximately, with k power iterations, oversampled and with a fixed seed, so that an
-    adapter that is loaded starts from the same base as the one that was saved.
+    ``"pissa"`` computes an exact SVD; ``"pissa_niter_k"`` a randomised SVD with k subspace iterations, oversampling and a fixed seed, so that
+    loading an adapter subtracts the same s·B·A from the base weight as its creation did.
     """
 
     needs_base: ClassVar[bool] = True
@@ -30,6 +30,6 @@ class Pissa(Initializer):
         return True
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return the principal part of W."""
+        """Return A and B with the r principal components of W."""
         found = svd(float_matrix(layer, settings), settings.r, self.iterations)
         return InitialFactors(*split(*found, layer.scaling_of(settings), settings.path), base_offset=True)

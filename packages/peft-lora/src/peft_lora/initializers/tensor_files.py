@@ -1,4 +1,4 @@
-"""Files of tensors that `torch.save` wrote: caches of what initialisers computed from data."""
+"""Read and write dicts of tensors with `torch.save`; initialisers cache in them what they computed from data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from peft_core import AdapterFileError
 
 
 def tensors_in(path: str) -> dict[str, Tensor]:
-    """Return a dict of tensors that `torch.save` wrote, on the CPU; no code in it is run.
+    """Load a dict of tensors that was saved with `torch.save`, on the CPU; code in the file is not executed.
 
     Raises:
-        AdapterFileError: it is none.
+        AdapterFileError: the file can't be read, or does not contain a dict of tensors.
     """
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
@@ -28,7 +28,7 @@ def tensors_in(path: str) -> dict[str, Tensor]:
 
 
 def write_tensors(path: str | None, tensors: Mapping[str, Tensor]) -> None:
-    """Write a dict of tensors; the file appears whole or not at all."""
+    """Save a dict of tensors with `torch.save` to a temporary file, then rename it, so that no incomplete file remains; None: do nothing."""
     if path is None:
         return
     target = Path(path)

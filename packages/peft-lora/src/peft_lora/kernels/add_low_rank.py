@@ -1,4 +1,4 @@
-"""y + s·xAᵀBᵀ without gradients."""
+"""The computation of y + s·xAᵀBᵀ without gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor
     """
     wide = a.dtype
     if x.numel() == a.shape[1] and wide is x.dtype is y.dtype is b.dtype and y.is_contiguous():
-        # one token, as in decoding: products with a vector are cheaper than products with a matrix of one row
+        # a single token, as in decoding: matrix-vector products are faster than products with a matrix of one row
         y.view(-1).addmv_(b, torch.mv(a, x.reshape(-1)), alpha=s)
         return y
     x2 = x.reshape(-1, x.shape[-1]).to(wide)

@@ -1,4 +1,4 @@
-"""y + s·drop(x)AᵀBᵀ with or without gradients, also where a graph is traced."""
+"""The computation of y + s·drop(x)AᵀBᵀ with or without gradients, also while a graph is traced."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from .record_low_rank import record_low_rank
 
 
 def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float | Tensor, p: float = 0.0) -> Tensor:
-    """Return y + s·drop(x)AᵀBᵀ with gradients to all of them, whatever looks into the operations; `y` may be overwritten.
+    """Return y + s·drop(x)AᵀBᵀ, differentiable with respect to y, x, A and B; `y` may be overwritten.
+
+    Plain torch operations are used instead of the autograd function under autocast, torch.compile, tracing and the like (`can_fuse`).
 
     Args:
         y: (…, out).
@@ -22,9 +24,9 @@ def add_product(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float | Tensor, p
         a: A (r, in).
         b: B (out, r).
         s: scaling.
-        p: dropout probability, 0 outside of training.
+        p: dropout probability; 0 outside of training.
     """
-    if isinstance(s, Tensor):  # of a compiled model whose adapters are swapped
+    if isinstance(s, Tensor):  # the scaling is a tensor in a compiled model whose adapters are swapped
         s, b = 1.0, b * s
     if not can_fuse(x) or a.dim() != 2:
         x = x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype)

@@ -1,4 +1,7 @@
-"""What the autograd functions share: A·x, the gradients of x, A and B, and the same formulas in plain operations for differentiating twice."""
+"""Functions shared by the autograd functions of this package: A·x, and the gradients of x, A and B.
+
+For second derivatives, the same formulas are also available in plain torch operations.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from .masks import masked, packed, scale_of
 
 
 def hidden_of(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
-    """Return A·drop(x) (r, tokens) in the dtype of A, and which elements of x stay (tokens, in) where there is dropout."""
+    """Return A·drop(x)ᵀ (r, tokens) in the dtype of A, and the packed dropout mask of x (tokens, in); the mask is None if p is 0."""
     mask: Tensor | None = None
     x = x.to(a.dtype)
     if p:
@@ -26,7 +29,11 @@ def hidden_of(x: Tensor, a: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
 def low_rank_gradients(
     ctx: Any, g: Tensor, x: Tensor, a: Tensor, b: Tensor, hidden: Tensor, mask: Tensor | None, gx: Tensor | None, want_a: bool, want_b: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x (added to `gx`, rounded once to its dtype), A and B, for that of the output, `g` (tokens, out) in the dtype of A."""
+    """Return the gradients of x, A and B, given the gradient `g` (tokens, out) of the output in the dtype of A.
+
+    The gradient of x is added to `gx` and rounded once to the dtype of `gx`; it is None if `gx` is None. The gradients of A and B are None unless
+    `want_a` and `want_b` are true.
+    """
     scale = scale_of(ctx.p)
     g_hidden = b.to(a.dtype).t().mm(g.t()).mul_(ctx.s)
     if gx is not None:
@@ -45,20 +52,23 @@ def low_rank_gradients(
 
 
 def without_autocast(g: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return what switches autocast off, where somebody entered it around the backward pass alone."""
+    """Return a context manager that disables autocast if it is enabled, as it is when the caller runs the backward pass under autocast."""
     kind = g.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else contextlib.nullcontext()
 
 
 def differentiable_gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], g: Tensor) -> list[Tensor | None]:
-    """Return the gradients of `function` at `inputs` for the gradient `g` of its result, with a graph of their own; None where none is needed."""
+    """Return the gradients of `function` at `inputs`, given the gradient `g` of its result; None for inputs that need no gradient.
+
+    The gradients are computed with `create_graph=True`, so that they can be differentiated again.
+    """
     wanted = [tensor for tensor, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(function(*inputs), wanted, g, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 
 def differentiable_low_rank(ctx: Any, mask: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Callable[..., Tensor]:
-    """Return (x, A, B) ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ; without W the second part alone."""
+    """Return the function (x, A, B) ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ; if `weight` is None, (x, A, B) ↦ s·drop(x)AᵀBᵀ."""
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         dropped = x.to(a.dtype)

@@ -1,4 +1,4 @@
-"""DoRA around a frozen W, as one step of autograd."""
+"""DoRA for a linear layer with a frozen W, as a single autograd function."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from .backward import differentiable_gradients, hidden_of, low_rank_gradients, w
 
 
 def dora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
-    """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias with f = m / norms for a frozen W, recorded as one step.
+    """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias with f = m / norms for a frozen W, as a single node of the autograd graph.
 
     Args:
         x, weight, bias, a, b, s: as for `low_rank_linear`.
-        m: magnitudes (out,); they train.
-        norms: ‖W + s·B·A‖ (out,), positive; a constant in the backward pass.
+        m: magnitudes (out,), trainable.
+        norms: row norms of W + s·B·A (out,), positive; a constant in the backward pass.
     """
     return DoraLinear.apply(x, weight, bias, a, b, m, norms, s)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class DoraLinear(torch.autograd.Function):
-    """x ↦ f ⊙ v + bias with v = xWᵀ + s·xAᵀBᵀ and f = m / norms. v is kept in the dtype of x, for the gradient of m."""
+    """x ↦ f ⊙ v + bias with v = xWᵀ + s·xAᵀBᵀ and f = m / norms. For the gradient of m, v is saved in the dtype of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, m: Tensor, norms: Tensor, s: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        """Return the output (…, out) for `x` (…, in), in newly allocated memory, so that the caller may change it in place."""
         x2 = x.reshape(-1, x.shape[-1])
         hidden, _ = hidden_of(x2, a, 0.0)
         wide = a.dtype
@@ -45,13 +45,13 @@ class DoraLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         """Return the gradients of x, A, B and m."""
         with without_autocast(g):
-            # with gradients on, somebody differentiates this again
+            # gradients are enabled here only if the caller uses create_graph=True, to differentiate these gradients again
             gx, ga, gb, gm = _differentiable(ctx, g) if torch.is_grad_enabled() else _gradients(ctx, g)
         return gx, None, None, ga, gb, gm, None, None
 
 
 def _scaled_into(y: Tensor, v: Tensor, f: Tensor, bias: Tensor | None) -> None:
-    """Write f ⊙ v + bias into `y` (tokens, out), rounded once to its dtype; `v` (tokens, out) and `f` (out,) are in that of the factors."""
+    """Write f ⊙ v + bias into `y` (tokens, out), rounded once to the dtype of `y`; `v` (tokens, out) and `f` (out,) have the dtype of A."""
     if v.dtype is not y.dtype:
         y.copy_(v * f if bias is None else torch.addcmul(bias.to(v.dtype), v, f))
     elif bias is None:
@@ -61,7 +61,7 @@ def _scaled_into(y: Tensor, v: Tensor, f: Tensor, bias: Tensor | None) -> None:
 
 
 def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, A, B and m for that of the output, `g` (…, out)."""
+    """Return the gradients of x, A, B and m, given the gradient `g` (…, out) of the output; None for those that are not needed."""
     x, weight, _, a, b, m, norms, hidden, v = ctx.saved_tensors
     need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
     g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)
@@ -73,14 +73,14 @@ def _gradients(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _differentiable(ctx: Any, g: Tensor) -> list[Tensor | None]:
-    """Return the same with a graph of their own."""
+    """Return the same gradients as `_gradients`, computed with `create_graph=True`, so that they can be differentiated again."""
     x, weight, bias, a, b, m, norms, _, _ = ctx.saved_tensors
     need_x, _, _, need_a, need_b, need_m = ctx.needs_input_grad[:6]
     return differentiable_gradients(_dora(ctx, weight, bias, norms), (x, a, b, m), (need_x, need_a, need_b, need_m), g)
 
 
 def _dora(ctx: Any, weight: Tensor, bias: Tensor | None, norms: Tensor) -> Callable[..., Tensor]:
-    """Return (x, A, B, m) ↦ f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias."""
+    """Return the function (x, A, B, m) ↦ f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias."""
 
     def function(x: Tensor, a: Tensor, b: Tensor, m: Tensor) -> Tensor:
         v = F.linear(x, weight) + ctx.s * F.linear(F.linear(x.to(a.dtype), a), b.to(a.dtype))

@@ -1,4 +1,4 @@
-"""xWᵀ + bias + s·drop(x)AᵀBᵀ for a frozen W, as one step of autograd."""
+"""The computation of xWᵀ + bias + s·drop(x)AᵀBᵀ for a frozen W, as a single autograd function."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .backward import differentiable_gradients, differentiable_low_rank, hidden_
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-    """Return xWᵀ + bias + s·drop(x)AᵀBᵀ for a frozen W, recorded as one step.
+    """Return xWᵀ + bias + s·drop(x)AᵀBᵀ for a frozen W, as a single node of the autograd graph.
 
     Args:
         x: (…, in).
@@ -25,11 +25,14 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 
 
 class LowRankLinear(torch.autograd.Function):
-    """x ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ with W and bias frozen; the input's two gradients are summed by the product that makes the second."""
+    """x ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ with W and bias frozen.
+
+    In the backward pass, the matrix product that computes the gradient of x through A and B also adds the gradient through W.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        """Return the output (…, out) for `x` (…, in), in newly allocated memory, so that the caller may change it in place."""
         x2 = x.reshape(-1, x.shape[-1])
         hidden, mask = hidden_of(x2, a, p)
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -48,7 +51,7 @@ class LowRankLinear(torch.autograd.Function):
         x, weight, bias, a, b, hidden, mask = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
         with without_autocast(g):
-            if torch.is_grad_enabled():  # somebody differentiates this again
+            if torch.is_grad_enabled():  # the caller uses create_graph=True, to differentiate these gradients again
                 gx, ga, gb = differentiable_gradients(differentiable_low_rank(ctx, mask, weight, bias), (x, a, b), (need_x, need_a, need_b), g)
                 return gx, None, None, ga, gb, None, None
             g2 = g.reshape(-1, g.shape[-1])

@@ -1,4 +1,4 @@
-"""y + s·drop(x)AᵀBᵀ, as one step of autograd."""
+"""The computation of y + s·drop(x)AᵀBᵀ, as a single autograd function."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .backward import differentiable_gradients, differentiable_low_rank, hidden_
 
 
 def record_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-    """Return y + s·drop(x)AᵀBᵀ, recorded as one step; `y` stays as it is. Arguments as for `low_rank_linear`."""
+    """Return y + s·drop(x)AᵀBᵀ as a single node of the autograd graph; `y` is not modified. x, a, b, s, p: as for `low_rank_linear`."""
     return AddLowRank.apply(y, x, a, b, s, p)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class AddLowRank(torch.autograd.Function):
-    """(y, x) ↦ y + s·drop(x)AᵀBᵀ, around any base."""
+    """(y, x) ↦ y + s·drop(x)AᵀBᵀ, where y is the output of any base layer."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, s: float, p: float) -> Tensor:
-        """Return the output (…, out) for `x` (…, in), in memory of its own: the caller may change it in place."""
+        """Return the output (…, out) for `x` (…, in), in newly allocated memory, so that the caller may change it in place."""
         x2 = x.reshape(-1, x.shape[-1])
         hidden, mask = hidden_of(x2, a, p)
         ctx.save_for_backward(x, a, b, hidden, mask)
@@ -40,7 +40,7 @@ class AddLowRank(torch.autograd.Function):
         x, a, b, hidden, mask = ctx.saved_tensors
         _, need_x, need_a, need_b = ctx.needs_input_grad[:4]
         with without_autocast(g):
-            if torch.is_grad_enabled():  # somebody differentiates this again
+            if torch.is_grad_enabled():  # the caller uses create_graph=True, to differentiate these gradients again
                 gx, ga, gb = differentiable_gradients(differentiable_low_rank(ctx, mask, None, None), (x, a, b), (need_x, need_a, need_b), g)
                 return g, gx, ga, gb, None, None
             g2 = g.reshape(-1, g.shape[-1]).to(a.dtype)

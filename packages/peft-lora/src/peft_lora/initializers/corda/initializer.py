@@ -1,4 +1,7 @@
-"""CorDA (arXiv 2406.05223): A and B start as a part of W that is chosen by the covariance of the inputs; it leaves the base."""
+"""CorDA (arXiv 2406.05223): A and B start with components of W that are selected by the covariance of the layer's inputs.
+
+These components are subtracted from the base weight.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,12 @@ from ..matrices import float_matrix, split
 if TYPE_CHECKING:
     from ...config import LoraConfig
 
-#: attributes of a base layer under which `preprocess_corda` leaves its decomposition, and, if it is told to, the covariance of its inputs
+#: attributes that `preprocess_corda` sets on a base layer: the decomposition and, with `prune_temporary_fields=False`, the input covariance
 EIGENS, COVARIANCE = "eigens", "covariance_matrix"
 
 
 class Corda(Initializer):
-    """A = diag(√(S/s))·V'ᵀ and B = U·diag(√(S/s)) of what `preprocess_corda` found; the base becomes W − s·B·A."""
+    """A = diag(√(S/s))·V'ᵀ, B = U·diag(√(S/s)) with U, S, V' from `preprocess_corda`; the base weight becomes W − s·B·A."""
 
     needs_base: ClassVar[bool] = True
 
@@ -30,16 +33,16 @@ class Corda(Initializer):
 
     @classmethod
     def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
-        """Take away what `preprocess_corda` left."""
+        """Delete the attributes that `preprocess_corda` set on the modules of the base."""
         for module in base.modules():
             for name in (EIGENS, COVARIANCE):
                 module.__dict__.pop(name, None)
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return the part of W that was chosen.
+        """Return A and B from the decomposition of this layer.
 
         Raises:
-            ConfigError: `preprocess_corda` has not seen this layer, or with another rank.
+            ConfigError: `preprocess_corda` has not decomposed this layer, or the shapes of the decomposition do not fit the layer and the rank.
         """
         eigens = getattr(layer.get_base_layer(), EIGENS, None)
         if eigens is None:

@@ -1,4 +1,4 @@
-"""CorDA (arXiv 2406.05223): W is decomposed in the directions in which a layer's inputs vary."""
+"""CorDA (arXiv 2406.05223): decompose W by a singular value decomposition that is weighted with the covariance of the layer's inputs."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..matrices import wide
 from ..tensor_files import tensors_in, write_tensors
 from .initializer import EIGENS
 
-#: the first share of the mean variance that is added to the diagonal of a covariance, and when a solution is exact enough
+#: initial damping, as a fraction of the mean variance added to the diagonal of a covariance; largest accepted norm of C'·C'⁻¹ − I
 DAMPING, EXACT = 0.01, 0.05
 
 
 @dataclass
 class CordaEigens:
-    """The part of W that an adapter takes: W = U·diag(S)·Vᵀ if it were whole.
+    """The components of W that an adapter starts with: U·diag(S)·Vᵀ; with all components, this product equals W.
 
     Args:
-        S_WC: (r,).
-        U_WC: (out, r), orthonormal columns.
-        V_WC: (in, r).
+        S_WC: S (r,).
+        U_WC: U (out, r) with orthonormal columns.
+        V_WC: V (in, r).
     """
 
     S_WC: Tensor
@@ -47,17 +47,18 @@ Targets = Mapping[str, tuple[nn.Module, LoraSettings]]
 def preprocess_corda(
     model: nn.Module, lora_config: LoraConfig, run_model: Callable[[], Any] | None = None, hooked_model: nn.Module | None = None
 ) -> None:
-    """Decompose the weights that `lora_config` targets as their inputs demand; `get_peft_model(model, lora_config)` then starts from that.
+    """Decompose the weights that `lora_config` targets, using their inputs; `get_peft_model(model, lora_config)` initialises A and B from this.
 
     Args:
-        model: the base, without adapters; its modules get an attribute `eigens` until the adapter is added.
-        lora_config: with `init_lora_weights="corda"`. Its `corda_config.cache_file` keeps decompositions, its `covariance_file` covariances:
-            each is read if it exists, and written otherwise.
-        run_model: calls the model on some data, in batches of any shape; not needed if there is a file.
-        hooked_model: whose inputs are looked at; default `model`. Its modules have the same names.
+        model: the base model, without adapters; each target module gets an attribute `eigens`, which is deleted when the adapter is added.
+        lora_config: a config with `init_lora_weights="corda"`. Its `corda_config.cache_file` stores the decompositions, its
+            `corda_config.covariance_file` the covariances; each file is read if it exists, and written otherwise.
+        run_model: function that calls the model on some data, in batches of any shape; not needed if one of the files exists.
+        hooked_model: the model whose layer inputs are recorded; default `model`. Its modules must have the same names as those of `model`.
 
     Raises:
-        ConfigError: there is neither `run_model` nor a file; inputs are not finite, all zero, or did not arrive; a file does not fit.
+        ConfigError: there is neither `run_model` nor a file; the inputs of a layer are not finite or all zero, or the layer was not called; a file
+            does not fit the model.
     """
     if lora_config.init_lora_weights != "corda":
         raise ConfigError(f"init_lora_weights is {lora_config.init_lora_weights!r}", hint="preprocess_corda needs init_lora_weights='corda'")
@@ -81,16 +82,17 @@ def preprocess_corda(
 
 
 def decompose(weight: Tensor, covariance: Tensor, rank: int, method: str = "ipm", name: str = "the weight") -> CordaEigens:
-    """Return the principal (``"ipm"``) or the minor (``"kpm"``) part of W by the SVD of W·C, in W's terms.
+    """Return the principal (``"ipm"``) or the minor (``"kpm"``) components of W, selected by the SVD of W·C.
 
-    With C' = C + d·mean(diag C)·I and W·C' = U S Vᵀ, it is U, S and V' = C'⁻¹V: U S V'ᵀ = W. d is 0.01, and doubled while that is not exact.
+    C' = C + d·mean(diag C)·I is the damped covariance, and W·C' = U S Vᵀ. The result is U, S and V' = C'⁻¹V, since U S V'ᵀ = W. The damping d
+    starts at 0.01 and is doubled until the inverse of C' is accurate enough.
 
     Args:
         weight: W (out, in).
         covariance: C (in, in).
-        rank: how many components.
-        method: which of them.
-        name: for messages.
+        rank: number of components.
+        method: ``"ipm"`` or ``"kpm"``.
+        name: the weight's name, for error messages.
 
     Raises:
         ConfigError: the inputs were all zero.
@@ -116,11 +118,13 @@ def decompose(weight: Tensor, covariance: Tensor, rank: int, method: str = "ipm"
 
 # ---- covariances --------------------------------------------------------------------------------------------------------
 class Covariance:
-    """Σ XᵀX over calls of a layer, each call's X divided by its largest magnitude, so that nothing overflows and each call counts the same.
+    """Sum of XᵀX over the calls of a layer, where X are the inputs (tokens, in) of one call, divided by their largest magnitude.
+
+    The division avoids overflow and gives each call the same weight.
 
     Args:
-        name: of the layer, for messages.
-        half: keep the dtype of the inputs instead of float32.
+        name: name of the layer, for messages.
+        half: compute in the dtype of the inputs instead of float32.
     """
 
     def __init__(self, name: str, half: bool) -> None:
@@ -128,7 +132,7 @@ class Covariance:
         self.total: Tensor | None = None
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        """Take in the arguments of a call."""
+        """Add the inputs of one call; used as a forward pre-hook."""
         x: Tensor = args[0].detach().flatten(0, -2)
         x = x if self.half else x.float()
         if not torch.isfinite(x).all():
@@ -141,10 +145,10 @@ class Covariance:
             self.calls += 1
 
     def mean(self) -> Tensor:
-        """Return Σ XᵀX / calls (in, in).
+        """Return the sum of XᵀX divided by the number of calls, (in, in).
 
         Raises:
-            ConfigError: there was no call, or the sum is not finite.
+            ConfigError: the layer was not called, or the sum is not finite.
         """
         if self.total is None:
             raise ConfigError(f"run_model did not run {self.name!r}", hint="leave it out of the targets with exclude_modules")
@@ -197,11 +201,11 @@ def _of_size(covariance: Tensor, module: nn.Module, name: str) -> Tensor:
 
 # ---- files --------------------------------------------------------------------------------------------------------------
 def _read(path: str | None, targets: Targets, ends: list[str]) -> dict[str, list[Tensor]] | None:
-    """Return for each target its tensors in a file, in the order of `ends`; None if there is no file.
+    """Return a dict from target name to its tensors in a file, in the order of the key suffixes `ends`; None if there is no file or it is empty.
 
     Raises:
-        AdapterFileError: it is no dict of tensors.
-        ConfigError: it lacks a target.
+        AdapterFileError: the file does not contain a dict of tensors.
+        ConfigError: a tensor of a target is missing in the file.
     """
     if path is None or not os.path.exists(path) or not os.path.getsize(path):
         return None

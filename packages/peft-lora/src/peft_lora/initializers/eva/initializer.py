@@ -1,4 +1,4 @@
-"""EVA (arXiv 2410.07170) before it has seen data; `peft_lora.initializers.eva.preparation` shows it some."""
+"""EVA (arXiv 2410.07170): initialisation of an adapter before `peft_lora.initializers.eva.preparation` computes directions from data."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class Eva(Plain):
-    """A as with True and B zero, until `initialize_lora_eva_weights` gives A the principal directions of the layer's inputs."""
+    """Initialise A as with True and B with zeros; `initialize_lora_eva_weights` later sets A to the principal directions of the layer's inputs."""
 
     kinds: ClassVar[frozenset[str] | None] = frozenset({"linear", "conv1d"})
     _warned = False
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return how A and B are filled; these values will be thrown away, which is said once."""
+        """Return the functions that initialise A and B; warn once, for a new adapter, that EVA will replace these values."""
         if not self._warned and not continues(layer, settings):
             self._warned = True
             warnings.warn(
@@ -38,11 +38,11 @@ class Eva(Plain):
 
 
 class Directions(Initializer):
-    """A as given, B zero.
+    """Initialise A with given directions and B with zeros.
 
     Args:
         config: the adapter's config.
-        rows: A (r, in).
+        rows: the directions, used as A (r, in).
     """
 
     def __init__(self, config: LoraConfig, rows: Tensor) -> None:
@@ -50,5 +50,5 @@ class Directions(Initializer):
         self.rows = rows
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return them."""
+        """Return the given A, and the function that sets B to zero."""
         return InitialFactors(self.rows, torch.Tensor.zero_)

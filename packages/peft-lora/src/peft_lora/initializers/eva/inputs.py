@@ -1,4 +1,4 @@
-"""What EVA looks at, for language models: the tokens of a batch that count, and a layer's input at them."""
+"""Default input functions of EVA, for language models: they select the tokens of a batch and a layer's input at these tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def forward_fn_dict(model: nn.Module, model_input: Any) -> Any:
 
 
 def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: LoraConfig) -> Tensor:
-    """Return which tokens count, as indices (tokens, 2) of rows and positions: those that are attended to and, if asked, have a label.
+    """Return the indices (tokens, 2) of the selected tokens, each a row of the batch and a position in the sequence.
+
+    Selected are the tokens whose attention mask is set and, with `use_label_mask`, whose label is not `label_mask_value`.
 
     Raises:
         ConfigError: `model_input` is no dict.
@@ -39,15 +41,15 @@ def prepare_model_inputs_fn_language_modeling(model_input: Any, peft_config: Lor
 
 
 def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
-    """Return a layer's input at the tokens that count, (tokens, features).
+    """Return a layer's input at the selected tokens, (tokens, features).
 
     Args:
-        layer_input: the positional arguments of the layer, or the first of them, (batch, positions, features).
-        model_input: indices (tokens, 2) of rows and positions.
-        layer_name: for messages.
+        layer_input: the positional arguments of the layer, or only the first of them, a tensor (batch, positions, features).
+        model_input: indices (tokens, 2) of the selected tokens: row of the batch, position in the sequence.
+        layer_name: the layer's name, for error messages.
 
     Raises:
-        ConfigError: its input is not laid out so.
+        ConfigError: the input has no such rows and positions.
     """
     x: Tensor = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
     indices = model_input.to(x.device).T
@@ -61,10 +63,10 @@ def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Ten
 
 
 def eva_config(config: LoraConfig) -> EvaConfig:
-    """Return the settings of EVA.
+    """Return the `EvaConfig` of a LoRA config.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the config has no `eva_config`.
     """
     found = config.eva_config
     if found is None:

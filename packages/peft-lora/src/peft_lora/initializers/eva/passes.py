@@ -1,4 +1,4 @@
-"""What EVA keeps for each layer while data passes: rows, directions, and the rank that they deserve."""
+"""State that EVA holds for each layer while it processes data: input rows, principal directions, and the rank assigned to the layer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from peft_core import ConfigError
 
 from .pca import IncrementalPca
 
-#: from a layer's arguments, the prepared batch and its name to rows (tokens, features)
+#: function that maps (a layer's positional arguments, the prepared batch, the layer's name) to input rows (tokens, features)
 Prepare = Callable[[Any, Any, str], Tensor]
 Inputs = Prepare | Mapping[str, Prepare | None] | None
 
 
 class LayerStatistics:
-    """One layer whose inputs are looked at.
+    """Input statistics of one layer, collected for EVA.
 
     Args:
-        name: of the module.
-        module: whose arguments are looked at.
-        rank: that the config gives it; then, what it deserves.
-        components: how many directions are followed.
-        features: of its input.
-        inputs: makes rows of its arguments.
-        gather: use the rows of all processes.
+        name: name of the module.
+        module: the module whose positional arguments are recorded.
+        rank: the rank from the config; `distribute` later replaces it with the rank that EVA assigns to the layer.
+        components: how many principal directions the PCA computes.
+        features: number of input features of the layer.
+        inputs: function that maps the layer's arguments to input rows, a dict of such functions by layer name, or None: the whole input, flattened.
+        gather: use the rows of all processes of torch.distributed.
     """
 
     def __init__(self, name: str, module: nn.Module, rank: int, components: int, features: int, inputs: Inputs, gather: bool) -> None:
@@ -37,13 +37,13 @@ class LayerStatistics:
         self.grouped = False
         self.leader = self
         self.pca = IncrementalPca(components)
-        #: ranks of all that share this one's directions
+        #: statistics of all layers that share the principal directions of this layer, this layer included
         self.group: list[LayerStatistics] = [self]
         self._waiting: list[Tensor] = []
 
     # ---- sharing --------------------------------------------------------------------------------------------------------
     def follow(self, leader: LayerStatistics) -> None:
-        """Share the directions of a layer with the same inputs."""
+        """Use the principal directions of `leader`, a layer that receives the same inputs (it may be this layer)."""
         self.grouped, self.leader = True, leader
         if leader is not self:
             leader.group.append(self)
@@ -52,15 +52,15 @@ class LayerStatistics:
 
     @property
     def leads(self) -> bool:
-        """Whether it computes directions itself."""
+        """Whether this layer computes its principal directions, instead of using those of another layer."""
         return self.leader is self
 
     # ---- data -----------------------------------------------------------------------------------------------------------
     def rows(self, args: Any, prepared: Any) -> Tensor:
-        """Return the rows (tokens, features) of a call.
+        """Return the input rows (tokens, features) of one call of the layer, in float32.
 
         Raises:
-            ConfigError: they are not finite, or not two-dimensional.
+            ConfigError: the rows are not finite, or do not have the shape (tokens, features).
         """
         x: Tensor = args[0].detach().flatten(0, -2) if self.prepare is None else self.prepare(args, prepared, self.name)
         if x.dim() != 2 or x.shape[1] != self.features:
@@ -72,11 +72,14 @@ class LayerStatistics:
 
     @property
     def waiting(self) -> int:
-        """How many rows wait for others to come."""
+        """Number of collected rows that have not been passed to the PCA yet."""
         return sum(len(rows) for rows in self._waiting)
 
     def take(self, args: Any, prepared: Any, tau: float) -> None:
-        """Take in the rows of a call. They wait until there are as many as directions: none is left out."""
+        """Collect the input rows of one call; update the PCA when there are at least as many rows as components.
+
+        Rows of smaller batches are collected until then, so that no row is dropped.
+        """
         x = self.rows(args, prepared)
         self._waiting.append(gathered(x) if self.gather else x)
         if self.waiting >= self.pca.components:
@@ -86,21 +89,24 @@ class LayerStatistics:
     # ---- results --------------------------------------------------------------------------------------------------------
     @property
     def wanted(self) -> int:
-        """How many directions those that share them need."""
+        """Number of directions needed: the largest rank among the layers that share the directions of this layer."""
         return max(stats.rank for stats in self.group)
 
     @property
     def settled(self) -> bool:
-        """Whether the directions that are needed do not move any more."""
+        """Whether all of the first `wanted` directions have converged."""
         return self.pca.rows > 0 and bool(self.pca.converged[: self.wanted].all())
 
     @property
     def converged(self) -> int:
-        """How many of its directions do not move any more."""
+        """How many of the first `rank` directions have converged."""
         return int(self.leader.pca.converged[: self.rank].sum())
 
     def result(self, whiten: bool) -> Tensor:
-        """Return the directions that its rank takes, (rank, features) in float32."""
+        """Return the first `rank` principal directions, (rank, features) in float32.
+
+        With `whiten`, each is divided by the square root of its singular value.
+        """
         pca = self.leader.pca
         rows = pca.directions[: self.rank]
         if whiten:
@@ -109,9 +115,12 @@ class LayerStatistics:
 
 
 def distribute(statistics: Sequence[LayerStatistics], budget: int) -> None:
-    """Give each layer as many of the budget's ranks as it has directions among the `budget` that explain most of their variance."""
+    """Set the rank of each layer to its number of directions among the `budget` directions with the largest explained-variance ratios.
+
+    The ratios of the directions of all layers are sorted together. No rank changes while a layer has no directions yet.
+    """
     known = [stats for stats in statistics if stats.leader.pca.rows]
-    if len(known) < len(statistics):  # some wait for their first rows
+    if len(known) < len(statistics):  # some layers have not seen enough rows for a PCA
         return
     ratios = torch.cat([stats.leader.pca.ratios.cpu() for stats in statistics])
     owners = torch.cat([torch.full((stats.leader.pca.components,), i) for i, stats in enumerate(statistics)])
@@ -121,16 +130,16 @@ def distribute(statistics: Sequence[LayerStatistics], budget: int) -> None:
 
 
 def digest(x: Tensor) -> tuple[Any, ...]:
-    """Return numbers that are equal for equal tensors and, as good as always, for no others; computed where the tensor is."""
+    """Return a hash of a tensor: its shape and two checksums, computed on its device. Different tensors almost never have the same hash."""
     bits = x.contiguous().view(torch.int32).flatten().long()
     place = torch.arange(1, bits.numel() + 1, device=x.device)
-    # odd multipliers lose no bit; sums wrap around
+    # multiplying by an odd number is invertible modulo 2⁶⁴, so no bit is lost; the sums may overflow and wrap around
     sums = [int((bits * (place * factor | 1)).sum()) for factor in (0x9E3779B97F4A7C1, 0xC2B2AE3D27D4EB5)]
     return (*x.shape, *sums)
 
 
 def gathered(x: Tensor) -> Tensor:
-    """Return the rows of all processes of the default group, those of this one if there is none."""
+    """Return the rows of all processes of the default process group, concatenated; `x` unchanged if there is only one process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return x
     world = torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""Principal component analysis of rows that come in batches, exact while nothing is cut off."""
+"""Incremental principal component analysis of rows that arrive in batches; exact as long as no component is truncated."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 
 class IncrementalPca:
-    """Principal directions of all rows seen so far (Ross et al. 2008, as scikit-learn's IncrementalPCA has it), in float64.
+    """Principal directions of all rows seen so far (Ross et al. 2008, the algorithm of scikit-learn's IncrementalPCA), in float64.
 
-    What lies beyond `components` directions is dropped after each batch; with as many as there are features nothing is, and the result is
-    that of all rows at once.
+    After each batch, all but the first `components` directions are discarded. If `components` equals the number of features, nothing is
+    discarded, and the result equals the PCA of all rows at once.
 
     Args:
-        components: how many directions are kept.
+        components: number of directions to compute.
 
     Attributes:
         directions: (components, features), orthonormal, largest variance first; the entry of the largest magnitude in each is positive.
-        singular_values: (components,) of the centred rows.
-        ratios: (components,), share of the total variance.
-        converged: (components,), whether a direction moved by less than `update` was told.
-        rows: how many were seen.
+        singular_values: (components,), the singular values of the matrix of centred rows.
+        ratios: (components,), the share of the total variance that each direction explains.
+        converged: (components,) booleans: whether the cosine of a direction with its estimate before the last `update` reached the given threshold.
+        rows: number of rows processed so far.
     """
 
     def __init__(self, components: int) -> None:
@@ -33,11 +33,11 @@ class IncrementalPca:
         self._squares = 0.0
 
     def update(self, x: Tensor, cosine: float = 1.0) -> None:
-        """Take in rows.
+        """Update the principal directions with a batch of rows.
 
         Args:
             x: (rows, features), finite; the first batch has at least `components` rows.
-            cosine: a direction has converged when its cosine with what it was before is at least this.
+            cosine: a direction has converged when the cosine with its previous estimate is at least this value.
         """
         x = x.double()
         count, mean = x.shape[0], x.mean(0)
@@ -59,17 +59,19 @@ class IncrementalPca:
 
 
 def leading_directions(matrix: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest singular values (count,) of a matrix and its right singular vectors (count, features), by the smaller Gram matrix.
+    """Return the largest singular values (count,) of a matrix and their right singular vectors (count, features).
+
+    Both come from an eigendecomposition of the smaller one of the two Gram matrices, XᵀX and XXᵀ.
 
     Args:
         matrix: (rows, features) in float64.
-        count: at most the smaller of both.
+        count: how many; at most min(rows, features).
     """
     if matrix.shape[0] > matrix.shape[1]:
         energies, vectors = torch.linalg.eigh(matrix.T @ matrix)
         directions = vectors.flip(1)[:, :count]
     else:
         energies, vectors = torch.linalg.eigh(matrix @ matrix.T)
-        # orthonormal also where a singular value is nearly zero and Xᵀu nearly nothing
+        # QR keeps the vectors orthonormal where a singular value, and with it Xᵀu, is nearly zero
         directions = torch.linalg.qr(matrix.T @ vectors.flip(1)[:, :count]).Q
     return energies.flip(0)[:count].clamp_min(0).sqrt(), directions.T

@@ -1,4 +1,7 @@
-"""EVA (arXiv 2410.07170): A starts as the principal components of a layer's inputs, and layers get rank where components explain most variance."""
+"""EVA (arXiv 2410.07170): A starts with the principal components of a layer's inputs.
+
+The ranks are distributed over the layers by how much variance their components explain.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ __all__ = [
     "prepare_layer_inputs_fn_language_modeling",
     "prepare_model_inputs_fn_language_modeling",
 ]
-#: passes over the data after which directions that have not converged are taken as they are
+#: default maximum number of passes over the data; directions that have not converged by then are used nevertheless
 MAX_PASSES = 10
 
 
@@ -49,27 +52,27 @@ def get_eva_state_dict(
     *,
     max_passes: int = MAX_PASSES,
 ) -> dict[str, Tensor]:
-    """Return for each layer the directions that A is to start with, their number chosen by how much variance they explain.
+    """Return the principal directions that A of each layer is to start with; how many a layer gets depends on how much variance they explain.
 
     Args:
         model: a `PeftModel`, or, with `peft_config`, a model without adapters.
         dataloader: gives the batches; must be iterable several times.
-        peft_config: the LoRA config; None: that of the `PeftModel`.
+        peft_config: the LoRA config; None: the config of the adapter in the `PeftModel`.
         forward_fn: calls the model with a batch.
         prepare_model_inputs_fn: maps (batch, config) to the second argument of `prepare_layer_inputs_fn`; None: the batch itself.
         prepare_layer_inputs_fn: maps (a layer's positional arguments, what `prepare_model_inputs_fn` returned, the layer's name) to a tensor
             (tokens, features); one function for all layers, or a dict by layer name; None: the whole input, flattened.
-        adapter_name: the adapter of a `PeftModel`.
+        adapter_name: name of the adapter in the `PeftModel`.
         gather_distributed_inputs: with torch.distributed: use the rows of all processes.
         show_progress_bar: show a progress bar, if tqdm is installed.
-        max_passes: at most so many passes over the data; then directions that have not converged are taken as they are, with a warning.
+        max_passes: maximum number of passes over the data; after it, directions that have not converged are used nevertheless, with a warning.
 
     Returns:
-        name → (rank, features) in float32, orthonormal rows (with `whiten`: each divided by the root of its singular value). Names of a
-        `PeftModel` begin with `base_model.model.`. A rank may be 0.
+        dict from layer name to a tensor (rank, features) in float32 with orthonormal rows (with `whiten`, each row is divided by the square root
+        of its singular value). For a `PeftModel`, the names begin with `base_model.model.`. A rank may be 0.
 
     Raises:
-        ConfigError: there is no EVA config, no layer, no data, or not enough of it.
+        ConfigError: there is no EVA config, no layer that EVA can initialise, no data, or not enough data.
     """
     config = _config(model, peft_config, adapter_name)
     settings = eva_config(config)
@@ -107,20 +110,24 @@ def initialize_lora_eva_weights(
     *,
     max_passes: int = MAX_PASSES,
 ) -> None:
-    """Set A of each layer to the directions that EVA finds, and its rank to their number. Create the optimiser afterwards.
+    """Set A of each layer to the directions that EVA finds, and the layer's rank to the number of these directions.
 
-    A layer whose rank changes gets new parameters, and with `adjust_scaling_factors` the alpha that keeps its scaling; the adapter
-    is removed from a layer whose rank becomes 0. The config then names the modules and their ranks, so that a saved adapter loads as any other.
+    Create the optimiser afterwards: parameters may be replaced.
+
+    A layer whose rank changes gets new parameters and, with `adjust_scaling_factors`, a new alpha, so that its scaling does not change. The
+    adapter is removed from a layer whose rank becomes 0. The modules, their ranks and their alphas are written to the config, so that the
+    adapter can be saved and loaded like any other.
 
     Args:
         model: a `PeftModel` with an adapter whose `init_lora_weights` is "eva".
-        dataloader: as `get_eva_state_dict`; not needed with `eva_state_dict`.
-        eva_state_dict: what `get_eva_state_dict` returned; layers that it lacks start as with `init_lora_weights=True`, with a warning.
+        dataloader: as for `get_eva_state_dict`; not needed with `eva_state_dict`.
+        eva_state_dict: the result of `get_eva_state_dict`; layers that are not in it are initialised as with `init_lora_weights=True`, with a
+            warning.
         forward_fn, prepare_model_inputs_fn, prepare_layer_inputs_fn, adapter_name, gather_distributed_inputs, show_progress_bar, max_passes: as
-            `get_eva_state_dict`.
+            for `get_eva_state_dict`.
 
     Raises:
-        ConfigError: the model or the tensors do not fit; nothing has changed.
+        ConfigError: the model is not suitable, or the tensors do not fit its layers; the model is unchanged then.
     """
     config = _config_to_start(model, adapter_name)
     if eva_state_dict is None:
@@ -162,10 +169,10 @@ def _config(model: nn.Module, given: LoraConfig | None, adapter: str) -> LoraCon
 
 
 def _config_to_start(model: nn.Module, adapter: str) -> LoraConfig:
-    """Return the config of an adapter that can be started by EVA.
+    """Return the config of an adapter, after checking that EVA can initialise this adapter.
 
     Raises:
-        ConfigError: it is no such adapter, or not the one in use.
+        ConfigError: the model is no `PeftModel` or does not have exactly one active adapter, or the adapter is not configured for EVA.
     """
     if not isinstance(model, PeftModel):
         raise ConfigError(f"model is a {type(model).__name__}, not a PeftModel", hint="wrap it with get_peft_model(model, LoraConfig(…)) first")
@@ -191,7 +198,7 @@ def _statistics(model: nn.Module, config: LoraConfig, adapter: str, settings: Ev
     if not found:
         raise ConfigError("EVA can initialise no layer of the model", hint="it supports Linear and Conv1D")
     rho = settings.rho
-    if rho > 1000:  # as in the reference implementation, stands for no limit: all components of the widest layer
+    if rho > 1000:  # means "no limit", as in the reference implementation: all components of the widest layer
         rho = max(features for _, _, features in found.values()) // config.r
     return [
         LayerStatistics(name, module, rank, min(round(rank * rho), features), features, inputs, gather)
@@ -210,7 +217,7 @@ def _features(module: Any) -> int:
 # ---- passes -------------------------------------------------------------------------------------------------------------
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the model is in evaluation mode, without gradients and adapters; afterwards each module has its mode back."""
+    """Context manager: evaluation mode, without gradients, with adapters disabled; at the end, the mode of each module is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     without_adapters: AbstractContextManager[Any] = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
@@ -223,7 +230,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
-    """Yield the batches of each pass, and None after each pass.
+    """Yield the batches of each pass over the data, and None at the end of each pass.
 
     Raises:
         ConfigError: a pass has no batches.
@@ -240,13 +247,13 @@ def _batches(dataloader: Iterable[Any], passes: int) -> Iterator[Any]:
 
 
 def _analyse(statistics: list[LayerStatistics], prepared: Any, call: Callable[[], Any], tau: float) -> None:
-    """Run the model on a batch, and let each layer whose directions still move see its inputs.
+    """Run the model on a batch and update the PCA of each layer whose directions have not all converged.
 
     Args:
-        statistics: of all layers; those with the same inputs are found first.
-        prepared: what the layers' functions get besides their inputs.
-        call: runs the model.
-        tau: how much two estimates of a direction have to agree.
+        statistics: the statistics of all layers; on the first call, layers with equal inputs are grouped.
+        prepared: the prepared batch, the second argument of `prepare_layer_inputs_fn`.
+        call: runs the model on the batch.
+        tau: a direction has converged when its cosine with the previous estimate is at least `tau`.
     """
     if not all(stats.grouped for stats in statistics):
         _group(statistics, prepared, call)
@@ -255,7 +262,7 @@ def _analyse(statistics: list[LayerStatistics], prepared: Any, call: Callable[[]
 
 
 def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[], Any]) -> None:
-    """Let layers with equal inputs, such as q_proj and k_proj, share one PCA with as many components as any of them needs."""
+    """Make layers with equal inputs, such as q_proj and k_proj, share one PCA; it gets the largest number of components that one of them needs."""
     digests: dict[str, Any] = {}
     handles = []
     for stats in statistics:
@@ -278,7 +285,7 @@ def _group(statistics: list[LayerStatistics], prepared: Any, forward: Callable[[
 
 @contextmanager
 def _collecting_inputs(statistics: list[LayerStatistics], prepared: Any, tau: float) -> Iterator[None]:
-    """Inside the block, the layers of `statistics` take in the inputs of forwards."""
+    """Context manager: while it is active, each forward pass adds the inputs of the layers in `statistics` to their statistics."""
 
     def take(module: nn.Module, args: Any) -> None:
         by_module[module].take(args, prepared, tau)
@@ -323,7 +330,7 @@ def _progress_bar(total: int, show: bool) -> Any:
 
 # ---- writing ------------------------------------------------------------------------------------------------------------
 def _name_in_base(name: str) -> str:
-    """Return a module's name in the base, given the one in the wrapped model."""
+    """Return a module's name in the base model, given its name in the `PeftModel`."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
@@ -339,7 +346,7 @@ def _check_directions(state: Mapping[str, Tensor], layers: Mapping[str, LoraLaye
 
 
 def _initialize_layer(layer: LoraLayer, adapter: str, config: LoraConfig, path: str, rows: Tensor | None) -> None:
-    """Set A of one layer to the directions `rows` (rank, in); with None, initialise it as with `init_lora_weights=True` if it is still on meta."""
+    """Set A of one layer to the directions `rows` (rank, in); if `rows` is None and A is on the meta device, initialise the layer as with True."""
     a, _ = layer.factors(adapter)
     r, alpha = layer.r[adapter], layer.lora_alpha[adapter]
     rank = r if rows is None else rows.shape[0]
@@ -348,7 +355,7 @@ def _initialize_layer(layer: LoraLayer, adapter: str, config: LoraConfig, path: 
             layer.slots(adapter)["lora_A.weight"].write(rows.to(a.device))
         return
     if rank != r and eva_config(config).adjust_scaling_factors:
-        # so that s = alpha/r, or alpha/√r, stays the same
+        # keeps the scaling s unchanged: s = alpha/r, or alpha/√r with rsLoRA
         alpha *= (rank / r) ** 0.5 if config.use_rslora else rank / r
     trains = a.requires_grad
     variant = layer.variants.get(adapter)

@@ -1,4 +1,4 @@
-"""LoftQ (arXiv 2310.08659): rounding to 4 or 8 bits in plain torch, and what rounding loses as A and B."""
+"""LoftQ (arXiv 2310.08659): quantisation to 4 or 8 bits in plain torch, and A and B that approximate the quantisation error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..matrices import split, svd
 
-#: numbers that share one scale in NF4
+#: block size of NF4: how many consecutive numbers share one scale
 BLOCK = 64
 #: the 16 numbers of NF4: quantiles of a normal distribution, 0 and ±1 among them (QLoRA, arXiv 2305.14314, appendix E)
 NF4 = (
@@ -20,14 +20,14 @@ NF4 = (
 
 
 def rounded_to_nf4(weight: Tensor, block: int = BLOCK) -> Tensor:
-    """Return what a weight becomes in NF4: each block of neighbours, over its largest magnitude, takes the nearest of 16 numbers.
+    """Quantise a weight to NF4 and dequantise it: each number, divided by the largest magnitude in its block, becomes the nearest of 16 values.
 
     Args:
-        weight: (out, in); blocks run along its rows and into the next one.
-        block: numbers in a block; the last one may be shorter.
+        weight: (out, in); blocks are taken from the flattened weight, so that a block may continue in the next row.
+        block: block size; the last block may be shorter.
 
     Returns:
-        The same shape and dtype.
+        The dequantised weight, with the same shape and dtype.
 
     Source: arXiv 2305.14314, equation 2 and appendix E.
     """
@@ -41,7 +41,7 @@ def rounded_to_nf4(weight: Tensor, block: int = BLOCK) -> Tensor:
 
 
 def rounded_to_int8(weight: Tensor) -> Tensor:
-    """Return what a weight (out, in) becomes in int8 by rows: each row, over its largest magnitude, is one of 255 even steps.
+    """Quantise a weight (out, in) to int8 and dequantise it, with one scale per row: its largest magnitude / 127, which gives 255 even steps.
 
     Source: LLM.int8(), arXiv 2208.07339, section 2.1 (vector-wise).
     """
@@ -55,16 +55,18 @@ ROUNDING: dict[int, Callable[[Tensor], Tensor]] = {4: rounded_to_nf4, 8: rounded
 def loftq_decomposition(
     weight: Tensor, rank: int, scaling: float, *, bits: int = 4, iterations: int = 1, dtype: torch.dtype | None = None, name: str = "the weight"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Q (out, in), A (r, in) and B (out, r) with Q + scaling·B·A ≈ W, by rounding and decomposing in turn.
+    """Return Q (out, in), A (r, in) and B (out, r) with Q + scaling·B·A ≈ W.
+
+    Each iteration quantises W − scaling·B·A to Q, and then computes A and B from the SVD of W − Q.
 
     Args:
         weight: W (out, in), float32 or float64.
-        rank: of the correction.
-        scaling: s; the correction is divided by it, so that it is whole whatever alpha is.
-        bits: 4 (NF4) or 8 (int8 by rows).
-        iterations: how often both are done.
-        dtype: Q consists of numbers of this dtype.
-        name: for messages.
+        rank: rank r of A and B.
+        scaling: s; B·A is divided by it, so that s·B·A equals the rank-r correction for any alpha.
+        bits: 4 (NF4) or 8 (int8 with one scale per row).
+        iterations: number of iterations.
+        dtype: Q is rounded to this dtype (and returned in the dtype of W); default: the dtype of W.
+        name: the weight's name, for error messages.
 
     Raises:
         ConfigError: the scaling is not positive.

@@ -1,4 +1,4 @@
-"""LoftQ (arXiv 2310.08659): the base is rounded to few bits, and A and B start as the best correction of that."""
+"""LoftQ (arXiv 2310.08659): the base weight is quantised, and A and B start as the best low-rank correction of the quantisation error."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class LoftQ(Initializer):
-    """The base becomes Q, which `loftq_bits` bits can hold, and s·B·A the best approximation of W − Q of rank r.
+    """Replace the base weight W with Q, W quantised to `loftq_bits` bits, and start with s·B·A, the best approximation of W − Q of rank r.
 
-    Q is kept as floating-point numbers in W's own dtype. Rounding needs no accelerator and no other package.
+    Q is stored as floating-point numbers in the dtype of W. The quantisation needs no accelerator and no other package.
     """
 
     needs_base: ClassVar[bool] = True
@@ -29,7 +29,7 @@ class LoftQ(Initializer):
         self.settings = LoftQConfig(**settings) if isinstance(settings, dict) else settings
 
     def subtracts_start(self) -> bool:
-        """Raise: what it takes out of the base is not s·B·A, but the rounding.
+        """Always raise an error: LoftQ subtracts the quantisation error W − Q from the base weight, not s·B·A.
 
         Raises:
             ConfigError: always.
@@ -40,7 +40,7 @@ class LoftQ(Initializer):
         )
 
     def start(self, layer: FactorLayer, settings: LoraSettings) -> InitialFactors:
-        """Return the correction, and W − Q as what leaves the base."""
+        """Return A and B of the correction, and W − Q as the `base_offset`, which is subtracted from the base weight."""
         weight = float_matrix(layer, settings)
         q, a, b = loftq_decomposition(
             weight,

@@ -1,4 +1,4 @@
-"""LoftQ for a base that is rounded already: adapters that correct it, given the original's file."""
+"""LoftQ for a base model that is already quantised: A and B correct its quantisation error, which is computed from the file of the original."""
 
 from __future__ import annotations
 
@@ -25,24 +25,25 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[PeftModel, str], bool] | None = None,
 ) -> None:
-    """Set A and B of each LoRA layer around a quantised layer to the best correction of what quantising lost: s·B·A ≈ W − Q.
+    """Set A and B of each LoRA layer with a quantised base layer to the best low-rank correction of the quantisation error: s·B·A ≈ W − Q.
 
-    W is read from the file of the original model, one tensor at a time; Q is what the layer computes with, whatever library made it.
+    W is read from the file of the original model, one tensor at a time; Q is the dequantised weight, obtained from any quantisation library.
 
     Args:
-        peft_model: a model whose base is quantised.
-        model_path: the original's `model.safetensors`, its index, or the folder; None: the base's name, in the cache of the Hub.
-        adapter_name: which adapter.
-        callback: called after each layer with the model and the layer's name in the base; if it returns False, the layer gets its old
-            A and B back.
+        peft_model: a `PeftModel` whose base model is quantised.
+        model_path: the `model.safetensors` of the original model, its index file, or their folder; None: the repository named by the base's
+            `name_or_path`, in the local cache of the Hub.
+        adapter_name: name of the adapter.
+        callback: called after each layer with the model and the layer's name in the base; if the result is False, the previous A and B of
+            this layer are restored.
 
-    All corrections are computed before the first is written; where `callback` raises, all layers get their old A and B back.
+    All corrections are computed before the first one is written; if `callback` raises an error, the previous A and B of all layers are restored.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        ConfigError: no layer of the adapter is quantised; the base does not say what it is; a tensor is missing, of another shape, or has
-            entries that are not finite.
-        AdapterFileError: there is no such file.
+        ConfigError: no layer of the adapter is quantised; `model_path` is None and the base has no `name_or_path`; a tensor is missing, has
+            another shape, or has entries that are not finite.
+        AdapterFileError: the file of the original model does not exist.
     """
     if adapter_name not in peft_model.peft_config:
         raise AdapterNotFoundError(f"Adapter {adapter_name!r} not found", hint=did_you_mean(adapter_name, peft_model.peft_config) or None)
@@ -71,7 +72,7 @@ def replace_lora_weights_loftq(
 
 
 def _correction(weight: Tensor, layer: LoraLayer, adapter: str, name: str) -> dict[str, Tensor]:
-    """Return A and B for what quantising the matrix `weight` (out, in) lost in a layer, by the end of their keys."""
+    """Return A and B that correct the quantisation error of `weight` (out, in), as a dict by the ends of their state-dict keys."""
     residual = finite(weight - effective_weight(layer), name)
     a, b = split(*svd(residual, layer.r[adapter]), layer.scaling[adapter], name)
     return {"lora_A.weight": a, "lora_B.weight": b}
@@ -83,14 +84,17 @@ def _write(slots: Mapping[str, Slot], values: Mapping[str, Tensor]) -> None:
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Return whether a layer keeps its weight in another form than as floating-point numbers."""
+    """Return whether a layer's weight is missing or is stored in another form than as a plain floating-point tensor."""
     weight: Any = getattr(module, "weight", None)
     return weight is None or not weight.is_floating_point() or type(weight) not in (nn.Parameter, Tensor)
 
 
 @torch.no_grad()
 def effective_weight(layer: LoraLayer) -> Tensor:
-    """Return the matrix (out, in) that the base layer multiplies by, as its answer to unit vectors: no library has to be known for that."""
+    """Return the matrix (out, in) that the base layer multiplies by.
+
+    It is the output for the unit vectors without the bias, so that this works for the layers of any quantisation library.
+    """
     base: Any = layer.get_base_layer()
     inp = layer.matrix_shape[1]
     dtype = getattr(base, "compute_dtype", None) or (base.bias.dtype if getattr(base, "bias", None) is not None else torch.float32)
@@ -102,7 +106,7 @@ def effective_weight(layer: LoraLayer) -> Tensor:
 
 
 class _Original:
-    """The weights of a model in safetensors files, one or several."""
+    """The weights of the original model, in one or several safetensors files."""
 
     def __init__(self, path: Path, prefix: str) -> None:
         self.path = path
@@ -120,10 +124,10 @@ class _Original:
                 self.files.update(dict.fromkeys(handle.keys(), part))
 
     def weight(self, name: str, layer: LoraLayer) -> Tensor:
-        """Return the matrix (out, in) of a module, on the layer's device.
+        """Return the original weight of a module as a matrix (out, in), on the layer's device, in float32 (or float64).
 
         Raises:
-            ConfigError: the file lacks it, or it is of another shape.
+            ConfigError: the files have no such tensor, or it has another shape.
         """
         from safetensors import safe_open
 
@@ -137,7 +141,7 @@ class _Original:
             value: Tensor = handle.get_tensor(key)
         matrix = layer.ops.matrix(value)
         if matrix.shape != layer.matrix_shape:
-            matrix = matrix.T  # a Conv1D that was quantised as a Linear
+            matrix = matrix.T  # the original is a Conv1D, whose weight is transposed, and its quantised layer is a Linear
         if tuple(matrix.shape) != layer.matrix_shape:
             raise ConfigError(f"{key!r} is {tuple(value.shape)} in {str(self.path)!r}, and the layer is {layer.matrix_shape}")
         return wide(matrix).to(layer.weight.device)
@@ -164,7 +168,7 @@ def _find(given: str | os.PathLike[str] | None, base: nn.Module) -> Path:
 
 
 def _cached(repository: str, names: tuple[str, ...]) -> Path:
-    """Return a file of a repository from the cache of the Hub, with all parts that it names. The network is not asked."""
+    """Return the path of the first of the files `names` that is in the local cache of the Hub; the network is not used."""
     from huggingface_hub import try_to_load_from_cache
 
     for name in names:

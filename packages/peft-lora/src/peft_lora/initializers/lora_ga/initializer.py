@@ -51,7 +51,7 @@ class LoraGA(Initializer):
 
     @classmethod
     def adapter_added(cls, base: nn.Module, config: LoraConfig) -> None:
-        """Take away what `preprocess_loraga` left."""
+        """Delete the attributes that `preprocess_loraga` set on the modules of the base."""
         for module in base.modules():
             for name in (GRADIENT, LIKE):
                 module.__dict__.pop(name, None)
@@ -62,7 +62,7 @@ class LoraGA(Initializer):
         Warns if `preprocess_loraga` did not run on the layer.
 
         Raises:
-            ConfigError: 2r exceeds min(out, in); the gradient's shape is not that of the weight; or A and B come from a file and the gradient
+            ConfigError: 2r exceeds min(out, in); the gradient and the weight have different shapes; or A and B come from a file and the gradient
                 needed to recompute the subtracted s·B·A is missing.
         """
         base = layer.get_base_layer()
@@ -93,7 +93,7 @@ class LoraGA(Initializer):
         return InitialFactors(a * factor, b * factor, base_offset=True)
 
     def _indices(self, r: int, as_peer: bool) -> tuple[Tensor, Tensor]:
-        """Return which of the first 2r singular vectors A and B take."""
+        """Return the indices (r,) of the singular vectors for A and for B, among the first 2r."""
         first, second = torch.arange(r), torch.arange(r, 2 * r)
         if self.settings.direction == "ArB2r":
             return first, second

@@ -1,4 +1,4 @@
-"""LoRA-GA (arXiv 2407.05000): an adapter that starts on the singular vectors of the loss's gradient."""
+"""LoRA-GA (arXiv 2407.05000): compute the gradients of the loss whose singular vectors initialise A and B."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ def preprocess_loraga(
     *,
     like: str = "paper",
 ) -> None:
-    """Find the mean gradient of the weights that `lora_config` targets; `get_peft_model(model, lora_config)` then starts from that.
+    """Compute the mean gradient of each weight that `lora_config` targets; `get_peft_model(model, lora_config)` initialises A and B from it.
 
     Args:
-        model: the base, without adapters; its modules get an attribute until the adapter is added.
-        lora_config: with `init_lora_weights="lora_ga"`.
-        train_step: runs forward and backward as often as it likes, without an optimiser step; None if there is a file. Only the targeted
-            weights get gradients meanwhile; which parameters train, their gradients and the mode are put back afterwards.
-        cache_file: keeps the gradients: read if it exists, written otherwise.
+        model: the base model, without adapters; each target module gets attributes, which are deleted when the adapter is added.
+        lora_config: a config with `init_lora_weights="lora_ga"`.
+        train_step: function that runs one or more forward and backward passes without an optimiser step; may be None if `cache_file` exists.
+            While it runs, only the targeted weights get gradients; afterwards `requires_grad` and the gradients of all parameters and the training
+            mode of all modules are restored.
+        cache_file: file that stores the gradients; it is read if it exists, and written otherwise.
         like: ``"paper"``: scale A and B as the authors do; ``"peft"``: as Hugging Face's peft does (`peft_lora.initializers.lora_ga.initializer`).
 
     Raises:
-        ConfigError: the config is for something else, a target is quantised, no gradient arrives, or the file does not fit.
+        ConfigError: the config does not select LoRA-GA, `like` is unknown, there is neither `train_step` nor a file, a target is quantised, no target
+            gets a gradient, or the file does not fit the model.
     """
     if lora_config.init_lora_weights != "lora_ga" or lora_config.lora_ga_config is None:
         raise ConfigError(
@@ -67,7 +69,7 @@ def preprocess_loraga(
 
 
 def _weight_of(name: str, module: Any) -> nn.Parameter:
-    """Return the weight of a targeted module; an error where it can't get a gradient."""
+    """Return the weight of a targeted module; raise a ConfigError if it is quantised, so that it can't get a gradient."""
     weight = module.weight
     if not weight.is_floating_point() or type(weight) is not nn.Parameter:
         raise ConfigError(f"{name!r} is quantised: its weight can't get a gradient", hint="load the base in float32, float16 or bfloat16")
@@ -75,7 +77,7 @@ def _weight_of(name: str, module: Any) -> nn.Parameter:
 
 
 def _report_missing(gradients: Mapping[str, Tensor | None]) -> None:
-    """Warn which weights got no gradient; an error where none did."""
+    """Warn about weights that got no gradient; raise a ConfigError if no weight got one."""
     without = [name for name, gradient in gradients.items() if gradient is None]
     if len(without) == len(gradients):
         raise ConfigError("no targeted weight has a gradient", hint="does train_step call backward on a loss of this model?")
@@ -86,12 +88,12 @@ def _report_missing(gradients: Mapping[str, Tensor | None]) -> None:
 def mean_gradients(
     model: nn.Module, modules: Mapping[str, nn.Module], weights: Mapping[str, nn.Parameter], train_step: Callable[[], Any]
 ) -> dict[str, Tensor | None]:
-    """Return the gradient of each weight over the number of backward passes through its module; None where none arrived.
+    """Return a dict from name to the weight's gradient divided by the number of backward passes through its module; None if it got no gradient.
 
     Args:
-        model: in training mode meanwhile.
-        modules, weights: by name.
-        train_step: runs forward and backward.
+        model: the model; it is in training mode while `train_step` runs.
+        modules, weights: the targeted modules and their weights, by module name.
+        train_step: function that runs forward and backward passes.
     """
     passes = dict.fromkeys(modules, 0)
     handles = []
