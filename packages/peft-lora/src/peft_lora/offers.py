@@ -1,4 +1,4 @@
-"""All initialisers, variants and layouts that are offered, ours and those of plugins, and what they add to models. Imports no torch."""
+"""All registered initialisers, variants and layouts, ours and those of plugins, and the functions that they add to models. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from .hookspecs import ExtensionSpec, InitializerSpec, LayoutSpec, VariantSpec
 
 
 def initializer_specs() -> tuple[InitializerSpec, ...]:
-    """Return all initialisers, those of plugins first: a plugin may replace one of ours."""
+    """Return all initialisers; those of plugins come first, so that a plugin may replace one of ours."""
     return registry.offers("peft_lora_initializers", "LORA")
 
 
 def variant_specs() -> tuple[VariantSpec, ...]:
-    """Return all variants, those of plugins first."""
+    """Return all variants; those of plugins come first."""
     return registry.offers("peft_lora_variants", "LORA")
 
 
 def layout_specs() -> tuple[LayoutSpec, ...]:
-    """Return all other layouts of bases whose adapters can be read, those of plugins first."""
+    """Return all alternative layouts of bases from which adapters can be loaded; those of plugins come first."""
     return registry.offers("peft_lora_layouts", "LORA")
 
 
 def extension_specs() -> tuple[ExtensionSpec, ...]:
-    """Return initialisers and variants; where several have a name for something, the first counts."""
+    """Return all initialisers and variants; if several of them define the same name, the first one is used."""
     return (*initializer_specs(), *variant_specs())
 
 
 def operations(specs: Sequence[ExtensionSpec]) -> dict[str, Callable[..., Any]]:
-    """Return the functions that initialisers and variants add to models, by name; each is imported when it is called."""
+    """Return name → function for the functions that initialisers and variants add to models; each one is imported when it is first called."""
     return {name: Operation(place) for spec in reversed(specs) for name, place in spec.operations.items()}
 
 
 def call_arguments(specs: Sequence[ExtensionSpec]) -> tuple[str, ...]:
-    """Return the keywords of a model call that are for initialisers and variants."""
+    """Return the names of the keyword arguments of a model call that are consumed by initialisers and variants."""
     return tuple(dict.fromkeys([name for spec in specs for name in spec.call_arguments]))
 
 
 @dataclass(frozen=True)
 class Operation:
-    """A function that is imported when it is called.
+    """A callable that imports its function when it is called.
 
     Args:
-        place: the function, or ``"package.module:function"``.
+        place: the function, or its import path ``"package.module:function"``.
     """
 
     place: str | Callable[..., Any]
@@ -60,10 +60,10 @@ class Operation:
 
 @functools.cache
 def load(place: Any) -> Any:
-    """Return what is at a place ``"package.module:Name"``; anything else as it is.
+    """Import and return the object at an import path ``"package.module:Name"``; a `place` that is no string is returned unchanged.
 
     Raises:
-        PluginError: it can't be imported.
+        PluginError: the object can't be imported.
     """
     if not isinstance(place, str):
         return place

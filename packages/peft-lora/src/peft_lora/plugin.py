@@ -1,4 +1,4 @@
-"""What peft-lora registers: the tuner, and, through hooks of its own, initialisers, variants and checkpoint layouts. Imports no torch."""
+"""The plugin of peft-lora: registers the tuner and, through peft-lora's hooks, initialisers, variants and checkpoint layouts. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .hookspecs import InitializerSpec, LayoutSpec, VariantSpec
 
 @hookimpl
 def peft_tuners() -> Iterable[TunerSpec]:
-    """Offer LoRA."""
+    """Register the LoRA tuner."""
     yield TunerSpec(
         peft_type="LORA",
         config="peft_lora.config:LoraConfig",
@@ -39,9 +39,9 @@ def peft_tuners() -> Iterable[TunerSpec]:
     )
 
 
-@hookimpl(trylast=True)  # other plugins come first: they may replace one of ours
+@hookimpl(trylast=True)  # called after other plugins, which may replace one of our initialisers
 def peft_lora_initializers() -> Iterable[InitializerSpec]:
-    """Offer the initialisers that come with peft-lora."""
+    """Register the initialisers of peft-lora."""
     yield InitializerSpec("gaussian", "peft_lora.initializers.plain:Gaussian")
     yield InitializerSpec("pissa", "peft_lora.initializers.pissa:Pissa")
     yield InitializerSpec("pissa_niter_[0-9]+", "peft_lora.initializers.pissa:Pissa", shown="pissa_niter_4")
@@ -56,7 +56,7 @@ def peft_lora_initializers() -> Iterable[InitializerSpec]:
 
 @hookimpl(trylast=True)
 def peft_lora_variants() -> Iterable[VariantSpec]:
-    """Offer the variants that come with peft-lora."""
+    """Register the variants of peft-lora."""
     yield VariantSpec("dora", "peft_lora.variants.dora:Dora", field="use_dora")
     yield VariantSpec("alora", "peft_lora.variants.alora:Alora", field="alora_invocation_tokens", call_arguments=("alora_offsets",))
     yield VariantSpec("qalora", "peft_lora.variants.qalora:QaLora", field="use_qalora")
@@ -79,13 +79,13 @@ def peft_lora_variants() -> Iterable[VariantSpec]:
 
 @hookimpl(trylast=True)
 def peft_lora_layouts() -> Iterable[LayoutSpec]:
-    """Offer the layout in which each expert of a mixture of experts was a module, to read adapters of that time."""
+    """Register the former layout in which each expert of a mixture of experts is a separate module, so that old adapters can be loaded."""
     yield LayoutSpec("experts as modules", "peft_lora.experts.layout:ExpertsAsModules")
 
 
 @hookimpl
 def peft_adapter_added(model: Any, config: Any) -> None:
-    """Let the initialiser and variant of a new adapter remove what was prepared for it; not before the adapter is added, which may fail."""
+    """Let a new adapter's initialiser and variant remove their prepared data. Called after the adapter is added, since adding it may fail."""
     if isinstance(config, LoraConfig):
         for extension in extensions_of(config):
             extension.adapter_added(model, config)

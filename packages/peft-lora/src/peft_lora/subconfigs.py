@@ -1,4 +1,4 @@
-"""The nested parts of `LoraConfig`, one for each initialisation or variant that has settings. Imports no torch."""
+"""The nested configs in `LoraConfig`, one for each initialisation or variant that has settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from peft_core.errors import ConfigError, did_you_mean
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Check that a value is one of a few words.
+    """Check that a value is one of `choices`.
 
     Raises:
-        ConfigError: it is not; the message names the nearest.
+        ConfigError: the value is not in `choices`; the message suggests the most similar choice.
     """
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown", hint=did_you_mean(str(value), choices) or f"write one of {', '.join(map(repr, choices))}")
@@ -23,8 +23,8 @@ class LoraRuntimeConfig:
     """Settings of a running process, never saved.
 
     Args:
-        ephemeral_gpu_offload: accepted for code that sets it, without an effect: DoRA's norms need no whole matrix here, and are computed where the
-            weights are.
+        ephemeral_gpu_offload: accepted for compatibility, but has no effect: DoRA's norms are computed on the device of the weights, and need no full
+            matrix.
     """
 
     ephemeral_gpu_offload: bool = False
@@ -35,8 +35,8 @@ class LoftQConfig:
     """LoftQ (arXiv 2310.08659).
 
     Args:
-        loftq_bits: 4 or 8.
-        loftq_iter: rounds of quantising and decomposing, at least 1.
+        loftq_bits: bits of the quantisation, 4 or 8.
+        loftq_iter: number of iterations of quantisation and decomposition, at least 1.
 
     Raises:
         ConfigError: a bad value.
@@ -56,12 +56,12 @@ class EvaConfig:
     """EVA (arXiv 2410.07170).
 
     Args:
-        rho: how many times its rank a layer may get at most, at least 1.
+        rho: maximal factor by which the rank of a layer may grow, at least 1.
         tau: cosine at which a component counts as converged, in [0, 1].
         use_label_mask: leave out positions whose label is `label_mask_value`.
-        label_mask_value: see there.
-        whiten: divide each component by the root of its singular value.
-        adjust_scaling_factors: keep s when a layer's rank changes.
+        label_mask_value: label of the positions that `use_label_mask` leaves out.
+        whiten: divide each component by the square root of its singular value.
+        adjust_scaling_factors: adjust alpha so that the scaling s stays the same when a layer's rank changes.
 
     Raises:
         ConfigError: a bad value.
@@ -88,12 +88,12 @@ class CordaConfig:
     """CorDA (arXiv 2406.05223).
 
     Args:
-        cache_file: where decompositions are kept.
-        covariance_file: where covariances are kept.
-        corda_method: ``"ipm"`` (the principal part is adapted) or ``"kpm"`` (the minor part; knowledge is preserved).
+        cache_file: path of the file in which decompositions are stored.
+        covariance_file: path of the file in which covariances are stored.
+        corda_method: ``"ipm"`` (the principal components are adapted) or ``"kpm"`` (the minor components are adapted; knowledge is preserved).
         verbose: show the progress of collecting covariances.
-        use_float16_for_covariance: collect in half precision.
-        prune_temporary_fields: remove what was collected when it has been used.
+        use_float16_for_covariance: collect covariances in half precision.
+        prune_temporary_fields: remove the collected data after it has been used.
 
     Raises:
         ConfigError: a bad value.
@@ -115,8 +115,8 @@ class LoraGAConfig:
     """LoRA-GA (arXiv 2407.05000).
 
     Args:
-        direction: which singular vectors of the gradient A and B take.
-        scale: how they are scaled.
+        direction: which singular vectors of the gradient become A and B.
+        scale: how A and B are scaled.
         stable_gamma: γ of the scale ``"stable"``.
 
     Raises:
@@ -140,8 +140,8 @@ class VeloraConfig:
     """VeLoRA (arXiv 2405.17991).
 
     Args:
-        num_groups: into how many groups the features of x are split.
-        scale: factor of what is put together again.
+        num_groups: number of groups into which the features of x are split.
+        scale: factor by which the reconstructed x is multiplied.
         init_type: ``"batch_average"``, ``"batch_average_once"`` or ``"random"``.
 
     Raises:
@@ -165,12 +165,12 @@ class MontecloraConfig:
     """MonteCLoRA.
 
     Args:
-        num_samples: N, samples that are mixed into A.
+        num_samples: N, number of samples that are mixed into A.
         use_entropy: add Σw² to the loss.
-        dirichlet_prior: c of the prior on the weights.
-        sample_scaler: size of the samples.
-        kl_loss_weight: weight of the divergences.
-        buffer_size: kept for files; samples are drawn when they are needed.
+        dirichlet_prior: parameter c of the Dirichlet prior on the mixture weights.
+        sample_scaler: scale of the samples.
+        kl_loss_weight: weight of the KL divergences in the loss.
+        buffer_size: only read from and written to files, without effect: samples are drawn when they are needed.
 
     Raises:
         ConfigError: a bad value.
@@ -197,10 +197,10 @@ class BdLoraConfig:
     """BD-LoRA: block-diagonal A or B.
 
     Args:
-        target_modules_bd_a: modules whose full name contains one of these have a block-diagonal A.
-        target_modules_bd_b: likewise B.
+        target_modules_bd_a: modules whose full name contains one of these strings have a block-diagonal A.
+        target_modules_bd_b: modules whose full name contains one of these strings have a block-diagonal B.
         nblocks: number of blocks.
-        match_strict: a module that is in neither list is an error.
+        match_strict: raise an error for a targeted module that matches neither list.
 
     Raises:
         ConfigError: a bad value.
@@ -220,12 +220,12 @@ class ArrowConfig:
     """Arrow (arXiv 2405.11157): routing tokens among adapters.
 
     Args:
-        top_k: adapters for each token.
-        router_temperature: divides the scores before the softmax.
-        use_gks: subtract general knowledge.
-        rng_seed: kept for files; prototypes are computed exactly.
-        task_adapter_names, gks_adapter_names: set by `create_arrow_model`: the experts at that time, and the general adapters, which are no
-            experts.
+        top_k: number of adapters for each token.
+        router_temperature: the scores are divided by it before the softmax.
+        use_gks: subtract the mean of the general-knowledge adapters from each expert.
+        rng_seed: only read from and written to files, without effect: prototypes are computed exactly, without random numbers.
+        task_adapter_names, gks_adapter_names: set by `create_arrow_model`: the names of the experts when the router was created, and of the
+            general-knowledge adapters, which are not experts.
 
     Raises:
         ConfigError: a bad value.
@@ -251,7 +251,7 @@ class KasaConfig:
 
     Args:
         beta: weight of Σδ² in the auxiliary loss.
-        gamma: weight of the orthogonality of A and B in it.
+        gamma: weight of the orthogonality term for A and B in the auxiliary loss.
 
     Raises:
         ConfigError: a bad value.

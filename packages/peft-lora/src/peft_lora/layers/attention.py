@@ -1,4 +1,4 @@
-"""LoRA around `nn.MultiheadAttention`: its packed in-projection, and its out-projection."""
+"""LoRA around `nn.MultiheadAttention`: on its packed in-projection, and on its out-projection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUT = "out_proj"
 
 @dataclass(frozen=True)
 class AttentionOps(LinearOps):
-    """`nn.MultiheadAttention`: the weight of the projections to queries, keys and values, one under the other (3·embed, embed)."""
+    """Ops of `nn.MultiheadAttention`: the weight is the packed in-projection, that of queries, keys and values concatenated (3·embed, embed)."""
 
     kind: str = "attention"
 
@@ -36,11 +36,11 @@ class AttentionOps(LinearOps):
 
 @dataclass(frozen=True)
 class OutProjectionSettings(LoraSettings):
-    """What the out-projection is told.
+    """The settings of an adapter on the out-projection.
 
     Args:
-        part_of_attention: the adapter is on the whole attention, whose file keys it shares.
-        delta_multiplier: how often the change of the weight counts.
+        part_of_attention: the adapter targets the whole attention; the attention's file keys then include the out-projection's tensors.
+        delta_multiplier: factor by which ΔW is multiplied.
     """
 
     part_of_attention: bool = False
@@ -48,18 +48,18 @@ class OutProjectionSettings(LoraSettings):
 
 
 class OutProjection(Linear):
-    """LoRA on the out-projection of an attention, which is used by its weight only: `Attention` around it computes with both."""
+    """LoRA on the out-projection of an attention. The attention reads its weight and never calls it, so `Attention` computes the adapted weight."""
 
     per_adapter: ClassVar[tuple[str, ...]] = (*Linear.per_adapter, "part_of_attention", "delta_multiplier")
 
     def __init__(self, base_layer: nn.Module, selection: Any) -> None:
         super().__init__(base_layer, selection)
-        #: adapters that are on the whole attention
+        #: adapter → whether it targets the whole attention
         self.part_of_attention: dict[str, bool] = {}
         self.delta_multiplier: dict[str, int] = {}
 
     def record_settings(self, adapter: str, settings: LoraSettings) -> None:
-        """Write down what holds for a new adapter."""
+        """Store the settings of a new adapter in the dicts of this layer."""
         super().record_settings(adapter, settings)
         self.part_of_attention[adapter] = isinstance(settings, OutProjectionSettings) and settings.part_of_attention
         self.delta_multiplier[adapter] = settings.delta_multiplier if isinstance(settings, OutProjectionSettings) else 1
@@ -69,11 +69,11 @@ class OutProjection(Linear):
         return super()._usual_scaling(adapter) * self.delta_multiplier[adapter]
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds under this module's own path: nothing where the attention names it."""
+        """Return the tensors that a file has under this module's path; none if the adapter targets the attention, whose `slots` include them."""
         return {} if self.part_of_attention.get(adapter) else self.own_slots(adapter)
 
     def own_slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return the adapter's tensors by the end of their name."""
+        """Return the adapter's tensors on the out-projection: end of the file key → slot."""
         return super().slots(adapter)
 
 
@@ -83,16 +83,17 @@ class Attention(LoraLayer):
     Shapes: `lora_A.<adapter>.weight` (r, embed) and `lora_B.<adapter>.weight` (3·embed, r) for the packed in-projection; the out-projection is
     an `OutProjection` in the attention, `base_layer.out_proj.lora_A.<adapter>.weight` (r, embed) and `….lora_B.…` (embed, r).
 
-    Both weights are computed with the adapters' effect, differentiably, and the base runs with them: nothing on it is exchanged. Dropout can't
-    act on a weight. Rows under different adapters are computed apart. A and B are read, not called: hooks on them are an error (`ModelError`).
+    W + ΔW of both weights is computed differentiably, and the base's forward runs with these tensors; the base itself is not modified. Dropout
+    can't act on a weight. Samples with different adapters are computed in separate calls. The weights of A and B are read, the modules are not
+    called: hooks on them are an error (`ModelError`).
 
     Raises:
-        UnsupportedModuleError: the attention is inside another tuner's layer.
+        UnsupportedModuleError: the attention is already wrapped by another tuner's layer.
     """
 
     containers = ("lora_A", "lora_B")
     base_types = (nn.MultiheadAttention,)
-    hotswappable: ClassVar[bool] = False  # the out-projection has an A and a B of its own
+    hotswappable: ClassVar[bool] = False  # an adapter has two pairs of A and B here: the out-projection has another pair
     weight_name = "in_proj_weight"
     bias_name = "in_proj_bias"
 
@@ -107,7 +108,7 @@ class Attention(LoraLayer):
 
     @classmethod
     def ops_of(cls, base: nn.Module) -> BaseOps:
-        """Return how the base uses its in-projection."""
+        """Return the ops of the in-projection."""
         return AttentionOps()
 
     def add(self, adapter: str, config: LoraSettings) -> None:
@@ -117,7 +118,7 @@ class Attention(LoraLayer):
         super().add(adapter, config)
 
     def _draw_out_projection(self, settings: LoraSettings) -> None:
-        """Draw what the reference implementation draws for the out-projection before this, and throws away: a seed then gives the same values."""
+        """Draw and discard the random values that the reference implementation draws for the out-projection first: a seed then gives the same A."""
         embed, r = self.matrix_shape[1], settings.r
         start = settings.initializer.start(self, settings)
         if settings.config.init_lora_weights is not False:
@@ -136,7 +137,7 @@ class Attention(LoraLayer):
         return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
 
     def adapters(self) -> tuple[str, ...]:
-        """Return the adapters that act here, those on the out-projection alone included."""
+        """Return the adapters of this attention, including those that target only its out-projection."""
         alone = [
             name
             for layer in _around(self._out())
@@ -147,7 +148,7 @@ class Attention(LoraLayer):
         return tuple(dict.fromkeys((*self.scaling, *alone)))
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds, the out-projection's tensors included."""
+        """Return the adapter's tensors in a file, end of the file key → slot, including those of the out-projection."""
         found = dict(super().slots(adapter))
         for layer in _around(self._out()):
             if isinstance(layer, OutProjection) and layer.part_of_attention.get(adapter):
@@ -156,14 +157,14 @@ class Attention(LoraLayer):
 
     # ---- forward --------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the base returns, computed with the weights under the adapters in use. Arguments are those of the base."""
+        """Return the output of the base, computed with W + ΔW of the adapters in use. The arguments are those of the base's forward."""
         route = self.selection.current()
         if route.per_row is None:
             return self._attend(route.names, args, kwargs)
         return self._attend_by_row(route, args, kwargs)
 
     def _attend(self, names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any], *, alone: bool = False) -> Any:
-        """Run the base under `names`; `alone`: layers inside must not look at the route, since the rows are not those of the call."""
+        """Run the base with the adapters `names`. `alone`: the batch is a part of the caller's batch, so inner layers must not read the route."""
         base: Any = self._modules["base_layer"]
         given = _effective(self, names, self.weight_name, self.bias_name)
         out = self._out()
@@ -212,7 +213,7 @@ class Attention(LoraLayer):
 
     @property
     def _qkv_same_embed_dim(self) -> bool:
-        # torch's TransformerEncoderLayer asks this before it hands the weights to a fused kernel, past `forward` and its rows
+        # False, because torch's TransformerEncoderLayer would otherwise pass the weights to a fused kernel instead of calling our `forward`
         return False
 
     def __getattr__(self, name: str) -> Any:
@@ -224,7 +225,7 @@ class Attention(LoraLayer):
         base: Any = self.__dict__["_modules"]["base_layer"]
         if name not in ("in_proj_weight", "in_proj_bias", OUT):
             return getattr(base, name)
-        # who computes with the weights past `forward`, or asks whether they need gradients, is shown those under the adapters in use
+        # callers that read the weights instead of calling `forward`, or check their requires_grad, get W + ΔW of the adapters in use
         names = self.selection.current().names
         if name != OUT:
             return _effective(self, names, self.weight_name, self.bias_name).get(name, getattr(base, name))
@@ -233,7 +234,7 @@ class Attention(LoraLayer):
         return shell(out.get_base_layer(), inner) if isinstance(out, AdapterLayer) and inner else out
 
 
-#: what callers read from the attention that they believe to have in hand
+#: attributes that callers read from an `nn.MultiheadAttention`; `Attention` forwards them to its base
 _FORWARDED = frozenset(
     [
         "embed_dim",
@@ -255,16 +256,17 @@ _FORWARDED = frozenset(
 
 
 def _around(module: nn.Module) -> Iterator[AdapterLayer]:
-    """Yield the adapter layers around a module, the outermost first."""
+    """Yield the nested adapter layers, from `module` inwards, until the first module that is no adapter layer."""
     while isinstance(module, AdapterLayer):
         yield module
         module = module._modules["base_layer"]  # type: ignore[assignment]
 
 
 def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, bias_name: str) -> dict[str, Tensor]:
-    """Return weight and bias of the innermost base, by name, with the effect of those `names` that have weights around it and are not merged.
+    """Return weight and bias of the innermost base, by name, with the changes by the adapters in `names`; merged layers are left out.
 
-    Rounded once to the base's dtype, and differentiable. Empty where none of them acts.
+    The weight is rounded once to the base's dtype and is differentiable; the bias is included only if an adapter changes it. The dict is empty if no
+    adapter in `names` acts.
     """
     layers = [layer for layer in _around(outermost) if not layer.merged]
     acting = [(layer, name) for layer in reversed(layers) for name in names if name in layer.scaling]
@@ -294,7 +296,7 @@ def _effective(outermost: AdapterLayer, names: Sequence[str], weight_name: str, 
 
 
 def _groups(route: Route, batch: int, device: torch.device) -> dict[tuple[str, ...], Tensor]:
-    """Return the rows (rows,) that use the same adapters, by these adapters in the order in which they act."""
+    """Return adapters, in the order in which they act → indices (n,) of the samples in the batch that use exactly these adapters."""
     assert route.per_row is not None
     repeat, rest = divmod(batch, len(route.per_row))
     if rest or not repeat:
@@ -309,7 +311,7 @@ def _groups(route: Route, batch: int, device: torch.device) -> dict[tuple[str, .
 
 
 def _rows_of(given: Mapping[str, Any], rows: Tensor, dim: int, batch: int) -> dict[str, Any]:
-    """Return the arguments of an attention's forward for some rows; tensors that were one object stay one."""
+    """Return the arguments of an attention's forward for the samples `rows`; if query, key or value are the same object, the results are, too."""
     taken: dict[int, Tensor] = {}
     found = dict(given)
     for name in ("query", "key", "value"):
@@ -319,13 +321,13 @@ def _rows_of(given: Mapping[str, Any], rows: Tensor, dim: int, batch: int) -> di
     padding, mask = given.get("key_padding_mask"), given.get("attn_mask")
     if isinstance(padding, Tensor):
         found["key_padding_mask"] = padding.index_select(0, rows)
-    if isinstance(mask, Tensor) and mask.dim() == 3:  # (batch · heads, target, source); with two dimensions it is that of every row
+    if isinstance(mask, Tensor) and mask.dim() == 3:  # (batch · heads, target, source); a mask with two dimensions is shared by all samples
         found["attn_mask"] = mask.reshape(batch, -1, *mask.shape[1:]).index_select(0, rows).flatten(0, 1)
     return found
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]], dim: int, batch: int) -> Tensor:
-    """Return the parts of a batch in the order of its rows."""
+    """Concatenate the (sample indices, output) pairs of `parts` along `dim`, and return the output in the original order of the batch."""
     order = torch.cat([rows for rows, _ in parts])
     back = torch.empty_like(order)
     back[order] = torch.arange(batch, device=order.device)
@@ -333,12 +335,12 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]], dim: int, batch: int) -> Ten
 
 
 def out_settings(settings: LoraSettings, *, part_of_attention: bool, twice: bool) -> OutProjectionSettings:
-    """Return what an out-projection is told.
+    """Return the settings of an adapter on an out-projection.
 
     Args:
-        settings: of the attention, or of the out-projection where that alone is targeted.
-        part_of_attention: the adapter is on the whole attention.
-        twice: its change counts twice (`LoraConfig.out_projection_twice`).
+        settings: the settings of the attention, or of the out-projection if only the out-projection is targeted.
+        part_of_attention: the adapter targets the whole attention.
+        twice: ΔW of the out-projection is multiplied by 2 (`LoraConfig.out_projection_twice`).
     """
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     return OutProjectionSettings(**values, part_of_attention=part_of_attention, delta_multiplier=2 if twice else 1)

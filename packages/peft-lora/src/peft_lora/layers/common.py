@@ -1,4 +1,4 @@
-"""What all layers of LoRA share: creating A and B, the scale, variants."""
+"""The base class of all LoRA layers: it creates A and B, sets the scaling and holds the variants."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from . import rank_padding
 
 
 class LoraMerging(LayerMerging):
-    """Merging of LoRA: a layer whose factors are those of another layer around the same weight shares the merged weight with it."""
+    """Merging for LoRA layers: a layer that uses the factors of another layer around the same weight also shares that layer's merged weight."""
 
     def plan(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge of those `adapters` that have weights here; where they are those of another layer, they stay tied if they can."""
+        """Return the merge of the mergeable `adapters` in this layer. If all their factors are tied, the base weights stay tied where possible."""
         mergeable, tied = self.mergeable(adapters), self.layer.tied
         merge = tied[mergeable[0]].plan_merge(self.layer, mergeable) if mergeable and all(adapter in tied for adapter in mergeable) else None
         return super().plan(adapters) if merge is None else merge
 
     def unmerged_shifts(self) -> list[str]:
-        """Return the adapters that a shift belongs to and that are not merged, nor share it with one that is."""
+        """Return the unmerged adapters that own a shift of the base weight and do not share this shift with a merged adapter."""
         variants, merged = self.layer.variants, self.adapters
         sharing = {type(variants[name]) for name in merged if name in variants and variants[name].shifts_base}
         return [name for name in super().unmerged_shifts() if type(variants.get(name)) not in sharing]
 
 
 class LoraLayer(FactorLayer):
-    """What all LoRA layers share: y = base(x) + s·B(A·drop(x)).
+    """Base class of all LoRA layers: y = base(x) + s·B(A·drop(x)).
 
-    Methods take what a layer is told as `config` or `settings` (a `LoraSettings`), a rank as `r`, the parameters A and B as `a` and `b`.
+    In the methods, `config` or `settings` is the `LoraSettings` of one adapter in this layer, `r` a rank, `a` and `b` the parameters A and B.
 
     Attributes:
-        r, lora_alpha, scaling: by adapter.
-        lora_dropout: by adapter an `nn.Dropout`, or an `nn.Identity` where nothing is dropped.
-        variants: by adapter, where it is not plain LoRA.
-        hotswappable: whether other weights can take the place of an adapter's: it has one A and one B, and B has r columns (r / groups on a
-            convolution). A class says so for its kind of base layer.
+        r, lora_alpha, scaling: adapter → its rank, its alpha, its scaling s.
+        lora_dropout: adapter → `nn.Dropout`, or `nn.Identity` if the dropout rate is 0.
+        variants: adapter → its variant; plain LoRA adapters are not in it.
+        hotswappable: whether an adapter's weights can be replaced in place: it has one A and one B, and B has r columns (r / groups on a
+            convolution). Each class sets it for its kind of base layer.
     """
 
     merging_type = LoraMerging
@@ -53,7 +53,7 @@ class LoraLayer(FactorLayer):
         *("scaling", "r", "lora_alpha", "use_rslora", "use_dora", "lora_bias"),
         *("variants", "has_variant_or_bias", "frozen", "used_rank", "tied"),
     )
-    #: what each layer has by adapter, under the names that the reference implementation has for it
+    #: attributes that are dicts with adapters as keys; the names are those of the reference implementation
     other_param_names: ClassVar[tuple[str, ...]] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_dora", "use_rslora", "lora_bias")
     adapter_layer_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 
@@ -65,7 +65,7 @@ class LoraLayer(FactorLayer):
     use_rslora: dict[str, bool]
     use_dora: dict[str, bool]
     lora_bias: dict[str, bool]
-    #: adapters that are more than s·B·A: asked on the hot path, so that plain ones pay for one look-up only
+    #: adapters with a variant or a bias, whose effect is more than s·B·A; read on the hot path, so that a plain adapter needs one look-up only
     has_variant_or_bias: dict[str, bool]
     frozen: dict[str, frozenset[str]]
     #: adapters that use the A and B of another layer around the same weight (`ensure_weight_tying`)
@@ -73,15 +73,15 @@ class LoraLayer(FactorLayer):
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base stores its weight (in, out)."""
+        """Whether the base stores its weight transposed, as (in, out)."""
         return self.ops.kind == "conv1d"
 
     # ---- creating --------------------------------------------------------------------------------------------------
     def add(self, adapter: str, config: LoraSettings) -> None:
-        """Create A and B as the initialiser says. Random ones have the values that the reference implementation draws from the same seed.
+        """Create A and B with the adapter's initialiser. Random values equal those that the reference implementation draws from the same seed.
 
         Raises:
-            ConfigError: the initialiser gives factors of another rank, which a file of them could not say.
+            ConfigError: the initialiser returns factors of another rank than the config says, so that their file could not be loaded.
         """
         self.record_settings(adapter, config)
         variant = config.variant(self, adapter, config) if config.variant is not None else None
@@ -90,7 +90,7 @@ class LoraLayer(FactorLayer):
         values: tuple[Any, Any] = (torch.Tensor.zero_,) * 2 if start is None else (start.a, start.b)
         parameters = [self._factor(shape, value) for shape, value in zip(shapes, values, strict=True)]
         stored = [tuple(parameter.shape) for parameter in parameters]
-        if stored != [*shapes] and not config.initializer.needs_base:  # a file of them could not be loaded
+        if stored != [*shapes] and not config.initializer.needs_base:  # a file with these factors could not be loaded
             raise ConfigError(
                 f"{type(config.initializer).__name__} gave A and B of the shapes {stored} for {config.path!r}, and r={config.r} needs {[*shapes]}",
                 hint="set needs_base on the initialiser: it is then asked for their rank when a file is loaded, too",
@@ -109,7 +109,7 @@ class LoraLayer(FactorLayer):
             self.has_variant_or_bias[adapter] = True
 
     def _start(self, settings: LoraSettings, variant: Variant | None) -> InitialFactors | None:
-        """Return what A and B start with; None where a file will supply them, and the base stays as it is."""
+        """Return the initial values of A and B; None if a file will supply them and the initialiser does not need the base weight."""
         draws = self.init_options.initialise and not self.init_options.meta
         if not (draws or settings.initializer.needs_base):
             return None
@@ -121,7 +121,7 @@ class LoraLayer(FactorLayer):
         return start if variant is None else variant.start(start)
 
     def _take_out_of_base(self, adapter: str, settings: LoraSettings, start: InitialFactors) -> None:
-        """Subtract from the base what the initialiser says, for as long as the adapter exists."""
+        """Subtract the initialiser's `base_offset` from the base weight, for as long as the adapter exists."""
         offset = start.base_offset
         if offset is False or self.base_weight().is_meta:
             return
@@ -130,12 +130,12 @@ class LoraLayer(FactorLayer):
 
     def _add_variant(self, adapter: str, variant: Variant) -> None:
         self.variants[adapter] = variant
-        # of this layer: which containers there are depends on the variants of its adapters
+        # set on the instance, not on the class: the containers depend on the variants of this layer's adapters
         self.__dict__["containers"] = (*self.containers, *(name for name in variant.containers if name not in self.containers))
         variant.add()
 
     def record_settings(self, adapter: str, settings: LoraSettings) -> None:
-        """Write down what holds for a new adapter."""
+        """Store the settings of a new adapter in the dicts of this layer, and create its dropout module."""
         self.r[adapter] = settings.r
         self.lora_alpha[adapter] = settings.alpha
         p = float(settings.config.lora_dropout)
@@ -147,14 +147,14 @@ class LoraLayer(FactorLayer):
         self.scaling[adapter] = formulas.scaling(settings.alpha, settings.r, settings.config.use_rslora)
 
     def draw_as_plain_layers(self, r: int) -> None:
-        """Draw the values that two plain layers of these shapes would draw first: a seed then gives the same A as it always gave."""
+        """Draw and discard the values that the constructors of two plain layers would draw: a seed then gives the same A as with such layers."""
         for shape in self.factor_shapes(r):
             torch.empty(shape).uniform_()
 
     def _factor(self, shape: tuple[int, ...], value: Any) -> nn.Parameter:
         if not isinstance(value, Tensor):
             return self.init_options.new_parameter(shape, value)
-        rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have found another rank than was asked for
+        rank_first = value.shape[-1] == math.prod(shape[1:])  # the initialiser may have chosen another rank than r
         return self.init_options.parameter_of(value.reshape(-1, *shape[1:]) if rank_first else value.reshape(shape[0], -1, *shape[2:]))
 
     def _product(self, adapter: str, start: InitialFactors) -> Product:
@@ -177,7 +177,7 @@ class LoraLayer(FactorLayer):
     def __getattr__(self, name: str) -> Any:
         if name != "lora_dropout" or "scaling" not in self.__dict__ or name in self._modules:
             return super().__getattr__(name)
-        # made when it is needed: where nothing is dropped, that is when somebody asks
+        # created lazily: a layer without dropout needs the ModuleDict only when somebody reads the attribute
         self._modules["lora_dropout"] = made = nn.ModuleDict()
         made._modules.update((adapter, nn.Identity()) for adapter in self.scaling)
         return made
@@ -190,7 +190,7 @@ class LoraLayer(FactorLayer):
                 code="tied-replica",
             )
         replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        # variants read the weights of their layer: those of the replica
+        # a variant reads the weights of its `layer`: in a replica this must be the replica
         replica.__dict__["variants"] = {adapter: copy.copy(variant) for adapter, variant in self.variants.items()}
         for variant in replica.variants.values():
             variant.layer = replica
@@ -209,40 +209,40 @@ class LoraLayer(FactorLayer):
             yield from variant.buffers()
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return what trains, by the end of its file key."""
+        """Return the adapter's trainable parameters: end of the file key → parameter. Frozen factors are left out."""
         found = super().parameters_of(adapter)
         frozen = self.frozen.get(adapter)
         return {key: value for key, value in found.items() if key.split(".")[0][-1] not in frozen} if frozen else found
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds of the adapter: of factors with room for more, the part in use."""
+        """Return the adapter's tensors in a file, end of the file key → slot. Factors that are padded for hot-swapping are shown unpadded."""
         if adapter in self.tied:
             return self.tied[adapter].slots()
         slots = super().slots(adapter)
         return rank_padding.unpadded_slots(self, adapter, slots) if adapter in self.used_rank else slots
 
     def beta(self, adapter: str) -> Tensor | None:
-        """Return the bias of B (out,) that `lora_bias` adds; None without."""
+        """Return the bias of B (out,) that `lora_bias` adds; None without `lora_bias`."""
         return self.bias_holder(adapter)._parameters.get("bias")
 
     def is_additive(self, adapter: str) -> bool:
-        """Return whether the adapter's effect is a sum."""
+        """Return whether the adapter's effect is a sum W + ΔW."""
         variant = self.variants.get(adapter)
         return variant is None or variant.additive
 
     def delta_weight(self, adapter: str) -> Tensor:
-        """Return s·ΔW (out, in); with a factor, what is added before it."""
+        """Return s·ΔW (out, in). If the variant also has a weight factor, s·ΔW is added to W before the multiplication by this factor."""
         variant = self.variants.get(adapter)
         return variant.delta() if variant is not None else self.plain_delta(adapter)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return what the adapter alone changes the base weight by, in the layout and shape of that weight.
+        """Return the change of the base weight by this adapter alone, in the layout and shape of the base weight.
 
-        Of an effect on some tokens only, it is the change that these see.
+        If a variant acts on some tokens only, it is the change that holds for these tokens.
 
         Raises:
-            AdapterNotFoundError: the adapter has no weights here.
-            MergeError: the effect is no change of this weight.
+            AdapterNotFoundError: the adapter has no weights in this layer.
+            MergeError: the adapter's effect can't be expressed as a change of this weight.
         """
         variant = self.variants.get(adapter)
         if variant is None or not variant.by_token:
@@ -250,12 +250,12 @@ class LoraLayer(FactorLayer):
         return self.ops.to_weight_layout(self.plain_delta(adapter))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether what the adapter does here is a sum W + ΔW for every token."""
+        """Return whether the adapter's effect in this layer is a sum W + ΔW that is the same for every token."""
         variant = self.variants.get(adapter_name)
         return super().supports_lora_conversion(adapter_name) and not (variant is not None and variant.by_token)
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """Return s·B (out, r) and A (r, in) of which ΔW is the product; None where a variant's is no such product."""
+        """Return s·B (out, r) and A (r, in), whose product is s·ΔW; None if the ΔW of a variant is no such product."""
         variant = self.variants.get(adapter)
         if variant is not None:
             return variant.low_rank_factors()
@@ -263,7 +263,7 @@ class LoraLayer(FactorLayer):
         return b * self.scaling[adapter], a
 
     def weight_factor(self, adapter: str) -> Tensor | None:
-        """Return what the variant multiplies W + ΔW by; None for a sum."""
+        """Return the factor by which the variant multiplies W + ΔW; None if the effect is only a sum."""
         variant = self.variants.get(adapter)
         return None if variant is None else variant.factor()
 
@@ -280,7 +280,7 @@ class LoraLayer(FactorLayer):
         return bias + self.scaling[adapter] * beta.to(bias.dtype)
 
     def drop(self, adapter: str) -> None:
-        """Take the adapter's weights out, and undo what its creation did to the base."""
+        """Remove the adapter's weights, and undo the changes that its creation made to the base."""
         variant = self.variants.get(adapter)
         if variant is not None:
             variant.drop()
@@ -290,7 +290,7 @@ class LoraLayer(FactorLayer):
 
     # ---- the scale --------------------------------------------------------------------------------------------------
     def set_scaling(self, adapter: str, value: float) -> None:
-        """Set the scaling itself to `value`. Where it is a tensor, because a compiled graph reads it, that one is filled."""
+        """Set the adapter's scaling s to `value`. If s is a tensor, because a compiled graph reads it, the tensor is overwritten in place."""
         present: Any = self.scaling[adapter]
         if isinstance(present, Tensor):
             present.fill_(value)
@@ -299,7 +299,7 @@ class LoraLayer(FactorLayer):
         self.selection.drop_cached()
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Set the scaling to `scale` times what alpha and rank make of it; a name without weights here is ignored."""
+        """Set the scaling to `scale` times the scaling that follows from alpha and rank; an adapter without weights in this layer is ignored."""
         if adapter in self.scaling:
             self.set_scaling(adapter, scale * self._usual_scaling(adapter))
 
@@ -312,7 +312,7 @@ class LoraLayer(FactorLayer):
                 self.set_scaling(adapter, self.scaling[adapter] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of the adapters in use by `scale`; None: back to what alpha and rank make of it."""
+        """Divide the scaling of the adapters in use by `scale`; None: reset it to the scaling that follows from alpha and rank."""
         for adapter in self.selection.names:
             if adapter in self.scaling:
                 self.set_scaling(adapter, self._usual_scaling(adapter) if scale is None else self.scaling[adapter] / scale)

@@ -18,14 +18,14 @@ from .modules import bare, dtype_of
 
 
 class Convolution(LoraLayer):
-    """LoRA around a convolution: A is one with the base's own kernel, stride, padding, dilation and padding mode, B has a kernel of 1.
+    """LoRA around a convolution: A is a convolution with the base's kernel size, stride, padding, dilation and padding mode; B has kernel size 1.
 
     Shapes, for a base (out, in / groups, *kernel): `lora_A.<adapter>.weight` (r, in, *kernel), `lora_B.<adapter>.weight` (out, r / groups, 1, …).
-    With `grouped_convolutions` in the config A is grouped as the base is, with r for each group: (r · groups, in / groups, *kernel) and
-    (out, r, 1, …); only so can an adapter on a grouped convolution be merged.
+    With `grouped_convolutions` in the config, A has the same groups as the base, with rank r for each group: A is (r · groups, in / groups, *kernel)
+    and B is (out, r, 1, …). Only such an adapter on a grouped convolution can be merged.
 
     Attributes:
-        grouped: by adapter, whether A has the base's groups.
+        grouped: adapter → whether A has the same groups as the base.
     """
 
     containers = ("lora_A", "lora_B")
@@ -46,7 +46,7 @@ class Convolution(LoraLayer):
         """Create A and B.
 
         Raises:
-            ConfigError: r can't be shared out among the base's groups.
+            ConfigError: r is not divisible by the base's groups, and A is not grouped.
         """
         grouped = self.base_groups > 1 and config.config.grouped_convolutions
         if self.base_groups > 1 and not grouped and config.r % self.base_groups:
@@ -67,7 +67,7 @@ class Convolution(LoraLayer):
         return (r, base.in_channels, *self.kernel), (base.out_channels, r // self.base_groups, *ones)
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        """Make A a copy of the base with another weight (no constructor is called: subclasses may have any), B a plain convolution."""
+        """Store A as a copy of the base with another weight, and B as a plain convolution. No constructor is called: subclasses may have any."""
         base: Any = self.get_base_layer()
         self.lora_A[adapter] = _twin(base, a, self.base_groups if self.grouped[adapter] else 1)
         self.lora_B[adapter] = _pointwise(base, b, self.base_groups)
@@ -77,10 +77,10 @@ class Convolution(LoraLayer):
         return self.lora_A[adapter].weight.flatten(1), self.lora_B[adapter].weight.flatten(1)  # type: ignore[operator]
 
     def plain_delta(self, adapter: str) -> Tensor:
-        """Return s·B·A (out, in / groups · ∏ kernel), group by group where the base has groups.
+        """Return s·B·A (out, in / groups · ∏ kernel); if the base has groups, there is one product per group.
 
         Raises:
-            MergeError: A sees all inputs of a grouped base, which no grouped kernel can express.
+            MergeError: the base is grouped and A is not: A reads all inputs, which no grouped kernel can express.
         """
         a, b = self.factors(adapter)
         if self.base_groups == 1:
@@ -94,7 +94,7 @@ class Convolution(LoraLayer):
         return formulas.grouped_delta(formulas.in_groups(a, g), formulas.in_groups(b, g), self.scaling[adapter])
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """Return s·B and A as matrices; None where the base has groups, each of which has a product of its own."""
+        """Return s·B and A as matrices; None if the base has groups, since each group has a separate product."""
         return None if self.base_groups > 1 else super().low_rank_factors(adapter)
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
@@ -107,19 +107,19 @@ class Convolution(LoraLayer):
         return add_scaled(y, self.change(adapter, x if dropout is None else dropout(x)), self.scaling[adapter])
 
     def change(self, adapter: str, x: Tensor) -> Tensor:
-        """Return B(A·x) in the dtype of the adapter, with the bias of B where it has one."""
+        """Return B(A·x) in the dtype of the adapter, including the bias of B if it has one."""
         x = self.cast_input(x, dtype_of(self.lora_A[adapter], x))
         found: Tensor = self.lora_B[adapter](self.lora_A[adapter](x))
         return found
 
 
 _PLAIN: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-#: attributes of a module that belong to it alone
+#: attributes of a module that a copy does not share
 _OWN = ("_parameters", "_buffers", "_modules")
 
 
 def _twin(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
-    """Return a module of the base's class with its settings and another weight."""
+    """Return a module of the base's class with the base's settings, another weight and no bias."""
     twin = bare(parametrize.type_before_parametrizations(base))
     for name, value in base.__dict__.items():
         if name not in twin.__dict__ and name not in ("forward", "_old_forward", "_hf_hook", "weight"):  # a weight that hooks compute is an attribute
@@ -134,7 +134,7 @@ def _twin(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
 
 
 def _pointwise(base: Any, weight: nn.Parameter, groups: int) -> nn.Module:
-    """Return a plain convolution with a kernel of 1."""
+    """Return a plain convolution with kernel size 1 and no bias."""
     dimensions = weight.dim() - 2
     ones, zeros = (1,) * dimensions, (0,) * dimensions
     layer = bare(

@@ -18,10 +18,10 @@ class Embedding(LoraLayer):
     """LoRA around `nn.Embedding`.
 
     Shapes: `lora_embedding_A.<adapter>` (r, vocabulary), `lora_embedding_B.<adapter>` (dim, r).
-    Dropout acts on the r-vectors, since ids can't be dropped.
+    Dropout acts on the looked-up vectors (…, r), since it can't act on token ids.
 
     Raises:
-        UnsupportedModuleError: the base renormalises its rows in place (`max_norm`), so that there is no fixed E to add to.
+        UnsupportedModuleError: the base renormalises its rows in place (`max_norm`), so that there is no fixed weight E to which ΔE is added.
     """
 
     containers = ("lora_embedding_A", "lora_embedding_B")
@@ -38,21 +38,21 @@ class Embedding(LoraLayer):
             )
 
     def draw_as_plain_layers(self, r: int) -> None:
-        """Draw what the reference implementation draws first."""
+        """Draw and discard the values that the reference implementation draws first: a seed then gives the same A."""
         dim, vocabulary = self.matrix_shape
         torch.randn(r, vocabulary), torch.randn(dim, r)
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
-        """Put A and B into the dicts."""
+        """Store A and B in the ParameterDicts of this layer."""
         self.lora_embedding_A[adapter] = a
         self.lora_embedding_B[adapter] = b
 
     def bias_holder(self, adapter: str) -> nn.Module:
-        """An embedding's B is no module."""
+        """Raise `AttributeError`: the B of an embedding is a parameter, not a module that could have a bias."""
         raise AttributeError("an Embedding has no lora_bias")
 
     def beta(self, adapter: str) -> Tensor | None:
-        """There is no bias."""
+        """Return None: B has no bias."""
         return None
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -62,14 +62,14 @@ class Embedding(LoraLayer):
         return self.lora_embedding_A[adapter], self.lora_embedding_B[adapter]
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·(Aᵀ[ids])Bᵀ, times the base's own `embed_scale` if it has one."""
+        """Return y + s·(Aᵀ[ids])Bᵀ, multiplied by the base's `embed_scale` if it has one."""
         variant = self.variants.get(adapter)
         if variant is not None:
             return variant.contribute(x, y)
         return add_scaled(y, self.change(adapter, x), self.scaling[adapter])
 
     def change(self, adapter: str, ids: Tensor) -> Tensor:
-        """Return (Aᵀ[ids])Bᵀ, times `embed_scale`."""
+        """Return (Aᵀ[ids])Bᵀ (…, dim), multiplied by the base's `embed_scale` if it has one."""
         base: Any = self.get_base_layer()
         a, b = self.factors(adapter)
         found = F.embedding(ids, a.T, padding_idx=base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)

@@ -20,7 +20,7 @@ from .modules import dtype_of, plain_linear
 class Linear(LoraLayer):
     """LoRA around `nn.Linear` or transformers' `Conv1D`.
 
-    Shapes, with the base weight seen as (out, in): `lora_A.<adapter>.weight` (r, in), `lora_B.<adapter>.weight` (out, r).
+    Shapes, with the base weight viewed as (out, in): `lora_A.<adapter>.weight` (r, in), `lora_B.<adapter>.weight` (out, r).
     """
 
     containers = ("lora_A", "lora_B")
@@ -56,16 +56,16 @@ class Linear(LoraLayer):
         return held["lora_A"]._modules[adapter], held["lora_B"]._modules[adapter]  # type: ignore[union-attr, return-value]
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return what trains, by the end of its file key."""
+        """Return the adapter's trainable parameters: end of the file key → parameter."""
         if adapter in self.has_variant_or_bias or self.frozen.get(adapter) or adapter in self.tied:
             return super().parameters_of(adapter)
-        down, up = self.factor_modules(adapter)  # switching asks every layer
+        down, up = self.factor_modules(adapter)  # a fast path, since switching adapters calls this for every layer
         a, b = down._parameters.get("weight"), up._parameters.get("weight")
         return super().parameters_of(adapter) if a is None or b is None else {"lora_A.weight": a, "lora_B.weight": b}
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def fused_forward(self, x: Tensor) -> Tensor | None:
-        """Return the output where one adapter acts on a plain Linear and all modules are plain: one step in the graph for both. None elsewhere."""
+        """Return the output of base and adapter as one autograd node, if exactly one adapter acts and all modules are plain; otherwise None."""
         adapter = self.only_adapter()
         if adapter is None or adapter in self.tied:
             return None
@@ -76,7 +76,7 @@ class Linear(LoraLayer):
         return self._fused_plain(adapter, x, base)
 
     def _fused_plain(self, adapter: str, x: Tensor, base: Any) -> Tensor | None:
-        """Return base(x) + s·B(A·drop(x)) (…, out) for `x` (…, in), where all modules are plain, and W and its bias frozen; None elsewhere."""
+        """Return base(x) + s·B(A·drop(x)) (…, out) for `x` (…, in), if all modules are plain and W and its bias are frozen; otherwise None."""
         down, up = self.factor_modules(adapter)
         dropout = self.dropout_of(adapter)
         if not (can_fuse(x, base, down, up) if dropout is None else can_fuse(x, base, down, up, dropout)):
@@ -87,7 +87,7 @@ class Linear(LoraLayer):
         s = self.scaling[adapter]
         if weight.dtype is not x.dtype or up._parameters["bias"] is not None:
             return None
-        s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
+        s = s.item() if isinstance(s, Tensor) else s  # a tensor if the model is prepared for hot-swapping; here it is not compiled
         p = dropout.p if dropout is not None and dropout.training and type(dropout) is nn.Dropout else 0.0
         if torch.is_grad_enabled():
             if weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -101,9 +101,9 @@ class Linear(LoraLayer):
         return kernels.add_low_rank(F.linear(x, weight, bias), F.dropout(x, p) if p else x, a, b, s)
 
     def merged_linear(self, adapter: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the weight (out, in) and bias (out,) of a Linear that does what this plain one and the adapter do; both stay as they are."""
+        """Return the weight (out, in) and bias (out,) of base and adapter merged into one Linear; `weight` and `bias` are not modified."""
         variant = self.variants.get(adapter)
-        if variant is None:  # in one step: this is done for each call of `generate`
+        if variant is None:  # one `addmm`, since this runs in each call of `generate`
             a, b = self.factors(adapter)
             merged: Tensor | None = torch.addmm(weight, b.to(weight.dtype), a.to(weight.dtype), alpha=self.scaling[adapter])
         else:
@@ -111,12 +111,12 @@ class Linear(LoraLayer):
         return super().merged_linear(adapter, weight, bias) if merged is None else (merged, self.merged_bias(adapter, bias))
 
     def contribute(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x)) and what the adapter does besides, rounded once to the dtype of `y`."""
+        """Return y + s·B(A·drop(x)), with the effect of the adapter's variant or bias if it has one, rounded once to the dtype of `y`."""
         variant = self.variants.get(adapter)
         return self.low_rank(adapter, x, y) if variant is None else variant.contribute(x, y)
 
     def low_rank(self, adapter: str, x: Tensor, y: Tensor, *, drop: bool = True) -> Tensor:
-        """Return y + s·B(A·drop(x)), with the bias of B where it has one; without `drop`, `x` is dropped already. `y` may be overwritten."""
+        """Return y + s·B(A·drop(x)), with the bias of B if it has one. ``drop=False``: no dropout is applied to `x`. `y` may be overwritten."""
         s = self.scaling[adapter]
         dropout = self.dropout_of(adapter) if drop else None
         if adapter in self.tied:
@@ -130,10 +130,10 @@ class Linear(LoraLayer):
         return kernels.add_scaled(y, up(down(x if dropout is None else dropout(x))), s)
 
     def contribute_by_row(self, route: Route, x: Tensor, y: Tensor) -> Tensor:
-        """Return `y` with each row under the adapters that the route gives it; plain ones in two batched products."""
+        """Return `y` plus, for each row, the output of the adapters that the route gives to it; plain adapters need only two batched products."""
         scope = self.selection.cache()
         if scope is not None and not self.training:
-            # for 64 adapters, asking can_stack costs as much as the matrix products; in a scope their modules do not change, so it is asked once
+            # for 64 adapters, can_stack costs as much as the matrix products; modules do not change in a cache scope, so it is called once per scope
             stack = scope.get(
                 ("stack", self, route, x.dtype, x.device),
                 lambda: rows.StackedFactors(self, route, x.dtype) if rows.can_stack(self, route, x) else None,
@@ -147,6 +147,6 @@ class Linear(LoraLayer):
         return rows.add_by_row(x, y, *rows.stack_factors(self, adapters_by_row, x.dtype))
 
     def with_beta(self, adapter: str, y: Tensor) -> Tensor:
-        """Return y + s·β, where `lora_bias` gave B a bias β."""
+        """Return y + s·β if B has a bias β (`lora_bias`); otherwise `y`."""
         beta = self.beta(adapter)
         return y if beta is None else kernels.add_scaled(y, beta, self.scaling[adapter])

@@ -1,4 +1,4 @@
-"""Making and asking the modules that hold A and B."""
+"""Helper functions to create and inspect the modules that hold A and B."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peft_core import ModelError
 
 
 def dtype_of(module: nn.Module, x: Tensor) -> torch.dtype:
-    """Return the dtype of a module's parameters; that of `x` where it has none."""
+    """Return the dtype of a module's first parameter; the dtype of `x` if the module has no parameter."""
     return next((parameter.dtype for parameter in module.parameters()), x.dtype)
 
 
 def bare(kind: type[nn.Module], **attributes: Any) -> Any:
-    """Return a module without the initialisation that its constructor would run and throw away."""
+    """Create a module with these attributes without calling its constructor, whose random initialisation would be discarded."""
     module: Any = kind.__new__(kind)
     nn.Module.__init__(module)
     for name, value in attributes.items():
@@ -34,10 +34,10 @@ def plain_linear(weight: nn.Parameter) -> nn.Linear:
 
 
 def require_unhooked(modules: Iterable[nn.Module], owner: str) -> None:
-    """Check that A and B may be read instead of called, as where ΔW is added to a weight. `owner`: whose weight, for the message.
+    """Check that the weights of A and B may be read without calling the modules. `owner`: the weight to which ΔW is added, for the error message.
 
     Raises:
-        ModelError: one of them has hooks, which would not be called.
+        ModelError: one of the modules has hooks, which would not be called.
     """
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -1,4 +1,4 @@
-"""LoRA on parameters that modules use in their own way: fused weights of experts, say."""
+"""LoRA on single parameters of modules that are no standard layers, for example the fused weights of experts."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class ParameterOps:
-    """A parameter (out, in) or, for each of E experts, (E, out, in) or transposed (E, in, out), seen as the matrix (E·out, in).
+    """Ops of a parameter (out, in), or of E experts' fused parameter (E, out, in), transposed (E, in, out); all are viewed as a matrix (E·out, in).
 
     Args:
-        shape: of the parameter.
-        transposed: inputs come before outputs.
+        shape: shape of the parameter.
+        transposed: the layout is (E, in, out).
     """
 
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ class ParameterOps:
         return vector
 
     def apply(self, base: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-        """There is no such thing: only the module knows how it uses its parameter.
+        """Not supported, since only the module knows how it uses its parameter.
 
         Raises:
             UnsupportedModuleError: always.
@@ -79,13 +79,13 @@ class ParameterOps:
 
 
 class ParameterMerging(LoraMerging):
-    """Merging into the parameters of one module, all at once."""
+    """Merging into all targeted parameters of one module in one step."""
 
     def plan(self, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge into all parameters, nothing done yet; None if there is nothing to do.
+        """Return the merge into all targeted parameters, without executing it; None if there is nothing to merge.
 
         Raises:
-            MergeError: a parameter is computed by a parametrisation, or of eight bits.
+            MergeError: a parameter is computed by a parametrisation, or has an 8-bit dtype.
         """
         layer = self.layer
         weight, described = layer.get_base_layer()._parameters.get(layer.weight_name), layer._described()
@@ -104,17 +104,17 @@ class ParameterMerging(LoraMerging):
 
 
 class Parameter(LoraLayer):
-    """LoRA on one parameter of a module. For several parameters wrappers stand around one another, in the order of registration.
+    """LoRA on one parameter of a module. For several parameters of a module the wrappers are nested, in the order of registration.
 
-    Shapes, for E experts (1 for a parameter with two dimensions): `lora_A.<adapter>.weight` (E·r, in), expert by expert;
-    `lora_B.<adapter>.weight` (out, r·E), the expert counting fastest. ΔW_e = s·B_e·A_e with A_e = A.reshape(E, r, in)[e] and
+    Shapes, for E experts (1 for a parameter with two dimensions): `lora_A.<adapter>.weight` (E·r, in), with the expert as the slowest index;
+    `lora_B.<adapter>.weight` (out, r·E), with the expert as the fastest index. ΔW_e = s·B_e·A_e with A_e = A.reshape(E, r, in)[e] and
     B_e = B.reshape(out, r, E)[:, :, e].
 
-    While the module's own forward runs it finds W + ΔW under the parameter's name, in the calling thread; read from outside, the parameter is W.
+    While the module's forward runs, the parameter's name gives W + ΔW inside this forward, in the calling thread; all other code reads W.
 
     Args:
         base_layer: the module, or the wrapper of another of its parameters.
-        selection: which adapters act.
+        selection: the selection of active adapters.
         name: the parameter's name in the module.
         shared: the parameter also belongs to another module.
     """
@@ -137,12 +137,12 @@ class Parameter(LoraLayer):
 
     @classmethod
     def ops_of(cls, base: nn.Module) -> BaseOps:
-        """Return what stands in until the constructor knows the parameter."""
+        """Return placeholder ops; the constructor replaces them when it knows the parameter."""
         return ParameterOps((0, 0))
 
-    # ---- the wrappers around one another ----------------------------------------------------------------------------
+    # ---- the nested wrappers ----------------------------------------------------------------------------
     def around(self) -> Iterator[Parameter]:
-        """Yield this wrapper and those inside it."""
+        """Yield this wrapper and the wrappers nested inside it, from the outermost to the innermost."""
         layer: nn.Module | None = self
         while isinstance(layer, Parameter):
             yield layer
@@ -155,13 +155,13 @@ class Parameter(LoraLayer):
 
     @property
     def inside(self) -> Parameter | None:
-        """The next wrapper."""
+        """The next inner wrapper; None if `base_layer` is the module."""
         found = self._modules["base_layer"]
         return found if isinstance(found, Parameter) else None
 
     @property
     def targeted_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the parameters in the module, in the order of registration."""
+        """Names of the module's targeted parameters, in the order of registration."""
         return tuple(layer.weight_name for layer in self.around())[::-1]
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -169,13 +169,13 @@ class Parameter(LoraLayer):
         """Add an adapter's weights for all parameters.
 
         Args:
-            adapter: its name.
+            adapter: name of the adapter.
             config: name of the parameter → its `LoraSettings`.
-            init_options: how the weights are made.
+            init_options: how the weights are created.
 
         Raises:
-            UnsupportedModuleError: the adapter is on the module as a whole.
-            ConfigError: the adapters before it are on other parameters.
+            UnsupportedModuleError: the adapter targets the module as a whole.
+            ConfigError: earlier adapters target other parameters of this module.
         """
         if not isinstance(config, Mapping):
             raise UnsupportedModuleError(
@@ -216,25 +216,25 @@ class Parameter(LoraLayer):
         return a.reshape(experts, -1, a.shape[1]), b.reshape(b.shape[0], -1, experts).permute(2, 0, 1)
 
     def low_rank_factors(self, adapter: str) -> tuple[Tensor, Tensor] | None:
-        """Return None: each expert has factors of its own."""
+        """Return None, since each expert has separate factors."""
         return None
 
     def parameters_of(self, adapter: str) -> Mapping[str, nn.Parameter]:
-        """Return what trains, by the end of its file key."""
+        """Return the trainable parameters of this wrapper and of the inner wrappers: end of the file key → parameter."""
         found = dict(super().parameters_of(adapter))
         if self.inside is not None:
             found.update((f"base_layer.{end}", value) for end, value in self.inside.parameters_of(adapter).items())
         return found
 
     def slots(self, adapter: str) -> Mapping[str, Slot]:
-        """Return what a file holds: each parameter inside another one's wrapper has ``base_layer.`` before its keys."""
+        """Return the adapter's tensors in a file, end of the file key → slot. The keys of an inner wrapper start with ``base_layer.``."""
         found = dict(super().slots(adapter))
         if self.inside is not None:
             found.update((f"base_layer.{end}", slot) for end, slot in self.inside.slots(adapter).items())
         return found
 
     def drop(self, adapter: str) -> None:
-        """Take the adapter's weights for all parameters out."""
+        """Remove the adapter's weights for all parameters."""
         super().drop(adapter)
         if self.inside is not None:
             self.inside.drop(adapter)
@@ -244,10 +244,10 @@ class Parameter(LoraLayer):
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the module returns with the adapted parameters. Arguments are those of the module.
+        """Return the output of the module, computed with the adapted parameters. The arguments are those of the module's forward.
 
         Raises:
-            RoutingError: rows are under different adapters: the module alone knows what becomes of its rows.
+            RoutingError: samples of the batch use different adapters, which is impossible here: the parameter acts on the whole batch.
         """
         route = self.selection.current()
         base = self.get_base_layer()
@@ -266,10 +266,10 @@ class Parameter(LoraLayer):
         return call_with(base, {layer.weight_name: layer.changed(acting) for layer in self.around()}, args, kwargs)
 
     def changed(self, names: Sequence[str]) -> Tensor:
-        """Return W + ΔW of the adapters `names` in the layout and dtype of W, differentiably.
+        """Return W + ΔW of the adapters `names` in the layout and dtype of W; the result is differentiable.
 
         Raises:
-            ModelError: an A or a B has hooks: they are read here, not called.
+            ModelError: an A or a B has hooks, which would not run: A and B are read here, not called.
         """
         require_unhooked((module for name in names for module in (self.lora_A[name], self.lora_B[name])), f"the parameter {self.weight_name!r}")
         weight: Tensor = getattr(self.get_base_layer(), self.weight_name)
@@ -291,20 +291,20 @@ class Parameter(LoraLayer):
         return torch.baddbmm(weight, b, a, alpha=s)
 
     def plain_delta(self, adapter: str) -> Tensor:
-        """Return s·B·A of each expert, one under the other (E·out, in)."""
+        """Return s·B·A of all experts, concatenated along the first dimension (E·out, in)."""
         return formulas.grouped_delta(*self.expert_factors(adapter), self.scaling[adapter])
 
     # ---- merging ----------------------------------------------------------------------------------------------------
     def get_delta_weight(self, adapter: str, parameter: str | None = None) -> Tensor:
-        """Return what the adapter changes a parameter by, in its layout and shape.
+        """Return the adapter's change ΔW of a parameter, in the layout and shape of the parameter.
 
         Args:
-            adapter: its name.
-            parameter: which; None: the only one.
+            adapter: name of the adapter.
+            parameter: name of the parameter; None: the module's only targeted parameter.
 
         Raises:
-            AdapterNotFoundError: the adapter has no weights here.
-            MergeError: there are several parameters, or none of this name.
+            AdapterNotFoundError: the adapter has no weights in this layer.
+            MergeError: `parameter` is None and there are several targeted parameters, or no targeted parameter has this name.
         """
         named = {layer.weight_name: layer for layer in self.around()}
         if parameter is None and len(named) == 1:
@@ -318,10 +318,10 @@ class Parameter(LoraLayer):
 
 
 def parameter_ops(module: nn.Module, name: str, weight: Tensor) -> ParameterOps:
-    """Return how a parameter lies.
+    """Return the ops of a parameter, with its shape and layout.
 
     Raises:
-        UnsupportedModuleError: it has neither two dimensions nor three.
+        UnsupportedModuleError: the parameter has neither two dimensions nor three.
     """
     if weight.dim() not in (2, 3):
         raise UnsupportedModuleError(
@@ -332,7 +332,7 @@ def parameter_ops(module: nn.Module, name: str, weight: Tensor) -> ParameterOps:
 
 
 def parameter_names(module: nn.Module) -> list[str]:
-    """Return the names of a module's own parameters, in the order of registration; those that parametrisations compute last."""
+    """Return the names of a module's direct parameters, in the order of registration; those that parametrisations compute come last."""
     own = [name for name, parameter in module._parameters.items() if parameter is not None]
     return [*own, *module.parametrizations] if parametrize.is_parametrized(module) else own  # type: ignore[misc]
 

@@ -1,7 +1,7 @@
-"""Factors with room for a larger rank than is in use, so that adapters of other ranks can take their place in compiled graphs.
+"""Padding A and B with zeros to a larger rank than the adapter uses, so that adapters of other ranks can be hot-swapped into compiled graphs.
 
-A is seen as (groups, ρ, …) and B as (out, ρ, …), with ρ the columns of B: r, or its share for each group of a convolution. Columns of B
-that are not in use are zeros, as are the rows of A that meet them: no output and no gradient comes from them.
+A is viewed as (groups, ρ, …) and B as (out, ρ, …), where ρ is the number of B's columns: r, or r / groups on a grouped convolution. The padded
+columns of B are zero, and so are the rows of A that are multiplied by them: they change neither the output nor any gradient.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ B_KEYS = ("lora_B.weight", "lora_embedding_B")
 
 
 def unpadded(end: str, tensor: Tensor, padded_rank: int, used_rank: int) -> Tensor:
-    """Return the part of a stored A or B that is in use, in the shape that a file has.
+    """Return a stored A or B without its padding, in the shape that it has in a file.
 
     Args:
-        end: of the file key; says whether it is A or B.
+        end: end of the file key; it says whether `tensor` is A or B.
         tensor: the stored parameter.
-        padded_rank: columns of the stored B.
-        used_rank: how many of them are in use.
+        padded_rank: number of columns of the stored B, padding included.
+        used_rank: number of columns of B without padding.
     """
     if end in A_KEYS:
         return tensor.reshape(-1, padded_rank, *tensor.shape[1:])[:, :used_rank].flatten(0, 1)
@@ -39,12 +39,12 @@ def unpadded(end: str, tensor: Tensor, padded_rank: int, used_rank: int) -> Tens
 
 
 def padded(end: str, tensor: Tensor, used_rank: int, padded_rank: int) -> Tensor:
-    """Return an A or B of a file with zeros for the rest of the room.
+    """Return an A or B from a file, padded with zeros to the stored rank.
 
     Args:
-        end: of the file key; says whether it is A or B.
-        tensor: with `used_rank` columns of B.
-        used_rank, padded_rank: how many there are, and how many there are to be.
+        end: end of the file key; it says whether `tensor` is A or B.
+        tensor: A or B of an adapter whose B has `used_rank` columns.
+        used_rank, padded_rank: number of columns of B before and after padding.
     """
     if end in A_KEYS:
         parts = tensor.reshape(-1, used_rank, *tensor.shape[1:])
@@ -57,19 +57,19 @@ def padded(end: str, tensor: Tensor, used_rank: int, padded_rank: int) -> Tensor
 
 
 def stored_rank(layer: FactorLayer, adapter: str) -> int:
-    """Return how many columns the stored B has."""
+    """Return how many columns the stored B has, padding included."""
     return int(layer.factors(adapter)[1].shape[1])
 
 
 def unpadded_slots(layer: FactorLayer, adapter: str, slots: Mapping[str, Slot]) -> Mapping[str, Slot]:
-    """Return the slots of a layer in which those of A and B show the part in use only."""
+    """Return the slots of a layer, where the slots of A and B read and write the tensors without padding."""
     padded_rank, used_rank = stored_rank(layer, adapter), layer.used_rank[adapter]
     return {end: _narrow(end, slot, padded_rank, used_rank) if end in (*A_KEYS, *B_KEYS) else slot for end, slot in slots.items()}
 
 
 def _narrow(end: str, slot: Slot, padded_rank: int, used_rank: int) -> Slot:
     shape = tuple(unpadded(end, torch.empty(slot.shape, device="meta"), padded_rank, used_rank).shape)
-    # no owner: the tensor in memory is not what a file holds
+    # no owner: the tensor in memory has padding, the tensor in a file has none
     return replace(
         slot,
         shape=shape,

@@ -1,4 +1,4 @@
-"""Batches whose rows use different adapters: A and B are stacked into one tensor each, an entry per row, then two `bmm` compute all rows."""
+"""Batches whose samples (rows) use different adapters: A and B are stacked into one tensor each, one entry per row; two `bmm` compute all rows."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MIN_ROWS_FOR_EMBEDDING_BAG = 32
 
 
 class StackedFactors:
-    """The factors A and B of each row's adapters, stacked once and kept in a cache scope.
+    """The factors A and B of each row's adapters, stacked once and stored in a cache scope.
 
     R is the largest total rank of a row.
 
     Args:
         layer: the layer that has the adapters.
-        route: which adapters each row uses.
+        route: the adapters of each row.
         dtype: dtype of the activations.
 
     Attributes:
@@ -41,19 +41,19 @@ class StackedFactors:
         self.rows = len(adapters_by_row)
         a, b = stack_factors(layer, adapters_by_row, dtype)
         self.scaled_b_transposed = b.contiguous()
-        self.a_transposed = a.transpose(1, 2).contiguous()  # stored transposed, so that decoding, one token a call, need not transpose
+        self.a_transposed = a.transpose(1, 2).contiguous()  # stored transposed, so that decoding (one token per call) needs no transposition
         self.bag_inputs: tuple[Tensor, Tensor, Tensor] | None = None
         if self.rows >= MIN_ROWS_FOR_EMBEDDING_BAG and b.device.type == "cpu" and b.dtype is torch.float32:
             indices = torch.arange(self.rows * b.shape[1], dtype=torch.int32)
             self.bag_inputs = self.scaled_b_transposed.flatten(0, 1), indices, indices[:: b.shape[1]].contiguous()
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten. Shapes and errors: as in `add_by_row`."""
+        """Return y + s·xAᵀBᵀ, with separate factors for each row; `y` may be overwritten. Shapes and errors are those of `add_by_row`."""
         if x.dim() == 3 and x.shape[1] == 1 and x.shape[0] == self.rows and y.dtype is x.dtype is self.scaled_b_transposed.dtype:
             hidden = torch.bmm(x, self.a_transposed)
             if self.bag_inputs is None:
                 return y.add_(torch.bmm(hidden, self.scaled_b_transposed))
-            # for one token hidden·Bᵀ is a weighted sum of the R lines of Bᵀ, which `embedding_bag` computes about twice as fast as `bmm`
+            # for one token hidden·Bᵀ is a weighted sum of the R rows of Bᵀ, which `embedding_bag` computes about twice as fast as `bmm`
             weight, indices, offsets = self.bag_inputs
             return y.add_(torch.embedding_bag(weight, indices, offsets, False, 0, False, hidden.view(-1))[0].view(y.shape))
         return add_by_row(x, y, self.a_transposed.transpose(1, 2), self.scaled_b_transposed)
@@ -62,8 +62,8 @@ class StackedFactors:
 def stack_factors(layer: LoraLayer, adapters_by_row: Sequence[tuple[str, ...]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return A (rows, R, in) and s·Bᵀ (rows, R, out).
 
-    The adapters of a row are concatenated along the rank dimension and zero-padded to R, the largest total rank of a row. The dtype is that of
-    the adapters where each row has one adapter and all ranks are equal; otherwise it is promoted with `dtype`, that of the activations.
+    The adapters of a row are concatenated along the rank dimension and zero-padded to R, the largest total rank of a row. If each row has one
+    adapter and all ranks are equal, the dtype is that of the adapters; otherwise it is promoted with `dtype`, the dtype of the activations.
     """
     combinations = list(dict.fromkeys(adapters_by_row))
     used = list(dict.fromkeys(name for names in combinations for name in names))
@@ -96,16 +96,16 @@ def stack_factors(layer: LoraLayer, adapters_by_row: Sequence[tuple[str, ...]], 
 
 
 def add_by_row(x: Tensor, y: Tensor, a: Tensor, scaled_b_transposed: Tensor) -> Tensor:
-    """Return y + s·xAᵀBᵀ with each row's own factors; `y` may be overwritten.
+    """Return y + s·xAᵀBᵀ, with separate factors for each row; `y` may be overwritten.
 
     Args:
-        x: (batch, …, in). The batch may be n times the rows, as with beams; then n consecutive samples use the factors of one row.
+        x: (batch, …, in). The batch may be n times the number of rows, as in beam search; then n consecutive samples use the factors of one row.
         y: (batch, …, out).
         a: A of each row, (rows, R, in).
         scaled_b_transposed: s·Bᵀ of each row, (rows, R, out).
 
     Raises:
-        RoutingError: the batch is no multiple of the rows.
+        RoutingError: the batch size is no multiple of the number of rows.
     """
     rows = a.shape[0]
     if x.shape[0] % rows:
@@ -123,9 +123,9 @@ def add_by_row(x: Tensor, y: Tensor, a: Tensor, scaled_b_transposed: Tensor) -> 
 
 
 def can_stack(layer: LoraLayer, route: Route, x: Tensor) -> bool:
-    """Return whether `bmm` over stacked factors is possible and faster than one adapter after the other.
+    """Return whether `bmm` over stacked factors is possible and faster than applying one adapter after the other.
 
-    It needs plain modules, no variant, no bias, no tied factors, no active dropout, and at most `MAX_ROWS_PER_ADAPTER` rows per adapter.
+    This needs plain modules, no variant, no bias, no tied factors, no active dropout, and at most `MAX_ROWS_PER_ADAPTER` rows per adapter.
     """
     used = [name for name in route.used if name in layer.scaling]
     rows: Any = route.per_row

@@ -1,4 +1,4 @@
-"""A layer that uses the A and B of another around the same weight (`ensure_weight_tying`)."""
+"""Tied layers: a layer that uses the A and B of another layer around the same weight (`ensure_weight_tying`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Tie:
-    """Where an adapter's A and B are: in the layer of another module with the same weight.
+    """Refers to the A and B of an adapter in the layer of another module with the same weight.
 
     Args:
-        source: that layer.
-        adapter: the adapter.
-        transposed: this module multiplies by the weight where the other looks rows up in it.
+        source: the layer that has the parameters A and B.
+        adapter: name of the adapter.
+        transposed: this module is a Linear, which multiplies by the weight, while the source is an embedding, which looks up rows of the weight.
     """
 
     source: Embedding
@@ -32,12 +32,12 @@ class Tie:
     transposed: bool
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) of this module."""
+        """Return A (r, in) and B (out, r) in the layout of the tied module."""
         a, b = self.source.factors(self.adapter)
         return (b.t(), a.t()) if self.transposed else (a, b)
 
     def holders(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield (end of the file key here, module, attribute) for A and B."""
+        """Yield (end of the tied layer's file key, module, attribute) for A and B."""
         a, b = self.source.lora_embedding_A, self.source.lora_embedding_B
         if self.transposed:
             yield "lora_A.weight", b, self.adapter
@@ -47,20 +47,20 @@ class Tie:
             yield "lora_embedding_B", b, self.adapter
 
     def show_in(self, layer: nn.Module) -> None:
-        """Put A and B into the containers of `layer` (`lora_A`, `lora_B`), where it multiplies by the weight."""
+        """If the tie is transposed, put views of A and B into the containers `lora_A` and `lora_B` of `layer`."""
         if self.transposed:
             for container, held in (("lora_A", self.source.lora_embedding_B), ("lora_B", self.source.lora_embedding_A)):
                 layer.get_submodule(container)._modules[self.adapter] = SharedFactor(held, self.adapter)
 
     def slots(self) -> dict[str, Slot]:
-        """Return A and B as files have them: for this module a second time."""
+        """Return the slots of A and B under the tied module's file keys: files store the tied factors a second time for this module."""
         found = self.source.slots(self.adapter)
         if not self.transposed:
             return dict(found)
         return {"lora_A.weight": _transposed(found["lora_embedding_B"]), "lora_B.weight": _transposed(found["lora_embedding_A"])}
 
     def plan_merge(self, layer: LoraLayer, adapters: Sequence[str]) -> Merge | None:
-        """Return the merge that gives `layer` the weight into which the same adapters are merged already; None if there is no such weight."""
+        """Return the merge that lets `layer` share the source's weight, if the same adapters are merged into it already; otherwise None."""
         source, base = self.source, layer.get_base_layer()
         if not source.merging.merges or set(source.merging.merges[-1].adapters) != set(adapters) or layer.merging.merges or layer.merging.shifts:
             return None
@@ -75,21 +75,21 @@ def _transposed(slot: Slot) -> Slot:
 
 
 class SharedFactor(nn.Module):
-    """What a tied layer shows as its A or B: the other's transposed, as it is now. It has no parameter of its own, and files do not hold it.
+    """The A or B of a tied layer: the current factor of the embedding, transposed. It has no parameters and is not saved.
 
     Args:
-        held: the container in the layer of the embedding.
-        adapter: the adapter.
+        held: the container of the factor in the embedding's layer.
+        adapter: name of the adapter.
     """
 
     def __init__(self, held: nn.ParameterDict, adapter: str) -> None:
         super().__init__()
-        self.__dict__["held"] = held  # no child of this module
+        self.__dict__["held"] = held  # not registered as a child, so that its parameters do not appear twice in the model
         self.adapter = adapter
 
     @property
     def weight(self) -> Tensor:
-        """A (r, in) or B (out, r); what is written to it is written to the embedding's."""
+        """A (r, in) or B (out, r), a transposed view of the embedding's parameter: in-place writes change that parameter."""
         held: nn.ParameterDict = self.__dict__["held"]
         found: Tensor = held[self.adapter]
         return found.t()
@@ -100,7 +100,7 @@ class SharedFactor(nn.Module):
 
 
 class _TieFold(Fold):
-    """Puts the weight of another module in place: what was merged there is merged here, and the two stay tied."""
+    """A fold that registers the other module's merged weight in this module, so that both modules stay tied."""
 
     def __init__(self, owner: nn.Module, other: nn.Module, fold: Fold) -> None:
         super().__init__(owner, "weight", fold.change, shared=True)
@@ -113,13 +113,13 @@ class _TieFold(Fold):
         return self.other.get_parameter(self.name).detach()
 
     def put(self, merged: Tensor) -> None:
-        """Share the other module's parameter."""
+        """Register the other module's parameter as the weight of this module."""
         self.owner.register_parameter(self.name, self.other.get_parameter(self.name))
 
     def undo(self) -> None:
-        """Put back the parameter that was there."""
+        """Register the parameter that the module had before the merge."""
         self.owner.register_parameter(self.name, self.present)
 
     def before(self, merged: Tensor) -> Tensor:
-        """Return the value of the parameter that was there."""
+        """Return the value of the parameter that the module had before the merge."""
         return self.present.detach()

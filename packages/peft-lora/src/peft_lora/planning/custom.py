@@ -1,4 +1,4 @@
-"""Layers of one's own that a config was told of: made by their own constructor, not by ours."""
+"""Custom layer classes that the user has registered in a config: their constructor is called, instead of those of our layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..contracts import LoraSettings
 
 @dataclass(frozen=True)
 class CustomBuilder:
-    """Makes a layer of a class that a config names, with the first adapter in it."""
+    """Creates a layer of a custom class from a config; its constructor also adds the first adapter."""
 
     kind: type[Any]
     selection: AdapterSelection
@@ -36,7 +36,7 @@ class CustomBuilder:
 
 @dataclass(frozen=True)
 class CustomFiller:
-    """Adds another adapter to such a layer."""
+    """Adds an adapter to a layer of a custom class, if the constructor has not added it, and freezes its parameters."""
 
     adapter: str
     settings: LoraSettings
@@ -49,7 +49,7 @@ class CustomFiller:
 
 
 def custom_wraps(adapter: str, wraps: Iterable[Wrap]) -> Iterator[Wrap]:
-    """Yield those of `wraps` that make layers of one's own, told what they are to make for `adapter`."""
+    """Yield those of `wraps` that create custom layers, completed with the name and the settings of `adapter`."""
     for wrap in wraps:
         if isinstance(wrap.build, CustomBuilder):
             settings: LoraSettings = wrap.fill.settings  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Layer replication: the stack of layers put together anew, where layers that come again share the base's weights and have adapters of their own."""
+"""Layer replication: build a new stack of layers, in which repeated layers share the base's weights and have separate adapters."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import nn
 from peft_core import BaseView, ConfigError, ModelError, Reshape
 from peft_core.errors import listed
 
-#: what architectures call their stack of layers
+#: attribute names under which architectures store their stack of layers
 _STACKS = ("layers", "layer", "h", "blocks", "block")
-#: attributes in which a layer and its parts keep the number of the layer
+#: attributes in which a layer and its submodules store the index of the layer
 _NUMBERS = ("layer_idx", "layer_index", "layer_id")
-#: settings with one entry for each layer
+#: config fields with one entry for each layer
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layers_block_type")
 
 
 class Replication(Reshape):
-    """A stack in which layers come in another order and several times: ``[(0, 3), (1, 4)]`` makes 0 1 2 3 into 0 1 2 1 2 3.
+    """Reorders and repeats the layers of a stack: ``[(0, 3), (1, 4)]`` turns the layers 0 1 2 3 into 0 1 2 1 2 3.
 
-    A layer that comes again is a copy of the module that has the same parameters and buffers. Numbers in the layers follow, and so do
-    `num_hidden_layers` and settings with an entry for each layer in the base's config.
+    A repeated layer is a copy of the module that shares its parameters and buffers. The layer indices in the layers are updated, and so are
+    `num_hidden_layers` and the fields with one entry for each layer in the base's config.
 
     Args:
         base: the model.
-        pairs: ranges (start, end) of layer numbers.
+        pairs: ranges (start, end) of layer indices; end is excluded.
     """
 
     shares_weights: ClassVar[bool] = True
@@ -42,11 +42,12 @@ class Replication(Reshape):
         self._before: list[tuple[Any, str, Any]] = []
 
     def apply(self) -> None:
-        """Put the stack together anew.
+        """Build the new stack in place.
 
         Raises:
             ModelError: the base has no stack of layers, or several.
-            ConfigError: a number of a layer that it does not have; accelerate moves its layers between devices.
+            ConfigError: `pairs` contains the index of a layer that the base does not have; or the layers' forward was replaced, for example by
+                accelerate, which moves layers between devices.
         """
         stack = find_stack(self._base)
         layers = list(stack)
@@ -72,7 +73,7 @@ class Replication(Reshape):
             raise
 
     def undo(self) -> None:
-        """Restore stack, numbers and settings."""
+        """Restore the stack, the layer indices and the config fields."""
         assert self._stack is not None
         _refill(self._stack, self._layers)
         for owner, name, value in reversed(self._before):
@@ -102,10 +103,10 @@ class Replication(Reshape):
 
 
 def find_stack(base: nn.Module) -> nn.ModuleList:
-    """Return the one list of layers that a model has, whatever its architecture calls it.
+    """Return the only stack of layers of a model, under any of the names in `_STACKS`.
 
     Raises:
-        ModelError: it has none, or several (an encoder and a decoder).
+        ModelError: the model has no stack of layers, or several (an encoder and a decoder).
     """
     found: dict[str, nn.ModuleList] = {}
     for path, module in base.named_modules():
@@ -126,12 +127,12 @@ def _refill(stack: nn.ModuleList, layers: Sequence[nn.Module]) -> None:
 
 
 def _replica(module: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
-    """Return a copy of a module tree that has the same parameters and buffers as the original."""
+    """Return a copy of a module tree that shares all parameters and buffers with the original."""
     if id(module) in memo:
         return memo[id(module)]
     twin: nn.Module = type(module).__new__(type(module))
     memo[id(module)] = twin
-    # dicts of the module's own are copied, whatever they hold stays the same object
+    # the module's dicts and sets are copied shallowly: the objects in them, such as parameters, are shared
     twin.__dict__ = {name: copy.copy(value) if isinstance(value, (dict, set)) else value for name, value in module.__dict__.items()}
     twin.__dict__.pop("_compiled_call_impl", None)
     twin._modules = {name: None if part is None else _replica(part, memo) for name, part in module._modules.items()}

@@ -1,7 +1,7 @@
 """`ensure_weight_tying`: where modules of the base share a weight (an embedding and its output layer), their LoRA layers share A and B.
 
-The embedding, here the owner, holds the parameters. With ΔE = s·(BA)ᵀ (vocabulary, dim), an output layer's ΔW is the same matrix, so it uses Bᵀ
-as its A and Aᵀ as its B. A further embedding uses A and B as they are.
+The layer around the embedding has the parameters and is called the owner. With ΔE = s·(BA)ᵀ (vocabulary, dim), the ΔW of an output layer is the same
+matrix, so the output layer uses Bᵀ as its A and Aᵀ as its B. A further embedding uses A and B without transposition.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 def with_ties(tuner: LayerTuner, base: BaseView, adapter: str, config: LoraConfig, wraps: Sequence[Wrap]) -> Iterator[Wrap]:
-    """Yield `wraps`; each wrap of a tied module is replaced by wraps of all modules with its weight, which share the parameters of one embedding.
+    """Yield `wraps`, but replace the wrap of a tied module by wraps of all modules with the same weight; they share one embedding's A and B.
 
     Raises:
-        ConfigError: tied modules are targets, and the config has a variant or `lora_bias`, which have no transposed form.
+        ConfigError: tied modules are targets, and the config has a variant or `lora_bias`, neither of which has a transposed form.
         UnsupportedModuleError: a tied module is neither an Embedding nor a Linear.
     """
     planned = {wrap.path: wrap for wrap in wraps}
@@ -42,7 +42,7 @@ def with_ties(tuner: LayerTuner, base: BaseView, adapter: str, config: LoraConfi
             continue
         done.update(group)
         owner = next(path for path in group if isinstance(base.modules[path], nn.Embedding))
-        settings: LoraSettings = cast(Any, planned.get(owner, wrap).fill).settings  # the owner itself may be no target
+        settings: LoraSettings = cast(Any, planned.get(owner, wrap).fill).settings  # the owner may be no target
         _check_tieable(base, config, settings, group)
         owner_filler = _OwnerFiller(adapter, dataclasses.replace(settings, path=owner))
         settings.initializer.require_kind("embedding", owner)
@@ -67,7 +67,7 @@ def _check_tieable(base: BaseView, config: LoraConfig, settings: LoraSettings, g
 
 @dataclass(frozen=True)
 class _OwnerFiller:
-    """Gives the owner's layer the parameters; `layers` holds that layer once it has them."""
+    """Creates the parameters in the owner's layer, and then appends this layer to `layers`, where the tied modules find it."""
 
     adapter: str
     settings: LoraSettings
@@ -86,7 +86,7 @@ class _OwnerFiller:
 
 @dataclass(frozen=True)
 class _TiedFiller:
-    """Makes a tied module's layer use the parameters of the owner's."""
+    """Makes a tied module's layer use the parameters of the owner's layer."""
 
     adapter: str
     settings: LoraSettings

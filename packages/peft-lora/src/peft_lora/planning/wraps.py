@@ -1,4 +1,4 @@
-"""What LoRA plans besides one layer for each targeted module: attentions, which have two weights, and parameters by themselves."""
+"""The wraps that LoRA plans in addition to one layer per targeted module: for attentions, which have two weights, and for single parameters."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
 # ---- attentions ---------------------------------------------------------------------------------------------------------
 def with_out_projections(base: BaseView, wraps: Sequence[Wrap], config: LoraConfig, selection: AdapterSelection) -> Iterator[Wrap]:
-    """Yield the wraps of modules, where an attention is followed by its out-projection.
+    """Yield the wraps of modules; the wrap of an attention is followed by a wrap of its out-projection.
 
-    An out-projection that is targeted by itself brings the wrapper of its attention along: the attention uses it by its weight only.
+    If only the out-projection is targeted, its attention is wrapped, too: the attention reads the weight of the out-projection and never calls it.
 
     Raises:
-        UnsupportedModuleError: an attention whose keys or values have another width, so that it has no packed in-projection.
+        UnsupportedModuleError: the keys or values of an attention have another width, so that it has no packed in-projection.
     """
     attentions = {wrap.path: base.modules[wrap.path] for wrap in wraps if isinstance(base.modules[wrap.path], nn.MultiheadAttention)}
     for path, module in attentions.items():
@@ -100,13 +100,13 @@ def parameter_wraps(
     """Yield a wrap for each module that has targeted parameters.
 
     Args:
-        base, adapter, config: as in a plan.
-        settings: path of a parameter → what it is told.
-        selection: which adapters act.
+        base, adapter, config: the arguments of the tuner's `plan`.
+        settings: path of a parameter → the adapter's settings for it.
+        selection: the selection of active adapters.
 
     Raises:
-        ConfigError: the config asks for what can't be done with parameters.
-        NoMatchingPeftModuleError: nothing matches, and no modules are targeted either.
+        ConfigError: the config has an option that does not work with target_parameters.
+        NoMatchingPeftModuleError: no parameter matches, and the config targets no modules either.
         UnsupportedModuleError: a parameter has neither two dimensions nor three.
     """
     targets = list(config.target_parameters or ())
@@ -144,7 +144,7 @@ def _check(base: BaseView, config: LoraConfig) -> None:
 
 
 def _select(base: BaseView, targets: Sequence[str], config: LoraConfig) -> dict[str, list[str]]:
-    """Return path of a module → its parameters whose names are targets or end in one after a dot, in the order of registration."""
+    """Return path of a module → names of its targeted parameters, in the order of registration. A target is a full name, or its end after a dot."""
     saved = (*(config.modules_to_save or ()), *base.heads)
     found: dict[str, list[str]] = {}
     used: set[str] = set()

@@ -1,4 +1,4 @@
-"""`create_arrow_model`: a base with adapters from files, and a router among them."""
+"""`create_arrow_model`: load adapters from files onto a base, and add a router that chooses among them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,24 @@ def create_arrow_model(
     general_adapter_paths: Sequence[Place] | None = None,
     **adapter_kwargs: Any,
 ) -> PeftModel:
-    """Load LoRA adapters as `task_0`, `task_1`, … (and `gks_0`, …), and use a router among them, `arrow_router`, that needs no training.
+    """Load LoRA adapters as `task_0`, `task_1`, … (and `gks_0`, …), add the adapter `arrow_router`, which routes among them, and activate it.
+
+    The router needs no training.
 
     Args:
-        base_model: wrapped in place, as `PeftModel.from_pretrained` does.
+        base_model: the base; it is wrapped in place, as by `PeftModel.from_pretrained`.
         task_specific_adapter_paths: the experts: folders, or ``"user/repo"`` or ``"user/repo/subfolder"`` on the Hub.
         arrow_config: how tokens are routed; a copy of it becomes part of the router's config.
-        general_adapter_paths: adapters of general knowledge, whose mean is subtracted from each expert; needed with `use_gks`.
-        **adapter_kwargs: as `PeftModel.load_adapter` takes them (`torch_device`, `token`, ...).
+        general_adapter_paths: adapters of general knowledge, whose mean is subtracted from each expert; required with `use_gks`.
+        **adapter_kwargs: keyword arguments of `PeftModel.load_adapter` (`torch_device`, `token`, ...).
 
     Returns:
-        The model with the router in use.
+        The model, with the router active.
 
     Raises:
-        ConfigError: no expert, `top_k` above their number, `use_gks` without general adapters; adapters with different targets or ranks, or
-            that are no plain LoRA. The base is as before.
-        others: as `PeftModel.from_pretrained`.
+        ConfigError: there is no expert; `top_k` is larger than the number of experts; `use_gks` is set without general adapters; the adapters have
+            different targets or ranks, or are not plain LoRA. The base is then unchanged.
+        others: the errors of `PeftModel.from_pretrained`.
 
     Example:
         >>> model = create_arrow_model(base, ["./code", "./maths", "./law"], ArrowConfig(top_k=2))
@@ -57,7 +59,7 @@ def build_arrow_model(
     general_adapter_paths: Sequence[Place] | None,
     adapter_kwargs: Mapping[str, Any],
 ) -> PeftModel:
-    """Do what `create_arrow_model` does, with the class `kind`."""
+    """Do what `create_arrow_model` does, and return a model of the class `kind`."""
     tasks, general = list(task_specific_adapter_paths), list(general_adapter_paths or ())
     _check_numbers(arrow_config, tasks, general)
     places = {f"task_{i}": path for i, path in enumerate(tasks)} | {f"gks_{i}": path for i, path in enumerate(general)}
@@ -85,7 +87,7 @@ def build_arrow_model(
 
 
 def _check_numbers(arrow_config: ArrowConfig, tasks: Sequence[Place], general: Sequence[Place]) -> None:
-    """Check that there are as many adapters as the router needs."""
+    """Check that there are enough adapters for the router's config."""
     if not tasks:
         raise ConfigError("task_specific_adapter_paths is empty", hint="give at least one adapter")
     if arrow_config.top_k > len(tasks):
@@ -97,7 +99,7 @@ def _check_numbers(arrow_config: ArrowConfig, tasks: Sequence[Place], general: S
 
 
 def _located(place: Place, options: Mapping[str, Any]) -> tuple[Place, dict[str, Any]]:
-    """Return what `from_pretrained` is given for a path; of ``"user/repo/subfolder"`` the subfolder apart."""
+    """Return the path and the keyword arguments for `from_pretrained`; ``"user/repo/subfolder"`` is split into the repository and `subfolder`."""
     text = os.fspath(place)
     if os.path.isdir(text) or os.path.isabs(text) or text.startswith(".") or text.count("/") < 2:
         return place, dict(options)
@@ -106,10 +108,10 @@ def _located(place: Place, options: Mapping[str, Any]) -> tuple[Place, dict[str,
 
 
 def _router_config(model: PeftModel, arrow_config: ArrowConfig, tasks: Sequence[Place], general: Sequence[Place]) -> LoraConfig:
-    """Return the router's config: targets and rank of the adapters, which have to agree.
+    """Return the router's config, with the targets and the rank of the adapters, which must be equal in all adapters.
 
     Raises:
-        ConfigError: they do not, or one is no plain LoRA.
+        ConfigError: the adapters have different targets or ranks, or one of them is not plain LoRA.
     """
     configs: dict[str, Any] = dict(model.peft_config)
     _require_alike(model, configs)

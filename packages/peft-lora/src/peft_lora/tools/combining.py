@@ -21,12 +21,12 @@ def keep_largest(tensor: Tensor, density: float) -> Tensor:
 
 
 def keep_random(tensor: Tensor, density: float) -> Tensor:
-    """Return a tensor of which each entry stays with probability `density`, divided by it, so that the mean stays."""
+    """Keep each entry with probability `density`, divided by `density` so that its expectation stays the same, and set the others to zero."""
     return tensor * torch.bernoulli(torch.full_like(tensor, density)) / density
 
 
 def elected_sign(tensors: Sequence[Tensor], method: str) -> Tensor:
-    """Return the sign (±1) of each entry that most tensors have: by ``"total"`` magnitude, or by ``"frequency"``. A tie counts as +."""
+    """Return the majority sign (±1) of each entry over all tensors: by ``"total"`` magnitude, or by ``"frequency"``. A tie gives +1."""
     stacked = torch.stack(list(tensors))
     votes = stacked.sum(0) if method == "total" else stacked.sign().sum(0)
     return torch.where(votes >= 0, 1.0, -1.0).to(stacked.dtype)
@@ -38,7 +38,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def disjoint_mean(tensors: Sequence[Tensor], weights: Sequence[float], sign: Tensor) -> Tensor:
-    """Return Σ wᵢ·tᵢ over those tensors that have the elected sign at an entry, divided by how many these are."""
+    """Return, for each entry, Σ wᵢ·tᵢ over the tensors that have the elected sign at this entry, divided by the number of these tensors."""
     masks = [tensor.sign() == sign for tensor in tensors]
     total = weighted_sum([tensor * mask for tensor, mask in zip(tensors, masks, strict=True)], weights)
     return total / torch.stack(masks).sum(0).clamp(min=1)
@@ -48,12 +48,12 @@ Merger = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 
 
 def merger(method: str, density: float, majority: str) -> Merger:
-    """Return what makes one tensor of several.
+    """Return a function that combines several tensors into one.
 
     Args:
         method: ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` or ``"magnitude_prune"``.
-        density: share of the entries that stay; 1 or more: all.
-        majority: ``"total"`` or ``"frequency"``.
+        density: share of the entries that are not set to zero; 1 or more: all.
+        majority: the method of `elected_sign`, ``"total"`` or ``"frequency"``.
     """
     return partial(_merge, method, density, majority)
 

@@ -1,4 +1,4 @@
-"""Adapters of any method as plain LoRA: the best low-rank approximation of what they do to each layer."""
+"""Convert adapters of any method to plain LoRA: the best low-rank approximation of the weight change in each layer."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """Return an adapter of any method as plain LoRA. The model is not changed.
+    """Convert an adapter of any method to plain LoRA. The model is not changed.
 
-    In each layer B·A is the best approximation, of its rank, of the exact change of the base weight: DoRA's factors, and what an
-    initialisation took out of the base, are part of it. Effects that have low-rank factors are decomposed from these.
+    In each layer B·A is the best approximation of its rank to the exact change of the base weight. This change includes DoRA's factors and what an
+    initialisation subtracted from the base. If an adapter's change is a product of low-rank factors, the factors are decomposed, not the full matrix.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        rank: of every layer; or, as a float in (0, 1], which share of the energy ΣS² to keep in each: then ranks differ. On a convolution with
-            groups it is the rank of each of them.
-        adapter_name: which adapter.
+        rank: the rank of every layer; or a float in (0, 1], the share of the energy ΣS² to preserve in each layer: then ranks differ between layers.
+            On a convolution with groups it is the rank of each group.
+        adapter_name: name of the adapter to convert.
         progressbar: show a progress bar.
-        compile_kwargs: compile what decomposes a layer, with these arguments of `torch.compile`.
+        compile_kwargs: if given, the function that decomposes a layer is compiled, with these arguments of `torch.compile`.
 
     Returns:
-        The config, and the tensors as their file names them. Modules that the adapter saves whole are among them.
+        The config, and the tensors by file key, including those of modules that the adapter saves as a whole.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        ConfigError: `rank` is no rank of these layers; the adapter trains biases of the base, or changes the bias of a layer whose LoRA has none.
-        CapabilityError: its effect is no change of weights (virtual tokens).
-        MergeError: a layer's effect is no change of its weight.
+        ConfigError: `rank` is not possible for these layers; the adapter trains biases of the base, or changes biases while one of its layers is an
+            embedding, for which LoRA has no bias.
+        CapabilityError: the adapter's effect is no change of weights (virtual tokens).
+        MergeError: the effect on a layer can't be expressed as a change of its weight.
 
     Example:
         >>> config, tensors = convert_to_lora(model, 0.99)
@@ -88,26 +89,26 @@ def save_as_lora(
     progressbar: bool = False,
     compile_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write an adapter of any method as plain LoRA, config and weights, both or neither.
+    """Convert an adapter of any method to plain LoRA and save it. Either both config and weights are written, or none of them.
 
     Args:
         path: the folder; created if missing.
-        model, rank, adapter_name, progressbar, compile_kwargs: as `convert_to_lora`.
+        model, rank, adapter_name, progressbar, compile_kwargs: the arguments of `convert_to_lora`.
 
     Raises:
         AdapterFileError: `path` is a file.
-        others: as `convert_to_lora`.
+        others: the errors of `convert_to_lora`.
     """
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     write_adapter(path, config, tensors, model)
 
 
 def supports_lora_conversion(model: nn.Module, adapter_name: str = "default") -> bool:
-    """Return whether `convert_to_lora` knows all that an adapter consists of.
+    """Return whether `convert_to_lora` supports all parts of an adapter.
 
     Args:
         model: a `PeftModel`, or a model with injected adapters.
-        adapter_name: which adapter.
+        adapter_name: name of the adapter.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
@@ -130,7 +131,7 @@ def factor_keys(layer: AdapterLayer) -> tuple[str, str]:
 
 
 def shaped(layer: AdapterLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A (groups · r, in) and B (out, r) as LoRA's layer around the same base stores them."""
+    """Reshape A (groups · r, in) and B (out, r) to the shapes in which a LoRA layer around the same base stores them."""
     if layer.ops.kind != "convolution":
         return a, b
     kernel = layer.weight.shape[1:]
@@ -138,10 +139,10 @@ def shaped(layer: AdapterLayer, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def bias_change(layer: AdapterLayer, adapter: str) -> Tensor | None:
-    """Return by how much an adapter changes the base's bias (out,); None if it leaves it alone."""
+    """Return the change of the base's bias (out,) by an adapter; None if the adapter does not change the bias."""
     bias = layer.bias
     with torch.no_grad():
-        # in float64: in the base's own dtype the sum would be rounded
+        # in float64, since in the base's dtype the sum would be rounded
         start = torch.zeros(layer.matrix_shape[0], dtype=torch.float64, device=layer.weight.device) if bias is None else bias.detach().double()
         changed = layer.merged_bias(adapter, start)
         return None if changed is None or changed is start else (changed - start).float()
@@ -151,10 +152,10 @@ def bias_change(layer: AdapterLayer, adapter: str) -> Tensor | None:
 
 
 def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], dict[tuple[str, str], Tensor]]:
-    """Return the adapter's layers by path, and the tensors of what it saves whole.
+    """Return the adapter's layers by path, and the tensors of the modules that it saves as a whole by (path, end of the file key).
 
     Raises:
-        CapabilityError, ConfigError: there is something else.
+        CapabilityError, ConfigError: the adapter has parts that can't be converted.
     """
     config = index.configs[adapter]
     if config.shared_options().bias != "none":
@@ -182,10 +183,10 @@ def _parts(index: AdapterIndex, adapter: str) -> tuple[dict[str, AdapterLayer], 
 
 
 def _is_exact(rank: Any) -> bool:
-    """Return whether `rank` is one for all layers, and not the share of the energy to keep in each.
+    """Return True if `rank` is an int, the rank of all layers, and False if it is a float, the share of the energy to preserve in each layer.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: `rank` is neither a positive int nor a float in (0, 1].
     """
     exact = isinstance(rank, int) and not isinstance(rank, bool)
     if not exact and not isinstance(rank, float):
@@ -222,7 +223,7 @@ def _config(
     index: AdapterIndex, adapter: str, layers: Mapping[str, AdapterLayer], ranks: Mapping[str, int], rank: int, *, lora_bias: bool
 ) -> LoraConfig:
     source: Any = index.configs[adapter]
-    # "^": as an end of a name, one path could be the end of another
+    # "^" anchors the pattern: without it a path would also match every longer path that ends with it
     others = {f"^{path}": found for path, found in ranks.items() if found != rank}
     config = LoraConfig(
         r=rank,

@@ -1,6 +1,6 @@
-"""Best low-rank approximations of what adapters do to a layer, from their factors where they have some.
+"""Best low-rank approximations of the weight change by adapters in a layer, computed from their low-rank factors if they have such factors.
 
-A weight is seen as (groups, out / groups, in): one matrix, but for convolutions with groups one for each.
+A weight is viewed as (groups, out / groups, in): one matrix for each group of a convolution, and a single matrix for all other layers.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from peft_core import AdapterLayer
 
-#: kinds of base layers whose change can be told by one A and one B, or by one for each group of a convolution
+#: kinds of base layers whose weight change can be expressed by one A and one B, or by one pair for each group of a convolution
 KINDS = ("linear", "conv1d", "embedding", "convolution")
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """U·diag(S)·Vᵀ of each group of a weight.
+    """The singular value decomposition U·diag(S)·Vᵀ of each group of a weight.
 
     Args:
         u: (groups, out / groups, q).
         s: (groups, q), descending.
         vt: (groups, q, in).
-        dtype: of the weight.
+        dtype: dtype of the weight.
     """
 
     u: Tensor
@@ -36,19 +36,19 @@ class Decomposition:
     dtype: torch.dtype
 
     def energies(self) -> Tensor:
-        """Return which share of ΣS² the first 1, 2, … singular values of every group have (q,); of a zero weight all of it."""
+        """Return the share of ΣS² that the first 1, 2, …, q singular values of every group have (q,); ones for a zero weight."""
         found = self.s.double().square().sum(0).cumsum(0)
         return found / found[-1] if float(found[-1]) > 0 else torch.ones_like(found)
 
     def rank_for(self, share: float) -> int:
-        """Return the smallest rank that keeps at least this share of ΣS²."""
+        """Return the smallest rank that preserves at least this share of ΣS²."""
         energies = self.energies()
-        # a share of 1 means all that is more than rounding
+        # a share of 1 means all singular values that are larger than rounding errors
         reached = (energies >= min(share, 1 - 1e-12)).nonzero()
         return int(reached[0]) + 1
 
     def error(self, rank: int) -> float:
-        """Return ‖W − W_rank‖ / ‖W‖ of the best approximation of this rank; 0 for a zero weight."""
+        """Return the relative error ‖W − W_rank‖ / ‖W‖ of the best approximation of this rank; 0 for a zero weight."""
         squares = self.s.double().square()
         whole = float(squares.sum())
         return math.sqrt(float(squares[:, rank:].sum()) / whole) if whole > 0 else 0.0
@@ -56,7 +56,7 @@ class Decomposition:
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """Return A (groups · rank, in), whose rows are orthonormal in each group, and B = U·diag(S) (out, rank).
 
-        Where there are fewer singular values, the rest of A and B is zero.
+        If there are fewer singular values than `rank`, A and B are padded with zeros.
         """
         kept = min(rank, self.s.shape[1])
         a = self.vt.new_zeros(self.vt.shape[0], rank, self.vt.shape[2])
@@ -67,18 +67,18 @@ class Decomposition:
 
 
 def groups_of(layer: AdapterLayer) -> int:
-    """Return into how many independent products the base's weight falls."""
+    """Return the number of groups of a convolution, each of which has a separate product B·A; 1 for other layers."""
     base: Any = layer.get_base_layer()
     return int(base.groups) if layer.ops.kind == "convolution" else 1
 
 
 def change_of(layer: AdapterLayer, adapter: str) -> Tensor:
-    """Return by how much an adapter changes the base weight as a matrix (out, in): exactly, factors and initialisation included.
+    """Return the exact change of the base weight by an adapter, as a matrix (out, in); it includes weight factors and the initialisation.
 
-    Where its initialisation took something out of the base, it is the change against the base without the adapter.
+    If the initialisation subtracted something from the base, the change is relative to the original base without the adapter.
 
     Raises:
-        MergeError: the effect is no change of this weight.
+        MergeError: the adapter's effect can't be expressed as a change of this weight.
     """
     with torch.no_grad():
         change = layer.delta_weight(adapter) if layer.is_additive(adapter) else layer.ops.matrix(layer.get_delta_weight(adapter))
@@ -87,16 +87,17 @@ def change_of(layer: AdapterLayer, adapter: str) -> Tensor:
 
 
 def decompose(layer: AdapterLayer, weights: Mapping[str, float]) -> Decomposition:
-    """Decompose a weighted sum of what adapters do to a layer.
+    """Decompose a weighted sum of the weight changes by adapters in a layer.
 
-    In O((out + in)·R² + R³) with the sum R of their ranks, where all are low-rank products; else of the whole matrix.
+    If all changes are low-rank products, the cost is O((out + in)·R² + R³), where R is the sum of their ranks; otherwise the whole matrix is
+    decomposed.
 
     Args:
         layer: a layer with all the adapters.
         weights: adapter → its weight in the sum.
 
     Raises:
-        MergeError: an effect is no change of this weight.
+        MergeError: the effect of an adapter can't be expressed as a change of this weight.
     """
     with torch.no_grad():
         pairs = [(weight, None if layer.merging.shift_of(name) is not None else _factors(layer, name)) for name, weight in weights.items()]
@@ -116,14 +117,14 @@ def decompose(layer: AdapterLayer, weights: Mapping[str, float]) -> Decompositio
 
 
 def decompose_matrix(matrix: Tensor, groups: int = 1) -> Decomposition:
-    """Decompose (out, in), group by group."""
+    """Decompose a matrix (out, in); the rows are split into `groups`, which are decomposed separately."""
     parts = matrix.detach().reshape(groups, -1, matrix.shape[1])
     u, s, vt = torch.linalg.svd(parts if parts.dtype == torch.float64 else parts.float(), full_matrices=False)
     return Decomposition(u, s, vt, matrix.dtype)
 
 
 def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (out, q), S (q,), Vᵀ (q, in) of B·A without forming it: QR of both, SVD of the small core.
+    """Return U (out, q), S (q,), Vᵀ (q, in) of B·A without computing this product: QR of both factors, then SVD of the small core matrix.
 
     Args:
         b: (out, R).
@@ -136,10 +137,10 @@ def svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _factors(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
-    """Return (B, A) if they are all of the effect."""
+    """Return (B, A) if the adapter's whole effect is their product; otherwise None."""
     return layer.low_rank_factors(adapter) if layer.is_additive(adapter) else None
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return a factor in float64: they are small, and so are the differences of what they span. (MPS has no float64.)"""
+    """Return a factor in float64 (float32 on MPS): factors are small matrices, and the differences of what they span are small, too."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

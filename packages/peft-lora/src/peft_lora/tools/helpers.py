@@ -1,4 +1,4 @@
-"""Context managers for LoRA's layers: another scale, another dtype of inputs."""
+"""Context managers for LoRA layers: change the scaling temporarily, or disable the cast of the inputs' dtype."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["disable_input_dtype_casting", "rescale_adapter_scale"]
 
 @contextlib.contextmanager
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
-    """Inside the block, all LoRA adapters act with `multiplier` times their scaling.
+    """Multiply the scaling of all LoRA adapters by `multiplier` inside the block, and restore it afterwards.
 
     Args:
-        model: a model with LoRA adapters, or a part of one; compiled models follow if their scalings are tensors
+        model: a model with LoRA adapters, or a submodule of such a model; a compiled model uses the new scalings if they are tensors
             (`prepare_model_for_compiled_hotswap`).
-        multiplier: 0: as without adapters.
+        multiplier: the factor; with 0 the adapters have no effect.
 
     Raises:
         TypeError: `multiplier` is no number.
-        AdapterNotFoundError: there is no LoRA layer.
-        ConfigError: an adapter is merged: its scale is in the base weight.
+        AdapterNotFoundError: the model has no LoRA layer.
+        ConfigError: an adapter is merged, so that the merged base weight already includes its scaling.
 
     Example:
         >>> with rescale_adapter_scale(model, 0.5):

@@ -1,6 +1,6 @@
-"""Hot-swapping: an adapter's weights, rank and scale replaced in place, so that compiled graphs and optimisers go on.
+"""Hot-swapping: replace an adapter's weights, rank and scaling in place, so that compiled graphs and optimisers stay valid.
 
-Where nothing is compiled, a larger rank may come: A and B are new parameters then.
+If the model is not compiled, the new adapter may have a larger rank: A and B are then replaced by new, larger parameters.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ __all__ = [
     "plan_swap",
     "prepare_model_for_compiled_hotswap",
 ]
-#: fields in which an adapter may differ from the one whose place it takes; they are written into that one's config
+#: config fields in which the new adapter may differ from the adapter that it replaces; their values are written into the config of the latter
 SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *INITIALIZER_SETTINGS})
-#: what `check_hotswap_configs_compatible` compares; the swap itself compares all that is not swappable
+#: config fields that `check_hotswap_configs_compatible` compares; the swap itself compares all fields that are not in `SWAPPABLE`
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
 _CHECKS = ("error", "warn", "ignore")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Check that an adapter with one config can take the place of one with the other.
+    """Check that an adapter with one of two configs can be replaced by an adapter with the other config.
 
     Args:
-        config0, config1: of the two adapters.
+        config0, config1: the configs of the two adapters.
 
     Raises:
-        CapabilityError: one of them is no LoRA.
-        ConfigError: they differ in `use_rslora`, `lora_dropout`, `alpha_pattern` or `use_dora`.
+        CapabilityError: one of the configs is not a `LoraConfig`.
+        ConfigError: the configs differ in `use_rslora`, `lora_dropout`, `alpha_pattern` or `use_dora`.
     """
     for config in (config0, config1):
         if not isinstance(config, LoraConfig):
@@ -76,21 +76,21 @@ def prepare_model_for_compiled_hotswap(
     config: LoraConfig | Mapping[str, LoraConfig] | None = None,
     check_compiled: str = "error",
 ) -> None:
-    """Make adapters ready to be swapped in a compiled model without compiling it again: call it before `torch.compile` and before optimisers.
+    """Prepare all LoRA adapters of a model, so that later swaps need no recompilation. Call it before `torch.compile` and before making optimisers.
 
-    Scalings become tensors, which graphs read anew each time, and A and B get room for the largest rank to come. The room is filled with
-    zeros, has no effect, and no file has it: saving, loading and merging go on with the rank in use.
+    Scalings become tensors, which a compiled graph reads in each call, and A and B are padded with zeros to the largest expected rank. The padding
+    has no effect on the output and is not written to files: saving, loading and merging use the unpadded rank.
 
     Args:
-        model: with LoRA adapters; all of them are made ready.
-        target_rank: the largest rank that will be swapped in; None: no more than there is.
-        config: config of the adapters to come, or name → config: room is made for their ranks, too.
+        model: a model with LoRA adapters; all of its adapters are prepared.
+        target_rank: the largest rank that will be swapped in; None: `target_rank` adds no padding.
+        config: config of the adapters that will be swapped in, or name → config: A and B are padded for the ranks in them, too.
         check_compiled: what to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
-        ConfigError: `target_rank` is smaller than a rank that is there, or no rank; an unknown `check_compiled`; the model is compiled; a
-            variant can't have a larger rank (`Variant.can_be_padded`).
-        AdapterNotFoundError: there is no LoRA layer. The model is as before.
+        ConfigError: `target_rank` is smaller than the rank of a present adapter, or is not a positive integer; `check_compiled` is unknown; the
+            model is compiled; a variant can't be padded to a larger rank (`Variant.can_be_padded`).
+        AdapterNotFoundError: the model has no LoRA layer. The model is then unchanged.
     """
     _require_check(check_compiled)
     _require_rank(target_rank)
@@ -125,7 +125,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
     """Return the LoRA layers of a model.
 
     Raises:
-        AdapterNotFoundError: it has none.
+        AdapterNotFoundError: the model has no LoRA layer.
     """
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     if not layers:
@@ -134,7 +134,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 
 def _report_compiled(check_compiled: str) -> None:
-    """Raise, or warn, that the model is compiled already."""
+    """Raise a `ConfigError` (``check_compiled="error"``) or warn that the model is compiled already."""
     message = "Detected that the model is already compiled: graphs that were made do not see that scalings are tensors now"
     if check_compiled == "error":
         raise ConfigError(message, hint="call prepare_model_for_compiled_hotswap before torch.compile")
@@ -142,7 +142,7 @@ def _report_compiled(check_compiled: str) -> None:
 
 
 def _require_room(target_rank: int, places: Sequence[tuple[LoraLayer, str]], layers: Sequence[LoraLayer]) -> None:
-    """Check that no adapter at `places` has a rank above `target_rank`; `layers`: those of the whole model, for the hint."""
+    """Check that no (layer, adapter) pair in `places` has a rank above `target_rank`; `layers`: all LoRA layers, for the error's hint."""
     for layer, adapter in places:
         if layer.r[adapter] > target_rank:
             raise ConfigError(
@@ -152,7 +152,7 @@ def _require_room(target_rank: int, places: Sequence[tuple[LoraLayer, str]], lay
 
 
 def _require_padding(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
-    """Check that an adapter computes the same with factors of `padded_rank`, where that is more than they have."""
+    """Check that an adapter's output stays the same when its factors are padded to `padded_rank`, if that is more than their stored rank."""
     variant = layer.variants.get(adapter)
     if variant is not None and not variant.can_be_padded and padded_rank > rank_padding.stored_rank(layer, adapter):
         raise ConfigError(
@@ -171,7 +171,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _padded_rank(layer: LoraLayer, adapter: str, rank: int) -> int:
-    """Return how many columns B is to have for a rank: r, or its share for each group of a convolution whose A has no groups."""
+    """Return how many columns B needs for a rank: the rank itself, or rank / groups on a grouped convolution whose A is not grouped."""
     present = rank_padding.stored_rank(layer, adapter)
     used = layer.used_rank.get(adapter, present)
     share, rest = divmod(rank * used, layer.r[adapter]) if used < layer.r[adapter] else (rank, 0)
@@ -192,7 +192,7 @@ def _widen(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
 
 
 def _keep_scaling_as_tensor(layer: LoraLayer, adapter: str) -> None:
-    """Make an adapter's scaling a tensor, which graphs read anew in each call."""
+    """Replace an adapter's scaling by a tensor, which a compiled graph reads in each call; a Python float would be a constant in the graph."""
     if isinstance(layer.scaling[adapter], Tensor):
         return
     b = layer.factors(adapter)[1]
@@ -205,16 +205,16 @@ def _keep_scaling_as_tensor(layer: LoraLayer, adapter: str) -> None:
 
 
 def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
-    """Return what writes weights in the place of an adapter's: in layers for which nothing came, the new adapter has no effect.
+    """Return a function that replaces an adapter's weights by new ones; in layers without new tensors it writes zeros, which have no effect.
 
     Args:
-        adapter: whose place they take.
-        present: its config.
-        config: belongs to the weights; its rank and scale are taken.
-        incoming: each layer with what came for it.
+        adapter: name of the adapter that is replaced.
+        present: config of the adapter that is replaced.
+        config: config of the new weights; rank and scaling are computed from it.
+        incoming: each layer of the adapter together with its new tensors.
 
     Raises:
-        ConfigError: an initialisation that changes the base would have to be done anew.
+        ConfigError: the initialisations of the two adapters differ, and one of them changes the base weight.
         AdapterWeightsError: shapes or ranks do not fit. Nothing is changed.
     """
     _check_start(present, config)
@@ -239,7 +239,7 @@ def plan_swap(adapter: str, present: LoraConfig, config: LoraConfig, incoming: S
 
 
 def _require_swappable(layer: LoraLayer, adapter: str, path: str) -> None:
-    """Check that the weights of an adapter of one layer can be replaced in place."""
+    """Check that the weights which an adapter has in one layer can be replaced in place."""
     if not layer.hotswappable:
         raise CapabilityError(
             f"{path!r} is of the kind {layer.ops.kind!r}, where weights can't be swapped", hint="delete the adapter and load the other"
@@ -252,7 +252,7 @@ def _require_swappable(layer: LoraLayer, adapter: str, path: str) -> None:
 
 
 def _check_start(present: LoraConfig, config: LoraConfig) -> None:
-    """Check that both adapters began on the same base, and train the same of A and B."""
+    """Check that the initialisations of both adapters leave the same base weight, and the same of A and B trainable."""
     ours, theirs = present.init_lora_weights, config.init_lora_weights
     if ours != theirs and (initializer_of(present).needs_base or initializer_of(config).needs_base):
         raise ConfigError(
@@ -262,7 +262,7 @@ def _check_start(present: LoraConfig, config: LoraConfig) -> None:
 
 
 def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str) -> None:
-    """Check that what the initialisation took out of the base is the same for both."""
+    """Check rank and alpha where the initialisation subtracted s·B₀·A₀ from the base weight: both adapters must have the same."""
     if layer.merging.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
             f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
@@ -272,12 +272,12 @@ def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str
 
 
 def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tuple[int, list[tuple[Slot, Tensor]]]:
-    """Return how many columns the new B has, and (slot, tensor) for each whole parameter, the room that is not in use included.
+    """Return how many columns the new B has, and (slot, tensor) for each parameter; the tensor has the shape of the padded parameter.
 
-    Where more columns come than are stored, the tensors have the size to which the parameters will have grown.
+    If the new B has more columns than the stored B, the tensors have the shape that the parameters get when they are enlarged.
 
     Raises:
-        AdapterWeightsError: it does not fit.
+        AdapterWeightsError: a tensor is missing, or its shape or rank does not fit.
     """
     slots = {end: Slot.of(module, name) for end, module, name in layer.holders(adapter)}
     if not part.tensors:
@@ -302,10 +302,11 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
 
 
 def _stored_shapes(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], columns: int, part: IncomingWeights) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each parameter when there is room for `columns` of B.
+    """Return the shape that each parameter has, after enlarging it if needed, so that B has at least `columns` columns.
 
     Raises:
-        AdapterWeightsError: there is none, and a compiled graph holds the parameters, or was to.
+        AdapterWeightsError: the stored B has fewer columns, and the parameters can't be enlarged: a compiled graph uses them, or the model is
+            prepared for compilation.
     """
     present = rank_padding.stored_rank(layer, adapter)
     if columns <= present:
@@ -326,10 +327,10 @@ def _is_factor(end: str) -> bool:
 
 
 def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], stored: Mapping[str, tuple[int, ...]], path: str) -> list[tuple[Slot, Tensor]]:
-    """Return zeros for each slot of a layer for which nothing came: the new adapter has no effect there.
+    """Return zeros for each slot of a layer without new tensors: the new adapter has no effect in this layer.
 
     Raises:
-        AdapterWeightsError: a variant for which zeros are no such weights.
+        AdapterWeightsError: the layer has a variant, whose effect is not zero when its tensors are zero.
     """
     if adapter in layer.variants:
         raise AdapterWeightsError(
@@ -340,17 +341,17 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], stored: Ma
 
 
 def _with_room(end: str, tensor: Tensor, stored: tuple[int, ...], columns: int, padded_rank: int, path: str) -> Tensor:
-    """Return a tensor of a file as it is stored: an A or a B with zeros for the ranks that are not in use, another as it is.
+    """Return a tensor from a file in the shape of its parameter: A and B are padded with zeros to the stored rank, others are returned unchanged.
 
     Args:
-        end: of its file key.
-        tensor: of the file.
+        end: end of the tensor's file key.
+        tensor: the tensor from the file.
         stored: shape of the parameter.
-        columns, padded_rank: of the file's B, and of the stored one.
-        path: of the layer, for messages.
+        columns, padded_rank: how many columns B has in the file, and how many the stored B has.
+        path: path of the layer, for error messages.
 
     Raises:
-        AdapterWeightsError: another shape.
+        AdapterWeightsError: `tensor` has another shape than expected.
     """
     factor = _is_factor(end)
     expected = tuple(rank_padding.unpadded(end, torch.empty(stored, device="meta"), padded_rank, columns).shape) if factor else stored
@@ -363,7 +364,7 @@ def _with_room(end: str, tensor: Tensor, stored: tuple[int, ...], columns: int, 
 
 
 def _columns_of(layer: LoraLayer, adapter: str, r: int) -> int:
-    """Return how many columns B has at rank r, given what it has at the present one."""
+    """Return how many columns B has at rank `r`, computed from the ratio of columns to rank that the present adapter has."""
     return layer.used_rank.get(adapter, rank_padding.stored_rank(layer, adapter)) * r // layer.r[adapter]
 
 

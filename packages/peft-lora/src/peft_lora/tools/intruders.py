@@ -1,4 +1,4 @@
-"""Reducing intruder dimensions (arXiv 2410.21228): strong directions of W + ΔW that W does not know."""
+"""Reducing intruder dimensions (arXiv 2410.21228): leading singular vectors of W + ΔW that are similar to no singular vector of W."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ def reduce_intruder_dimension(
     mitigation_lambda: float = 0.75,
     logging_sink: Callable[[str], Any] | None = print,
 ) -> None:
-    """Add a copy of an adapter in which intruder dimensions are weaker, and use it.
+    """Add a copy of an adapter in which intruder dimensions are weaker, and activate the copy.
 
-    Of the first `top_k` singular vectors u of W + ΔW those are intruders whose cosine with every left singular vector of W is below
-    `threshold_epsilon`. The new ΔW is the best one of the same rank for ΔW + (λ - 1)·Σ σ·u·vᵀ over the intruders.
+    An intruder is one of the first `top_k` left singular vectors u of W + ΔW whose cosine with every left singular vector of W is below
+    `threshold_epsilon`. The new ΔW is the best approximation of the same rank to ΔW + (λ - 1)·Σ σ·u·vᵀ, where the sum is over the intruders.
 
     Args:
         peft_model: a model with LoRA adapters.
-        old_adapter_name: the adapter.
+        old_adapter_name: name of the adapter to copy.
         new_adapter_name: name of the copy.
-        top_k: how many directions to look at.
-        threshold_epsilon: from which cosine on a direction counts as known, in [0, 1].
-        mitigation_lambda: λ, how much of the intruders stays: 1 changes nothing.
-        logging_sink: is told what was found in each layer; None: nobody.
+        top_k: how many leading singular vectors to check.
+        threshold_epsilon: a singular vector with a cosine of at least this value is no intruder, in [0, 1].
+        mitigation_lambda: λ, the factor for the singular values of the intruders: 1 changes nothing.
+        logging_sink: function that is called with a message for each layer; None: no messages.
 
     Raises:
         AdapterNotFoundError: the model has no such adapter.
-        ConfigError: it has weights of which nothing is a product B·A around a layer, or is tied to others; the model is as before.
-        others: as `add_adapter`.
+        ConfigError: the adapter has weights that are no product B·A around a layer, or that are tied to another layer; the model is then unchanged.
+        others: the errors of `add_adapter`.
 
     Example:
         >>> reduce_intruder_dimension(model, top_k=5)

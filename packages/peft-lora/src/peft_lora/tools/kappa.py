@@ -22,21 +22,21 @@ def find_kappa_target_modules(
 ) -> dict[str, list[str] | None]:
     """Return the modules and parameters of a model whose weights have the smallest condition numbers κ = σ_max / σ_min.
 
-    Such weights spread what they know over all directions, so that changing them disturbs the least. Weights of a quantised base are those that it
-    computes with.
+    Such weights spread their knowledge over all directions, so that changing them disturbs it the least. Weights of a quantised base are dequantised.
 
     Args:
-        model: the base; its Linears are looked at, and parameters of experts (experts, out, in), whose κ is the mean over experts.
-        top_p: which share of the modules to take, and of the parameters, in (0, 1]; at least one of each kind that there is.
-        max_dim_size_to_analyze: weights with a longer side are left out.
-        moe_param_suffixes: ends of the names of experts' parameters; None: every parameter with three dimensions in a module called `experts`.
+        model: the base; the function analyses its Linears and its experts' parameters (experts, out, in), whose κ is the mean over the experts.
+        top_p: the share of the modules, and of the parameters, to return, in (0, 1]; at least one module and one parameter if the model has any.
+        max_dim_size_to_analyze: weights with a larger dimension are left out.
+        moe_param_suffixes: suffixes of the names of experts' parameters; None: every parameter with three dimensions in a module called `experts`.
         show_progress: show a progress bar.
 
     Returns:
-        ``{"target_modules": [...], "target_parameters": [...]}``, the smallest κ first; None where there is none. Both are fields of `LoraConfig`.
+        ``{"target_modules": [...], "target_parameters": [...]}``, sorted by κ, the smallest first; a value is None if there are no such weights. Both
+        keys are fields of `LoraConfig`.
 
     Raises:
-        ConfigError: `top_p` is out of range, or there is no weight to look at.
+        ConfigError: `top_p` is out of range, or the model has no weight to analyse.
 
     Example:
         >>> config = LoraConfig(**find_kappa_target_modules(base, top_p=0.1, show_progress=False))
@@ -55,7 +55,7 @@ def find_kappa_target_modules(
 def condition_numbers(
     model: nn.Module, longest: int, suffixes: Sequence[str] | None, show_progress: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return name → κ of the Linears of a model, and of its experts' parameters; arguments as of `find_kappa_target_modules`."""
+    """Return two dicts, name → κ for a model's Linears and for its experts' parameters. The arguments are those of `find_kappa_target_modules`."""
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linears = {name: module for name, module in linears.items() if max(module.in_features, module.out_features) <= longest}
     stacks = {name: value for name, value in model.named_parameters() if value.ndim == 3 and _of_experts(name, suffixes)}
@@ -73,7 +73,7 @@ def smallest(kappas: Mapping[str, float], count: int) -> list[str]:
 
 
 def condition_number(weight: Tensor) -> float:
-    """Return σ_max / σ_min of a matrix (out, in), or the mean of them over a stack (..., out, in); inf where a matrix is singular."""
+    """Return σ_max / σ_min of a matrix (out, in), or the mean of this quotient over a stack (..., out, in); inf if a matrix is singular."""
     with torch.no_grad():
         sigma = torch.linalg.svdvals(weight.detach().float())
         return float((sigma[..., 0] / sigma[..., -1]).mean())

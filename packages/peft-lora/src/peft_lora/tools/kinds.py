@@ -1,4 +1,4 @@
-"""What other frameworks ask about the base of a LoRA layer: with `isinstance`, of what kind it is (ours are one class), and its weight in numbers."""
+"""Compatibility with other frameworks: classes for `isinstance` checks of a LoRA layer's base, since we have one class only, and dequantisation."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ class _Around(type(nn.Module)):  # type: ignore[misc]
 
 
 class Linear8bitLt(Linear, metaclass=_Around):
-    """A LoRA layer around an 8-bit Linear of bitsandbytes; for `isinstance`."""
+    """A LoRA layer around an 8-bit Linear of bitsandbytes; only for `isinstance` checks."""
 
     around: ClassVar[frozenset[str]] = frozenset({"Linear8bitLt"})
 
 
 class Linear4bit(Linear, metaclass=_Around):
-    """A LoRA layer around a 4-bit Linear of bitsandbytes; for `isinstance`."""
+    """A LoRA layer around a 4-bit Linear of bitsandbytes; only for `isinstance` checks."""
 
     around: ClassVar[frozenset[str]] = frozenset({"Linear4bit"})
 
 
 class TorchaoLoraLinear(Linear, metaclass=_Around):
-    """A LoRA layer around a Linear whose weight is one of torchao; for `isinstance`."""
+    """A LoRA layer around a Linear whose weight is a torchao tensor; only for `isinstance` checks."""
 
     around: ClassVar[frozenset[str]] = frozenset({"torchao"})
 
 
 class LoraParallelLinear(Linear, metaclass=_Around):
-    """A LoRA layer around a parallel Linear of Megatron; for `isinstance` (there are none: they are refused)."""
+    """A LoRA layer around a parallel Linear of Megatron; only for `isinstance` checks. No such layer exists: Megatron's Linears are not supported."""
 
     around: ClassVar[frozenset[str]] = frozenset({"ColumnParallelLinear", "RowParallelLinear"})
 
 
 class ParameterProxy(nn.Module):
-    """Stands for a class that only the reference implementation's internals need: nothing is an instance of it."""
+    """Placeholder for an internal class of the reference implementation: no object is an instance of it."""
 
 
 def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
-    """Return a layer's weight in floating point, in its own layout; of a quantised one unpacked, (out, in), as merging would see it.
+    """Return a layer's weight in floating point and in the layer's layout; a quantised weight is dequantised to (out, in), as for merging.
 
     Args:
-        module: a plain layer, one that a library quantised, or an adapter layer around either.
+        module: a plain layer, a layer that a library has quantised, or an adapter layer around one of these.
 
     Raises:
-        UnsupportedModuleError: it has no weight that is understood.
+        UnsupportedModuleError: the layer has no weight, or no weight that can be dequantised.
     """
     base = module.get_base_layer() if isinstance(module, AdapterLayer) else module
     layer = peft_make_layer("LORA", base, AdapterSelection())

@@ -1,4 +1,4 @@
-"""LoRA-FA (arXiv 2308.03303): A stays as it is, and B follows the gradient that the whole weight would follow."""
+"""LoRA-FA (arXiv 2308.03303): A is frozen, and B is updated so that s·B·A follows the gradient of the full weight."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from peft_core import ConfigError, ModelError
 from .. import formulas
 from .preconditioned import inverse_gram, pairs_of, preconditioned
 
-#: added to the diagonal of A·Aᵀ
+#: added to the diagonal of A·Aᵀ, so that it can be inverted
 DAMPING = 1e-8
 
 
 class _Adam(Optimizer):
-    """AdamW whose ε is added before the second moment is corrected, as LoRA-FA's authors have it; torch's adds it after."""
+    """AdamW that adds ε before the bias correction of the second moment, as LoRA-FA's authors do; `torch.optim.AdamW` adds ε after it."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; gradients are there."""
+        """Do one optimiser step; parameters without a gradient are skipped. Return the loss of `closure`, or None."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -49,21 +49,21 @@ class _Adam(Optimizer):
 def create_lorafa_optimizer(
     model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> Optimizer:
-    """Return an AdamW for what trains in a model, with A frozen, and with the gradient of B multiplied by (s²·A·Aᵀ)⁻¹.
+    """Freeze A, and return an AdamW for the trainable parameters of a model that multiplies the gradient of B by (s²·A·Aᵀ)⁻¹.
 
-    With this gradient g·(s²·A·Aᵀ)⁻¹, s·B·A moves as near to the gradient of the whole weight as it can. Freezing A changes the model.
+    With this gradient g·(s²·A·Aᵀ)⁻¹, the change of s·B·A is as near as possible to the gradient of the full weight. Freezing A modifies the model.
 
     Args:
         model: a model with LoRA adapters.
-        r: their rank, which has to be positive; each layer's own rank and alpha count.
-        lora_alpha: their alpha.
+        r: rank of the adapters, which must be positive; it is only checked: the computation uses the rank and alpha of each layer.
+        lora_alpha: alpha of the adapters.
         lr: learning rate.
-        weight_decay: as of AdamW.
-        use_rslora: None, or what the configs of the adapters in use say.
+        weight_decay: weight decay of AdamW.
+        use_rslora: None, or the value of `use_rslora` in the configs of the active adapters.
 
     Raises:
-        ConfigError: `r` is not positive, or `use_rslora` is not what a config says.
-        ModelError: nothing trains.
+        ConfigError: `r` is not positive, or `use_rslora` differs from a config.
+        ModelError: no B of an adapter is trainable.
 
     Example:
         >>> optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-4)

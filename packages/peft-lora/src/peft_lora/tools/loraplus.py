@@ -20,22 +20,23 @@ def create_loraplus_optimizer(
     loraplus_lr_embedding: float = 1e-6,
     **kwargs: Any,
 ) -> Optimizer:
-    """Return an optimiser for what trains in a model, in which A learns with `lr` and B with ``lr · ratio`` (section 4 of the paper).
+    """Return an optimiser for a model's trainable parameters with learning rate `lr` for A and ``lr · ratio`` for B (section 4 of the paper).
 
-    Vectors (biases, magnitudes) learn as B does, biases and norms do not decay; factors of embeddings have a rate of their own.
+    Vectors (biases, magnitudes) have the learning rate of B, and biases and norms have no weight decay. The factors of embeddings have a separate
+    learning rate.
 
     Args:
         model: a model with LoRA adapters.
         optimizer_cls: class of the optimiser.
         lr: learning rate of A and of everything else that trains.
         loraplus_lr_ratio: learning rate of B divided by that of A; above 1 (the paper finds 16 good in many cases).
-        loraplus_weight_decay: of everything but biases and norms.
+        loraplus_weight_decay: weight decay of everything but biases and norms.
         loraplus_lr_embedding: learning rate of the factors of embeddings.
         **kwargs: further arguments of `optimizer_cls` (`betas`, `eps`, ...).
 
     Raises:
         ConfigError: the ratio is not positive.
-        ModelError: nothing trains.
+        ModelError: the model has no trainable parameter.
 
     Example:
         >>> optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=5e-5, loraplus_lr_ratio=16)
@@ -63,7 +64,7 @@ def create_loraplus_optimizer(
         {"params": b, "lr": faster, "weight_decay": loraplus_weight_decay},
         {"params": fixed, "lr": faster, "weight_decay": 0.0},
     ]
-    if not any(group["params"] for group in groups):  # empty ones stay: scripts know groups by their numbers
+    if not any(group["params"] for group in groups):  # empty groups are not removed: training scripts use the indices of the groups
         raise ModelError("nothing in the model trains", hint="set_adapter an adapter, without inference_mode")
     optimizer: Any = optimizer_cls
     return optimizer(groups, lr=lr, **kwargs)  # type: ignore[no-any-return]

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..layers.common import LoraLayer
 
-#: pairs of a parameter and the gradient that it is to have in a step
+#: function that returns pairs of a parameter and the gradient that the next step uses for it
 Changes = Callable[[], list[tuple[nn.Parameter, Tensor]]]
 
 
@@ -22,18 +22,18 @@ def pairs_of(model: nn.Module) -> Iterator[tuple[LoraLayer, str, nn.Parameter, n
             continue
         for adapter in layer.selection.current().used:
             held = layer.parameters_of(adapter) if adapter in layer.scaling else {}
-            # frozen factors are no parameters that train; the layer has them all the same
+            # from `holders`, since `parameters_of` leaves out frozen factors
             factors = {key: getattr(module, name) for key, module, name in layer.holders(adapter)} if held else {}
             if "lora_A.weight" in factors and "lora_B.weight" in factors:
                 yield layer, adapter, factors["lora_A.weight"], factors["lora_B.weight"]
 
 
 def preconditioned(optimizer_cls: type[Optimizer], changes: Changes) -> Any:
-    """Return a class that steps as `optimizer_cls` does with gradients as `changes` says; what a parameter's `grad` holds stays.
+    """Return a subclass of `optimizer_cls` whose `step` uses the gradients that `changes` returns; each parameter's `grad` is restored afterwards.
 
     Args:
         optimizer_cls: class of the optimiser.
-        changes: asked before each step.
+        changes: function that is called before each step and returns (parameter, gradient) pairs.
     """
 
     class Preconditioned(optimizer_cls):  # type: ignore[valid-type, misc]
@@ -59,7 +59,7 @@ def preconditioned(optimizer_cls: type[Optimizer], changes: Changes) -> Any:
 
 
 def inverse_gram(factor: Tensor, damping: float) -> Tensor:
-    """Return (F·Fᵀ + damping·I)⁻¹ (r, r) of a factor F (r, n), in float32 at least."""
+    """Return (F·Fᵀ + damping·I)⁻¹ (r, r) of a factor F (r, n), in float32 or a wider dtype."""
     wide = factor.detach().to(torch.promote_types(factor.dtype, torch.float32))
     gram = wide @ wide.T
     gram.diagonal().add_(damping)

@@ -1,4 +1,4 @@
-"""Adapters that took their first values out of the base, as plain LoRA of twice the rank for the original base."""
+"""Convert an adapter whose initialisation subtracted s·B₀·A₀ from the base weight into plain LoRA of twice the rank for the original base."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .starts import shifts_of_start
 
 #: end of the key of A → of B
 PAIRS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}
-#: fields that say how much of A₀ and B₀ left the base
+#: config fields that determine the rank and scaling of the product s·B₀·A₀ that was subtracted from the base
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _PREFIX = "base_model.model."
 _FOLDER = "path_initial_model_for_weight_conversion is the folder into which this adapter was saved before training"
@@ -28,22 +28,22 @@ Factors = tuple[Tensor, Tensor]
 
 
 def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
-    """Return the adapter [A; A₀] and [B, −B₀], whose product is BA − B₀A₀: what training changed, seen from the base before it was shifted.
+    """Return the adapter [A; A₀] and [B, −B₀], whose product is BA − B₀A₀: the change by training, relative to the original base.
 
-    What left the base is asked of the layers. If nothing did in this model, the base is taken for one from which the A₀ and B₀ of `initial` have
-    been taken out already: the adapter was loaded as a plain one onto a residual that somebody had saved.
+    The layers know which A₀ and B₀ were subtracted from the base. If no layer of this model subtracted anything, the function assumes that the A₀ and
+    B₀ of `initial` were subtracted before the base was loaded: the adapter was loaded as a plain adapter onto a saved residual base.
 
-    Rank and alpha grow such that the scaling stays; a variant's own tensors (DoRA's magnitudes) are right as they are.
+    Rank and alpha are enlarged so that the scaling stays the same; the other tensors of a variant (DoRA's magnitudes) are not changed.
 
     Args:
-        adapter: its name, for messages.
-        now: the adapter as it would be saved.
-        initial: as it was saved when it had just been created.
+        adapter: name of the adapter, for error messages.
+        now: the adapter as it would be saved now.
+        initial: the adapter as it was saved directly after its creation.
 
     Raises:
-        ConfigError: `initial` has another config; the initialisation took out of the base what A₀ and B₀ do not say; or an A and its B are no
-            single product.
-        AdapterWeightsError: `initial` lacks tensors, or has them in other shapes.
+        ConfigError: `initial` has another config; the initialisation subtracted something else than the product of A₀ and B₀ from the base; or an A
+            and its B form several products instead of one.
+        AdapterWeightsError: `initial` lacks tensors, or its tensors have other shapes.
     """
     pairs = {key: key.removesuffix(a) + b for a, b in PAIRS.items() for key in now.tensors if key.endswith(a)}
     shifts = _shifts(adapter, now)
@@ -74,16 +74,16 @@ def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheck
 
 
 def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
-    """Return the path of each layer out of whose weight the initialisation took something → A₀ and B₀ of that.
+    """Return, for each layer whose weight the initialisation changed, path → the product s·B₀·A₀ that was subtracted from the weight.
 
     Raises:
-        ConfigError: it is something else than s·B₀·A₀.
+        ConfigError: the initialisation subtracted something else than s·B₀·A₀.
     """
     found = {}
     for path, merge in shifts_of_start(adapter, now.modules).items():
         change = merge.folds[0].change
         if not (isinstance(change, Subtraction) and isinstance(change.delta, Product)):
-            initializer_of(now.config).subtracts_start()  # says why in words of its own, unless the config was edited
+            initializer_of(now.config).subtracts_start()  # raises an error with a more exact message, unless the config was edited
             raise ConfigError(
                 f"what the initialisation of {adapter!r} took out of {path!r} is no s·B·A: it can't be converted for the base as it was",
                 hint="save it without path_initial_model_for_weight_conversion, beside the base that unload(restore_base=False) returns",
@@ -93,7 +93,7 @@ def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
 
 
 def _is_product(a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether B·A is more than nothing, up to rounding."""
+    """Return whether B·A is different from zero by more than rounding errors."""
     if a is None or b is None or not (a.any() and b.any()):
         return False
     a, b = a.flatten(1).float(), b.flatten(1).float()
@@ -111,7 +111,7 @@ def _first(adapter: str, tensors: Mapping[str, Tensor], key: str, like: Tensor) 
 
 
 def _taken_out(product: Product | None, like: Factors) -> Factors:
-    """Return A₀ and B₀ that left the base; zeros for a layer that kept its weight."""
+    """Return the A₀ and B₀ that were subtracted from the base weight, in the shapes of `like`; zeros if the weight was not changed."""
     if product is None:
         return torch.zeros_like(like[0]), torch.zeros_like(like[1])
     return product.a.reshape(like[0].shape).to(like[0]), product.b.reshape(like[1].shape).to(like[1])
@@ -121,10 +121,10 @@ def _stacked(path: str, now: Factors, first: Factors, config: LoraConfig) -> Fac
     """Return [A; A₀] and [B, −B₀], with zeros up to the doubled rank.
 
     Raises:
-        ConfigError: they are several products: of the groups of a convolution, or of experts.
+        ConfigError: A and B form several products: one for each group of a convolution, or for each expert.
     """
     a, b = torch.cat([now[0], first[0]]), torch.cat([now[1], -first[1]], dim=1)
-    # a weight with fewer singular vectors than r has smaller factors, which a plain adapter of rank 2r has not
+    # a weight with fewer than r singular vectors has smaller factors; a plain adapter of rank 2r needs the full shapes, so zeros are padded
     rest = 2 * Patterns(config.rank_pattern, "rank_pattern").value(path, config.r) - a.shape[0]
     if rest < 0 or a.shape[0] != b.shape[1]:
         raise ConfigError(
@@ -142,7 +142,7 @@ def _require_same(adapter: str, config: LoraConfig, initial: Any) -> None:
 
 
 def _grown(config: LoraConfig) -> LoraConfig:
-    """Return the config of the adapter with twice the rank and the same scalings, which starts from nothing but its file."""
+    """Return the adapter's config with twice the rank, the same scalings and no special initialiser: its values come only from its file."""
     alpha = math.sqrt(2) if config.use_rslora else 2
     grown = config.without_initializer()
     grown.r = 2 * config.r
