@@ -1,4 +1,4 @@
-"""What LoRA does to a model."""
+"""The tuner of LoRA."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from .tools.weighted import add_weighted_adapter
 
 
 class LoraTuner(LayerTuner):
-    """Wraps the targeted layers, each with its own rank and alpha."""
+    """Wraps the targeted layers; each layer has its own rank and alpha."""
 
     layers = (Linear, Embedding, Convolution, Attention)
     operations: ClassVar[Mapping[str, Callable[..., Any]]] = {"add_weighted_adapter": add_weighted_adapter}
@@ -59,21 +59,23 @@ class LoraTuner(LayerTuner):
         extensions = offers.extension_specs()
         arguments = tuple(dict.fromkeys((*spec.call_arguments, *offers.call_arguments(extensions))))
         super().__init__(dataclasses.replace(spec, call_arguments=arguments), selection)
-        # of this model: what is offered depends on the plugins that there are
+        # an attribute of the instance, not of the class: the operations depend on the installed plugins
         self.__dict__["operations"] = {**type(self).operations, **offers.operations(extensions)}
-        #: initialiser and variant of each adapter that was planned, by name
+        #: name of each planned adapter → its initialiser and variant
         self._extensions: dict[str, tuple[type[Extension], ...]] = {}
 
     @classmethod
     def loading_rules(cls, spec: TunerSpec, adapter: str) -> list[tuple[str, str]]:
-        """Return (expression, replacement) for other loaders than ours; magnitudes are inside a module."""
+        """Return pairs (regular expression, replacement) for loaders of other libraries. DoRA magnitudes are the `weight` of a submodule."""
         return [(r"(lora_magnitude_vector)", rf"\1.{adapter}.weight"), (r"(lora_(?!magnitude_vector)[^\.]*)", rf"\1.{adapter}")]
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Plan as every layer tuner; the config's `fan_in_fan_out` becomes what the layers are, and names of another layout those of this base.
+        """Return the plan of a new adapter, as `LayerTuner.plan` does, with LoRA's own checks and wraps.
+
+        `fan_in_fan_out` is set to fit the layers, and module names that were written for another layout of the base are replaced by this base's.
 
         Raises:
-            ConfigError: the initialisation or the variant does not work on a module; and as every layer tuner.
+            ConfigError: the initialisation or the variant does not work on a module; and the errors of `LayerTuner.plan`.
         """
         fields = _adapted_config(base, config, shared=False)
         if fields:
@@ -98,16 +100,16 @@ class LoraTuner(LayerTuner):
         return dataclasses.replace(plan, wraps=wraps, resolved={**fields, **plan.resolved, "fan_in_fan_out": fan_in_fan_out})
 
     def builder_for(self, module: nn.Module, path: str) -> Callable[[nn.Module], AdapterModule]:
-        """Return what builds the layer around `module`, at `path`: of a class that the config was told of, a plugin's, or ours.
+        """Return the function that builds the layer around `module` at `path`: a custom class of the config, a plugin's layer, or one of ours.
 
         Raises:
-            UnsupportedModuleError: as every layer tuner.
+            UnsupportedModuleError: see `LayerTuner.builder_for`.
         """
         own = next((layer for kind, layer in self._custom_modules.items() if isinstance(module, kind)), None)
         return super().builder_for(module, path) if own is None else CustomBuilder(own, self.selection)
 
     def _choose_extensions(self, base: BaseView, adapter: str, config: LoraConfig) -> None:
-        """Choose initialiser and variant of a new adapter, and check that they suit the model and its other adapters."""
+        """Choose the initialiser and the variant of a new adapter, and check that they work with the model and its other adapters."""
         self._chosen = initializer, variant = initializer_of(config), variant_of(config)
         self._extensions[adapter] = (type(initializer),) if variant is None else (type(initializer), variant)
         others = {name: other for name, other in self.configs.items() if name != adapter}
@@ -117,7 +119,7 @@ class LoraTuner(LayerTuner):
             variant.require_base(base)
 
     def _require_kinds(self, base: BaseView, modules: Sequence[Wrap]) -> None:
-        """Check that initialiser and variant know the kinds of all modules."""
+        """Check that the initialiser and the variant support the kind of each module."""
         initializer, variant = self._chosen
         for wrap in modules:
             kind = self._kind_of(base.modules[wrap.path], wrap)
@@ -126,7 +128,7 @@ class LoraTuner(LayerTuner):
                 variant.require_kind(kind, wrap.path)
 
     def _require_plain(self, base: BaseView, modules: Sequence[Wrap], config: LoraConfig) -> None:
-        """Check that nothing is asked for that does not work on parameters, which are adapted beside `modules`."""
+        """Check that no setting of the config is unsupported for `target_parameters`; `modules` are the modules that are adapted besides them."""
         _, variant = self._chosen
         if variant is not None:
             raise ConfigError(f"{variant.name} does not work with target_parameters", hint="target modules only, or use plain LoRA")
@@ -134,16 +136,16 @@ class LoraTuner(LayerTuner):
             raise ConfigError("fan_in_fan_out=True does not work with target_parameters", hint="leave it at False")
 
     def translate(self, base: BaseView, config: LoraConfig, shapes: Mapping[str, tuple[int, ...]]) -> CheckpointTranslation | None:
-        """Return how a file that was written for another layout of the base is read on this one: as the first layout says that knows it."""
+        """Return how to read a file that was written for another layout of the base; the first layout that recognises it decides. None: none does."""
         return next((found for layout in layouts() if (found := layout.translate(base, config, shapes)) is not None), None)
 
     def adapted_config(self, base: BaseView, config: LoraConfig) -> Mapping[str, Any]:
-        """Return the fields of a file's config that was written for another layout of the base, as this one needs them."""
+        """Return the config fields that must change if a file's config was written for another layout of the base: field → new value."""
         return _adapted_config(base, config, shared=True)
 
     @classmethod
     def loading_conversions(cls, conversions: Sequence[Any], adapter: str, config: LoraConfig) -> list[Any]:
-        """Return transformers' conversions of the base's own weights as all layouts need them for adapters."""
+        """Return transformers' conversions of the base's weights, changed by each layout so that they work for the adapter's weights."""
         found = list(conversions)
         for layout in layouts():
             found = layout.loading_conversions(found, adapter, config)
@@ -155,11 +157,11 @@ class LoraTuner(LayerTuner):
 
     @property
     def takes_part_in_calls(self) -> bool:
-        """Whether the initialiser or the variant of an adapter joins calls; otherwise a forward goes straight to the base."""
+        """Whether the initialiser or the variant of an adapter takes part in calls; if not, a forward goes straight to the base."""
         return any(extension.joins_calls for name in self.configs for extension in self._extensions[name])
 
     def prepare(self, call: Call) -> Call:
-        """Return the call with what the initialisers and variants of its adapters add to it."""
+        """Return the call after the initialisers and variants of the adapters that it uses have added their data to it."""
         joining: dict[type[Extension], dict[str, LoraConfig]] = {}
         for name, config in self.configs.items():
             for extension in self._extensions[name] if name in call.route.used else ():
@@ -170,44 +172,44 @@ class LoraTuner(LayerTuner):
         return call
 
     def adapts_modules(self, config: LoraConfig) -> bool:
-        """Return False where parameters are named and modules are not."""
+        """Return False if the config has `target_parameters`."""
         return not config.target_parameters
 
     def further_wraps(self, base: BaseView, adapter: str, config: LoraConfig, values: Callable[[str], ModuleValues]) -> Iterable[Wrap]:
-        """Return the wraps of parameters."""
+        """Return the wraps for `target_parameters`."""
         return parameter_wraps(base, adapter, config, lambda path: self.settings(config, values(path)), self.selection)
 
     def settings(self, config: LoraConfig, module: ModuleValues) -> LoraSettings:
-        """Return rank, alpha and the rest for one module."""
+        """Return the settings of one module: path, rank, alpha, config, initialiser and variant."""
         initializer, variant = self._chosen
         return LoraSettings(module.path, module.rank(config.r), module.alpha(config.lora_alpha), config, initializer, variant)
 
     def check_start(self, adapter: str, config: LoraConfig, modules: Mapping[str, AdapterModule]) -> None:
-        """Check that tensors which started in another way belong to the base as this adapter has it.
+        """Check that tensors with another initialisation can be loaded into an adapter: that they belong to the same base weights.
 
         Raises:
-            ConfigError: their start changed the base in another way.
+            ConfigError: the initialisation of the tensors changed the base weights in another way.
         """
         check_start(adapter, self.configs[adapter], self._extensions[adapter], config, modules)
 
     def relative_to_base(self, adapter: str, now: AdapterCheckpoint, initial: AdapterCheckpoint) -> AdapterCheckpoint:
-        """Return an adapter whose initialiser took its first values out of the base as plain LoRA of twice the rank for the original base.
+        """Convert an adapter whose initialisation changed the base weights to plain LoRA of twice the rank for the original weights.
 
         Raises:
-            ConfigError, AdapterWeightsError: `initial` is no such adapter in its first state, or the initialisation can't be converted.
+            ConfigError, AdapterWeightsError: `initial` is not such an adapter in its initial state, or the initialisation can't be converted.
         """
         return relative_to_base(adapter, now, initial)
 
     def swap(self, adapter: str, config: LoraConfig, incoming: Sequence[IncomingWeights]) -> Callable[[], None]:
-        """Return what writes the weights of another adapter in the place of one, its rank and scale included.
+        """Return a function that replaces the weights of an adapter, its rank and its scale by those of another one.
 
         Raises:
-            ConfigError, AdapterWeightsError: they do not fit.
+            ConfigError, AdapterWeightsError: the incoming weights do not fit.
         """
         return plan_swap(adapter, self.configs[adapter], config, incoming)
 
     def _kind_of(self, module: nn.Module, wrap: Wrap) -> str:
-        """Return the kind of a base layer, as initialisers and variants name it: as our layer for it says, or the plugin's that `wrap` makes."""
+        """Return the kind of a base layer, such as "linear": the `ops.kind` of our layer class, or of the plugin's layer that `wrap` builds."""
         layer = next((layer for layer in self.layers if layer.accepts(module)), None)
         ops: Any = getattr(wrap.build(module), "ops", None) if layer is None else layer.ops_of(module)
         return ops.kind if ops is not None else "other"
@@ -229,7 +231,7 @@ class LoraTuner(LayerTuner):
 
 
 def _tell_of_missing_bias(base: BaseView, modules: Sequence[Wrap]) -> None:
-    """Warn of the first module without a bias: what `lora_bias` trains there has no place in the base."""
+    """Warn about the first module without a bias: the bias that `lora_bias` trains there can't be merged into the base."""
     path = next((wrap.path for wrap in modules if hasattr(base.modules[wrap.path], "bias") and base.modules[wrap.path].bias is None), None)
     if path is not None:
         warnings.warn(
@@ -240,5 +242,5 @@ def _tell_of_missing_bias(base: BaseView, modules: Sequence[Wrap]) -> None:
 
 
 def _adapted_config(base: BaseView, config: LoraConfig, *, shared: bool) -> Mapping[str, Any]:
-    """Return what the first layout says that changes the config; empty if it is for this base."""
+    """Return the config fields that the first matching layout changes: field → new value; empty if the config is written for this base."""
     return next((fields for layout in layouts() if (fields := layout.adapted_config(base, config, shared=shared))), {})

@@ -10,12 +10,12 @@ from typing import Any, ClassVar, TypeVar
 from peft_core.config import PromptLearningConfig, TaskType, require_number, require_positive_integer, require_probability
 from peft_core.errors import ConfigError, did_you_mean
 
-#: of `PromptTuningConfig.random_scale`
+#: values of `PromptTuningConfig.random_scale`
 RANDOM_SCALES = ("unit", "words")
 
 
 class PromptTuningInit(str, enum.Enum):
-    """How a prompt starts: random numbers, embeddings of random tokens, or those of a text."""
+    """How a prompt is initialised: with random numbers, with embeddings of random tokens, or with embeddings of a text."""
 
     RANDOM = "RANDOM"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
@@ -23,7 +23,7 @@ class PromptTuningInit(str, enum.Enum):
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
-    """How a prompt of several tasks starts: as a `PromptTuningInit`, or from a file with a prompt that was trained on source tasks."""
+    """How a multitask prompt is initialised: as in `PromptTuningInit`, or from a file with a prompt that was trained on source tasks."""
 
     RANDOM = "RANDOM"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
@@ -34,13 +34,13 @@ class MultitaskPromptTuningInit(str, enum.Enum):
 
 
 class PromptEncoderReparameterizationType(str, enum.Enum):
-    """The network of p-tuning."""
+    """The type of network that computes the prompt in p-tuning."""
 
     MLP = "MLP"
     LSTM = "LSTM"
 
 
-#: fields that say only what a table of embeddings starts with
+#: config fields that affect only the initial values of a table of embeddings
 START_FIELDS = frozenset(
     {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs", "random_scale", "distinct_words"}
 )
@@ -48,22 +48,22 @@ START_FIELDS = frozenset(
 
 @dataclass
 class PromptTuningConfig(PromptLearningConfig):
-    """Prompt tuning: a learned table of embeddings before the input.
+    """Prompt tuning: a learned table of embeddings is prepended to the input.
 
     Besides the fields of `PromptLearningConfig`:
 
     Args:
         prompt_tuning_init: ``"RANDOM"`` (normal, std 1), ``"SAMPLE_VOCAB"`` (embeddings of random tokens), ``"TEXT"``.
-        prompt_tuning_init_text: the text, with TEXT.
-        tokenizer_name_or_path: its tokenizer, with TEXT.
-        tokenizer_kwargs: options for loading it; only with TEXT.
+        prompt_tuning_init_text: with TEXT, the text.
+        tokenizer_name_or_path: with TEXT, the tokenizer of the text.
+        tokenizer_kwargs: options for loading the tokenizer; only with TEXT.
         random_scale: with RANDOM, the standard deviation: ``"unit"``: 1; ``"words"``: that of the base's word embeddings, usually near 0.02.
-        distinct_words: with SAMPLE_VOCAB, no token twice, and none of the special ones that the base's config names (padding, begin, end).
+        distinct_words: with SAMPLE_VOCAB, draw no token twice, and no special token that the base's config names (padding, begin, end).
 
-    Other readers of the format do not know the last two; they are written only where they are not the default.
+    Other readers of the format do not know `random_scale` and `distinct_words`; these are saved only if they differ from the default.
 
     Raises:
-        ConfigError: a bad value, or one that is missing.
+        ConfigError: an invalid or missing value.
 
     Source: arXiv 2104.08691.
     """
@@ -77,11 +77,11 @@ class PromptTuningConfig(PromptLearningConfig):
 
     default_peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     additional: ClassVar[frozenset[str]] = frozenset({"random_scale", "distinct_words"})
-    #: what `prompt_tuning_init` may be
+    #: the enum of allowed values of `prompt_tuning_init`
     starts: ClassVar[type[enum.Enum]] = PromptTuningInit
 
     def check(self) -> None:
-        """Check every value by itself."""
+        """Check each value of the config."""
         super().check()
         _check_length(self)
         self.prompt_tuning_init = _member(self.starts, "prompt_tuning_init", self.prompt_tuning_init)
@@ -101,17 +101,17 @@ class PromptTuningConfig(PromptLearningConfig):
 
 @dataclass
 class PrefixTuningConfig(PromptLearningConfig):
-    """Prefix tuning: learned keys and values before those of every layer.
+    """Prefix tuning: learned keys and values are prepended to those of every layer.
 
     Besides the fields of `PromptLearningConfig`:
 
     Args:
-        init_weights: None: normal, std 1; ``"zero"``: keys and values are zero at first; ``"neutral"``: the first output is the base's.
+        init_weights: None: normal, std 1; ``"zero"``: keys and values are initialised to zero; ``"neutral"``: the initial output is that of the base.
         encoder_hidden_size: hidden width of the projection; None: `token_dim`.
-        prefix_projection: compute keys and values from a smaller table by a two-layer network.
+        prefix_projection: compute keys and values from a smaller learned table, by a two-layer network.
 
     Raises:
-        ConfigError: a bad value.
+        ConfigError: a value is invalid.
 
     Source: arXiv 2101.00190.
     """
@@ -123,7 +123,7 @@ class PrefixTuningConfig(PromptLearningConfig):
     default_peft_type: ClassVar[str | None] = "PREFIX_TUNING"
 
     def check(self) -> None:
-        """Check every value by itself."""
+        """Check each value of the config."""
         super().check()
         _check_length(self)
         if self.init_weights not in (None, "zero", "neutral"):
@@ -134,7 +134,7 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 @dataclass
 class PromptEncoderConfig(PromptLearningConfig):
-    """P-tuning: embeddings before the input, computed from a learned table by a small network.
+    """P-tuning: embeddings, computed from a learned table by a small network, are prepended to the input.
 
     Besides the fields of `PromptLearningConfig`:
 
@@ -142,11 +142,11 @@ class PromptEncoderConfig(PromptLearningConfig):
         encoder_reparameterization_type: ``"MLP"``: Linear, ReLU, Linear, ReLU, Linear; ``"LSTM"``: a bidirectional LSTM along the virtual
             tokens, then Linear, ReLU, Linear.
         encoder_hidden_size: hidden width of the network; None: `token_dim`.
-        encoder_num_layers: layers of the LSTM; the MLP always has two hidden ones.
+        encoder_num_layers: number of layers of the LSTM; the MLP always has two hidden layers.
         encoder_dropout: dropout between the layers of the LSTM, in [0, 1).
 
     Raises:
-        ConfigError: a bad value.
+        ConfigError: a value is invalid.
 
     Source: arXiv 2103.10385.
     """
@@ -159,10 +159,10 @@ class PromptEncoderConfig(PromptLearningConfig):
     default_peft_type: ClassVar[str | None] = "P_TUNING"
 
     def check(self) -> None:
-        """Check every value by itself.
+        """Check each value of the config.
 
         Raises:
-            ConfigError: a bad value.
+            ConfigError: a value is invalid.
         """
         super().check()
         _check_length(self)
@@ -177,23 +177,23 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 @dataclass
 class MultitaskPromptTuningConfig(PromptTuningConfig):
-    """Multitask prompt tuning: one prompt for all tasks, times a product of low rank for each task.
+    """Multitask prompt tuning: one shared prompt, multiplied elementwise by a low-rank matrix for each task.
 
     Calls take `task_ids` (batch,). Besides the fields of `PromptTuningConfig`:
 
     Args:
         prompt_tuning_init: as in `PromptTuningConfig`, or from the file `prompt_tuning_init_state_dict_path`: ``"AVERAGE_SOURCE_TASKS"`` (the
-            shared prompt; means over its tasks of both factors), ``"EXACT_SOURCE_TASK"`` (the shared prompt; the factors of one of its tasks),
-            ``"ONLY_SOURCE_SHARED"`` (the shared prompt; random factors). With more than one task, each starts from the same source.
+            shared prompt; the mean of each factor over the file's tasks), ``"EXACT_SOURCE_TASK"`` (the shared prompt; the factors of one of the
+            file's tasks), ``"ONLY_SOURCE_SHARED"`` (the shared prompt; random factors). All new tasks are initialised with the same values.
         prompt_tuning_init_state_dict_path: a .safetensors file, or a pickled dict of tensors.
-        prompt_tuning_init_task: which task of the file, with EXACT_SOURCE_TASK.
-        num_ranks: rank q of the products.
+        prompt_tuning_init_task: with EXACT_SOURCE_TASK, the index of the task in the file, from 0.
+        num_ranks: rank q of the low-rank matrices.
         num_tasks: number of tasks.
-        preserve_scale: random factors start so that each task's prompt is near the shared one, not near 0. Other readers of the format do not
-            know this field; it is written only where it is True.
+        preserve_scale: initialise random factors so that each task's prompt is near the shared prompt, not near 0. Other readers of the format
+            do not know this field; it is saved only if it is True.
 
     Raises:
-        ConfigError: a bad value, or one that is missing.
+        ConfigError: an invalid or missing value.
 
     Source: arXiv 2303.02861.
     """
@@ -211,11 +211,11 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
     @property
     def starts_from_source(self) -> bool:
-        """Whether it starts from a file."""
+        """Whether the prompt is initialised from a file."""
         return str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)) in FROM_SOURCE
 
     def check(self) -> None:
-        """Check every value by itself.
+        """Check each value of the config.
 
         Raises:
             ConfigError: a bad value, or one that is missing.
@@ -236,24 +236,25 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
 
 @dataclass
 class CPTConfig(PromptLearningConfig):
-    """Context-aware prompt tuning: the embeddings of a given context train, each inside a small ball. For causal language models.
+    """Context-aware prompt tuning: the embeddings of a given context are trained, each inside a small ball around its initial value. For causal
+    language models.
 
     Besides the fields of `PromptLearningConfig` (`num_virtual_tokens` is the length of the context):
 
     Args:
-        cpt_token_ids: the context; None: one token, 0.
-        cpt_mask: kept in the file; has no effect. None: ones.
-        cpt_tokens_type_mask: what each token is; t mod 4: 1 template of an input, 2 input, 3 template of an output, 0 label (4, 8, … number the
-            labels); 0 itself: none of these. None: ones.
-        opt_weighted_loss_type: ``"none"``: labels count equally; ``"decay"``: the last kind of label counts 1, the one before it
-            `opt_loss_decay_factor`, then its square, and so on.
-        opt_loss_decay_factor: see there.
-        opt_projection_epsilon: how far the embedding of an input token may move, times √(width / 2048).
-        opt_projection_format_epsilon: the same for tokens of templates. Labels do not move.
-        tokenizer_name_or_path: kept in the file.
+        cpt_token_ids: token ids of the context; None: a single token, id 0.
+        cpt_mask: saved in the file, without any effect. None: ones.
+        cpt_tokens_type_mask: the type t of each token. t mod 4: 1: template of an input; 2: input; 3: template of an output; 0: label, where
+            4, 8, … number the labels. t = 0: none of these. None: ones.
+        opt_weighted_loss_type: ``"none"``: labels count equally; ``"decay"``: labels of the highest type have weight 1, those of the next
+            lower type `opt_loss_decay_factor`, then its square, and so on.
+        opt_loss_decay_factor: the factor of ``"decay"``.
+        opt_projection_epsilon: ε of input tokens: their embeddings may move at most ε·√(width / 2048).
+        opt_projection_format_epsilon: ε of template tokens, in the same way. Labels do not move.
+        tokenizer_name_or_path: saved in the file, without any effect.
 
     Raises:
-        ConfigError: a bad value, lists of different lengths, or another task than CAUSAL_LM.
+        ConfigError: an invalid value, lists of different lengths, or a `task_type` other than CAUSAL_LM.
 
     Source: arXiv 2410.17222.
     """
@@ -270,10 +271,10 @@ class CPTConfig(PromptLearningConfig):
     default_peft_type: ClassVar[str | None] = "CPT"
 
     def check(self) -> None:
-        """Check every value by itself, and fill in what follows from the context.
+        """Check each value, and set the fields that follow from the context, such as `num_virtual_tokens`.
 
         Raises:
-            ConfigError: a bad value, lists of different lengths, or another task.
+            ConfigError: an invalid value, lists of different lengths, or a `task_type` other than CAUSAL_LM.
         """
         super().check()
         if self.task_type != TaskType.CAUSAL_LM:
@@ -302,15 +303,15 @@ class CPTConfig(PromptLearningConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is a distance and can't be below 0")
 
 
-#: of `CPTConfig.opt_weighted_loss_type`
+#: values of `CPTConfig.opt_weighted_loss_type`
 WEIGHTED_LOSSES = ("none", "decay")
-#: the starts of `MultitaskPromptTuningConfig` that read a file
+#: values of `MultitaskPromptTuningConfig.prompt_tuning_init` that read a file
 FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 _Member = TypeVar("_Member", bound=enum.Enum)
 
 
 def _member(kind: type[_Member], name: str, given: Any) -> _Member:
-    """Return the member of an enum that a field means."""
+    """Return the member of the enum `kind` for the value `given` of the field `name`."""
     value = given.value if isinstance(given, enum.Enum) else str(given)
     _one_of(name, value, [member.value for member in kind])
     return kind(value)

@@ -20,21 +20,21 @@ from .initial_values import Vocabulary
 from .tensor_names import TABLE, encoder_key
 
 ARGUMENT = "input_type_mask"
-#: under this name a call carries from `prepare` to `finish` what the loss needs
+#: key in the call's arguments of the `Pending` that `prepare` passes to `finish`
 PENDING = "cpt_pending"
 
 
 class CPTEmbedding(Encoder):
-    """A context P + δ (tokens, width) in float32: P stays, δ trains inside a ball for each token.
+    """A context P + δ (tokens, width) in float32: P is fixed, and δ is trained, for each token inside a ball.
 
-    `embedding.weight` is P, a buffer; `delta_embedding.weight` is δ. A file holds P + δ, which all readers know, and both by themselves, so that
-    the balls keep their centres when training goes on.
+    `embedding.weight` is P, a buffer; `delta_embedding.weight` is δ. A file contains P + δ, which all readers know, and also P and δ separately, so
+    that the balls have the same centres when training continues.
 
     Args:
-        config: the context and how far it may move.
-        width: of an embedding.
-        vocabulary: the base's vocabulary, for P; None: a file supplies it.
-        init_options: whether starting values are needed.
+        config: the context, and the radii of the balls.
+        width: width of an embedding.
+        vocabulary: the base's vocabulary, to compute P; None: P is loaded from a file.
+        init_options: whether initial values are needed.
     """
 
     types: Tensor
@@ -46,7 +46,7 @@ class CPTEmbedding(Encoder):
         device = "meta" if init_options.meta else "cpu"
         table = torch.zeros(len(ids), width, device=device)
         if vocabulary is not None and init_options.initialise and not init_options.meta:
-            torch.randn(2, *table.shape)  # other writers of the format draw two tables first: one seed gives the same numbers after it
+            torch.randn(2, *table.shape)  # other libraries draw two tables here: with the same seed, later random numbers are the same as there
             table = vocabulary(torch.tensor(ids))
         self.embedding = nn.Module()
         self.embedding.register_buffer("weight", table)
@@ -55,17 +55,17 @@ class CPTEmbedding(Encoder):
 
     @property
     def trained(self) -> Tensor:
-        """δ (tokens, width): P is a buffer."""
+        """δ (tokens, width), the only parameter; P is a buffer."""
         return self.delta_embedding.weight
 
     def tokens(self) -> Tensor:
-        """Return P + δ (tokens, width). δ is pulled back into its balls first, in place; labels get no gradient.
+        """Project δ onto its balls in place, and return P + δ (tokens, width); label tokens get no gradient.
 
         Raises:
-            CapabilityError: δ is a piece of a larger parameter, as under FullyShardedDataParallel, and would train outside of its balls.
+            CapabilityError: δ is a view of a larger parameter, as with FullyShardedDataParallel, where the projection in place would be lost.
         """
         delta, center = self.delta_embedding.weight, self.embedding.get_buffer("weight")
-        if torch.is_grad_enabled() and delta._is_view():  # a piece of what FullyShardedDataParallel gathers for this call, and drops after it
+        if torch.is_grad_enabled() and delta._is_view():  # FullyShardedDataParallel frees the gathered parameter after the call
             raise CapabilityError(
                 "CPT pulls its tokens back into their balls in place, which parameters that are gathered for one call do not keep",
                 hint="train it with DistributedDataParallel, or leave its encoder out of sharding (ignored_modules)",
@@ -76,16 +76,16 @@ class CPTEmbedding(Encoder):
         return center + torch.where((types % 4 != 0).unsqueeze(1), delta, delta.detach())
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return tokens (tokens, width) by their numbers, `indices` (tokens,)."""
+        """Return the tokens (tokens, width) at the positions `indices` (tokens,) of the context."""
         return self.tokens()[indices]
 
     def get_projection(self) -> Tensor:
-        """Return δ (tokens, width) pulled back into its balls, detached."""
+        """Return δ (tokens, width) projected onto its balls, detached."""
         delta = self.delta_embedding.weight.detach()
         return cpt_loss.projected(delta, cpt_loss.radii(self.types.to(delta.device), *self.epsilons, delta.shape[1]))
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: P + δ, and each by itself."""
+        """Return the slots of the tensors in a file: P + δ, and P and δ separately (both optional)."""
         parts = {
             encoder_key("embedding", "weight"): Slot.of(self.embedding, "weight"),
             encoder_key("delta_embedding", "weight"): Slot.of(self.delta_embedding, "weight"),
@@ -105,11 +105,11 @@ class CPTEmbedding(Encoder):
 
 @dataclass(frozen=True)
 class Pending:
-    """What the loss of a call needs, once there are logits.
+    """The tensors from which `finish` computes the loss of a call, after the base has computed the logits.
 
     Args:
-        labels: (batch, positions) of virtual tokens and text, up to the text's end.
-        weights: (batch, positions).
+        labels: (batch, positions), for the virtual tokens and the text, up to the end of the text.
+        weights: (batch, positions), of the labels.
         lead: number of positions before the text in `labels`.
     """
 
@@ -119,14 +119,14 @@ class Pending:
 
 
 class CPTTuner(TunerBase):
-    """Puts a context before the rows that use it, and computes the loss, in which its labels count."""
+    """Prepends a context to the rows that use the adapter, and computes the loss, which includes the labels of the context."""
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `CPTEmbedding`.
+        """Plan a `CPTEmbedding`, mounted beside the base.
 
         Raises:
             CapabilityError: the base has an encoder.
-            ConfigError, ModelError: a token that the base does not have; unknown dimensions.
+            ConfigError, ModelError: `cpt_token_ids` has a token that the base's vocabulary lacks, or the prompt's dimensions are unknown.
         """
         if dimensions.is_encoder_decoder(base):
             raise CapabilityError(f"CPT is for decoder-only models, {base.name} has an encoder", hint="use PROMPT_TUNING")
@@ -138,10 +138,10 @@ class CPTTuner(TunerBase):
         return Plan(mounts={"prompt_encoder": partial(CPTEmbedding, config, found["token_dim"], vocabulary)}, resolved=found)
 
     def prepare(self, call: Call) -> Call:
-        """Offer the contexts of the adapters in use, and take the labels out of the call.
+        """Return the call with the contexts of the adapters in use as virtual tokens, and without `labels`: `finish` computes the loss.
 
         Raises:
-            RoutingError: `input_type_mask` has another shape than the labels.
+            RoutingError: `input_type_mask` has another shape than the labels, or no label counts in the loss.
         """
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         labels = call.inputs.get("labels")
@@ -154,7 +154,7 @@ class CPTTuner(TunerBase):
             return call
         types = _types(call.arguments.get(ARGUMENT), labels)
         lead = used[-1][2] + len(self.configs[used[-1][0]].cpt_token_ids)
-        # rows of other adapters: their own labels, with weight 1
+        # rows that do not use a CPT adapter have their original labels, with weight 1
         full = torch.cat([labels.new_full((labels.shape[0], lead), IGNORED), labels], dim=1)
         weights = torch.ones(full.shape, device=labels.device)
         for adapter, rows, start in used:
@@ -170,7 +170,7 @@ class CPTTuner(TunerBase):
         return replace(call, inputs=inputs, arguments={**call.arguments, PENDING: Pending(full, weights, lead)})
 
     def finish(self, call: Call, output: Any) -> Any:
-        """Return the `output` of `call` with the loss before everything else, as models put it.
+        """Return the `output` of `call` with the loss as its first entry, as models return it.
 
         Raises:
             RoutingError: the base did not compute logits for all tokens.
@@ -180,7 +180,7 @@ class CPTTuner(TunerBase):
             return output
         logits: Tensor = output["logits"] if isinstance(output, Mapping) else output[0]
         text = pending.labels.shape[1] - pending.lead
-        behind = logits.shape[1] - pending.labels.shape[1]  # virtual tokens of other methods, after ours
+        behind = logits.shape[1] - pending.labels.shape[1]  # number of virtual tokens of other methods, which come after ours
         if behind < 0:
             raise RoutingError(
                 f"there are logits for {logits.shape[1]} tokens, but the loss of CPT needs those of all {pending.labels.shape[1]}",
@@ -191,7 +191,7 @@ class CPTTuner(TunerBase):
             labels, weights = (_widened(value, padding, text, behind) for value, padding in ((labels, IGNORED), (weights, 1)))
         last = _last_virtual(call, logits)
         if last is not None:
-            # what stands right before the text may belong to other rows: each row's own last virtual token predicts its first token
+            # the position right before the text may be a virtual token of other rows: the last virtual token of each row predicts its first token
             first, rows = logits.shape[1] - text, torch.arange(logits.shape[0], device=logits.device)
             logits = torch.cat([logits[:, : first - 1], logits[rows, last.clamp(min=0)].unsqueeze(1), logits[:, first:]], dim=1)
             labels = labels.clone()
@@ -204,7 +204,7 @@ class CPTTuner(TunerBase):
 
 
 def _types(given: Any, labels: Tensor) -> Tensor:
-    """Return the types of the text (batch, tokens): those given, or labels everywhere. A new tensor, or one that is only read."""
+    """Return the token types of the text (batch, tokens): `given`, or, if it is None, 4 (label) everywhere. Callers must not modify the result."""
     if given is None:
         return torch.full_like(labels, 4)
     if not isinstance(given, Tensor) or given.shape != labels.shape:
@@ -215,13 +215,13 @@ def _types(given: Any, labels: Tensor) -> Tensor:
 
 
 def _contextual(config: CPTConfig, labels: Tensor, types: Tensor, lead: int, start: int) -> tuple[Tensor, Tensor]:
-    """Return labels and weights (rows, lead + tokens) of rows with a context.
+    """Return the labels and the weights (rows, lead + tokens) of rows with a context.
 
     Args:
-        config: the context's.
-        labels, types: of the text (rows, tokens).
+        config: the config of the adapter.
+        labels, types: labels and token types of the text (rows, tokens).
         lead: number of positions before the text.
-        start: where among them the context begins.
+        start: position at which the context begins, below `lead`.
     """
     rows, device = labels.shape[0], labels.device
     context, kinds = (torch.tensor(values, device=device).expand(rows, -1) for values in (config.cpt_token_ids, config.cpt_tokens_type_mask))
@@ -237,7 +237,7 @@ def _contextual(config: CPTConfig, labels: Tensor, types: Tensor, lead: int, sta
 
 
 def _last_virtual(call: Call, logits: Tensor) -> Tensor | None:
-    """Return the position of the last virtual token of each row (batch,), -1 where it has none; None: all rows have the same ones."""
+    """Return the position of the last virtual token of each row (batch,), -1 for rows without one; None: the same for all rows."""
     last = torch.full((logits.shape[0],), -1, dtype=torch.long, device=logits.device)
     end, mixed = 0, False
     for tokens in call.virtual:
@@ -253,6 +253,6 @@ def _last_virtual(call: Call, logits: Tensor) -> Tensor | None:
 
 
 def _widened(values: Tensor, padding: float, text: int, count: int) -> Tensor:
-    """Return (rows, …, text) with `count` more positions before the text."""
+    """Insert `count` positions with the value `padding` before the last `text` positions of `values` (rows, positions)."""
     lead = values.shape[1] - text
     return torch.cat([values[:, :lead], values.new_full((values.shape[0], count), padding), values[:, lead:]], dim=1)

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
-#: what tokens may move that are not to move
+#: radius of the balls of tokens that must not move
 NOWHERE = 1e-10
 
 
 def radii(types: Tensor, epsilon: float, format_epsilon: float, width: int) -> Tensor:
-    """Return how far each token of a context may move (tokens,): templates and inputs ε·√(width / 2048), labels and others next to nothing.
+    """Return the radius of each token's ball (tokens,): ε·√(width / 2048) for templates and inputs, `NOWHERE` for labels and other tokens.
 
     Args:
         types: (tokens,), as in `CPTConfig.cpt_tokens_type_mask`.
-        epsilon: of inputs.
-        format_epsilon: of templates.
-        width: of an embedding.
+        epsilon: ε of inputs.
+        format_epsilon: ε of templates.
+        width: width of an embedding.
     """
     kind = types % 4
     scale = math.sqrt(width / 2048)
@@ -32,13 +32,13 @@ def radii(types: Tensor, epsilon: float, format_epsilon: float, width: int) -> T
 
 
 def projected(delta: Tensor, radius: Tensor) -> Tensor:
-    """Return each row of δ (tokens, width) pulled back into its ball: δ·ε / max(‖δ‖, ε), 0 where it is 0.
+    """Return δ (tokens, width), each row projected onto its ball: δ·ε / max(‖δ‖, ε), and 0 for a zero row.
 
-    What is pulled back ends one rounding inside, so that a second time changes nothing.
+    Projected rows end slightly inside the ball, by about one rounding error, so that projecting them again changes nothing.
 
     Args:
         delta: (tokens, width).
-        radius: ε (tokens,).
+        radius: ε, the radius of each ball (tokens,).
     """
     norm = delta.to(radius.dtype).norm(dim=1)
     factor = torch.where(norm > radius, radius / norm * (1 - 2 * torch.finfo(delta.dtype).eps), 1)
@@ -46,26 +46,28 @@ def projected(delta: Tensor, radius: Tensor) -> Tensor:
 
 
 def shifted_types(types: Tensor, highest: int) -> Tensor:
-    """Return the types of a text as they follow those of a context: those that are not 0 raised to behind the context's last kind of label.
+    """Return the types of a text, shifted to follow those of a context: a multiple of 4 is added to all types that are not 0.
 
     Args:
-        types: of the text.
-        highest: the highest type of the context; the next multiple of 4 is added, so that labels stay labels.
+        types: types of the text's tokens.
+        highest: the highest type of the context; it is rounded up to a multiple of 4 and added, so that labels remain labels.
     """
     return torch.where(types > 0, types + -(-highest // 4) * 4, 0)
 
 
 def is_label(types: Tensor) -> Tensor:
-    """Return which types are those of labels."""
+    """Return a bool tensor of the shape of `types`: True where the type is that of a label."""
     return (types > 0) & (types % 4 == 0)
 
 
 def label_weights(types: Tensor, factor: float) -> Tensor:
-    """Return the weight of each position (rows, positions): in each row the kinds of label that occur count 1, γ, γ², …, the highest first.
+    """Return the weight of each position (rows, positions): 1, γ, γ², … for the label types that occur in a row, from the highest to the lowest.
+
+    Positions that are not labels have weight 1.
 
     Args:
-        types: (rows, positions).
-        factor: γ.
+        types: token types (rows, positions).
+        factor: the decay factor γ.
     """
     weights = torch.ones(types.shape, dtype=torch.float32, device=types.device)
     before = torch.zeros(types.shape[0], 1, dtype=torch.float32, device=types.device)
@@ -77,12 +79,12 @@ def label_weights(types: Tensor, factor: float) -> Tensor:
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Return the mean over all positions with a label of weight times cross-entropy of the next token.
+    """Return the mean of weight · (cross-entropy of the next token) over all positions that have a label.
 
     Args:
         logits: (rows, positions, vocabulary).
-        labels: (rows, positions), `IGNORED` where there is none.
-        weights: (rows, positions - 1), of labels 1, 2, ….
+        labels: (rows, positions), `IGNORED` at positions without a label.
+        weights: (rows, positions - 1), the weights of `labels[:, 1:]`.
     """
     target = labels[:, 1:].to(logits.device)
     each = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), target.flatten(), ignore_index=IGNORED, reduction="none")

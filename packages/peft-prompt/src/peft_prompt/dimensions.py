@@ -1,4 +1,4 @@
-"""The dimensions that a prompt needs, read from the base model's config where the adapter's leaves them open."""
+"""The dimensions of a prompt, read from the base model's config where the adapter's config does not set them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ _SOURCES = {
     "token_dim": ("hidden_size", "n_embd", "d_model"),
     "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
 }
-#: how the config of an encoder-decoder model names what differs in its decoder
+#: names in configs of encoder-decoder models of the dimensions of the decoder
 _DECODERS = {"num_layers": ("num_decoder_layers", "decoder_layers"), "num_attention_heads": ("decoder_attention_heads",)}
 
 
 def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool = False) -> dict[str, Any]:
-    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules`; of keys and values also `cache`.
+    """Return `num_layers`, `token_dim`, `num_attention_heads`, `num_transformer_submodules`; with `keys_values` also `cache`.
 
-    Keys and values are measured where the base can be run (`peft_core.cache_layers`): models whose layers differ have the largest number of
-    heads and the largest width here. `cache` is what each layer caches; None: all layers alike, as the config says.
+    The shapes of keys and values are measured if the base can be run (`peft_core.cache_layers`). If the layers differ, the result has the largest
+    number of heads and the largest width. `cache` has a `CacheLayer` or None for each layer; `cache` None: all layers have the config's shapes.
 
     Args:
         base: the base model.
-        config: its values win.
-        keys_values: the tokens are keys and values: those of the decoder, where there is an encoder, too; with grouped-query attention they have
-            the width and number of the shared heads.
+        config: the adapter's config; values that it sets take precedence over the base's config.
+        keys_values: the virtual tokens are keys and values, in encoder-decoder models those of the decoder; with grouped-query attention the number
+            of heads is that of the key-value heads, and `token_dim` is their total width.
 
     Raises:
         ConfigError: the number of virtual tokens is not given, a dimension is neither given nor in the model's config, or it does not fit.
         ModelError: the base has no config.
-        CapabilityError: the base takes no embeddings.
+        CapabilityError: the base does not accept embeddings as inputs.
     """
     if config.num_virtual_tokens is None:
         raise ConfigError(f"num_virtual_tokens is not set in {type(config).__name__}", hint="20 is a usual number")
@@ -56,7 +56,7 @@ def resolve(base: BaseView, config: PromptLearningConfig, *, keys_values: bool =
     if keys_values and config.token_dim is None:
         heads = found["num_attention_heads"]
         kv_heads = getattr(source, "num_key_value_heads", None) or heads
-        head_dim = getattr(source, "head_dim", None) or found["token_dim"] // heads  # heads need not add up to the hidden width
+        head_dim = getattr(source, "head_dim", None) or found["token_dim"] // heads  # the total width of the heads may differ from the hidden width
         found["token_dim"], found["num_attention_heads"] = head_dim * kv_heads, kv_heads
     submodules = config.num_transformer_submodules
     found["num_transformer_submodules"] = submodules or (2 if str(config.task_type) == "SEQ_2_SEQ_LM" else 1)
@@ -73,10 +73,10 @@ def size(config: PromptLearningConfig, found: Mapping[str, Any]) -> tuple[int, i
 
 
 def of_config(config: PromptLearningConfig) -> dict[str, Any]:
-    """Return the dimensions that a config has by itself, for an encoder that is made without a base.
+    """Return the dimensions from the adapter's config alone, for an encoder that is created without a base.
 
     Raises:
-        ConfigError: one is missing.
+        ConfigError: the config does not set a dimension.
     """
     found = {field: getattr(config, field) for field in (*_SOURCES, "num_virtual_tokens")}
     missing = next((field for field, value in found.items() if value is None), None)
@@ -91,11 +91,11 @@ def is_encoder_decoder(base: BaseView) -> bool:
 
 
 class _Decoder:
-    """The config of a decoder, under the names that configs of decoder-only models have."""
+    """Gives the config values of an encoder-decoder model's decoder under the names that configs of decoder-only models use."""
 
     def __init__(self, base: BaseView) -> None:
         config = base.config
-        decoder = getattr(config, "decoder", None)  # some have a config of its own
+        decoder = getattr(config, "decoder", None)  # some encoder-decoder configs have a separate config for the decoder
         self.config = config if decoder is None or isinstance(decoder, dict) else decoder
         values = {field: _first(self.config, names) for field, names in _DECODERS.items()}
         self.renamed = {name: value for field, value in values.items() if value is not None for name in _SOURCES[field]}
@@ -106,10 +106,10 @@ class _Decoder:
 
 
 class _Measured:
-    """The config of a decoder whose keys and values were measured, under the names that configs of decoder-only models have."""
+    """Gives the values of a config, with the measured shapes of keys and values in place of `num_key_value_heads` and `head_dim`."""
 
     def __init__(self, source: Any, cache: Sequence[CacheLayer | None]) -> None:
-        layers = [layer for layer in cache if layer is not None] or [CacheLayer(1, 1, 1)]  # without keys no prefix is made
+        layers = [layer for layer in cache if layer is not None] or [CacheLayer(1, 1, 1)]  # if no layer has keys, these numbers are not used
         self.source, self.cache = source, cache
         self.num_key_value_heads = max(layer.heads for layer in layers)
         self.head_dim = max(max(layer.key_width, layer.value_width) for layer in layers)
@@ -119,7 +119,7 @@ class _Measured:
             return getattr(self.__dict__["source"], name)
         except AttributeError:
             raise
-        except Exception:  # transformers: it differs by layer, and what counts was measured
+        except Exception:  # transformers raises if a value differs between layers; the values needed here were measured
             return None
 
 
@@ -128,7 +128,7 @@ def _first(source: Any, names: tuple[str, ...]) -> Any:
 
 
 def _check_width(base: BaseView, source: Any, found: dict[str, Any], keys_values: bool) -> None:
-    """A width that does not fit would surface as a shape error inside attention, in the first forward."""
+    """Check `token_dim`: a wrong width would otherwise raise a shape error only inside attention, in the first forward."""
     heads, width = _first(source, _SOURCES["num_attention_heads"]), _first(source, _SOURCES["token_dim"])
     if keys_values and heads and width:
         head_dim = getattr(source, "head_dim", None) or width // heads

@@ -1,4 +1,4 @@
-"""What the encoders of all prompt methods share: how they are called, and files from which training goes on."""
+"""Base classes of the encoders of all prompt methods: how they are called, and how they are saved so that training can continue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peft_core import InitOptions, Slot, module_slots
 from .tensor_names import TABLE, child_of, encoder_key
 
 _M = TypeVar("_M", bound=nn.Module)
-#: how an encoder that is made without a model starts
+#: initialisation options of an encoder that is created without a model
 INITIAL = InitOptions()
 
 
@@ -30,9 +30,9 @@ class Encoder(nn.Module):
     """
 
     def forward(self, method: str | Tensor, *arguments: Any) -> Any:
-        """Return the result of the method called `method`; copies where parameters are sharded or offloaded.
+        """Return the result of the method named `method`; if parameters are sharded or offloaded, its tensors are copied.
 
-        Numbers of virtual tokens (...) in the place of a method give what they stand for (..., width), as others call such modules.
+        If `method` is a tensor of indices of virtual tokens (...), return these virtual tokens (..., width): other libraries call encoders so.
         """
         if isinstance(method, Tensor):
             return self.forward("rows", method)
@@ -43,32 +43,32 @@ class Encoder(nn.Module):
 
     @property
     def trained(self) -> Tensor:
-        """A parameter, of any shape, that every method reads; while it is sharded, this is no `nn.Parameter`."""
+        """A parameter of any shape that all methods read; while it is sharded, the value is not an `nn.Parameter`."""
         weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
         return weight
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return what the virtual tokens with these numbers, `indices` (...), stand for (..., width)."""
+        """Return the virtual tokens (..., width) at the indices `indices` (...)."""
         raise NotImplementedError(f"{type(self).__name__} must define rows(indices)")
 
     def slots(self) -> Mapping[str, Slot]:
-        """Return what a file holds."""
+        """Return the slots of the tensors in a file: key → slot."""
         raise NotImplementedError(f"{type(self).__name__} must define slots()")
 
 
 class TableEncoder(Encoder):
-    """A table `embedding.weight`, and perhaps a network that computes a table (tokens, width) from it.
+    """A table `embedding.weight`, and optionally a network that computes the resulting table (tokens, width) from it.
 
-    A file holds the resulting table, which all readers know, and the network and its own table under keys of ours, so that training goes on where
-    it stopped. Once a file without these is read, the table stands for the network.
+    A file contains the resulting table, which all readers know, and also the network and its input table, under keys of this library, so that
+    training can continue. If a file without the network is loaded, the resulting table replaces the network.
 
     Args:
-        shape: of the resulting table.
-        network: makes the network's parts, by the names under which they are children; None: there is none.
+        shape: shape of the resulting table.
+        network: returns the network's parts, as a dict child name → module; None: there is no network.
         inner: width of the table that the network reads.
-        frozen: the adapter is for inference: the result is enough.
-        init_options: whether starting values are needed, and where.
-        start: makes the starting values of a table without a network.
+        frozen: the adapter is for inference only: the network is not created.
+        init_options: whether initial values are needed, and whether tensors are on the meta device.
+        start: returns the initial values of a table without a network.
     """
 
     def __init__(
@@ -97,20 +97,20 @@ class TableEncoder(Encoder):
             self.embedding = nn.Embedding(*shape, _weight=table)
 
     def compute(self, weight: Tensor) -> Tensor:
-        """Return the resulting table from the one that the network reads (tokens, inner); only called where there is a network."""
+        """Return the resulting table (tokens, width), from `weight` (tokens, inner), the input of the network; only called if there is a network."""
         raise NotImplementedError(f"{type(self).__name__} must define compute(weight)")
 
     def table(self) -> Tensor:
-        """Return the table (tokens, width)."""
+        """Return the resulting table (tokens, width)."""
         weight = self.embedding.weight
         return self.compute(weight) if self.parts else weight
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return rows of the table (tokens, width), those of `indices` (tokens,)."""
+        """Return the rows (tokens, width) of the resulting table at the indices `indices` (tokens,)."""
         return self.table()[indices]
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: the table; besides it the network, or that there may be one, for which a table has no use."""
+        """Return the slots of the tensors in a file: the resulting table, and the network's tensors; without a network these are ignored."""
         if not self.parts:
             return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
         network = ("embedding", *self.parts)

@@ -20,7 +20,7 @@ class Vocabulary:
 
     Args:
         embed: the module that turns ids into embeddings.
-        special: ids that the base's config names: padding, begin, end, ….
+        special: ids of the special tokens that the base's config names: padding, begin, end, ….
     """
 
     embed: nn.Module

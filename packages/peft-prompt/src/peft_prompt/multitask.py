@@ -19,7 +19,7 @@ from .sources import read_source
 from .tensor_names import COLS, ROWS, TABLE
 
 ARGUMENT = "task_ids"
-#: standard deviation of the factors at the start
+#: standard deviation of the initial values of the factors
 STD = 0.02
 
 
@@ -59,7 +59,7 @@ class MultitaskPromptEmbedding(Encoder):
             for factor in (cols, rows):
                 factor.normal_(std=STD)
                 if config.preserve_scale:
-                    factor.add_(ranks**-0.5)  # the product is 1 and a little noise
+                    factor.add_(ranks**-0.5)  # the entries of the product C_t R_t are then 1 plus small noise
             if config.starts_from_source and not config.inference_mode:
                 source = read_source(config, size)
                 table = source.table
@@ -70,11 +70,11 @@ class MultitaskPromptEmbedding(Encoder):
         self.embedding = nn.Embedding(*size, _weight=table)
 
     def tokens(self, task_ids: Tensor, same: int | None = None) -> tuple[tuple[Site, Tensor], ...]:
-        """Return where which virtual tokens go: each part (rows, tokens, hidden).
+        """Return pairs (site, virtual tokens at this site); the virtual tokens are (rows, tokens, hidden).
 
         Args:
-            task_ids: (rows,), at least one.
-            same: the task of all rows, where it is known to be one: each part is (tokens, hidden) then.
+            task_ids: (rows,), at least one row.
+            same: the task of all rows, if it is known that all rows have the same; the virtual tokens are then (tokens, hidden).
         """
         task_ids = task_ids.to(self.prefix_task_cols.device)
         if same is not None:
@@ -93,20 +93,20 @@ class MultitaskPromptEmbedding(Encoder):
         return self.embedding.weight * torch.matmul(cols, rows)
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: the shared prompt, and both factors of all tasks."""
+        """Return the slots of the tensors in a file: the shared prompt, and both factors of all tasks."""
         return {TABLE: Slot.of(self.embedding, "weight"), COLS: Slot.of(self, COLS), ROWS: Slot.of(self, ROWS)}
 
 
 class MultitaskPromptTuner(TunerBase):
-    """Puts the prompt of its task before each row that uses one."""
+    """Prepends to each row that uses the adapter the prompt of the row's task."""
 
     start_fields: ClassVar[frozenset[str]] = START_FIELDS | {"prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"}
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `MultitaskPromptEmbedding`.
+        """Plan a `MultitaskPromptEmbedding`, mounted beside the base.
 
         Raises:
-            ConfigError, ModelError: the dimensions are unknown, or do not fit.
+            ConfigError, ModelError: the prompt's dimensions can't be read from the configs, or do not fit the base.
         """
         found = dimensions.resolve(base, config)
         vocabulary = Vocabulary.of(base) if needs_vocabulary(config) and not config.inference_mode else None
@@ -114,10 +114,10 @@ class MultitaskPromptTuner(TunerBase):
         return Plan(mounts={"prompt_encoder": build}, resolved=found)
 
     def prepare(self, call: Call) -> Call:
-        """Offer the prompts of the tasks that `task_ids` (batch,) names; entries of rows that use no such prompt are not looked at.
+        """Return the call with the prompts of the tasks `task_ids` (batch,) as virtual tokens; entries of rows without such an adapter are ignored.
 
         Raises:
-            RoutingError: there are no `task_ids`, not one for each row, or one that is no task.
+            RoutingError: `task_ids` is missing, does not have one entry for each row, or contains a number that is not a task.
         """
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         task_ids: Tensor | None = None
@@ -134,7 +134,7 @@ class MultitaskPromptTuner(TunerBase):
 
 
 def _read(call: Call, adapter: str) -> Tensor:
-    """Return `task_ids` as numbers (batch,), in a step of `generate` each repeated for the beams of its row."""
+    """Return `task_ids` as a tensor (batch,) of int64; in a step of `generate`, each entry is repeated for the beams of its row."""
     given = call.arguments.get(ARGUMENT)
     if given is None:
         raise RoutingError(
@@ -151,7 +151,7 @@ def _read(call: Call, adapter: str) -> Tensor:
 
 
 def _check(ids: Tensor, tasks: int, adapter: str) -> int | None:
-    """Return the task of all rows, None if they differ."""
+    """Check that the task ids are below `tasks`, and return the task of all rows; None if the rows have different tasks."""
     found = set(ids.tolist())
     unknown = sorted(task for task in found if not 0 <= task < tasks)
     if unknown:

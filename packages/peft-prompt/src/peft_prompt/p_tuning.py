@@ -26,9 +26,9 @@ class PromptEncoder(TableEncoder):
     Files: see `TableEncoder`.
 
     Args:
-        config: the network.
-        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: as the
-            config says.
+        config: type and sizes of the network.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: read
+            from the config.
         init_options: whether initial values are needed.
     """
 
@@ -50,23 +50,23 @@ class PromptEncoder(TableEncoder):
         return found
 
     def tokens(self) -> Tensor:
-        """Return the virtual tokens that are used (num_virtual_tokens, hidden)."""
+        """Return the virtual tokens that a forward uses (num_virtual_tokens, hidden)."""
         table = self.table()
         return table if table.shape[0] == self.count else table[: self.count]
 
     def all_tokens(self) -> Tensor:
-        """Return all virtual tokens, with those that no forward uses: (tokens of all submodules, hidden)."""
+        """Return all virtual tokens, including those that no forward uses: (tokens of all submodules, hidden)."""
         return self.table()
 
 
 class BidirectionalLSTM(nn.Module):
-    """An LSTM in both directions: the parameters, starting values and numbers of `nn.LSTM`, which `torch.compile` does not take.
+    """A bidirectional LSTM that works with `torch.compile`, which does not support `nn.LSTM`; parameters, initial values and results are the same.
 
     Args:
-        width: of the inputs.
-        hidden: of each direction.
+        width: width of the inputs.
+        hidden: hidden width of each direction.
         layers: number of layers.
-        dropout: between them.
+        dropout: dropout probability between the layers.
     """
 
     def __init__(self, width: int, hidden: int, layers: int, dropout: float) -> None:
@@ -80,8 +80,8 @@ class BidirectionalLSTM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (time, 2·hidden) for one sequence (time, width)."""
         start = x.new_zeros(2 * self.layers, 1, self.hidden)
-        weights = [getattr(self, name) for name in self.names]  # by name: sharding replaces parameters by tensors while the module runs
-        # cuDNN has no backward pass in evaluation
+        weights = [getattr(self, name) for name in self.names]  # by name: sharding replaces the parameters by tensors during the forward
+        # cuDNN's LSTM supports the backward pass only in training mode
         without_cudnn = x.is_cuda and not self.training and torch.is_grad_enabled()
         with torch.backends.cudnn.flags(enabled=False) if without_cudnn else contextlib.nullcontext(), _silence_contiguity_warning(x.is_cuda):
             found = torch.lstm(x.unsqueeze(0), (start, start), weights, True, self.layers, self.dropout, self.training, True, batch_first=True)
@@ -110,13 +110,13 @@ def _lstm(width: int, hidden: int, layers: int, dropout: float) -> dict[str, nn.
 
 
 class PromptEncoderTuner(PromptTuner):
-    """Puts a prompt that a network computes before the rows that use it."""
+    """Prepends a prompt, computed by a network, to the rows that use the adapter."""
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `PromptEncoder`.
+        """Plan a `PromptEncoder`, mounted beside the base.
 
         Raises:
-            ConfigError, ModelError: the dimensions are unknown, or do not fit.
+            ConfigError, ModelError: the prompt's dimensions can't be read from the configs, or do not fit the base.
         """
         found = dimensions.resolve(base, config)
         mlp = config.encoder_reparameterization_type == PromptEncoderReparameterizationType.MLP

@@ -1,4 +1,4 @@
-"""What peft-prompt offers. Imports no torch."""
+"""The plugin that registers the prompt methods with peft-core. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from peft_core.plugins import Capability, TunerSpec, hookimpl
 
 @hookimpl
 def peft_tuners() -> Iterable[TunerSpec]:
-    """Offer the prompt methods."""
+    """Yield the `TunerSpec` of each prompt method."""
     yield TunerSpec(
         peft_type="PROMPT_TUNING",
         config="peft_prompt.config:PromptTuningConfig",
@@ -67,7 +67,7 @@ def peft_tuners() -> Iterable[TunerSpec]:
             "encoder": {"num_virtual_tokens": 4, "num_ranks": 2, "base": "bert-seq-cls", "arguments": {"task_ids": [0]}},
         },
     )
-    # the balls of the examples are large: a gradient is compared with finite differences, which no projection may cut short
+    # large balls: tests compare gradients with finite differences, which a projection onto small balls would distort
     wide = {"opt_projection_epsilon": 100.0, "opt_projection_format_epsilon": 100.0}
     yield TunerSpec(
         peft_type="CPT",

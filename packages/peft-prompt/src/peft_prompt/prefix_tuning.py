@@ -16,7 +16,7 @@ from .config import PrefixTuningConfig
 from .encoders import INITIAL, TableEncoder
 from .tensor_names import GATE
 
-#: the gates of a neutral prefix at first: so small that nothing is seen of it, and large enough for the logarithm's gradient in float32
+#: initial gate of a neutral prefix: too small to change the output, large enough for the gradient of log g in float32; and the least |g| in the log
 INITIAL_GATE, SMALLEST = 1e-7, 1e-20
 
 KeysValues = tuple[tuple[Tensor, Tensor] | None, ...]
@@ -25,24 +25,24 @@ KeysValues = tuple[tuple[Tensor, Tensor] | None, ...]
 class PrefixEncoder(TableEncoder):
     """Keys and values of a prefix for every layer.
 
-    The table has them layer by layer, keys before values, and for each layer as many heads of such a width as the largest layer has: others use
-    the first of the heads, and the first entries of a head. Layers without keys use none. On encoder-decoder models with
-    `num_transformer_submodules` 2, which is their default, files of this format are read as if there were a second copy for the cross-attention
-    between the layers: layer i takes the part 2i mod layers, so that for an even number of layers half of the table is not used. With 1, each
-    layer has a part of its own.
+    The table contains the parts of the layers in order, keys before values. Each part has the largest number of heads and the largest head width of
+    all layers; smaller layers use only the first heads, and the first entries of each head. Layers without keys use no part. On encoder-decoder
+    models with `num_transformer_submodules` 2 (their default), files of this format are read as if the parts of self-attention and cross-attention
+    alternated: layer i uses the part 2i mod layers, so that half of the table is not used if the number of layers is even. With
+    `num_transformer_submodules` 1, layer i uses the part i.
 
-    Without projection a table `embedding.weight` (tokens, 2·layers·width). With it, a table (tokens, width) and the network
-    `transform`: Linear, tanh, Linear. Files: see `TableEncoder`.
+    Without projection, `embedding.weight` is a table (tokens, 2·layers·width). With projection, it is a table (tokens, width), the input of the
+    network `transform`: Linear, tanh, Linear. Files: see `TableEncoder`.
 
-    With ``init_weights="neutral"`` each token counts as much as its gate g says, by log|g| added to the scores of its keys; keys begin at zero and
-    gates at 1e-7, so that the first output is the base's. The gradient of g does not vanish with it: d(log g)/dg = 1/g makes up for the small weight.
+    With ``init_weights="neutral"``, each token has a gate g, and log|g| is added to the attention scores of its keys. Keys are initialised to zero
+    and gates to 1e-7, so that the initial output is that of the base. The gradient of g is not small: d(log g)/dg = 1/g compensates the small weight.
 
     Args:
-        config: projection and starting values.
-        found: resolved dimensions: `num_layers`, `num_attention_heads`, `token_dim`; `cache`: what each layer caches, None where that was not
-            measured and all layers are alike. None: those of the config.
-        init_options: whether starting values are needed.
-        site: where the prefix goes.
+        config: projection and initialisation.
+        found: the resolved dimensions `num_layers`, `num_attention_heads`, `token_dim`, and `cache`: the cache shapes of each layer; `cache` None:
+            not measured, all layers have the same shapes. None: the dimensions are read from the config.
+        init_options: whether initial values are needed.
+        site: the site of the prefix: `Site.INPUT`, or `Site.DECODER` for encoder-decoder models.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class PrefixEncoder(TableEncoder):
         width: int = found["token_dim"]
         self.head_dim = width // self.heads
         cache: Sequence[CacheLayer | None] = found.get("cache") or [CacheLayer(self.heads, self.head_dim, self.head_dim)] * self.layers
-        #: what each layer caches; those behind the last one use another layer's
+        #: the cache shapes of each layer; None for the last layers, if they share the cache of another layer
         self.cache = (*cache, *[None] * (self.layers - len(cache)))
         self.site = site
         step = 2 if site is Site.DECODER and found["num_transformer_submodules"] == 2 else 1
@@ -75,7 +75,7 @@ class PrefixEncoder(TableEncoder):
         return found
 
     def keys_values(self) -> KeysValues:
-        """Return for each layer its keys and values, each (heads, tokens, head_dim) of that layer; None for a layer without keys."""
+        """Return (keys, values) for each layer, each (heads, tokens, head_dim) with the sizes of that layer; None for a layer without keys."""
         table = self.table().view(self.count, 2 * self.layers, self.heads, self.head_dim).permute(1, 2, 0, 3).unbind(0)
         parts = [(table[2 * part], table[2 * part + 1]) for part in self.order]
         return tuple(
@@ -84,15 +84,15 @@ class PrefixEncoder(TableEncoder):
         )
 
     def weights(self) -> Tensor | None:
-        """Return log|g| of each token's gate g (tokens,), to be added to the scores of its keys; None: there are no gates."""
+        """Return log|g| of each token's gate g (tokens,), to be added to the attention scores of its keys; None: there are no gates."""
         return None if self.gate is None else self.gate.abs().clamp_min(SMALLEST).log()
 
     def offered(self) -> tuple[KeysValues, Tensor | None]:
-        """Return `keys_values` and `weights`, in their shapes."""
+        """Return the results of `keys_values` and `weights`."""
         return self.keys_values(), self.weights()
 
     def slots(self) -> dict[str, Slot]:
-        """Return what a file holds: the table, the network behind it, the gates."""
+        """Return the slots of the tensors in a file: the table, the network that computes it, and the gates."""
         gates = {} if self.gate is None else {GATE: Slot.of(self, "gate")}
         return {**super().slots(), **gates}
 
@@ -109,20 +109,20 @@ def _network(width: int, hidden: int, total: int, how: str | None) -> dict[str, 
         for parameter in last.parameters():
             if how == "zero":
                 parameter.zero_()
-            elif how == "neutral":  # the keys
+            elif how == "neutral":  # zeros only for the keys
                 parameter.view(-1, width, *parameter.shape[1:])[0::2] = 0
     return {"transform": nn.Sequential(first, nn.Tanh(), last)}
 
 
 class PrefixTuner(TunerBase):
-    """Puts learned keys and values before those of the rows that use them."""
+    """Prepends learned keys and values to those of the rows that use the adapter."""
 
     def plan(self, base: BaseView, adapter: str, config: Any) -> Plan:
-        """Mount a `PrefixEncoder`.
+        """Plan a `PrefixEncoder`, mounted beside the base.
 
         Raises:
-            ConfigError, ModelError: the dimensions are unknown, or do not fit.
-            CapabilityError: the base does not compute with a cache that begins with keys and values.
+            ConfigError, ModelError: the prefix's dimensions can't be read from the configs, or do not fit the base.
+            CapabilityError: the base does not support a cache that already contains keys and values.
         """
         found = dimensions.resolve(base, config, keys_values=True)
         cache = found["cache"]
@@ -138,7 +138,7 @@ class PrefixTuner(TunerBase):
         return Plan(mounts={"prompt_encoder": partial(PrefixEncoder, config, found, site=site)}, resolved=resolved)
 
     def prepare(self, call: Call) -> Call:
-        """Offer the keys and values of the adapters in use."""
+        """Return the call with the keys and values of the adapters in use."""
         encoders: Mapping[str, Any] = self.mounted.get("prompt_encoder", {})
         for adapter, rows in call.share(encoders):
             encoder = encoders[adapter]

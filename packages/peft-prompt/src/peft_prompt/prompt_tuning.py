@@ -23,8 +23,8 @@ class PromptEmbedding(Encoder):
 
     Args:
         config: how many virtual tokens, and how they are initialised.
-        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: as the config
-            says; a module in this place has the vocabulary.
+        size: (num_transformer_submodules · num_virtual_tokens, hidden); a forward uses only the first num_virtual_tokens. None: read from
+            the config; a module in place of the tuple: also read from the config, and the module embeds the base's vocabulary.
         vocabulary: the base's vocabulary, for initial values; None: the initialisation does not use it.
         init_options: whether initial values are needed.
     """
@@ -47,20 +47,20 @@ class PromptEmbedding(Encoder):
         self.embedding = nn.Embedding(*size, _weight=table)
 
     def tokens(self) -> Tensor:
-        """Return the virtual tokens that are used (num_virtual_tokens, hidden)."""
+        """Return the virtual tokens that a forward uses (num_virtual_tokens, hidden)."""
         weight = self.embedding.weight
         return weight if weight.shape[0] == self.count else weight[: self.count]
 
     def all_tokens(self) -> Tensor:
-        """Return the whole table, with the virtual tokens that no forward uses: (tokens of all submodules, hidden)."""
+        """Return the whole table, including the virtual tokens that no forward uses: (tokens of all submodules, hidden)."""
         return self.embedding.weight
 
     def rows(self, indices: Tensor) -> Tensor:
-        """Return rows of the table (tokens, hidden), those of `indices` (tokens,)."""
+        """Return the rows (tokens, hidden) of the table at the indices `indices` (tokens,)."""
         return self.embedding.weight[indices]
 
     def slots(self) -> dict[str, Slot]:
-        """Return what is saved: the table."""
+        """Return the slots of the tensors in a file: the table."""
         return {TABLE: Slot.of(self.embedding, "weight")}
 
 

@@ -1,4 +1,4 @@
-"""Prompts that were trained on source tasks, from which prompts of other tasks start."""
+"""Reads prompts that were trained on source tasks, as initial values of new multitask prompts."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .tensor_names import COLS, ROWS, TABLE
 
 @dataclass(frozen=True)
 class Source:
-    """Starting values of a prompt, from a file.
+    """Initial values of a multitask prompt, read from a file.
 
     Args:
         table: the shared prompt (tokens, hidden).
-        cols: (1, tokens, ranks), rows: (1, ranks, hidden); None: they are not taken from the source.
+        cols: (1, tokens, ranks), rows: (1, ranks, hidden); None: the factors are not read from the file.
     """
 
     table: Tensor
@@ -30,15 +30,15 @@ class Source:
 
 
 def read_source(config: MultitaskPromptTuningConfig, size: tuple[int, int]) -> Source:
-    """Return the prompt in the file that a config names.
+    """Return the initial values from the file `prompt_tuning_init_state_dict_path` of a config.
 
     Args:
-        config: one that starts from a source.
+        config: a config whose prompt is initialised from a file.
         size: (tokens, hidden) of the new prompt.
 
     Raises:
-        AdapterFileError: there is no such file, or it can't be read.
-        AdapterWeightsError: it lacks a tensor, a shape does not fit, or there is no such task in it.
+        AdapterFileError: the file does not exist, or can't be read.
+        AdapterWeightsError: the file lacks a tensor or the task `prompt_tuning_init_task`, or a shape does not fit.
     """
     path = Path(str(config.prompt_tuning_init_state_dict_path)).expanduser()
     tensors = _tensors(path)

@@ -15,12 +15,12 @@ class TrainableTokensConfig(PeftConfig):
 
     Args:
         token_indices: ids of the tokens; negative ones count from the end.
-        target_modules: name(s) of the embedding, each matching a module called so, or ending in ``.name``, or one regular expression for whole
-            names; None: the input embeddings of the model.
-        init_weights: rows start as those of the base; False: as normal random numbers.
+        target_modules: name(s) of the embedding: each matches modules whose path is this name or ends in ``.name``; or one regular expression for
+            the full path; None: the input embeddings of the model.
+        init_weights: True: initialise the rows with those of the base; False: with normal random numbers.
 
     Raises:
-        ConfigError: values of a wrong kind.
+        ConfigError: a value has a wrong type.
 
     Example:
         >>> config = TrainableTokensConfig(token_indices=[32000, 32001], task_type="CAUSAL_LM")
@@ -33,7 +33,7 @@ class TrainableTokensConfig(PeftConfig):
     default_peft_type: ClassVar[str | None] = "TRAINABLE_TOKENS"
 
     def check(self) -> None:
-        """Check the kinds of the values."""
+        """Check the types of the values."""
         super().check()
         indices = self.token_indices
         if isinstance(indices, (str, bytes)) or not isinstance(indices, Sequence) or not all(type(index) is int for index in indices):

@@ -12,18 +12,18 @@ from .layer import TrainableTokensLayer
 
 
 class TrainableTokensTuner(TunerBase):
-    """Wraps the embedding whose rows train, and what has its weight in common with it."""
+    """Wraps the embedding of which rows are trained, and the modules that share its weight."""
 
     start_fields: ClassVar[frozenset[str]] = frozenset({"init_weights"})
 
     def plan(self, base: BaseView, adapter: str, config: TrainableTokensConfig) -> Plan:
-        """Find the embeddings, and check the indices.
+        """Return the plan that wraps the embeddings, after checking the token indices.
 
         Raises:
-            NoMatchingPeftModuleError: `target_modules` match nothing.
-            ConfigError: they are not given and the base does not say what embeds its tokens; there are no indices, one is out of range, or one
-                is given twice.
-            UnsupportedModuleError: a target is no embedding and no output layer.
+            NoMatchingPeftModuleError: `target_modules` match no module.
+            ConfigError: `target_modules` is None and the base does not define its input embeddings; `token_indices` is empty, or an index is out
+                of range or given twice.
+            UnsupportedModuleError: a target is neither an embedding nor an output layer.
         """
         if not config.token_indices:
             raise ConfigError("token_indices is empty: nothing would train", hint="write the ids of tokens: [32000, 32001]")

@@ -1,4 +1,4 @@
-"""Riemannian preconditioning of LoRA (arXiv 2402.02347): the step of each factor is measured by the other one."""
+"""Riemannian preconditioning of LoRA (arXiv 2402.02347): the gradient of each factor is preconditioned with the Gram matrix of the other."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from .preconditioned import inverse_gram, pairs_of, preconditioned
 
 
 def create_riemannian_optimizer(model: nn.Module, optimizer_cls: type[Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any) -> Optimizer:
-    """Return an optimiser for what trains in a model that multiplies gradients of A by (Bᵀ·B + reg·I)⁻¹ and of B by (A·Aᵀ + reg·I)⁻¹.
+    """Return an optimiser of the trainable parameters: it multiplies gradients of A by (Bᵀ·B + reg·I)⁻¹, and those of B by (A·Aᵀ + reg·I)⁻¹.
 
-    What is no factor of a Linear (biases, heads, embeddings) is trained as `optimizer_cls` does.
+    Parameters that are not the A or B of a Linear (biases, heads, embeddings) are updated by `optimizer_cls` with their unchanged gradients.
 
     Args:
         model: a model with LoRA adapters.
         optimizer_cls: class of the optimiser.
         lr: learning rate.
-        reg: what keeps the inverses finite where a factor has less than its rank, as B at first.
+        reg: damping; it keeps the inverses finite where a factor does not have full rank, such as B at initialisation.
         **kwargs: further arguments of `optimizer_cls` (`betas`, `weight_decay`, ...).
 
     Raises:
         ConfigError: `reg` is not positive.
-        ModelError: nothing trains.
+        ModelError: the model has no trainable parameter.
 
     Example:
         >>> optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=1e-4)

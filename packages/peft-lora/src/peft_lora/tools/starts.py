@@ -1,4 +1,4 @@
-"""Loading tensors over an adapter that started in another way: whether they belong to the same base."""
+"""Loading tensors into an existing adapter with another initialisation: checks that both are made for the same base weights."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..config import INITIALIZER_SETTINGS, LoraConfig
 from ..contracts import Extension
 from ..extensions import initializer_of
 
-#: fields that say only what A and B start with
+#: config fields that affect only the initial values of A and B
 START_FIELDS = frozenset({"init_lora_weights", *INITIALIZER_SETTINGS})
 
 
 def shifts_of_start(adapter: str, modules: Mapping[str, Any]) -> dict[str, Merge]:
-    """Return the path of each layer out of whose weight the initialisation of an adapter took something → that change.
+    """Return the changes that the initialisation of an adapter subtracted from base weights: path of the layer → the change.
 
-    What a variant takes out by itself (KaSA), which it does again on every base, is not among them.
+    Changes that a variant subtracts (KaSA) are not included: the variant computes them again from the weights of every base.
 
     Args:
-        adapter: which adapter.
-        modules: path → the layer there.
+        adapter: name of the adapter.
+        modules: path → the layer at that path.
     """
     found = {}
     for path, layer in modules.items():
@@ -34,20 +34,21 @@ def shifts_of_start(adapter: str, modules: Mapping[str, Any]) -> dict[str, Merge
 
 
 def check_start(adapter: str, present: LoraConfig, extensions: Collection[type[Extension]], config: LoraConfig, modules: Mapping[str, Any]) -> None:
-    """Check that tensors that started in another way than an adapter can be loaded over it.
+    """Check that tensors can be loaded into an existing adapter although their config has another initialisation.
 
-    Those whose start leaves the base alone can; over an adapter that changed its base they are taken for its own, saved with an edited config.
-    Those whose start changed their base need an adapter that started so.
+    Tensors whose initialisation does not change the base weights can be loaded. If the existing adapter has changed its base weights, a warning
+    says that the tensors are treated as trained on the changed weights: as the adapter's own tensors, saved with an edited config.
+    Tensors whose initialisation changed the base weights need an existing adapter that was initialised in the same way.
 
     Args:
-        adapter: its name.
-        present: its config, which may have been edited.
-        extensions: the initialiser and the variant that it was created with.
-        config: that of the tensors.
-        modules: path → the layer there.
+        adapter: name of the existing adapter.
+        present: config of the existing adapter; it may have been edited after the adapter was created.
+        extensions: the initialiser and the variant with which the adapter was created.
+        config: the config that belongs to the tensors.
+        modules: path → the layer at that path.
 
     Raises:
-        ConfigError: they belong to another base, or freeze A or B where the adapter trains them.
+        ConfigError: the tensors belong to other base weights, or their config freezes A or B where the adapter trains it.
     """
     ours, theirs = initializer_of(present), initializer_of(config)
     shifted = bool(shifts_of_start(adapter, modules))

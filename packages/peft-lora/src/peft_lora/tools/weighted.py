@@ -1,4 +1,4 @@
-"""`add_weighted_adapter`: one LoRA adapter made of several."""
+"""`add_weighted_adapter`: combines several LoRA adapters into a new one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..layers.common import LoraLayer
 from .factorisation import Decomposition, decompose, decompose_matrix, groups_of
 from .weighted_checks import PRUNING, Request, check, combined_config
 
-#: from this relative error on, a rank that nobody chose is worth a warning
+#: the smallest relative error that causes a warning, if the caller did not choose the rank
 WORTH_A_WARNING = 0.1
 
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """What `add_weighted_adapter` made.
+    """The result of `add_weighted_adapter`.
 
     Args:
-        adapter_name: its name.
-        rank: of its layers, but for those that its `rank_pattern` names.
-        errors: path of a layer → ‖ΔW − Σ wᵢΔWᵢ‖ / ‖Σ wᵢΔWᵢ‖, for the combination types ``"exact"``, ``"svd"`` and ``"cat"``.
+        adapter_name: name of the new adapter.
+        rank: rank of its layers, except of those that its `rank_pattern` names.
+        errors: path of a layer → the relative error ‖ΔW − Σ wᵢΔWᵢ‖ / ‖Σ wᵢΔWᵢ‖, for the combination types ``"exact"``, ``"svd"`` and ``"cat"``.
     """
 
     adapter_name: str
@@ -38,7 +38,7 @@ class WeightedAdapter:
 
     @property
     def worst(self) -> float:
-        """The largest of the errors; 0 if none is known."""
+        """The largest value of `errors`; 0 if `errors` is empty."""
         return max(self.errors.values(), default=0.0)
 
 
@@ -55,43 +55,45 @@ def add_weighted_adapter(
     density: float | None = None,
     majority_sign_method: str = "total",
 ) -> WeightedAdapter:
-    """Add an adapter made of others: Σ wᵢ·ΔWᵢ, or what the combination type makes of them. It is neither in use nor trainable.
+    """Add an adapter that combines others: Σ wᵢ·ΔWᵢ, or as `combination_type` says. The new adapter is neither active nor trainable.
 
-    With sᵢ = wᵢ · (scaling of the i-th adapter in a layer); the new scaling is 1:
+    The new adapter has scaling 1. With sᵢ = wᵢ · (scaling of the i-th adapter in a layer), the types are:
 
-    - ``"exact"``: the best approximation of Σ wᵢΔWᵢ of rank `svd_rank`, from the factors: the sum is never formed.
-    - ``"svd"``: the same by an SVD of the sum.
-    - ``"cat"``: the sum itself, with all ranks added up.
-    - ``"linear"``: A = Σ ±√|sᵢ|·Aᵢ, B = Σ √|sᵢ|·Bᵢ. Its product has cross terms: it is not the sum.
-    - ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``: A and B each pruned to `density` and combined; with ``"_svd"``
-      behind the name it is done to the ΔWᵢ, of which then an SVD is taken.
+    - ``"exact"``: the best approximation of Σ wᵢΔWᵢ of rank `svd_rank`, computed from the factors: the sum (out, in) is not computed.
+    - ``"svd"``: the same approximation, by an SVD of the sum (out, in).
+    - ``"cat"``: the exact sum; the new rank is the sum of the ranks.
+    - ``"linear"``: A = Σ ±√|sᵢ|·Aᵢ, B = Σ √|sᵢ|·Bᵢ. The product B·A contains cross terms Bᵢ·Aⱼ, so that it differs from Σ wᵢΔWᵢ.
+    - ``"ties"``, ``"dare_linear"``, ``"dare_ties"``, ``"magnitude_prune"``: the Aᵢ are pruned to `density` and combined, and so are the Bᵢ.
+      With the suffix ``"_svd"`` the ΔWᵢ are pruned and combined instead, and A and B are computed by an SVD of the result.
 
-    Adapters that act from their invocation tokens on (aLoRA) can be combined where all have the same ones, which are the result's, too.
+    aLoRA adapters, which act only from their invocation tokens on, can be combined if all have the same invocation tokens; the new adapter has them,
+    too.
 
-    Changes of DoRA are exact in those that work on ΔWᵢ; in the others they are refused, because A and B are not all of it. Biases of
-    `lora_bias` are summed. One plain adapter is copied, whatever the type (but ``"exact"``), its weight in A and B.
+    DoRA adapters are combined exactly by the types that work on ΔWᵢ. The other types raise a `ConfigError` for them, because ΔW of DoRA depends on
+    more than A and B. Biases of `lora_bias` are summed. A single plain adapter is copied, with its weight multiplied into A and B, for every type
+    except ``"exact"``.
 
     Args:
         model: a `PeftModel`, its `base_model`, or a model with injected adapters.
         adapters: names of LoRA adapters.
-        weights: one number for each; negative ones subtract.
-        adapter_name: of the new adapter.
-        combination_type: see above.
-        svd_rank: of the new adapter, for types with an SVD; default the largest of the adapters'.
-        svd_clamp: after an SVD, entries of A and B are cut to ± this quantile of all of them, in (0, 1].
-        svd_full_matrices: accepted; nothing depends on it.
-        svd_driver: of `torch.linalg.svd` on CUDA.
-        density: share of the entries that pruning keeps, from 0; 1 or more: all, with a warning.
+        weights: one number for each adapter; a negative number subtracts the adapter.
+        adapter_name: name of the new adapter.
+        combination_type: one of the types above.
+        svd_rank: rank of the new adapter, for types with an SVD; default: the largest rank of the adapters.
+        svd_clamp: a number q in (0, 1]: after an SVD, entries of A and B are clamped to ± the q-quantile of all entries of A and B.
+        svd_full_matrices: accepted for compatibility; has no effect.
+        svd_driver: argument `driver` of `torch.linalg.svd`, on CUDA.
+        density: fraction of the entries that pruning keeps, from 0; 1 or more keeps all entries, with a warning.
         majority_sign_method: ``"total"`` or ``"frequency"``, for types with ``"ties"``.
 
     Returns:
-        The rank, and for ``"exact"``, ``"svd"`` and ``"cat"`` the relative error in each layer. With ``"exact"``, a rank that was not chosen and
-        an error above 10 % is also a `PeftWarning`.
+        The rank, and for ``"exact"``, ``"svd"`` and ``"cat"`` the relative error in each layer. With ``"exact"`` and `svd_rank` None,
+        an error above 10 % also causes a `PeftWarning`.
 
     Raises:
-        AdapterNotFoundError, AdapterNameError: an unknown adapter, or a new name that can't be taken.
-        ConfigError: bad arguments, or adapters that can't be combined so.
-        MergeError: the effect of an adapter is no change of a weight. The model is as before.
+        AdapterNotFoundError, AdapterNameError: an adapter does not exist, or the new name can't be used.
+        ConfigError: invalid arguments, or adapters that can't be combined by this type.
+        MergeError: the effect of an adapter can't be expressed as a change of a weight. The model is not changed.
     """
     index = require_index(model)
     for what, given in (("adapters", adapters), ("weights", weights)):
@@ -105,7 +107,7 @@ def add_weighted_adapter(
         warnings.warn(f"The density {density} is greater than or equal to 1, no pruning will be performed.", PeftWarning, stacklevel=3)
     config, ranks = combined_config(index, request, layers)
     errors: dict[str, float] = {}
-    # with random pruning, initial values are drawn first and thrown away: a seed then gives what it gives in the reference implementation
+    # with random pruning, initial values are drawn and discarded, so that a seed gives the same result as in the reference implementation
     add_adapter(
         index,
         adapter_name,
@@ -133,7 +135,7 @@ def _fill(
     ranks: dict[str, int],
     errors: dict[str, float],
 ) -> None:
-    """Write the new adapter's tensors; it exists, with zeros."""
+    """Write the combined tensors into the new adapter, which has been created with zeros."""
     weight_of = dict(zip(request.adapters, request.weights, strict=True))
     with torch.no_grad():
         for path, (layer, names) in layers.items():
@@ -151,7 +153,7 @@ def _fill(
 
 
 def _copy_saved(index: AdapterIndex, request: Request, new: str) -> None:
-    """Give the new adapter the copies of modules that one of the others saves whole."""
+    """Copy the modules of `modules_to_save` from the combined adapters into the new one."""
     for (kind, _), module in index.modules_of(new):
         if kind == "LORA":
             continue
@@ -166,7 +168,7 @@ def _copy_saved(index: AdapterIndex, request: Request, new: str) -> None:
 
 
 def _combined(layer: LoraLayer, weights: dict[str, float], request: Request, rank: int) -> tuple[Tensor, Tensor, float | None]:
-    """Return A and B as matrices for a new adapter with scaling 1, and how far off they are, where that is known."""
+    """Return A and B as matrices, for a new adapter with scaling 1, and their relative error; None where the error is not known."""
     method, svd = request.method, request.takes_svd
     if method == "cat":
         return (*_stacked(layer, weights, rank), 0.0)
@@ -175,7 +177,7 @@ def _combined(layer: LoraLayer, weights: dict[str, float], request: Request, ran
     if method == "exact" and not any(name in layer.variants and layer.variants[name].by_token for name in weights):
         found = decompose(layer, weights)
     else:
-        # in the base's own layout: a seed then prunes the entries that it prunes in the reference implementation
+        # ΔW in the layout of the base weight, so that a seed prunes the same entries as in the reference implementation
         changes = [layer.get_delta_weight(name) for name in weights]
         total = layer.ops.matrix(request.merger(changes, list(weights.values())))
         found = _decomposed(total, groups_of(layer), request.svd_driver)
@@ -196,7 +198,7 @@ def _decomposed(matrix: Tensor, groups: int, driver: str | None) -> Decompositio
 
 
 def _stacked(layer: LoraLayer, weights: dict[str, float], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of the sum: A the sᵢAᵢ one under the other, B the Bᵢ side by side, and zeros up to the rank."""
+    """Return the factors of the sum: the sᵢAᵢ concatenated along the rank as A, the Bᵢ concatenated along the rank as B, zero-padded to `rank`."""
     parts_a, parts_b = [], []
     for name, weight in weights.items():
         a, b = _used(layer, name)
@@ -208,7 +210,7 @@ def _stacked(layer: LoraLayer, weights: dict[str, float], rank: int) -> tuple[Te
 
 
 def _by_factors(layer: LoraLayer, weights: dict[str, float], request: Request) -> tuple[Tensor, Tensor]:
-    """Return A and B each combined by itself, with the square roots of the weights."""
+    """Return the combination of the Aᵢ and that of the Bᵢ, each weighted with the square roots √|sᵢ|."""
     scales = [weight * float(layer.scaling[name]) for name, weight in weights.items()]
     roots = [math.sqrt(abs(scale)) for scale in scales]
     signed = [math.copysign(root, scale) for root, scale in zip(roots, scales, strict=True)]
@@ -217,7 +219,7 @@ def _by_factors(layer: LoraLayer, weights: dict[str, float], request: Request) -
 
 
 def _used(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    """Return A and B without the padded_rank that they may have for larger ranks."""
+    """Return A and B without the padding of their rank that they may have."""
     a, b = layer.factors(adapter)
     columns = layer.used_rank.get(adapter)
     if columns is None:
@@ -226,7 +228,7 @@ def _used(layer: LoraLayer, adapter: str) -> tuple[Tensor, Tensor]:
 
 
 def _quantile(values: Tensor, q: float) -> Tensor:
-    """Return the q-quantile by linear interpolation, for any number of values (`torch.quantile` takes 16 million)."""
+    """Return the q-quantile by linear interpolation, for any number of values (`torch.quantile` accepts at most 16 million)."""
     ordered = values.float().sort().values
     place = q * (ordered.numel() - 1)
     low = int(place)

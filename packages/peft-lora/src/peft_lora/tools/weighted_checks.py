@@ -1,4 +1,4 @@
-"""What `add_weighted_adapter` asks of its arguments and of the adapters, before anything is made, and the config of the result."""
+"""Checks of the arguments and adapters of `add_weighted_adapter`, made before it changes the model, and the config of the new adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from . import combining
 from .factorisation import KINDS
 
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-#: those that combine A's with A's and B's with B's
+#: types that combine the Aᵢ with each other, and the Bᵢ with each other
 BY_FACTORS = ("linear", *PRUNING)
 TYPES = ("exact", "svd", "cat", *BY_FACTORS, *(f"{name}_svd" for name in PRUNING))
 MAJORITIES = ("total", "frequency")
@@ -55,17 +55,17 @@ class Request:
 
     @property
     def merger(self) -> combining.Merger:
-        """What makes one tensor of several."""
+        """The function that combines several tensors into one."""
         if self.method not in PRUNING:
             return combining.weighted_sum
         return combining.merger(self.method, float(self.density or 0), self.majority_sign_method)
 
 
 def check(index: AdapterIndex, request: Request) -> Layers:
-    """Return the layers of the adapters: path → the layer, and those of the adapters that it has.
+    """Check a request, and return the layers: path → (the layer, the names of the requested adapters in this layer).
 
     Raises:
-        AdapterNotFoundError, ConfigError: something can't be done.
+        AdapterNotFoundError, ConfigError: an adapter does not exist, an argument is invalid, or the adapters can't be combined.
     """
     _check_arguments(request)
     index.require(*request.adapters)
@@ -167,7 +167,7 @@ def _check_tokens(index: AdapterIndex, request: Request) -> None:
 
 
 def _token_settings(config: Any) -> dict[str, Any]:
-    """Return field → value of the settings by which an adapter acts on some tokens only; empty if it acts on all."""
+    """Return the config fields that restrict an adapter to some tokens: field → value; empty if the adapter acts on all tokens."""
     variant = variant_of(config)
     if variant is None or not variant.by_token:
         return {}
@@ -190,7 +190,7 @@ def _check_layer(layer: LoraLayer, name: str, path: str, request: Request) -> No
 
 
 def _check_saved(index: AdapterIndex, request: Request) -> None:
-    """Check that of the copies of a module that is saved whole there is only one, or that all are equal."""
+    """Check that the adapters' copies of each module in `modules_to_save` are all equal, or that only one adapter has a copy."""
     first: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for name in request.adapters:
         for (kind, path), module in index.modules_of(name):
@@ -212,10 +212,10 @@ def _check_saved(index: AdapterIndex, request: Request) -> None:
 
 
 def combined_config(index: AdapterIndex, request: Request, layers: Layers) -> tuple[LoraConfig, dict[str, int]]:
-    """Return the config of the result, and the rank of each layer. The adapters' own configs stay as they are.
+    """Return the config of the new adapter, and its rank in each layer (path → rank). The configs of the combined adapters are not changed.
 
     Raises:
-        ConfigError: targets of different kinds.
+        ConfigError: some adapters have a regular expression as `target_modules`, others a list of names.
     """
     configs: list[Any] = [index.configs[name] for name in request.adapters]
     present = {path: [layer.r[name] for name in names] for path, (layer, names) in layers.items()}
@@ -233,7 +233,7 @@ def combined_config(index: AdapterIndex, request: Request, layers: Layers) -> tu
     result = copy.deepcopy(configs[0]).without_initializer()
     result.r = result.lora_alpha = rank
     result.rank_pattern, result.alpha_pattern = dict(others), dict(others)
-    # what the others may have that is in the numbers now
+    # the effect of these settings is already part of the combined A and B
     result.use_rslora = False
     result.variant = result.plugin_settings = None
     defaults = {each.name: each.default for each in dataclasses.fields(LoraConfig)}
@@ -260,7 +260,7 @@ def _set_targets(result: LoraConfig, configs: Sequence[LoraConfig], paths: list[
         )
     narrowing = [(config.exclude_modules, config.layers_to_transform, config.layers_pattern) for config in configs]
     if any(each != narrowing[0] for each in narrowing):
-        # no union of the targets says which modules these are
+        # the adapters narrow their targets differently: a union of the targets would match other modules than the layers combined here
         result.target_modules = set(paths)
         result.exclude_modules = result.layers_to_transform = result.layers_pattern = None
     elif kinds == {True}:

@@ -1,4 +1,4 @@
-"""aLoRA (arXiv 2504.12397): the adapter acts from the last occurrence of its invocation tokens on; before it, everything is the base's."""
+"""aLoRA (arXiv 2504.12397): the adapter acts from the last occurrence of its invocation tokens on; earlier tokens see only the base."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .products import LowRank
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
-#: under this name the route of a call has an `ActiveSpan` for each aLoRA adapter in it
+#: key in the context of a call's route: adapter → its `ActiveSpan`, for each aLoRA adapter in the call
 FACT = "alora"
 ARGUMENT = "alora_offsets"
 
 
 @dataclass(frozen=True, eq=False)
 class ActiveSpan:
-    """On which tokens of a call an adapter acts: the last o of a row's text, plus what was generated since.
+    """The tokens of a call on which an adapter acts: in each row the last o tokens of the prompt, and all tokens generated after it.
 
     Args:
         offsets: o for each row that uses the adapter (rows,); 0: the row has no invocation, and the adapter does not act on it.
-        prompt: number of tokens in which the offsets were found.
-        length: number of tokens so far.
-        everywhere: known to act on each row.
+        prompt: number of tokens of the prompt, in which the offsets were found.
+        length: number of tokens of the prompt and the tokens generated so far.
+        everywhere: True if the adapter is known to act on each row.
     """
 
     offsets: Tensor
@@ -46,7 +46,7 @@ class ActiveSpan:
         return replace(self, length=length, _masks={})
 
     def mask(self, tokens: int) -> Tensor | None:
-        """Return on which of the last `tokens` positions the adapter acts (rows, tokens), made once per call; None: on all."""
+        """Return a mask (rows, tokens) of the last `tokens` positions: True where the adapter acts; computed once per call. None: all True."""
         if tokens not in self._masks:
             if tokens == 1 and self.everywhere:
                 self._masks[tokens] = None
@@ -57,7 +57,7 @@ class ActiveSpan:
 
 
 class Alora(LowRank):
-    """y + s·B(A·drop(x)) on the tokens from the last invocation on, y on the tokens before it and in rows without one."""
+    """y + s·B(A·drop(x)) on the tokens from the last invocation on; y on earlier tokens, and in rows without an invocation."""
 
     name = "aLoRA"
     can_be_padded = True
@@ -69,7 +69,7 @@ class Alora(LowRank):
         """Check that a config suits aLoRA.
 
         Raises:
-            ConfigError: the invocation is no list of token ids; the initialisation changes the base, which is to stay what it is.
+            ConfigError: `alora_invocation_tokens` is not a list of token ids, or the initialisation changes the base, which must stay unchanged.
         """
         tokens = config.alora_invocation_tokens
         if not isinstance(tokens, (list, tuple)) or not all(isinstance(token, int) and token >= 0 for token in tokens):
@@ -79,10 +79,10 @@ class Alora(LowRank):
 
     @classmethod
     def require_base(cls, base: BaseView) -> None:
-        """Check that the base has one sequence of tokens.
+        """Check that the base works on a single sequence of tokens.
 
         Raises:
-            ConfigError: it is an encoder-decoder model.
+            ConfigError: the base is an encoder-decoder model.
         """
         if getattr(base.config, "is_encoder_decoder", False):
             raise ConfigError(
@@ -92,7 +92,7 @@ class Alora(LowRank):
 
     @classmethod
     def prepare(cls, call: Call, configs: Mapping[str, LoraConfig]) -> Call:
-        """Return the call with the tokens on which the adapters act.
+        """Return the call with the `ActiveSpan` of each adapter: the tokens on which it acts.
 
         Raises:
             RoutingError: `alora_offsets` can't be used.
@@ -103,7 +103,7 @@ class Alora(LowRank):
         """Return y + s·B(A·drop(x)) where the adapter acts, y elsewhere.
 
         Raises:
-            RoutingError: nobody said where it acts, or the input's shape does not tell which tokens it has.
+            RoutingError: the call has no `ActiveSpan` of the adapter, or the shape of `x` does not determine which tokens it contains.
         """
         layer: Any = self.layer
         mask = self._mask(x)
@@ -116,7 +116,7 @@ class Alora(LowRank):
         return add_scaled(y, change.masked_fill(~mask, 0), layer.scaling[self.adapter])
 
     def _mask(self, x: Tensor) -> Tensor | None:
-        """Return where the adapter acts, to be broadcast against (…, out); None: everywhere."""
+        """Return a mask that is True where the adapter acts and that broadcasts against (…, out); None: the adapter acts everywhere."""
         span: ActiveSpan | None = self.layer.selection.current().context.get(FACT, {}).get(self.adapter)
         if span is None:
             raise RoutingError(
@@ -127,7 +127,7 @@ class Alora(LowRank):
         if x.dim() == 3 and x.shape[0] == rows:
             mask = span.mask(x.shape[1])
             return None if mask is None else mask[..., None]
-        # tokens of all rows, one after the other: of the whole texts, or, in a later step of `generate`, the last ones
+        # some modules flatten rows and tokens: x has all tokens of each row, or, in a later step of `generate`, the last token of each row
         tokens = span.length if x.shape[0] == rows * span.length else 1
         if x.dim() == 2 and x.shape[0] == rows * tokens and (tokens == span.length or span.length > span.prompt):
             mask = span.mask(tokens)
@@ -138,24 +138,25 @@ class Alora(LowRank):
         )
 
     def delta(self) -> Tensor:
-        """There is none.
+        """Raise an error: aLoRA has no ΔW.
 
         Raises:
-            MergeError: always: the effect depends on the token.
+            MergeError: always, because the effect depends on the token.
         """
         raise MergeError(
             f"the aLoRA adapter {self.adapter!r} acts on some tokens only: no change of the base weight does that", hint="use it unmerged"
         )
 
     def low_rank_factors(self) -> None:
-        """There are none: the effect depends on the token."""
+        """Return None: the effect depends on the token, so that there are no factors of a ΔW."""
 
 
 def attach_offsets(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call:
     """Return the call with the `ActiveSpan` of each adapter of `invocations` that some row uses.
 
     Args:
-        call: with `input_ids` (rows, tokens), or with the argument `alora_offsets`: for each row the offset from the end, None for none.
+        call: with `input_ids` (rows, tokens), or with the argument `alora_offsets`: for each row the offset of its invocation
+            from the end, or None for a row without an invocation.
         invocations: adapter → its invocation tokens.
 
     Raises:
@@ -163,7 +164,7 @@ def attach_offsets(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call
     """
     ids, given = call.inputs.get("input_ids"), call.arguments.get(ARGUMENT)
     known: Mapping[str, ActiveSpan] | None = call.route.context.get(FACT)
-    if call.generating and known is not None:  # what was found in the prompt holds for all that is generated after it
+    if call.generating and known is not None:  # the offsets found in the prompt apply to all generated tokens
         assert isinstance(ids, Tensor)
         return call.telling(**{FACT: {name: span.grown(ids.shape[1]) for name, span in known.items()}})
     length = _length(call)
@@ -188,11 +189,11 @@ def attach_offsets(call: Call, invocations: Mapping[str, Sequence[int]]) -> Call
 
 
 def last_invocation(ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Return for each row how far from its end the last occurrence of `tokens` starts (rows,); 0 where there is none.
+    """Return the start of the last occurrence of `tokens` in each row (rows,), counted from the row's end; 0 where `tokens` does not occur.
 
     Args:
         ids: (rows, length).
-        tokens: the sequence to look for.
+        tokens: the token ids to search for.
     """
     rows, length = ids.shape
     if len(tokens) > length:
@@ -212,7 +213,7 @@ def _length(call: Call) -> int:
 
 
 def _read(given: Any, batch: int, device: torch.device) -> Tensor:
-    """Return `alora_offsets` as numbers (batch,), each repeated for the beams of its row."""
+    """Return `alora_offsets` as a tensor (batch,) of int64; None becomes 0, and each offset is repeated for the beams of its row."""
     values = given.tolist() if isinstance(given, Tensor) else given
     if not isinstance(values, (list, tuple)) or not all(value is None or (isinstance(value, int) and value >= 0) for value in values):
         raise RoutingError(f"{ARGUMENT}={given!r} is no list of offsets", hint="give for each row how many tokens from the end it starts, or None")

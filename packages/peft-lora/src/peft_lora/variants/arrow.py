@@ -1,4 +1,4 @@
-"""Arrow (arXiv 2405.11157): each token is sent to the adapters whose strongest direction it has most of."""
+"""Arrow (arXiv 2405.11157): each token is routed to the adapters whose prototype has the largest dot product with it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ..kernels import add_scaled
 if TYPE_CHECKING:
     from ..config import LoraConfig
 
-#: with more experts than this many times `top_k`, only the selected ones are computed
+#: with more than SPARSE · `top_k` experts, each expert is computed only for the tokens that are routed to it
 SPARSE = 2
 
 
 @dataclass(frozen=True)
 class Experts:
-    """What the adapters of a layer are to its router.
+    """The tensors that a router needs from the other adapters of its layer.
 
     Args:
-        prototypes: (experts, in), of length 1: the input direction that each expert changes most.
-        a, b: A (experts, r, in) and s·B (experts, out, r); of experts with different ranks, padded with zeros.
-        general: A (r, in) and s·B (out, r) of the mean of the general adapters; None without.
+        prototypes: (experts, in), unit vectors: the input direction that each expert changes most.
+        a, b: A (experts, r, in) and s·B (experts, out, r), zero-padded to the largest rank of the experts.
+        general: A (r, in) and s·B (out, r) of the mean of the general adapters; None if there are no general adapters.
     """
 
     prototypes: Tensor
@@ -52,7 +52,7 @@ class Arrow(Variant):
         """Check that a config suits Arrow.
 
         Raises:
-            ConfigError: a bias of its own, which a router has no use for.
+            ConfigError: `lora_bias` is set; a router has no B that could have a bias.
         """
         if config.lora_bias:
             raise ConfigError("lora_bias does not work with Arrow: a router has no B of its own", hint="leave lora_bias out")
@@ -63,18 +63,18 @@ class Arrow(Variant):
         return self.settings.config.arrow_config
 
     def experts(self) -> tuple[str, ...]:
-        """Return the adapters among which tokens are routed, in load order."""
+        """Return the names of the adapters to which tokens are routed, in the order in which they were added."""
         general = set(self.settings_of_router.gks_adapter_names or ())
         return tuple(name for name in self.layer.adapters() if name not in general and not isinstance(self.layer.variants.get(name), Arrow))
 
     def general(self) -> tuple[str, ...]:
-        """Return the general adapters whose mean is subtracted."""
+        """Return the names of the general adapters, whose mean is subtracted; empty without `use_gks`."""
         config = self.settings_of_router
         return tuple(name for name in (config.gks_adapter_names or ()) if name in self.layer.scaling) if config.use_gks else ()
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + drop(Δ·x), Δ mixed for each token.
+        """Return y + drop(Δ·x), where each token has its own mixture Δ of the experts.
 
         Raises:
             RoutingError: there are fewer experts than `top_k`.
@@ -97,7 +97,7 @@ class Arrow(Variant):
         return add_scaled(y, change if dropout is None else dropout(change), 1.0)
 
     def _by_modules(self, x: Tensor, y: Tensor, score: Tensor, chosen: Tensor) -> Tensor:
-        """Return y + drop(Δ·x) by calling the modules of all experts on all tokens."""
+        """Return y + drop(Δ·x), computed by calling the modules of all experts on all tokens, so that their hooks run."""
         layer: Any = self.layer
         names, general = self.experts(), self.general()
         weights = torch.zeros(score.shape[0], len(names), dtype=score.dtype, device=x.device).scatter(1, chosen, score)
@@ -110,10 +110,12 @@ class Arrow(Variant):
         return add_scaled(y, change if dropout is None else dropout(change), 1.0)
 
     def _called(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return Δ·x of another adapter by calling its modules, without its own dropout: only the router's acts. `y`: shape and dtype of the result.
+        """Return Δ·x of another adapter by calling its modules. Only the router's dropout applies, not that of the other adapter.
+
+        The result has the shape and dtype of `y`.
 
         Raises:
-            RoutingError: it is a variant that drops inputs in this call.
+            RoutingError: the other adapter is a variant, and its dropout is active in this call.
         """
         layer: Any = self.layer
         zeros = torch.zeros_like(y)
@@ -129,7 +131,7 @@ class Arrow(Variant):
         return found
 
     def _experts(self) -> Experts:
-        """Return the experts; in an open cache scope those that were computed first."""
+        """Return the `Experts`; in an open cache scope they are computed only once."""
         names, general = self.experts(), self.general()
         if len(names) < self.settings_of_router.top_k:
             raise RoutingError(
@@ -158,7 +160,7 @@ class Arrow(Variant):
         """Return A and s·B of another adapter.
 
         Raises:
-            RoutingError: its effect is no such product.
+            RoutingError: the ΔW of the other adapter is not a product s·B·A.
         """
         pair = self.layer.low_rank_factors(name)
         if pair is None:
@@ -170,10 +172,10 @@ class Arrow(Variant):
         return a, b
 
     def delta(self) -> Tensor:
-        """There is none.
+        """Raise an error: a router has no ΔW.
 
         Raises:
-            MergeError: always: the effect depends on the token.
+            MergeError: always, because the effect depends on the token.
         """
         raise MergeError(
             f"the router {self.adapter!r} (Arrow) mixes adapters for each token: no change of the base weight does that",
@@ -182,7 +184,7 @@ class Arrow(Variant):
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:
-    """Return the first right singular vector (in,) of B·A, exactly, from cores of size r.
+    """Return the first right singular vector (in,) of B·A, exactly, by an eigendecomposition of an (r, r) matrix.
 
     With Aᵀ = QR the right singular vectors of BA = (BRᵀ)Qᵀ are Q times those of BRᵀ (out, r), the eigenvectors of R(BᵀB)Rᵀ.
 
@@ -199,12 +201,12 @@ def prototype(a: Tensor, b: Tensor) -> Tensor:
 
 
 def coefficients(t: Tensor, prototypes: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (tokens, k) of each token's experts, and their numbers (tokens, k).
+    """Return the coefficients (tokens, k) of the k experts of each token, and the indices (tokens, k) of these experts.
 
     Args:
         t: tokens (tokens, in).
         prototypes: (experts, in).
-        k: experts for each token.
+        k: number of experts for each token.
         temperature: divides the scores before the softmax.
     """
     score, chosen = F.linear(t, prototypes.to(t.dtype)).abs().topk(k, dim=-1)
@@ -212,7 +214,7 @@ def coefficients(t: Tensor, prototypes: Tensor, k: int, temperature: float) -> t
 
 
 def mixed_densely(t: Tensor, experts: Experts, score: Tensor, chosen: Tensor) -> Tensor:
-    """Return Σₑ cₑ·s·BₑAₑ·t (tokens, out) with one product for all experts: for few of them."""
+    """Return Σₑ cₑ·s·BₑAₑ·t (tokens, out) with one matrix product for all experts; efficient for few experts."""
     count, r, _ = experts.a.shape
     weights = torch.zeros(t.shape[0], count, dtype=score.dtype, device=t.device).scatter(1, chosen, score)
     hidden = F.linear(t, experts.a.flatten(0, 1).to(t.dtype)).view(-1, count, r) * weights[..., None].to(t.dtype)
@@ -220,7 +222,7 @@ def mixed_densely(t: Tensor, experts: Experts, score: Tensor, chosen: Tensor) ->
 
 
 def mixed_sparsely(t: Tensor, experts: Experts, score: Tensor, chosen: Tensor) -> Tensor:
-    """Return Σₑ cₑ·s·BₑAₑ·t (tokens, out), each expert computed for its own tokens only."""
+    """Return Σₑ cₑ·s·BₑAₑ·t (tokens, out), where each expert is computed only for the tokens that are routed to it."""
     change = torch.zeros(t.shape[0], experts.b.shape[1], dtype=t.dtype, device=t.device)
     for e in torch.unique(chosen).tolist():
         token, place = (chosen == e).nonzero(as_tuple=True)

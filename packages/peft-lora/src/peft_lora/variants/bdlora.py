@@ -1,4 +1,4 @@
-"""BD-LoRA: A or B consists of blocks on its diagonal, so that each device of a tensor-parallel model holds whole blocks."""
+"""BD-LoRA: A or B is block-diagonal, so that each device of a tensor-parallel model holds whole blocks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class BlockDiagonalLinear(nn.Linear):
     """A Linear without bias of which only the blocks on the diagonal are stored.
 
     Args:
-        weight: (out, in / n): n blocks, one under the other.
-        blocks: n.
+        weight: (out, in / n): the n blocks, concatenated along the output dimension.
+        blocks: the number n of blocks.
     """
 
     def __init__(self, weight: nn.Parameter, blocks: int) -> None:
@@ -42,7 +42,7 @@ class BlockDiagonalLinear(nn.Linear):
 class BdLora(LowRank):
     """ΔW = s·B·A, where the A of some modules and the B of others is block-diagonal; see `BdLoraConfig`.
 
-    Shapes, of n blocks: such an A is stored as (r, in / n), such a B as (out, r / n): the blocks one under the other.
+    Shapes, with n blocks: a block-diagonal A is stored as (r, in / n), a block-diagonal B as (out, r / n): the blocks concatenated along dimension 0.
     """
 
     name = "BD-LoRA"
@@ -51,7 +51,7 @@ class BdLora(LowRank):
         super().__init__(layer, adapter, settings)
         config: Any = settings.config.use_bdlora
         self.blocks = int(config.nblocks)
-        #: which of the two has blocks: "A", "B" or neither
+        #: which factor is block-diagonal: "A", "B", or "" for neither
         self.side = _side(config, settings.path)
         out, inp = layer.matrix_shape
         sizes = {"A": {"in": inp, "r": settings.r}, "B": {"out": out, "r": settings.r}, "": {}}[self.side]
@@ -68,10 +68,10 @@ class BdLora(LowRank):
         return (r, inp // self.blocks if self.side == "A" else inp), (out, r // self.blocks if self.side == "B" else r)
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with: blocks of A are uniform on ±√(6 · nblocks / in).
+        """Return the initial values of A and B: a block-diagonal A is uniform on ±√(6 · nblocks / in).
 
         Raises:
-            ConfigError: the initialiser computes A and B.
+            ConfigError: the initialiser computes A and B from other tensors, which is not possible for blocks.
         """
         refuse_computed_starts(start, self.settings.config, self.name, "it computes A and B without blocks")
         if self.side != "A":
@@ -82,13 +82,13 @@ class BdLora(LowRank):
 
         def fill(tensor: Tensor) -> None:
             if self.settings.config.init_lora_weights is not False:
-                torch.empty(whole).uniform_()  # the reference implementation fills a whole A before it makes blocks: a seed gives the same values
+                torch.empty(whole).uniform_()  # the reference implementation draws a full A first: a seed gives the same values
             tensor.uniform_(-bound, bound)
 
         return InitialFactors(fill, start.b)
 
     def add(self) -> None:
-        """Put the factor that has blocks into a module that computes with them."""
+        """Replace the module of the block-diagonal factor by a `BlockDiagonalLinear`."""
         layer: Any = self.layer
         for side, holder in (("A", layer.lora_A), ("B", layer.lora_B)):
             if side == self.side:
@@ -97,7 +97,7 @@ class BdLora(LowRank):
                 blocks.bias = plain.bias
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in) and B (out, r) with zeros around the blocks."""
+        """Return A (r, in) and B (out, r) as full matrices, with zeros outside the blocks."""
         a, b = self.layer.factors(self.adapter)
         if self.side == "A":
             a = torch.block_diag(*a.chunk(self.blocks))  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ class BdLora(LowRank):
 
 
 def _side(config: BdLoraConfig, path: str) -> str:
-    """Return which factor of a module has blocks: ``"A"``, ``"B"``, or ``""`` for neither.
+    """Return which factor of a module is block-diagonal: ``"A"``, ``"B"``, or ``""`` for neither.
 
     Raises:
         ConfigError: both lists name the module, or neither does and `match_strict` is set.

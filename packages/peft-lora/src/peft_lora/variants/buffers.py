@@ -1,4 +1,4 @@
-"""Tensors of a variant that files hold and that no optimiser trains."""
+"""Buffers of a variant: tensors that are saved in adapter files but not trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class BufferDict(nn.Module):
-    """Buffers by adapter, as `nn.ParameterDict` has parameters: `lora_velora_embed.<adapter>`."""
+    """A dict adapter → buffer, as `nn.ParameterDict` is for parameters: `lora_velora_embed.<adapter>`."""
 
     def __contains__(self, adapter: str) -> bool:
         return adapter in self._buffers
@@ -24,7 +24,7 @@ class BufferDict(nn.Module):
 
 
 def holder_of(layer: nn.Module, name: str, kind: type[nn.Module]) -> nn.Module:
-    """Return the module of a layer in which a variant keeps what it has for each adapter; made when it is first needed."""
+    """Return the submodule `name` of a layer, which stores a variant's tensors for each adapter; it is created as a `kind` at first use."""
     found = layer._modules.get(name)
     if found is None:
         found = kind()

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353): direction and length of each output weight are adapted apart."""
+"""DoRA (arXiv 2402.09353): direction and norm of each row of the weight are adapted separately."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Magnitude(nn.Module):
-    """Holds m, the lengths of the output weights: `lora_magnitude_vector.<adapter>.weight`."""
+    """Stores m, the magnitudes of the weight's rows: `lora_magnitude_vector.<adapter>.weight`."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Dora(Variant):
 
     Shapes: `lora_magnitude_vector` (out,); convolutions (1, out, 1, …); embeddings (dim,), where the norm is over the vocabulary.
 
-    With dropout in training the base's part of the correction sees the dropped input, too.
+    With dropout in training, the correction (f − 1) ⊙ W·x of the base's output is computed from the dropped-out input, too.
     """
 
     name = "DoRA"
@@ -46,14 +46,14 @@ class Dora(Variant):
         """Check that a config suits DoRA.
 
         Raises:
-            ConfigError: with Megatron's parallel layers, whose rows lie on several devices.
+            ConfigError: `megatron_config` is set; the rows of Megatron's parallel layers are distributed over several devices.
         """
         if config.megatron_config:
             raise ConfigError("DoRA does not support megatron_core", hint="set use_dora=False")
 
     # ---- parameters ------------------------------------------------------------------------------------------------
     def add(self) -> None:
-        """Create m: the lengths that the rows have now, so that a new adapter changes nothing."""
+        """Create m with the current norms of the rows, so that a new adapter does not change the output."""
         layer: Any = self.layer
         holder = layer._modules.get("lora_magnitude_vector")
         if holder is None:
@@ -79,7 +79,7 @@ class Dora(Variant):
 
     # ---- norms -------------------------------------------------------------------------------------------------------
     def norms(self) -> Tensor:
-        """Return ‖W + s·B·A‖ of each row (out,) in float64, without a gradient and without forming the matrix."""
+        """Return ‖W + s·B·A‖ of each row (out,) in float64, without a gradient and without computing the matrix."""
         layer: Any = self.layer
         with torch.no_grad():
             a, b = (factor.detach() for factor in layer.factors(self.adapter))
@@ -94,7 +94,7 @@ class Dora(Variant):
         g = layer.base_groups
         delta = formulas.grouped_delta(formulas.in_groups(a, g), formulas.in_groups(b, g), s)
         if not layer.grouped[self.adapter]:
-            # A sees all inputs, W those of its group: the rows are wider than the kernel
+            # A reads all input channels, W only those of its group: the rows of ΔW are wider than those of W
             wide = weight.new_zeros(delta.shape[0], g, weight.shape[1], dtype=torch.float64)
             rows = torch.arange(delta.shape[0], device=delta.device)
             wide[rows, rows // (delta.shape[0] // g)] = weight.double()
@@ -103,11 +103,11 @@ class Dora(Variant):
         return norms
 
     def vector(self) -> Tensor:
-        """Return f = m / ‖W + s·B·A‖ (out,), with a gradient to m; finite for rows that are zero."""
+        """Return f = m / ‖W + s·B·A‖ (out,), differentiable with respect to m; finite for rows that are zero."""
         return formulas.dora_factor(self.magnitude, self._divisors())
 
     def _divisors(self) -> Tensor:
-        """Return the norms (out,) in the dtype of m, positive."""
+        """Return the norms (out,) in the dtype of m; a zero norm is replaced by a tiny positive number."""
         norms = self.norms()
         return torch.where(norms > 0, norms, formulas.TINY).to(self.magnitude.dtype)
 
@@ -117,7 +117,7 @@ class Dora(Variant):
 
     # ---- forward -----------------------------------------------------------------------------------------------------
     def _factor_now(self) -> Tensor:
-        """Return f (out,); in an open cache scope, unless `DoraCaching(False)` says otherwise, it is computed once."""
+        """Return f (out,); in evaluation, an open cache scope computes it only once, unless `DoraCaching(False)` switches that off."""
         layer: Any = self.layer
         scope = layer.selection.cache()
         if scope is None or layer.training or not caches_dora():
@@ -127,7 +127,7 @@ class Dora(Variant):
         return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return f ⊙ (y − b + s·B·A·x) + b, the base's bias b being left as it is; summed in the adapter's dtype, rounded once."""
+        """Return f ⊙ (y − b + s·B·A·x) + b, where b is the base's bias; summed in the wider dtype of `y` and f, and rounded once."""
         layer: Any = self.layer
         ops = layer.ops
         embedding = ops.kind == "embedding"
@@ -153,14 +153,16 @@ class Dora(Variant):
         return total.to(dtype)
 
     def fused_forward(self, x: Tensor, base: nn.Module) -> Tensor | None:
-        """Return the output around a plain frozen Linear as one step of the graph; None where there is dropout, which the base's part sees, too."""
+        """Return the output of a plain frozen Linear with the adapter, as a single autograd function.
+
+        None: not possible, for example with dropout, because the correction of the base's output is then computed from the dropped-out input."""
         layer: Any = self.layer
         adapter, s = self.adapter, layer.scaling[self.adapter]
         down, up = layer.factor_modules(adapter)
         dropout = layer.dropout_of(adapter)
         if layer.drop_rate(adapter) or not can_fuse(x, base, down, up, *(() if dropout is None else (dropout,))):
             return None
-        s = s.item() if isinstance(s, Tensor) else s  # of a model that is prepared for hot-swapping, and is not compiled
+        s = s.item() if isinstance(s, Tensor) else s  # the scale is a tensor if the model is prepared for hot-swapping and not compiled
         weight, bias = base._parameters["weight"], base._parameters["bias"]
         if weight is None or weight.dtype is not x.dtype:
             return None
@@ -174,7 +176,9 @@ class Dora(Variant):
         return self._without_gradients(x, weight, bias, a, b, m, s) if found is None else found
 
     def _without_gradients(self, x: Tensor, weight: Tensor, bias: Tensor | None, a: Any, b: Any, m: Tensor, s: float) -> Tensor:
-        """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias (…, out) for `x` (…, in), in the cheaper way: by the rows of W + s·B·A, or beside the base."""
+        """Return f ⊙ (xWᵀ + s·xAᵀBᵀ) + bias (…, out) for `x` (…, in), by the cheaper of two ways.
+
+        Either W + s·B·A is computed, or the base's product and the low-rank product are added."""
         if formulas.forms_rows(weight) and weight.dtype is a.dtype is b.dtype is m.dtype is torch.float32:
             return kernels.dora_by_rows(x, weight, bias, a, b, m, s)
         y = kernels.add_low_rank(F.linear(x, weight).to(a.dtype), x, a, b, s)

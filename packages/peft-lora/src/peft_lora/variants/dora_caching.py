@@ -1,21 +1,21 @@
-"""Whether a cache scope may hold DoRA's factors."""
+"""A switch for caching DoRA's factors f = m / ‖W + s·B·A‖ in cache scopes."""
 
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
 
-#: whether DoRA's f = m / ‖W + s·B·A‖ is computed once in a cache scope
+#: whether a cache scope computes DoRA's f = m / ‖W + s·B·A‖ only once
 _CACHING: ContextVar[bool] = ContextVar("dora_caching", default=True)
 
 
 class DoraCaching:
-    """Inside the block, an open cache scope (`peft_core.cached`, `generate`) holds DoRA's factors, or, with ``enabled=False``, does not.
+    """Context manager: inside it, open cache scopes (`peft_core.cached`, `generate`) cache DoRA's factors, or, with ``enabled=False``, do not.
 
-    It does anyway; outside of a scope they are computed in each call. Holds for the current thread. Calling the object, ``caching(enabled=False)``,
-    switches from there on, without a block.
+    By default they are cached. Outside of a cache scope the factors are computed in each call. The switch applies to the current thread. Calling the
+    object, ``caching(enabled=False)``, sets the switch from that point on, without a ``with`` block.
 
     Args:
-        enabled: keep them.
+        enabled: whether to cache the factors.
     """
 
     def __init__(self, enabled: bool = True) -> None:
@@ -23,7 +23,7 @@ class DoraCaching:
         self._tokens: list[Token[bool]] = []
 
     def __call__(self, enabled: bool = True) -> None:
-        """Keep factors in cache scopes from now on, or, with ``enabled=False``, do not: until the next call, or the end of a block around it."""
+        """Cache factors in cache scopes from now on, or not (``enabled=False``), until the next call or the end of a surrounding ``with`` block."""
         _CACHING.set(bool(enabled))
 
     def __enter__(self) -> DoraCaching:
@@ -35,5 +35,5 @@ class DoraCaching:
 
 
 def caches_dora() -> bool:
-    """Return whether a cache scope may hold DoRA's factors."""
+    """Return whether cache scopes cache DoRA's factors."""
     return _CACHING.get()

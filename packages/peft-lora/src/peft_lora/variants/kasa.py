@@ -1,4 +1,4 @@
-"""KaSA (arXiv 2412.06071): the smallest singular components of W make room for s·B·diag(δ)·A."""
+"""KaSA (arXiv 2412.06071): the smallest singular components of W are removed, and s·B·diag(δ)·A is added."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class Kasa(LowRank):
-    """W' = W without its r smallest singular components, for as long as the adapter exists; ΔW = s·B·diag(δ)·A beside it.
+    """W' + ΔW: W' is W without its r smallest singular components, as long as the adapter exists; ΔW = s·B·diag(δ)·A.
 
-    Shapes: `lora_diag` δ (r,), normal at the start. Several KaSA adapters share the W' that lacks the components of the largest rank.
+    Shapes: `lora_diag` δ (r,), initialised from N(0, 1). Several KaSA adapters of a layer share one W': as many components are
+    removed as the largest of their ranks.
 
     Raises:
         ConfigError: r is not smaller than both sides of W.
@@ -38,7 +39,7 @@ class Kasa(LowRank):
         """Check that either all adapters of a model are KaSA or none is: KaSA changes the base under all of them.
 
         Raises:
-            ConfigError: a new one would mix them.
+            ConfigError: the new adapter would mix KaSA with other adapters.
         """
         for name, other in others.items():
             if (other.kasa_config is None) != (config.kasa_config is None):
@@ -58,21 +59,21 @@ class Kasa(LowRank):
             )
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with: what the initialiser fills them with.
+        """Return the initial values of A and B: those of the initialiser, unchanged.
 
         Raises:
-            ConfigError: the initialiser computes A and B.
+            ConfigError: the initialiser computes A and B from the base weight.
         """
         refuse_computed_starts(start, self.settings.config, self.name, "it computes A and B from the base weight, which KaSA truncates")
         return start
 
     def add(self) -> None:
-        """Create δ, and take the smallest components out of W."""
+        """Create δ, and subtract the smallest singular components from W."""
         self.layer.new("lora_diag", self.adapter, (self.settings.r,), init=torch.Tensor.normal_)
         self.truncate()
 
     def truncate(self) -> None:
-        """Take the r smallest singular components out of W, unless another KaSA adapter has taken as many."""
+        """Subtract the r smallest singular components from W, unless another KaSA adapter has already removed at least r."""
         layer: Any = self.layer
         shifted = max((other.settings.r for other in self._others() if other.adapter in layer.merging.shifts), default=0)
         if layer.base_weight().is_meta or shifted >= self.settings.r:
@@ -80,7 +81,7 @@ class Kasa(LowRank):
         layer.shift_base(self.adapter, smallest_components(layer.ops.matrix(layer.base_weight()), self.settings.r))
 
     def drop(self) -> None:
-        """Leave to the other KaSA adapters of the layer the W' that they need.
+        """Before this adapter is deleted, give the other KaSA adapters of the layer the W' that they need.
 
         Raises:
             MergeError: adapters are merged into W.
@@ -88,7 +89,7 @@ class Kasa(LowRank):
         layer: Any = self.layer
         others = self._others()
         if self.adapter not in layer.merging.shifts or not others:
-            return  # the layer undoes a shift
+            return  # the layer itself adds the removed components back
         heir = next((other for other in others if other.settings.r == self.settings.r and other.adapter not in layer.merging.shifts), None)
         if heir is not None:
             layer.merging.shifts[heir.adapter] = layer.merging.shifts.pop(self.adapter)
@@ -125,7 +126,7 @@ class Kasa(LowRank):
         """Return y + s·B(δ ⊙ A·drop(x)).
 
         Raises:
-            ModelError: the base had no weights when the adapter was added, so that nothing was taken out of them.
+            ModelError: the base had no weights (meta device) when the adapter was added, so that no components were removed from them.
         """
         if not self.layer.merging.shifts:
             raise ModelError(
@@ -153,14 +154,14 @@ def smallest_components(weight: Tensor, r: int) -> Tensor:
 def kasa_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Tensor:
     """Return the auxiliary loss of KaSA: Σ over layers of beta · Σδ² + gamma · (‖BᵀB − I‖ + ‖AAᵀ − I‖).
 
-    It is never added to the model's loss by itself.
+    The caller must add it to the model's loss; this is never done automatically.
 
     Args:
         model: a model with KaSA adapters.
-        adapter_names: which; None: those in use.
+        adapter_names: name or names of adapters; None: the active ones.
 
     Returns:
-        A scalar; 0 without a KaSA adapter among them.
+        A scalar; 0 if none of the adapters is a KaSA adapter.
 
     Source: arXiv 2412.06071.
 

@@ -1,4 +1,4 @@
-"""Finding the variants of which an auxiliary loss consists."""
+"""Functions that find the variants whose auxiliary losses are summed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ V = TypeVar("V", bound=Variant)
 
 
 def names_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return the adapters that a caller means; None for those in use.
+    """Return `adapter_names` as a tuple; None, which means the active adapters, stays None.
 
     Raises:
-        AdapterNotFoundError: a name that no LoRA layer of the model knows.
+        AdapterNotFoundError: no LoRA layer of the model has an adapter of this name.
     """
     if adapter_names is None:
         return None
@@ -32,7 +32,7 @@ def names_of(model: nn.Module, adapter_names: str | Sequence[str] | None) -> tup
 
 
 def layers_with(model: nn.Module, kind: type[V], names: tuple[str, ...] | None) -> Iterator[V]:
-    """Yield the variants of a kind in all layers of a model, of the adapters named, or of those in use."""
+    """Yield the variants of type `kind` in all LoRA layers of a model, of the adapters `names`; None: of the active adapters."""
     for module in model.modules():
         if isinstance(module, LoraLayer):
             for name in module.selection.current().used if names is None else names:

@@ -1,4 +1,4 @@
-"""MonteCLoRA: in training, A is a sample around what is stored, from a learnt mixture of Gaussians."""
+"""MonteCLoRA: in training, noise from a learnt mixture of Gaussians is added to A."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST = 1e-6
 
 
 class Sampler(nn.Module):
-    """What is learnt of the distribution of A, and what was drawn last.
+    """The learnt parameters of the distribution of A, and the last sample.
 
     Shapes, with N samples: `std_prior` ρ (r,), `expert_weights_prior` π (N,); buffers `gaussian_var_prior` Σ (r, r), `expert_weights` w (N,).
     """
@@ -36,11 +36,11 @@ class Sampler(nn.Module):
         made: dict[str, Any] = {"dtype": std.dtype, "device": std.device}
         self.register_buffer("gaussian_var_prior", torch.eye(r, **made))
         self.register_buffer("expert_weights", torch.full((n,), 1 / n, **made))
-        #: chi-squared numbers (r,) and normal ones (N,) of the last draw: the loss is that of the same Σ and w
+        #: chi-squared (r,) and normal (N,) random numbers of the last draw: the loss uses the same Σ and w as the forward pass
         self.draw: tuple[Tensor, Tensor] | None = None
 
     def sample(self) -> tuple[Tensor, Tensor]:
-        """Draw anew, and return the diagonal of Σ (r,) and w (N,), with gradients to ρ and π."""
+        """Draw a new sample, and return the diagonal of Σ (r,) and w (N,), differentiable with respect to ρ and π."""
         rho, pi = self.std_prior, self.expert_weights_prior
         r = rho.shape[0]
         # the diagonal of a Wishart matrix of r degrees of freedom and scale I: r independent sums of r squares
@@ -54,7 +54,7 @@ class Sampler(nn.Module):
         return variances, weights
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """Return the diagonal of Σ (r,) and w (N,) of the last draw, with gradients; before the first draw what the buffers say."""
+        """Return the diagonal of Σ (r,) and w (N,) of the last draw, with gradients; before the first draw, the values of the buffers."""
         if self.draw is None:
             return torch.diagonal(self.gaussian_var_prior), self.expert_weights  # type: ignore[arg-type, return-value]
         chi2, z = self.draw
@@ -64,8 +64,8 @@ class Sampler(nn.Module):
 class Monteclora(LowRank):
     """ΔW = s·B·A; in training A' = A + (Σₙ wₙεₙ)ᵀ, with εₙ = sample_scaler · Gₙ√Σ, Gₙ (in, r) standard normal.
 
-    Given w and Σ, the sum of the N samples is normal with the variance Σₙwₙ² · sample_scaler² · Σ: it is drawn as one (in, r) matrix,
-    when it is needed, and not as N.
+    Given w and Σ, the sum of the N samples is normal with the covariance Σₙwₙ² · sample_scaler² · Σ. It is drawn as a single (in, r) matrix in each
+    forward pass, instead of N matrices.
     """
 
     name = "MonteCLoRA"
@@ -84,12 +84,12 @@ class Monteclora(LowRank):
 
     @property
     def sampler(self) -> Sampler:
-        """What is learnt of the distribution of A."""
+        """The `Sampler` of the adapter."""
         found: Sampler = self.layer.lora_monteclora_sampler[self.adapter]
         return found
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield the last Σ and w: (end of the file key, module, attribute)."""
+        """Yield (end of the key in the file, module, attribute name) for the last w and the last Σ."""
         for name in ("expert_weights", "gaussian_var_prior"):
             yield f"lora_monteclora_sampler.{name}", self.sampler, name
 
@@ -147,7 +147,7 @@ def mixture_weights(pi: Tensor, z: Tensor) -> Tensor:
 
 
 def dirichlet_divergence(alpha: Tensor, c: float) -> Tensor:
-    """Return KL(Dirichlet(α) ‖ Dirichlet(c, …, c)) for α (N,); logarithms of Γ, which do not overflow."""
+    """Return KL(Dirichlet(α) ‖ Dirichlet(c, …, c)) for α (N,), computed with log Γ, which does not overflow."""
     n, total = alpha.shape[0], alpha.sum()
     prior = torch.tensor(c, dtype=alpha.dtype, device=alpha.device)
     constants = total.lgamma() - alpha.lgamma().sum() - (n * prior).lgamma() + n * prior.lgamma()
@@ -164,14 +164,14 @@ def wishart_divergence(rho: Tensor) -> Tensor:
 def monteclora_loss(model: nn.Module, adapter_names: str | Sequence[str] | None = None) -> Tensor:
     """Return the variational loss of MonteCLoRA: the mean over layers of kl_loss_weight · (divergences), and Σw² with `use_entropy`.
 
-    It is never added to the model's loss by itself. It belongs to the samples of the last forward pass in training.
+    The caller must add it to the model's loss; this is never done automatically. It is computed for the samples of the last forward pass in training.
 
     Args:
         model: a model with MonteCLoRA adapters.
-        adapter_names: which; None: those in use.
+        adapter_names: name or names of adapters; None: the active ones.
 
     Returns:
-        A scalar; 0 without a MonteCLoRA adapter among them.
+        A scalar; 0 if none of the adapters is a MonteCLoRA adapter.
 
     Example:
         >>> loss = model(**batch).loss + monteclora_loss(model)

@@ -1,4 +1,4 @@
-"""What the variants share whose effect is s·B'·A'·x for some B' and A' that follow from what is stored."""
+"""Base class of the variants that add s·B'·A'·x, where B' and A' are computed from the stored tensors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 
 def refuse_computed_starts(start: InitialFactors, config: LoraConfig, name: str, why: str) -> None:
-    """Check that A and B are filled, with random values or zeros, which fit any shape.
+    """Check that the initialiser fills A and B with random values or zeros, which is possible for any shape.
 
     Raises:
-        ConfigError: the initialiser computes them from something.
+        ConfigError: the initialiser computes A or B from other tensors, or changes the base weight.
     """
     if isinstance(start.a, Tensor) or isinstance(start.b, Tensor) or start.base_offset is not False:
         raise ConfigError(
@@ -30,22 +30,24 @@ def refuse_computed_starts(start: InitialFactors, config: LoraConfig, name: str,
 
 
 class LowRank(Variant):
-    """ΔW = B'·A'. Where that is not the stored B·A, a subclass says `pair` and `between`, and `worth_caching` if `pair` is more than a look-up."""
+    """ΔW = s·B'·A'. If A' or B' differs from the stored A and B, a subclass overrides `pair` and `between`.
+
+    A subclass sets `worth_caching` to True if `pair` computes more than a look-up."""
 
     kinds: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
     worth_caching: ClassVar[bool] = False
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A' (r, in) and B' (out, r), with gradients to what is stored."""
+        """Return A' (r, in) and B' (out, r), differentiable with respect to the stored tensors."""
         found: tuple[Tensor, Tensor] = self.layer.factors(self.adapter)
         return found
 
     def between(self, hidden: Tensor) -> Tensor:
-        """Return what B is given of `hidden`, the output of A (…, r), where A and B are called as modules; by default all of it."""
+        """Return the input of B (…, r), from `hidden` (…, r), the output of A; used where A and B are called as modules. Default: `hidden`."""
         return hidden
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B'A'·drop(x), with the bias of B where `lora_bias` gave it one."""
+        """Return y + s·B'A'·drop(x), plus the term of B's bias if `lora_bias` is set."""
         layer: Any = self.layer
         down, up = layer.factor_modules(self.adapter)
         s = layer.scaling[self.adapter]
@@ -68,12 +70,12 @@ class LowRank(Variant):
         return b * self.layer.scaling[self.adapter], a
 
     def dropout(self) -> float:
-        """Return the probability with which inputs are dropped in this call."""
+        """Return the dropout probability of the inputs in this call."""
         found: float = self.layer.drop_rate(self.adapter)
         return found
 
     def cached_factors(self) -> tuple[Tensor, Tensor]:
-        """Return `pair`, in an open cache scope computed once."""
+        """Return the result of `pair`; if `worth_caching`, an open cache scope computes it only once in evaluation."""
         layer: Any = self.layer
         scope = layer.selection.cache() if self.worth_caching and not layer.training else None
         return self.pair() if scope is None else scope.get(("factors", layer, self.adapter), self.pair)

@@ -1,4 +1,4 @@
-"""QA-LoRA (arXiv 2309.14717): A sees sums over groups of inputs, so that ΔW is constant within a group and fits into zero points."""
+"""QA-LoRA (arXiv 2309.14717): A is applied to sums over groups of inputs, so that ΔW is constant within a group and merges into zero points."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 class QaLora(LowRank):
     """y + s·B(A·p) with p the sums over each group of g neighbouring inputs: ΔW[o, i] = s·(BA)[o, i // g].
 
-    Shapes: A is stored as (r, in / g). Dropout acts on the sums.
+    Shapes: A is stored as (r, in / g). Dropout is applied to the sums.
 
     Raises:
-        ConfigError: `in` is no multiple of `qalora_group_size`.
+        ConfigError: the input width `in` is not a multiple of `qalora_group_size`.
     """
 
     name = "QALoRA"
@@ -45,10 +45,10 @@ class QaLora(LowRank):
         return (r, inp // self.group), b
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return what A and B start with: A uniform on ±1/√(in / g).
+        """Return the initial values of A and B: A is uniform on ±1/√(in / g), except with ``"gaussian"``.
 
         Raises:
-            ConfigError: the initialiser computes A and B.
+            ConfigError: the initialiser computes A and B from other tensors.
         """
         refuse_computed_starts(start, self.settings.config, self.name, "it computes an A for single inputs, not for groups")
         if self.settings.config.init_lora_weights == "gaussian":
@@ -57,21 +57,22 @@ class QaLora(LowRank):
         return InitialFactors(lambda tensor: tensor.uniform_(-bound, bound), start.b)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return A (r, in), each column g times, and B."""
+        """Return A (r, in), where each stored column is repeated g times, and B (out, r)."""
         a, b = self.layer.factors(self.adapter)
         return a.repeat_interleave(self.group, dim=1), b
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(p))."""
+        """Return y + s·B(A·drop(p)), with p (…, in / g) the sums over the groups."""
         layer: Any = self.layer
         found: Tensor = layer.low_rank(self.adapter, x.reshape(*x.shape[:-1], -1, self.group).sum(-1), y)
         return found
 
 
 def qalora_from_peer(tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
-    """Return the tensors of a QALoRA file of the reference implementation such that they compute the same here.
+    """Convert the tensors of a QALoRA file of the reference implementation, so that the adapter computes the same output here.
 
-    It multiplies the groups' means by in / g, where the paper takes sums (a factor of g): each A is multiplied by (in / g) / g.
+    The reference implementation multiplies the groups' means by in / g, whereas the paper multiplies them by g (sums): each A is multiplied by
+    (in / g) / g.
 
     Args:
         tensors: as `peft_core.load_peft_weights` returns them; A is (r, in / g).
@@ -85,16 +86,16 @@ def qalora_from_peer(tensors: Mapping[str, Tensor], group_size: int) -> dict[str
 
 
 def merged_zero_points(zeros: Tensor, scales: Tensor, delta: Tensor) -> Tensor:
-    """Return the zero points that take a QALoRA adapter into a weight quantised by groups: zeros − ΔW / scales.
+    """Return the zero points that merge a QALoRA adapter into a weight quantised by groups: zeros − ΔW / scales.
 
-    With W = scales · (q − zeros) the codes q stay as they are, and the new zero points are no integers.
+    With W = scales · (q − zeros), the quantised values q do not change, and the new zero points are floating-point numbers.
 
     Args:
-        zeros, scales: (out, in / g), one for each group.
+        zeros, scales: (out, in / g), one value for each output and group.
         delta: ΔW (out, in), constant within groups.
 
     Raises:
-        ConfigError: the groups are not those of ΔW.
+        ConfigError: the shapes do not fit ΔW, or ΔW is not constant within the groups of the quantised weight.
     """
     out, inp = delta.shape
     groups = scales.shape[-1]

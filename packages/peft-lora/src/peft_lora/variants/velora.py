@@ -1,4 +1,4 @@
-"""VeLoRA (arXiv 2405.17991): to save memory, the backward pass gets one number for each group of input features instead of the inputs."""
+"""VeLoRA (arXiv 2405.17991): to save memory, one number for each group of input features is saved for the backward pass instead of the inputs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class Velora(LowRank):
-    """y + s·B(A·drop(x)) as in plain LoRA. Only A's gradient differs: it is computed from the inputs' projections on a vector v.
+    """y + s·B(A·drop(x)) as in plain LoRA. Only the gradient of A differs: it is computed from projections of the inputs on a vector v.
 
     The input features are split into G groups of D = ⌈in / G⌉, the last one padded with zeros, and each group is projected on the same v.
 
-    Buffer: `lora_velora_embed` is v (D,), a unit vector. With an `init_type` that averages it is zero until the first training step.
+    Buffer: `lora_velora_embed` is v (D,), a unit vector. With an `init_type` that averages over a batch, v is zero until the first training step.
     """
 
     name = "VeLoRA"
@@ -46,7 +46,7 @@ class Velora(LowRank):
         holder[self.adapter] = layer.init_options.new_parameter((self.group_width,), fill).data
 
     def buffers(self) -> Iterator[tuple[str, nn.Module, str]]:
-        """Yield v: (end of the file key, module, attribute)."""
+        """Yield (end of the key in the file, module, attribute name) for v."""
         holder: Any = self.layer.lora_velora_embed
         yield "lora_velora_embed", holder, self.adapter
 
@@ -57,7 +57,7 @@ class Velora(LowRank):
         return found
 
     def contribute(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + s·B(A·drop(x)); in training, one number for each token and group is kept for A's gradient.
+        """Return y + s·B(A·drop(x)); in training, one number for each token and group is saved for A's gradient.
 
         Raises:
             ModelError: in training, `lora_A` has hooks or is not a Linear.
