@@ -230,7 +230,7 @@ def _and_bases(name: str) -> list[str]:
 def overridden(cls: type, name: str) -> list[str | None]:
     """Return the docstrings of a method in a class and in all bases that have it, nearest first; and the names in backticks of the classes' own.
 
-    A class may say once what its methods take (``Methods take an adapter's name as `adapter`, ...``).
+    A class may say once what its methods take (``In all methods, `adapter` is ...``).
     """
     found = [function_of(vars(base)[name]) for base in cls.__mro__ if name in vars(base)]
     common = [word for base in cls.__mro__ for line in common_to_methods(base) for word in re.findall(r"`[\w*]+`", line)]
@@ -240,7 +240,7 @@ def overridden(cls: type, name: str) -> list[str | None]:
 def common_to_methods(cls: type) -> list[str]:
     """Return the paragraphs in which a class says what all its methods take."""
     paragraphs = re.split(r"\n\s*\n", vars(cls).get("__doc__") or "")
-    return [paragraph for paragraph in paragraphs if paragraph.strip().startswith("Methods take ")]
+    return [paragraph for paragraph in paragraphs if paragraph.strip().startswith("In all methods, ")]
 
 
 def comment_of(name: str) -> str:

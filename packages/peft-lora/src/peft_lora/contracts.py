@@ -1,7 +1,4 @@
-"""The interfaces between layers, initialisers (they compute the initial values of A and B) and variants (they change the formula of LoRA).
-
-This module imports no layer class: layers use initialisers and variants through these base classes, which use a layer as a `FactorLayer`.
-"""
+"""The interfaces between layers, initialisers (initial values of A and B) and variants (other formulas than LoRA's); no layer class is imported."""
 
 from __future__ import annotations
 
@@ -255,8 +252,7 @@ class Variant(Extension):
     In all methods, `x` (batch, …, in) is the input of the base layer and `y` (batch, …, out) is its output.
 
     Args:
-        layer: the layer.
-        adapter: the adapter's name.
+        layer, adapter: the layer, and the adapter's name.
         settings: rank, alpha, the module's path and the whole config.
 
     Attributes:

@@ -88,7 +88,7 @@ class PrefixEncoder(TableEncoder):
         return None if self.gate is None else self.gate.abs().clamp_min(SMALLEST).log()
 
     def offered(self) -> tuple[KeysValues, Tensor | None]:
-        """Return the results of `keys_values` and `weights`."""
+        """Return the results of `keys_values` and `weights`, in their shapes."""
         return self.keys_values(), self.weights()
 
     def slots(self) -> dict[str, Slot]:

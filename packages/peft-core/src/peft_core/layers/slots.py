@@ -80,7 +80,7 @@ def write_tensor(module: nn.Module, name: str, value: Tensor) -> None:
 class AdapterModule(Protocol):
     """A module with weights of named adapters: a wrapped Linear, a prompt embedding, a saved head.
 
-    Methods take an adapter's name as `adapter`.
+    In all methods, `adapter` is the name of an adapter.
     """
 
     def adapters(self) -> tuple[str, ...]:

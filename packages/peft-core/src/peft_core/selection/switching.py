@@ -94,7 +94,7 @@ def let_train(parameters: Iterable[nn.Parameter], trains: bool) -> None:
 class AuxiliaryTrainingWrapper(SelectionMixin):
     """Base class of the wrappers for the adapter parts that are available with every method: saved modules and trained token rows.
 
-    The methods of this class take an adapter's name as `adapter_name`.
+    In all methods, `adapter_name` is the name of an adapter.
     """
 
     @property

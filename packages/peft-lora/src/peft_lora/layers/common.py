@@ -37,7 +37,7 @@ class LoraMerging(LayerMerging):
 class LoraLayer(FactorLayer):
     """Base class of all LoRA layers: y = base(x) + s·B(A·drop(x)).
 
-    In the methods, `config` or `settings` is the `LoraSettings` of one adapter in this layer, `r` a rank, `a` and `b` the parameters A and B.
+    In all methods, `config` or `settings` is the `LoraSettings` of one adapter in this layer, `r` a rank, `a` and `b` the parameters A and B.
 
     Attributes:
         r, lora_alpha, scaling: adapter → its rank, its alpha, its scaling s.
