@@ -58,11 +58,11 @@ class FactorLayer(AdapterLayer):
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Return A (r, in) and B (out, r) as matrices, as they are stored."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define factors(adapter)")
 
     def store_factors(self, adapter: str, a: nn.Parameter, b: nn.Parameter) -> None:
         """Register the parameters A and B, which have the shapes that `factor_shapes` returns, in the layer."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define store_factors(adapter, a, b)")
 
     def factor_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the shapes in which A and B are stored."""

@@ -215,11 +215,6 @@ def _fixed(scaling: float) -> float:
     return scaling.clone() if isinstance(scaling, Tensor) else scaling
 
 
-def home_of(module: nn.Module, name: str) -> dict[str, Any]:
-    """Return the dict of `module` that contains the parameter or buffer `name`: `_parameters` or `_buffers`."""
-    return module._parameters if name in module._parameters else module._buffers
-
-
 def _sum(weight: Tensor, delta: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, delta.dtype)
     return weight.to(wide) + delta.to(wide)

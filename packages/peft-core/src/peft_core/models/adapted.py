@@ -29,7 +29,7 @@ from ..tuners.adapter_names import check_name
 from ..tuners.index import ATTRIBUTE, AdapterIndex
 from ..tuners.tasks import NO_TASK, TaskSpec
 from . import loading
-from .adapter_operations import AdapterOperations, given_to
+from .adapter_operations import AdapterOperations, callable_base
 from .configs import checked_hub_arguments
 from .loading import LoadOptions
 from .tuner_model import TunerModel
@@ -72,7 +72,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         self.__dict__[ATTRIBUTE] = index
         spec = registry.resolve(str(peft_config.peft_type))
         check_name(adapter_name, index.configs)
-        called = given_to(model)
+        called = callable_base(model)
         self.base_model: nn.Module = self._tuner_model(index, peft_config, called) if spec.base_prefix.endswith(".model.") else called
         self.training = model.training
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -471,7 +471,7 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         base: nn.Module = self.base_model.model if isinstance(self.base_model, TunerModel) else self.base_model
         return base
 
-    def _given(self) -> nn.Module:
+    def _wrapped_base(self) -> nn.Module:
         return self.get_base_model()
 
     @property

@@ -95,11 +95,11 @@ class AdapterOperations:
     def _unload(self, restore_base: bool | None, **how: Any) -> nn.Module:
         restored = self.restores_base if restore_base is None else restore_base
         merging.unload(self._peft_index, restore_base=restored, announce=restore_base is None, **how)
-        return self._given()
+        return self._wrapped_base()
 
-    def _given(self) -> nn.Module:
+    def _wrapped_base(self) -> nn.Module:
         """Return the model that was wrapped, including the wrappers of other libraries that it already had."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _wrapped_base()")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter. If it was the only active one, the first remaining adapter is activated, with a warning.
@@ -220,7 +220,7 @@ def _names(given: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(given)
 
 
-def given_to(model: nn.Module) -> nn.Module:
+def callable_base(model: nn.Module) -> nn.Module:
     """Return the model that was wrapped, if `model` is an adapted model, also inside another library's wrapper; otherwise return `model`."""
     inner = adapted_model(model)
-    return inner._given() if isinstance(inner, AdapterOperations) else model
+    return inner._wrapped_base() if isinstance(inner, AdapterOperations) else model

@@ -166,7 +166,7 @@ def inject(
     state_dict: Mapping[str, Any] | None,
     review: Callable[[AdapterIndex], InjectionReview] | None = None,
 ) -> nn.Module:
-    """Implement `inject_adapter_in_model`; while the adapter is added, `index.review` is the `InjectionReview` that `review` returns."""
+    """Implement `inject_adapter_in_model`; the `InjectionReview` that `review` returns for the index checks the adapter."""
     if not isinstance(peft_config, PeftConfig):
         raise ConfigError(f"peft_config is a {type(peft_config).__name__}, not a PeftConfig")
     spec = registry.resolve(str(peft_config.peft_type))
@@ -176,14 +176,17 @@ def inject(
             f"{spec.peft_type} can't be injected: it takes part in calls, and a bare model does not ask it", hint="use get_peft_model"
         )
     view = None if state_dict is None else view_for_state_dict(index, peft_config, adapter_name, state_dict)
-    before = index.review
-    index.review = before if review is None else review(index)
     # the dtype of the base: a model that is not wrapped is cast as a whole by whoever has it
-    options = InitOptions(meta=low_cpu_mem_usage, autocast=False, from_file=state_dict is not None)
-    try:
-        add_adapter(index, adapter_name, peft_config, init_options=options, view=view, mount_on=index.base, adapt_config=True)
-    finally:
-        index.review = before
+    add_adapter(
+        index,
+        adapter_name,
+        peft_config,
+        init_options=InitOptions(meta=low_cpu_mem_usage, autocast=False, from_file=state_dict is not None),
+        view=view,
+        mount_on=index.base,
+        adapt_config=True,
+        review=None if review is None else review(index),
+    )
     index.attach()
     follow_model(index)
     index.selection.select([adapter_name])

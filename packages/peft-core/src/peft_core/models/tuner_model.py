@@ -98,7 +98,7 @@ class TunerModel(WriteThrough, AdapterOperations):
         """Call the base with `args` and `kwargs`."""
         return self.model(*args, **kwargs)
 
-    def _given(self) -> nn.Module:
+    def _wrapped_base(self) -> nn.Module:
         return self.model
 
     @staticmethod

@@ -22,6 +22,7 @@ from ..layers.token_rows import TrainableRowsLayer
 from ..plugins import hooks, registry
 from ..tuners import adapter_names, builtin
 from ..tuners.index import ATTRIBUTE, AdapterIndex, Key, index_of
+from ..tuners.review import InjectionReview
 from ..tuners.tuner import Plan, TunerBase, Wrap
 from . import reshape
 from .delete import retire
@@ -38,6 +39,7 @@ def add_adapter(
     view: BaseView | None = None,
     before_commit: Callable[[], None] | None = None,
     adapt_config: bool = False,
+    review: InjectionReview | None = None,
 ) -> None:
     """Add an adapter: plan all parts, then change the model. The adapter is neither active nor trainable. If a step fails, all are undone.
 
@@ -51,6 +53,7 @@ def add_adapter(
             `CapabilityError`.
         view: the view of the base with which the adapter is planned; None: the view of the index.
         adapt_config: rewrite a config that was made for another module layout of the base. False if loading a file has done this already.
+        review: checks the adapter before and after it is added; None: the review of the index.
         before_commit: called after the adapter's modules are created (to write a file's tensors); if it raises, all steps are undone.
 
     Raises:
@@ -60,13 +63,14 @@ def add_adapter(
     adapter_names.check_name(adapter, index.configs)
     config.check()
     tuner = index.tuner_for(spec)
-    asked, init_options = init_options, index.review.options(init_options)
+    review = index.review if review is None else review
+    asked, init_options = init_options, review.options(init_options)
     with collector_paused(), Undo() as undo:
         reshape.reshape(index, tuner, adapter, config, undo)
         for name, value in (tuner.adapted_config(index.view, config) if adapt_config else {}).items():
             undo.call(setattr, config, name, getattr(config, name))
             setattr(config, name, value)
-        plans = _plans(index, tuner, adapter, config, (view or index.view).with_heads(heads))
+        plans = _plans(index, tuner, adapter, config, (view or index.view).with_heads(heads), review)
         if mount_on is None and any(plan.mounts for _, _, plan in plans):
             raise CapabilityError(f"{spec.peft_type} puts modules beside the base and can't be injected into a bare model", hint="use get_peft_model")
         keys: list[Key] = []
@@ -77,7 +81,7 @@ def add_adapter(
             keys += _adopt_parameters(index, kind, plan, adapter, undo)
         index.keys_by_adapter[adapter] = list(dict.fromkeys(keys))
         undo.call(index.keys_by_adapter.pop, adapter, None)
-        index.review.filled(adapter, config, asked)
+        review.filled(adapter, config, asked)
         if before_commit is not None:
             undo.call(setattr, index, "_adding", None)
             index._adding = tuner
@@ -87,8 +91,10 @@ def add_adapter(
     hooks.adapter_added(index.base, adapter, config)
 
 
-def _plans(index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView) -> list[tuple[str, TunerBase, Plan]]:
-    main = tuner.plan(index.review.view(adapter, config, tuner, view), adapter, config)
+def _plans(
+    index: AdapterIndex, tuner: TunerBase, adapter: str, config: PeftConfig, view: BaseView, review: InjectionReview
+) -> list[tuple[str, TunerBase, Plan]]:
+    main = tuner.plan(review.view(adapter, config, tuner, view), adapter, config)
     plans: list[tuple[str, TunerBase, Plan]] = [(tuner.spec.peft_type, tuner, main)]
     for kind, part, request in builtin.requests(index.tuners, index.selection, config.shared_options(), view, main):
         plans.append((kind, part, part.plan(view, adapter, request)))

@@ -39,7 +39,7 @@ def assemble(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: b
     if not call.virtual:
         return Assembled(dict(call.inputs))
     if forward.encoder_decoder:
-        return assemble_both(call, forward, task, recomputing=recomputing)
+        return assemble_both(call, forward, recomputing=recomputing)
     if any(tokens.site is not Site.INPUT for tokens in call.virtual):
         raise CapabilityError(f"{forward.view.name} has no decoder of its own, before whose tokens virtual ones could stand", hint="use Site.INPUT")
     return _assemble_one(call, forward, task, recomputing)

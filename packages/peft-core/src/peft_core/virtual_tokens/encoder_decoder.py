@@ -11,11 +11,11 @@ from ..base.forward import BaseForward
 from ..errors import CapabilityError, RoutingError
 from ..selection.route import ALL
 from ..tuners.call import Call, Site, VirtualTokens
-from ..tuners.tasks import IGNORED, TaskSpec
+from ..tuners.tasks import IGNORED
 from .sequence import Assembled, cache_with_prefixes, cached_length, extended_mask, final_mask, pad_left, prepend_embeddings, updated
 
 
-def assemble_both(call: Call, forward: BaseForward, task: TaskSpec, *, recomputing: bool = False) -> Assembled:
+def assemble_both(call: Call, forward: BaseForward, *, recomputing: bool = False) -> Assembled:
     """Return the keyword arguments for the forward of an encoder-decoder model; the arguments and the errors are those of `assemble`."""
     inputs = dict(call.inputs)
     encoder = [tokens for tokens in call.virtual if tokens.site is Site.INPUT]

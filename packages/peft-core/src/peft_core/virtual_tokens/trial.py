@@ -6,6 +6,7 @@ For some models, the config does not contain this information.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -168,7 +169,9 @@ def _quiet(base: nn.Module) -> Iterator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        # a base that was compiled in place is not compiled again for two tokens
+        compiled = "torch._dynamo" in sys.modules
+        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             yield
     finally:
         for module in training:
