@@ -279,17 +279,21 @@ def by_hand(found: dict[str, Tensor]) -> Any:
 OLD_TARGETS = {"listed": ["q_proj", "k_proj", "v_proj", "o_proj", "gate", "w1", "w2", "w3"], "all-linear": "all-linear"}
 
 
+def loaded(loader: str, folder: Path) -> Any:
+    """Return a Mixtral with the adapter in a folder, read by one of the two loaders."""
+    if loader == "peft":
+        return peft.PeftModel.from_pretrained(mixtral(), folder)
+    model = mixtral()
+    model.load_adapter(str(folder))
+    return model
+
+
 @pytest.mark.parametrize("how", OLD_TARGETS)
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
 def test_an_old_adapter_of_mixtral_gives_the_outputs_it_gave(loader: str, how: str, tmp_path: Path) -> None:
     found = old_mixtral_file(tmp_path, OLD_TARGETS[how])
     expected = outputs(by_hand(found))
-    if loader == "peft":
-        model = peft.PeftModel.from_pretrained(mixtral(), tmp_path)
-    else:
-        model = mixtral()
-        model.load_adapter(str(tmp_path))
-    assert worst(outputs(model), expected) < 1e-4
+    assert worst(outputs(loaded(loader, tmp_path)), expected) < 1e-4
 
 
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
@@ -298,12 +302,7 @@ def test_a_dense_layer_of_a_mixture_named_in_full_is_loaded(loader: str, tmp_pat
     model = randomise(peft.get_peft_model(mixtral(), peft.LoraConfig(r=2, target_modules=[name], task_type="CAUSAL_LM")))
     expected = outputs(model)
     model.save_pretrained(tmp_path)
-    if loader == "peft":
-        again = peft.PeftModel.from_pretrained(mixtral(), tmp_path)
-    else:
-        again = mixtral()
-        again.load_adapter(str(tmp_path))
-    assert worst(outputs(again), expected) < 1e-5
+    assert worst(outputs(loaded(loader, tmp_path)), expected) < 1e-5
 
 
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
