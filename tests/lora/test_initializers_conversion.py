@@ -121,7 +121,7 @@ def test_one_of_several_adapters(tmp_path: Path) -> None:
 def test_what_left_the_base_alone_is_saved_as_it_is(init: Any, tmp_path: Path) -> None:
     model = created(init, r=4)
     expected = trained(model, tmp_path / "initial")
-    with pytest.warns(PeftWarning, match="left the base as it was"):
+    with pytest.warns(PeftWarning, match="did not change the base weights"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     found = PeftModel.from_pretrained(Net(), tmp_path / "plain")
     assert found.peft_config["default"].r == 4
@@ -141,7 +141,7 @@ def test_other_methods_have_nothing_to_convert(tmp_path: Path) -> None:
     with registered(DENSE):
         model = get_peft_model(Net(), DenseConfig(target_modules=["a"]))
         model.save_pretrained(tmp_path)
-        with pytest.raises(CapabilityError, match=r"'default' \(DENSE\) left the base as it was.*nothing to convert"):
+        with pytest.raises(CapabilityError, match=r"'default' \(DENSE\) did not change the base weights.*nothing to convert"):
             model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path)
 
 
@@ -182,7 +182,7 @@ def test_a_config_that_was_edited_to_another_start_that_changes_the_base(tmp_pat
     model = created(True)
     model.peft_config["default"].init_lora_weights = "pissa"
     trained(model, tmp_path / "initial")
-    with pytest.warns(PeftWarning, match="left the base as it was"):
+    with pytest.warns(PeftWarning, match="did not change the base weights"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
 
 
@@ -191,7 +191,7 @@ def test_a_rounded_base_with_an_edited_config(tmp_path: Path) -> None:
     model = created("loftq")
     model.peft_config["default"].init_lora_weights = True
     trained(model, tmp_path / "initial")
-    with pytest.raises(ConfigError, match=r"is no s·B·A"):
+    with pytest.raises(ConfigError, match=r"is not s·B·A"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     assert not files_in(tmp_path / "plain")
 
@@ -215,7 +215,7 @@ def test_an_adapter_on_a_residual_that_somebody_saved(init: bool, options: dict[
     residual = model.unload(restore_base=False)
     model = PeftModel.from_pretrained(residual, tmp_path / "initial", is_trainable=True)
     expected = trained(model, tmp_path / "again")
-    with pytest.warns(PeftWarning, match="taken for one without its first values"):
+    with pytest.warns(PeftWarning, match="assumed to be the residual"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
@@ -226,7 +226,7 @@ def test_a_kasa_is_saved_as_it_is(tmp_path: Path) -> None:
     config = LoraConfig(r=3, target_modules=["a", "b"], kasa_config=peft_lora.KasaConfig())
     model = get_peft_model(Net(), config)
     expected = trained(model, tmp_path / "initial")
-    with pytest.warns(PeftWarning, match="left the base as it was"):
+    with pytest.warns(PeftWarning, match="did not change the base weights"):
         model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(Net(), tmp_path / "plain")(X), expected, atol=2e-5, rtol=1e-5)
@@ -255,7 +255,7 @@ def test_convolutions_and_embeddings_beside_a_residual(tmp_path: Path) -> None:
             for parameter in getattr(trained_on.base_model.model, name).parameters_of("default").values():
                 parameter.add_(0.1)
         expected = trained_on.eval()(ids)
-    with pytest.warns(PeftWarning, match="taken for one without"):
+    with pytest.warns(PeftWarning, match="assumed to be the residual"):
         trained_on.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=tmp_path / "initial")
     with torch.no_grad():
         torch.testing.assert_close(PeftModel.from_pretrained(original, tmp_path / "plain")(ids), expected, atol=2e-5, rtol=1e-5)

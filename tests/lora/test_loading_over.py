@@ -43,7 +43,7 @@ def test_the_own_file_of_an_adapter_that_changed_the_base(edited: bool, tmp_path
     model.save_pretrained(tmp_path)
     model.peft_config["default"].init_lora_weights = "pissa"
     randomise(model, "default", 9)
-    with pytest.warns(PeftWarning, match="are taken for its own"):
+    with pytest.warns(PeftWarning, match="are assumed to be trained on the changed weights"):
         model.load_adapter(tmp_path, "default")
     torch.testing.assert_close(model(features()), expected)
 
@@ -66,7 +66,7 @@ def test_starts_that_need_another_base_are_refused(present: Any, loaded: Any, tm
     fields = {"loftq_config": LoftQConfig()} if loaded == "loftq" else {}
     made(loaded, 8, **fields).save_pretrained(tmp_path)
     model = made(present)
-    with Unchanged(model), pytest.raises(ConfigError, match="with another start than the file's") as caught:
+    with Unchanged(model), pytest.raises(ConfigError, match="in another way than the file's") as caught:
         model.load_adapter(tmp_path, "default")
     assert caught.value.code == "other-config"
 

@@ -64,7 +64,7 @@ def test_one_warning_says_what_was_done() -> None:
     assert len(told) == 1
     model = get_peft_model(net(), lora(init_lora_weights="pissa"))
     model.restores_base = False
-    with pytest.warns(PeftWarning, match=r"stays out.*restore_base=True"):
+    with pytest.warns(PeftWarning, match=r"stays subtracted.*restore_base=True"):
         model.unload()
 
 

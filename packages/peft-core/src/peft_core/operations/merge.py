@@ -188,11 +188,11 @@ def _settle(index: AdapterIndex, restore_base: bool) -> list[str]:
 
 
 def _announce(adapters: Sequence[str], restored: bool) -> None:
-    took = f"{listed(adapters)} took a part out of base weights when {'it was' if len(adapters) == 1 else 'they were'} created, which"
+    subtracted = f"the initialisation of {listed(adapters)} subtracted a matrix from base weights, which"
     message = (
-        f"{took} was given back: the base has its original weights; restore_base=False leaves it out"
+        f"{subtracted} was added again: the base has its original weights; with restore_base=False it stays subtracted"
         if restored
-        else f"{took} stays out: this is the base for the adapter's weights as they are, without its initialisation; restore_base=True gives it back"
+        else f"{subtracted} stays subtracted: load the adapter's weights onto this base without that initialisation; restore_base=True adds it again"
     )
     warnings.warn(message, PeftWarning, stacklevel=5)
 

@@ -208,7 +208,7 @@ class TunerBase:
             PeftError: the conversion is not possible.
         """
         raise CapabilityError(
-            f"the adapter {adapter!r} ({self.spec.peft_type}) left the base as it was when it was created: there is nothing to convert",
+            f"the adapter {adapter!r} ({self.spec.peft_type}) did not change the base weights when it was created: there is nothing to convert",
             hint="save it without path_initial_model_for_weight_conversion",
         )
 

@@ -28,7 +28,7 @@ class CustomBuilder:
         made = self.kind(module, self.adapter, config=settings.config, r=settings.r, lora_alpha=settings.alpha)
         if not isinstance(made, nn.Module) or not isinstance(made, AdapterModule):
             raise ConfigError(
-                f"{self.kind.__name__} is no layer of adapters", hint="derive it from nn.Module and peft.tuners.lora.layer.LoraLayer, in this order"
+                f"{self.kind.__name__} is not an adapter layer", hint="derive it from nn.Module and peft.tuners.lora.layer.LoraLayer, in this order"
             )
         made.__dict__["selection"] = self.selection
         return made

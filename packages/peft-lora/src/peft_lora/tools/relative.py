@@ -49,8 +49,8 @@ def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheck
     shifts = _shifts(adapter, now)
     if not shifts and not any(_is_product(initial.tensors.get(key), initial.tensors.get(other)) for key, other in pairs.items()):
         warnings.warn(
-            f"the adapter {adapter!r} left the base as it was, and what it started with is nothing: it is saved as it is, and "
-            "path_initial_model_for_weight_conversion is of no use",
+            f"the initialisation of {adapter!r} did not change the base weights, and its initial B·A is zero: the adapter is saved unconverted, and "
+            "path_initial_model_for_weight_conversion has no effect",
             PeftWarning,
             stacklevel=2,
         )
@@ -58,8 +58,8 @@ def relative_to_base(adapter: str, now: AdapterCheckpoint, initial: AdapterCheck
     _require_same(adapter, now.config, initial.config)
     if not shifts:
         warnings.warn(
-            f"the adapter {adapter!r} took nothing out of this base, which is taken for one without its first values already; if it is the original "
-            "base, save without path_initial_model_for_weight_conversion",
+            f"the initialisation of {adapter!r} did not change the weights of this base: they are assumed to be the residual, from which the initial "
+            "s·B·A was subtracted before; if this is the original base, save without path_initial_model_for_weight_conversion",
             PeftWarning,
             stacklevel=2,
         )
@@ -85,7 +85,8 @@ def _shifts(adapter: str, now: AdapterCheckpoint) -> dict[str, Product]:
         if not (isinstance(change, Subtraction) and isinstance(change.delta, Product)):
             initializer_of(now.config).subtracts_start()  # raises an error with a more exact message, unless the config was edited
             raise ConfigError(
-                f"what the initialisation of {adapter!r} took out of {path!r} is no s·B·A: it can't be converted for the base as it was",
+                f"the initialisation of {adapter!r} subtracted a matrix from {path!r} that is not s·B·A: the adapter can't be converted for the "
+                "original base",
                 hint="save it without path_initial_model_for_weight_conversion, beside the base that unload(restore_base=False) returns",
             )
         found[path] = change.delta
@@ -128,7 +129,7 @@ def _stacked(path: str, now: Factors, first: Factors, config: LoraConfig) -> Fac
     rest = 2 * Patterns(config.rank_pattern, "rank_pattern").value(path, config.r) - a.shape[0]
     if rest < 0 or a.shape[0] != b.shape[1]:
         raise ConfigError(
-            f"the A and B of {path!r} are more than one product, and can't be saved with those that it started with",
+            f"A and B of {path!r} form several products (groups, experts), which can't be combined with the initial A and B",
             hint="save it without path_initial_model_for_weight_conversion",
         )
     return F.pad(a, (0, 0) * (a.ndim - 1) + (0, rest)), F.pad(b, (0, 0) * (b.ndim - 2) + (0, rest))

@@ -59,15 +59,15 @@ def check_start(adapter: str, present: LoraConfig, extensions: Collection[type[E
         fits = ours.frozen == theirs.frozen
     if not fits:
         raise ConfigError(
-            f"the adapter {adapter!r} exists with another start than the file's: init_lora_weights={config.init_lora_weights!r} instead of "
-            f"{present.init_lora_weights!r}, one of which changes the base or freezes A or B",
+            f"the adapter {adapter!r} was initialised in another way than the file's: init_lora_weights={config.init_lora_weights!r} instead of "
+            f"{present.init_lora_weights!r}, and one of the two changes the base weights or freezes A or B",
             hint="load it under another name, or delete_adapter the existing one first",
             code="other-config",
         )
     if shifted and not theirs.needs_base:
         warnings.warn(
-            f"the adapter {adapter!r} changed the base when it was created (init_lora_weights={present.init_lora_weights!r}); the tensors with "
-            f"init_lora_weights={config.init_lora_weights!r} are taken for its own, for the changed base",
+            f"the initialisation of {adapter!r} changed the base weights (init_lora_weights={present.init_lora_weights!r}); the tensors, with "
+            f"init_lora_weights={config.init_lora_weights!r}, are assumed to be trained on the changed weights",
             PeftWarning,
             stacklevel=5,
         )
