@@ -85,7 +85,10 @@ def peft_lora_layouts() -> Iterable[LayoutSpec]:
 
 @hookimpl
 def peft_adapter_added(model: Any, config: Any) -> None:
-    """Let a new adapter's initialiser and variant remove their prepared data. Called after the adapter is added, since adding it may fail."""
+    """Let a new adapter's initialiser and variant delete the data that was prepared for them on the modules of the base.
+
+    This happens only after the adapter was added successfully: if adding fails, the data is needed for the next attempt.
+    """
     if isinstance(config, LoraConfig):
         for extension in extensions_of(config):
             extension.adapter_added(model, config)

@@ -184,7 +184,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     Args:
         prompt_tuning_init: as in `PromptTuningConfig`, or from the file `prompt_tuning_init_state_dict_path`: ``"AVERAGE_SOURCE_TASKS"`` (the
             shared prompt; the mean of each factor over the file's tasks), ``"EXACT_SOURCE_TASK"`` (the shared prompt; the factors of one of the
-            file's tasks), ``"ONLY_SOURCE_SHARED"`` (the shared prompt; random factors). All new tasks are initialised with the same values.
+            file's tasks), ``"ONLY_SOURCE_SHARED"`` (the shared prompt; random factors). Factors from a file are the same for all new tasks.
         prompt_tuning_init_state_dict_path: a .safetensors file, or a pickled dict of tensors.
         prompt_tuning_init_task: with EXACT_SOURCE_TASK, the index of the task in the file, from 0.
         num_ranks: rank q of the low-rank matrices.
@@ -244,13 +244,13 @@ class CPTConfig(PromptLearningConfig):
     Args:
         cpt_token_ids: token ids of the context; None: a single token, id 0.
         cpt_mask: saved in the file, without any effect. None: ones.
-        cpt_tokens_type_mask: the type t of each token. t mod 4: 1: template of an input; 2: input; 3: template of an output; 0: label, where
-            4, 8, … number the labels. t = 0: none of these. None: ones.
+        cpt_tokens_type_mask: the type of each token. 1: template of an input; 2: input; 3: template of an output; 4: label. The next example
+            of the context has 5 to 8 in the same way, and so on. 0: none of these. None: ones.
         opt_weighted_loss_type: ``"none"``: labels count equally; ``"decay"``: labels of the highest type have weight 1, those of the next
             lower type `opt_loss_decay_factor`, then its square, and so on.
         opt_loss_decay_factor: the factor of ``"decay"``.
         opt_projection_epsilon: ε of input tokens: their embeddings may move at most ε·√(width / 2048).
-        opt_projection_format_epsilon: ε of template tokens, in the same way. Labels do not move.
+        opt_projection_format_epsilon: ε of template tokens, in the same way. Labels and tokens of type 0 do not move.
         tokenizer_name_or_path: saved in the file, without any effect.
 
     Raises:

@@ -23,7 +23,7 @@ EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 
 
 def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return a dict: file key → slot of the embedding weights to save in the file of an adapter, together with the adapter's weights.
+    """Return a dict: file key → slot of those embedding weights of the base that are to be saved in an adapter's file; empty if there are none.
 
     Args:
         index, adapter: the adapters of the model, and the name of the adapter that is saved.
@@ -59,6 +59,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
         return {}
     keys = index.keys_by_adapter[adapter]
     rows = {key[1]: key[0] for key in keys if isinstance(index.modules[key], TrainableRowsLayer)}
+    # modules that the adapter's own method wraps; peft-core's own methods begin with "@", and modules mounted beside the base have no method
     wrapped_paths = {path for (method, path) in keys if method and not method.startswith("@") and path not in rows}
     saved = {path for (method, path) in keys if method == SAVED}
     prefix = index.prefix(adapter) if wrapped else ""
@@ -75,7 +76,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
 
 
 def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
-    """Return a dict: file key → slot of the trained rows of tied output layers, which the reference implementation saves again under this key."""
+    """Return a dict: second file key → slot of trained rows that tied layers share: the reference implementation saves them once for each layer."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {
         file_key(prefix, path, end): slot

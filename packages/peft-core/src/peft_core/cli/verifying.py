@@ -117,7 +117,7 @@ def _values(file: WeightFile, step: Step) -> Result:
 
 
 def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
-    """Check tensor names only: modules that lack tensors which other modules of the file have, and modules that the config does not target."""
+    """Report modules that lack tensors which other modules have, and modules that the config does not target; reads only the tensors' names."""
     if not file.shapes:
         return "fault", "the file holds no tensors"
     ends: dict[str, set[str]] = defaultdict(set)

@@ -24,8 +24,8 @@ class Slot:
             refer to the same parameter.
         owner: (module, attribute) where the tensor is stored, if it is a tensor of the model; None if it is computed.
         optional: the tensor may be missing in a file, because other readers and writers of the format do not know it.
-        stands_for: ends of the keys of optional tensors from which this tensor is computed. If a file has all of them, this tensor is not read;
-            if a file has none of them, only this tensor is read, and it replaces them.
+        stands_for: ends of the keys of the optional tensors from which this tensor is computed. When a file with all of them is loaded, they are
+            used, and this tensor is ignored. When a file with none of them is loaded, this tensor is used, and `write` replaces them by it.
         unread: a file may contain this tensor, in any shape, but this module neither reads nor writes it.
     """
 
@@ -102,14 +102,14 @@ class AdapterModule(Protocol):
 
 @runtime_checkable
 class LeavesBehind(Protocol):
-    """An `AdapterModule` that is not simply replaced by the original module when adapters are unloaded."""
+    """An `AdapterModule` that is replaced by the result of `remains` when adapters are unloaded; other wrappers are replaced by what they wrap."""
 
     def adapters(self) -> tuple[str, ...]:
         """Return the adapters that have weights in this module."""
         ...
 
     def remains(self, adapters: tuple[str, ...]) -> nn.Module:
-        """Return the module that replaces this one when it is unloaded and the effect of `adapters` has to remain."""
+        """Return the module that replaces this one when it is unloaded; it must have the effect of `adapters`."""
         ...
 
 

@@ -32,7 +32,7 @@ class Claim:
 def claims(group: str, *, switched_off: bool = False) -> Iterator[Claim]:
     """Yield the entry points of `group`, each once, in the order of the import path.
 
-    Yields only the distributions that `allowed` permits, or, with `switched_off`, only the others.
+    Yields the entry points of those distributions that `allowed` permits; with `switched_off`, those of all other distributions.
     """
     seen: set[tuple[str, str]] = set()
     for point in metadata.entry_points(group=group):
@@ -69,7 +69,7 @@ def allowed(distribution: str) -> bool:
 
 
 def unmet_requirement(claim: Claim) -> str | None:
-    """Return the plugin's requirement `peft-core…` if the running version of peft-core does not satisfy it; otherwise None."""
+    """Return the requirement on peft-core that the plugin declares, if the running version does not satisfy it; otherwise None."""
     if not claim.requires_core:
         return None
     from packaging.requirements import InvalidRequirement, Requirement

@@ -1,4 +1,4 @@
-"""Best low-rank approximations of the weight change by adapters in a layer, computed from their low-rank factors if they have such factors.
+"""Best low-rank approximations of the weight change by a layer's adapters; if all adapters have low-rank factors, only these are decomposed.
 
 A weight is viewed as (groups, out / groups, in): one matrix for each group of a convolution, and a single matrix for all other layers.
 """
@@ -36,7 +36,7 @@ class Decomposition:
     dtype: torch.dtype
 
     def energies(self) -> Tensor:
-        """Return the share of ΣS² that the first 1, 2, …, q singular values of every group have (q,); ones for a zero weight."""
+        """Return, for k = 1, …, q, the share of the first k singular values of every group in ΣS² (q,); ones for a zero weight."""
         found = self.s.double().square().sum(0).cumsum(0)
         return found / found[-1] if float(found[-1]) > 0 else torch.ones_like(found)
 
@@ -73,9 +73,9 @@ def groups_of(layer: AdapterLayer) -> int:
 
 
 def change_of(layer: AdapterLayer, adapter: str) -> Tensor:
-    """Return the exact change of the base weight by an adapter, as a matrix (out, in); it includes weight factors and the initialisation.
+    """Return the exact change of the base weight by an adapter, as a matrix (out, in), including a factor by which it multiplies the weight.
 
-    If the initialisation subtracted something from the base, the change is relative to the original base without the adapter.
+    The change is relative to the original base: a matrix that the adapter's initialisation subtracted from the base weight is subtracted here, too.
 
     Raises:
         MergeError: the adapter's effect can't be expressed as a change of this weight.
@@ -142,5 +142,5 @@ def _factors(layer: AdapterLayer, adapter: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Return a factor in float64 (float32 on MPS): factors are small matrices, and the differences of what they span are small, too."""
+    """Return a factor in float64 (float32 on MPS, which lacks it): factors are small matrices, and the spaces that they span may differ little."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -1,4 +1,7 @@
-"""Compatibility with other frameworks: classes for `isinstance` checks of a LoRA layer's base, since we have one class only, and dequantisation."""
+"""Names that other frameworks import: a function that dequantises a layer's weight, and classes for `isinstance` checks.
+
+The checks tell what base layer a LoRA layer wraps. The reference implementation has a class for each kind of base layer; here, it is one class.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class TorchaoLoraLinear(Linear, metaclass=_Around):
 
 
 class LoraParallelLinear(Linear, metaclass=_Around):
-    """A LoRA layer around a parallel Linear of Megatron; only for `isinstance` checks. No such layer exists: Megatron's Linears are not supported."""
+    """A LoRA layer around a parallel Linear of Megatron; only for `isinstance` checks, which are always False: these Linears are not supported."""
 
     around: ClassVar[frozenset[str]] = frozenset({"ColumnParallelLinear", "RowParallelLinear"})
 
@@ -53,7 +56,9 @@ class ParameterProxy(nn.Module):
 
 
 def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
-    """Return a layer's weight in floating point and in the layer's layout; a quantised weight is dequantised to (out, in), as for merging.
+    """Return a layer's weight as a floating-point tensor.
+
+    A quantised weight is dequantised to a matrix (out, in), as for merging; any other weight keeps its dtype and the layout of its layer.
 
     Args:
         module: a plain layer, a layer that a library has quantised, or an adapter layer around one of these.

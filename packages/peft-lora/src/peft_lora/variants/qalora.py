@@ -1,4 +1,6 @@
-"""QA-LoRA (arXiv 2309.14717): A is applied to sums over groups of inputs, so that ΔW is constant within a group and merges into zero points."""
+"""QA-LoRA (arXiv 2309.14717): A is applied to sums over groups of inputs. ΔW is then constant within each group, so that it can be merged into the
+zero points of a weight that is quantised by groups.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class QaLora(LowRank):
         return (r, inp // self.group), b
 
     def start(self, start: InitialFactors) -> InitialFactors:
-        """Return the initial values of A and B: A is uniform on ±1/√(in / g), except with ``"gaussian"``.
+        """Return the initial values of A and B. A is uniform in [−c, c] with c = 1/√(in / g); with ``"gaussian"``, and for B, `start` is kept.
 
         Raises:
             ConfigError: the initialiser computes A and B from other tensors.
@@ -71,8 +73,8 @@ class QaLora(LowRank):
 def qalora_from_peer(tensors: Mapping[str, Tensor], group_size: int) -> dict[str, Tensor]:
     """Convert the tensors of a QALoRA file of the reference implementation, so that the adapter computes the same output here.
 
-    The reference implementation multiplies the groups' means by in / g, whereas the paper multiplies them by g (sums): each A is multiplied by
-    (in / g) / g.
+    With p the sums over the groups, A is applied to p here, as in the paper, but to (p / g)·(in / g) in the reference implementation. So each A is
+    multiplied by (in / g) / g.
 
     Args:
         tensors: as `peft_core.load_peft_weights` returns them; A is (r, in / g).
