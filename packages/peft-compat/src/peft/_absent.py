@@ -85,7 +85,7 @@ def _model(name: str, method: str) -> Any:
     from ._tuner_models import BaseTuner
 
     kind: Any = type(BaseTuner)
-    return kind(name, (BaseTuner,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base with {method} adapters."})
+    return kind(name, (BaseTuner,), {"peft_type": method, "__module__": "peft", "__doc__": f"A base model with {method} adapters."})
 
 
 @functools.cache
@@ -95,11 +95,11 @@ def _placeholder(name: str, method: str) -> Any:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
         raise UnknownTunerError(
             f"{name}: the method {method} is not installed",
-            hint=f"install a package that provides the tuner {method} for peft-core (by custom called peft-{method.lower().replace('_', '-')}); "
+            hint=f"install a package that provides the tuner {method} for peft-core (usually named peft-{method.lower().replace('_', '-')}); "
             "`peft-core plugins` lists what is installed",
         )
 
-    members: dict[str, Any] = {"__init__": refuse, "__module__": "peft", "__doc__": f"Stands for {name} of {method}, which is not installed."}
+    members: dict[str, Any] = {"__init__": refuse, "__module__": "peft", "__doc__": f"Placeholder for {name}: the method {method} is not installed."}
     base, further = _stands_on(name, method)
     kind: Any = type(base)
     return kind(name, (base,), {**members, **further})

@@ -225,7 +225,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         require_positive_integer("num_tasks", self.num_tasks)
         task = self.prompt_tuning_init_task
         if isinstance(task, bool) or not isinstance(task, int) or task < 0:
-            raise ConfigError(f"prompt_tuning_init_task={task!r} is no number of a task", hint="tasks are counted from 0")
+            raise ConfigError(f"prompt_tuning_init_task={task!r} is not the index of a task", hint="give an integer from 0 on")
         if self.starts_from_source and not self.prompt_tuning_init_state_dict_path:
             given = getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init)
             raise ConfigError(
@@ -288,7 +288,7 @@ class CPTConfig(PromptLearningConfig):
         for name in ("cpt_token_ids", "cpt_mask", "cpt_tokens_type_mask"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-                raise ConfigError(f"{name}={values!r} is no list of numbers from 0 on")
+                raise ConfigError(f"{name}={values!r} is not a list of non-negative integers")
             if len(values) != count or not count:
                 raise ConfigError(
                     f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length, at least 1; {name} has {len(values)}, "

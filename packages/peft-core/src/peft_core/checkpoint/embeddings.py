@@ -34,7 +34,7 @@ def slots_to_save(index: AdapterIndex, adapter: str, choice: bool | str, *, wrap
         ConfigError: `choice` is not True, False or ``"auto"``.
     """
     if choice not in (True, False, "auto"):
-        raise ConfigError(f"save_embedding_layers={choice!r}", hint="write True, False or 'auto'")
+        raise ConfigError(f"save_embedding_layers={choice!r} is unknown", hint="write True, False or 'auto'")
     config = index.configs[adapter]
     if choice is False or config.is_prompt_learning:
         return {}

@@ -102,7 +102,10 @@ def _config(raw: Mapping[str, Any]) -> Result:
 
 def _one_file(adapter: Adapter) -> Result:
     if all((adapter.path / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-        return "fault", f"both {SAFETENSORS_WEIGHTS_NAME} and {WEIGHTS_NAME} are there: readers take the first, whichever is newer"
+        return (
+            "fault",
+            f"both {SAFETENSORS_WEIGHTS_NAME} and {WEIGHTS_NAME} are there: readers use {SAFETENSORS_WEIGHTS_NAME}, even if {WEIGHTS_NAME} is newer",
+        )
     return PASSED
 
 
@@ -129,7 +132,7 @@ def _keys(raw: Mapping[str, Any], spec: TunerSpec, file: WeightFile) -> Result:
     for path, present in ends.items():
         fuller = next((other for other in ends.values() if present < other), None)
         if fuller:
-            faults.append(f"{path} has {listed(sorted(present))} but not {listed(sorted(fuller - present))}, as others have")
+            faults.append(f"{path} has {listed(sorted(present))}, but lacks {listed(sorted(fuller - present))}, which other modules have")
     try:
         stray = _outside_targets(raw, spec, list(ends))
     except PeftError as error:

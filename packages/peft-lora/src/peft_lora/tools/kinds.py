@@ -70,5 +70,7 @@ def dequantize_module_weight(module: nn.Module) -> nn.Parameter:
     layer = peft_make_layer("LORA", base, AdapterSelection())
     weight = getattr(base, "weight", None) if layer is None else layer.base_weight()
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise UnsupportedModuleError(f"a {type(base).__name__} has no weight that could be read as numbers", hint="name a layer with a weight")
+        raise UnsupportedModuleError(
+            f"a {type(base).__name__} has no floating-point weight, and none that can be dequantised", hint="name a layer with a weight"
+        )
     return nn.Parameter(weight.detach(), requires_grad=False)

@@ -5,7 +5,7 @@ zero points of a weight that is quantised by groups.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from peft_core import ConfigError
 
 from ..contracts import FactorLayer, InitialFactors, LoraSettings
 from .products import LowRank, refuse_computed_starts
-
-if TYPE_CHECKING:
-    pass
 
 
 class QaLora(LowRank):
@@ -52,7 +49,7 @@ class QaLora(LowRank):
         Raises:
             ConfigError: the initialiser computes A and B from other tensors.
         """
-        refuse_computed_starts(start, self.settings.config, self.name, "it computes an A for single inputs, not for groups")
+        refuse_computed_starts(start, self.settings.config, self.name, "it computes A (r, in), and the A of QALoRA is (r, in / qalora_group_size)")
         if self.settings.config.init_lora_weights == "gaussian":
             return start
         bound = (self.layer.matrix_shape[1] // self.group) ** -0.5
@@ -103,7 +100,7 @@ def merged_zero_points(zeros: Tensor, scales: Tensor, delta: Tensor) -> Tensor:
     groups = scales.shape[-1]
     if scales.shape != zeros.shape or scales.shape[0] != out or inp % groups:
         raise ConfigError(
-            f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} are no groups of a ΔW {tuple(delta.shape)}",
+            f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} do not fit ΔW {tuple(delta.shape)}: both have the shape (out, groups), with groups a divisor of in",
             hint="quantise with qalora_group_size, or a divisor of it",
         )
     parts = delta.reshape(out, groups, -1)
