@@ -216,7 +216,7 @@ def test_sources_that_do_not_fit(source: tuple[dict[str, Tensor], str], tmp_path
         ({"prompt_tuning_init_state_dict_path": str(broken)}, AdapterFileError, "can't be read as tensors"),
         ({"prompt_tuning_init_state_dict_path": str(shared)}, AdapterWeightsError, "has no 'prefix_task_cols' and no 'prefix_task_rows'"),
         ({"prompt_tuning_init_task": 4}, AdapterWeightsError, "prompt_tuning_init_task=4, but .* has 4 tasks; give one of 0 to 3"),
-        ({"prompt_tuning_init_task": -1}, ConfigError, "no number of a task"),
+        ({"prompt_tuning_init_task": -1}, ConfigError, "is not the index of a task"),
         ({"num_ranks": 5}, AdapterWeightsError, r"'prefix_task_cols' .* is \(4, 3, 2\), but the new prompt needs \(4, 3, 5\)"),
         ({"num_virtual_tokens": 4}, AdapterWeightsError, r"'prompt_embeddings' .* is \(3, 32\), but the new prompt needs \(4, 32\)"),
         ({"prompt_tuning_init": "EXACT_SOURCE_TASKS"}, ConfigError, "did you mean 'EXACT_SOURCE_TASK'"),

@@ -100,7 +100,8 @@ def merged_zero_points(zeros: Tensor, scales: Tensor, delta: Tensor) -> Tensor:
     groups = scales.shape[-1]
     if scales.shape != zeros.shape or scales.shape[0] != out or inp % groups:
         raise ConfigError(
-            f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} do not fit ΔW {tuple(delta.shape)}: both have the shape (out, groups), with groups a divisor of in",
+            f"zeros {tuple(zeros.shape)} and scales {tuple(scales.shape)} do not fit ΔW {tuple(delta.shape)}: both have the shape (out, groups), "
+            "with groups a divisor of in",
             hint="quantise with qalora_group_size, or a divisor of it",
         )
     parts = delta.reshape(out, groups, -1)
