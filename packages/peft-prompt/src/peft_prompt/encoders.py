@@ -22,17 +22,19 @@ INITIAL = InitOptions()
 class Encoder(nn.Module):
     """A module that computes virtual tokens from parameters.
 
-    A tuner calls the module with the name of a method, so that sharded or offloaded parameters (FullyShardedDataParallel, hooks) are in memory when
-    they are read.
+    A tuner does not call a method directly, but calls the module with the name of the method: only a call of the module runs the hooks that bring
+    sharded or offloaded parameters into memory (FullyShardedDataParallel, offloading hooks).
 
     Example:
         >>> encoder("tokens")  # encoder.tokens(), with the parameters in memory
     """
 
     def forward(self, method: str | Tensor, *arguments: Any) -> Any:
-        """Return the result of the method named `method`; if parameters are sharded or offloaded, its tensors are copied.
+        """Return the result of the method named `method`.
 
-        If `method` is a tensor of indices of virtual tokens (...), return these virtual tokens (..., width): other libraries call encoders so.
+        If parameters are sharded or offloaded, the tensors in the result are copies, which stay valid when the parameters leave memory again.
+        If `method` is a tensor of indices of virtual tokens (...), return these virtual tokens (..., width). Other libraries call encoders in
+        this way.
         """
         if isinstance(method, Tensor):
             return self.forward("rows", method)
@@ -43,7 +45,7 @@ class Encoder(nn.Module):
 
     @property
     def trained(self) -> Tensor:
-        """A parameter of any shape that all methods read; while it is sharded, the value is not an `nn.Parameter`."""
+        """A parameter that all methods read; its shape does not matter. If its type is not `nn.Parameter`, it is sharded at the moment."""
         weight: Tensor = self.embedding.weight  # type: ignore[union-attr, assignment]
         return weight
 
@@ -66,9 +68,9 @@ class TableEncoder(Encoder):
         shape: shape of the resulting table.
         network: returns the network's parts, as a dict child name → module; None: there is no network.
         inner: width of the table that the network reads.
-        frozen: the adapter is for inference only: the network is not created.
+        frozen: whether the adapter is for inference only; if so, the network is not created.
         init_options: whether initial values are needed, and whether tensors are on the meta device.
-        start: returns the initial values of a table without a network.
+        start: function that fills the table with initial values and returns it; only called if no network is created and initial values are needed.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class TableEncoder(Encoder):
         return self.table()[indices]
 
     def slots(self) -> dict[str, Slot]:
-        """Return the slots of the tensors in a file: the resulting table, and the network's tensors; without a network these are ignored."""
+        """Return the slots of the tensors in a file: the resulting table, and the network's tensors, which are ignored if there is no network."""
         if not self.parts:
             return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
         network = ("embedding", *self.parts)

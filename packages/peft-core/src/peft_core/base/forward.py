@@ -1,4 +1,4 @@
-"""Properties of the base model's `forward`: its parameters, its cache, and its kind of attention. They are read once per model."""
+"""Properties of the base model's `forward`: the parameters in its signature, its cache, and its kind of attention."""
 
 from __future__ import annotations
 
@@ -13,30 +13,34 @@ from .view import BaseView
 
 
 class BaseForward:
-    """Properties of the base model's `forward` that decide how a call with virtual tokens is assembled. They are read once per model."""
+    """Properties of the base model's `forward` that decide how a call with virtual tokens is assembled.
+
+    All are determined once per model, when this object is created; only `reads_cache` is set later.
+    """
 
     def __init__(self, view: BaseView) -> None:
         self.view = view
         found = inspect.signature(type(view.base).forward).parameters
         #: the names of the parameters of `forward`, in order
         self.parameters = tuple(found)[1:]  # without the first parameter, which is the model (usually named `self`)
-        #: whether `forward` accepts a KV cache: as the parameter `past_key_values`, or as a keyword that the model passes to its backbone
         passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.separate_decoder(view.base) is None
         keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
+        #: whether `forward` accepts a KV cache: as the parameter `past_key_values`, or as a keyword that the model passes to its backbone
         self.takes_cache = "past_key_values" in found or keywords
         #: the inner model that accepts a KV cache, if `forward` of the outer model does not; otherwise None
         self.backbone = None if self.takes_cache else backbone.find(view.base)
-        #: the inner model that has one embedding per layer (per-layer inputs), which its `forward` computes from token ids; or None
+        #: the inner model that looks up a separate embedding of each token id for each of its layers (Gemma 3n, Gemma 4); None for other bases
         self.per_layer = next((module for module in view.modules.values() if hasattr(type(module), "get_per_layer_inputs")), None)
-        #: whether a layer has read the keys and values of a prefix from a KV cache so far
+        #: whether a call has already shown that a layer reads the keys and values of a prefix from a KV cache; False before the first such call
         self.reads_cache = False
-        #: the position id of the first token: 0; if the position embeddings have a padding index (RoBERTa): padding index + 1
+        #: the position id of the first token: 0, or padding index + 1 if the position embeddings have a padding index (RoBERTa)
         self.first_position = _first_position(view)
         #: whether the base is an encoder-decoder model
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
-        #: whether the decoder computes position ids from the cache length (equal for all samples of the batch) and accepts no position ids
+        #: whether the decoder accepts no position ids and computes them from the cache length, so that all samples of a batch have the same
         self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
-        #: whether attention is causal; if it is not, the first token of a sample may represent the whole sequence (BERT's pooler)
+        #: whether attention is causal; always False for encoder-decoder models.
+        #: If attention is not causal, the first token of a sample may represent the whole sequence (BERT's pooler).
         self.causal = not self.encoder_decoder and _is_causal(view)
         #: whether the base has a language-modelling head, which predicts the next token
         self.predicts = hasattr(view.base, "prepare_inputs_for_generation")
@@ -48,9 +52,9 @@ class BaseForward:
         return name in self.parameters
 
     def per_layer_inputs(self, ids: Any, count: int = 0) -> dict[str, Tensor]:
-        """Return the keyword `per_layer_inputs`, which `forward` needs beside embeddings if its layers look up token ids (Gemma 3n, Gemma 4).
+        """Return a dict with the keyword argument `per_layer_inputs`; the dict is empty if the model has no such argument.
 
-        The dict is empty for all other models.
+        Models whose layers look up token ids (Gemma 3n, Gemma 4) need this argument when `forward` gets embeddings instead of token ids.
 
         Args:
             ids: token ids (batch, tokens); if they are not a tensor, the dict is empty and the base runs without this keyword.

@@ -36,9 +36,9 @@ def check_route(index: AdapterIndex, route: Route) -> None:
 
 
 def check_moment(index: AdapterIndex) -> None:
-    """Check that adapters may be chosen for a single call or block now, and prepare gradient checkpointing for it.
+    """Check that the model is in a state in which a single call or block can use other adapters, that is, that no adapter is merged.
 
-    Layers that are recomputed in the backward pass will then use the same adapters.
+    Also prepare gradient checkpointing, so that layers that are recomputed in the backward pass use the adapters of this call or block.
 
     Raises:
         RoutingError: adapters are merged.

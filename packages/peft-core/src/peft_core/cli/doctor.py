@@ -22,7 +22,10 @@ SLOW = 1.0
 
 
 def examine() -> Report:
-    """Import every plugin and return its state: ``"ok"``, ``"broken"``, ``"conflict"``, ``"incompatible"``, ``"slow-import"`` or ``"off"``."""
+    """Import every plugin and return the report, with the environment and the state of each plugin.
+
+    The state is ``"ok"``, ``"broken"``, ``"conflict"``, ``"incompatible"``, ``"slow-import"`` or ``"off"``.
+    """
     for name in ("pluggy", "packaging.requirements"):  # imported first, so that the time for core's own dependencies is not counted for a plugin
         importlib.import_module(name)
     found = [_listener(claim) for claim in discovery.claims(discovery.PLUGINS)]

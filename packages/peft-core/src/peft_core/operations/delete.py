@@ -27,10 +27,10 @@ def delete(index: AdapterIndex, adapter: str) -> None:
         raise MergeError(f"cannot delete the adapter {adapter!r} while it is merged", hint="unmerge_adapter() first")
     for (kind, path), module in index.modules_of(adapter):
         module.drop(adapter)
-        if not kind:
+        if not kind:  # a module mounted beside the base
             for tuner in index.tuners.values():
                 tuner.mounted.get(path, {}).pop(adapter, None)
-        if isinstance(module, SelectionMixin) and module.selection is not index.selection:  # its adapters were set individually
+        if isinstance(module, SelectionMixin) and module.selection is not index.selection:  # active adapters set for this module only
             module.stop_using(adapter)
     del index.keys_by_adapter[adapter], index.configs[adapter]
     active = before = index.selection.names
@@ -51,7 +51,7 @@ def delete(index: AdapterIndex, adapter: str) -> None:
 
 
 def retire(index: AdapterIndex) -> None:
-    """Delete all records of adapters and all hooks from the base, which is then an ordinary model again."""
+    """Delete all records of adapters, all hooks and all mounted modules from the base. The wrappers must have been replaced before."""
     generation.uninstall(index.base)
     backbone.uninstall(index)
     checkpointing.uninstall(index.base)
@@ -59,7 +59,7 @@ def retire(index: AdapterIndex) -> None:
         index.base.__dict__.pop(name, None)
     for (kind, path), module in index.modules.items():
         mounted: Any = index.base._modules.get(path)
-        if not kind and mounted is module:  # injecting adds such modules to the base itself
+        if not kind and mounted is module:  # without a `PeftModel`, mounted modules are children of the base
             del index.base._modules[path]
     index.modules.clear()
     index.keys_by_adapter.clear()

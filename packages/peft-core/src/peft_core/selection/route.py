@@ -24,11 +24,12 @@ class Route:
     """The adapters of one forward pass: `names` for all rows of a batch, or `per_row` with the names for each row.
 
     Args:
-        names: the adapters that every row uses, in the order in which they are applied; with `per_row`, the union over all rows, in this order.
+        names: the adapters that every row uses, in the order in which they are applied. With `per_row`: all adapters that at least one row uses, in
+            the same order; may be left empty, then `used` computes them.
         per_row: for each row the adapters that it uses; ``()`` means the base model without adapters.
         context: values for this call that a tuner passes to its own layers.
-        active_mask: mask of the active adapters, read by compiled graphs: bool (adapters,), or (rows, adapters) with `per_row`; set by
-            `AdapterSelection.use`.
+        active_mask: mask of the active adapters, which compiled graphs read; a bool tensor (adapters,), with `per_row` (rows, adapters). It is set by
+            `AdapterSelection.use`, if compiled graphs may exist.
     """
 
     names: tuple[str, ...] = ()

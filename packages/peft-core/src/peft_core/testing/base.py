@@ -30,7 +30,7 @@ from .models import TASKS, inputs_of, tiny
 #: config fields that select the modules to adapt; they are not valid for another base model
 _SELECTING = frozenset(field.name for field in dataclasses.fields(LayerConfig))
 
-#: keys of an example that are no fields of its config
+#: keys that an entry of `SuiteBase.configs` may have and that are not config fields
 _EXTRA = frozenset({"base", "arguments", "second"})
 
 
@@ -40,13 +40,14 @@ class SuiteBase:
     Attributes:
         peft_type: the tuner; it must be installed or registered.
         configs: name → config fields. Three extra keys are not config fields. ``"base"``: the name of a model of `BASES`, by default ``"llama"``.
-            ``"arguments"``: for each keyword argument of a call that is passed to the tuner (`TunerSpec.call_arguments`) a list with one value
-            per row, repeated if there are more rows. ``"second"``: the config fields that differ for further adapters on the same model, needed
-            if two adapters with equal configs could not be told apart.
+            ``"arguments"``: a dict with the keyword arguments of a model call that are meant for the tuner (`TunerSpec.call_arguments`). Each
+            value is a list with one number per row; if a batch has more rows, the list is repeated. ``"second"``: the config fields that have
+            other values in further adapters on the same model; needed if the checks could not distinguish two adapters with equal configs.
             If `configs` is empty, the examples of the tuner's spec are used; if there are none, one config with default values.
         expected_failures: check → reason. It is strict: a listed check that passes is reported as a failure, so that the list can only shrink.
         neutral_start: True if a new adapter must not change the outputs. None: True for tuners that wrap layers, False for others.
-        tolerance: the largest allowed difference between equal computations in float32, relative to the largest output.
+        tolerance: the largest allowed difference between two computations in float32 that should have the same result, relative to the largest
+            output.
     """
 
     peft_type: ClassVar[str] = ""
@@ -149,13 +150,14 @@ class SuiteBase:
         return get_peft_config({"peft_type": self.peft_type, **fields, "target_modules": [target]})
 
     def second_config(self, name: str) -> PeftConfig:
-        """Return the config for further adapters on the same model: the config called `name` with the fields of its key ``"second"`` replaced."""
+        """Return the config for further adapters on the same model: the config called `name`, changed as its key ``"second"`` says."""
         return self.config(name, **self.named_configs()[name].get("second", {}))
 
     def model(self, name: str, *adapters: str, seed: int = 1, random: bool = True, base: nn.Module | None = None, second: bool = False) -> PeftModel:
         """Return a model in eval mode with the given adapters; without names, with one adapter called ``default``.
 
-        If `random`, the adapters' weights are random values, so that the adapters have an effect.
+        If `random`, the adapters' weights are random values, so that the adapters have an effect. The first adapter has the config called `name`,
+        or, if `second`, that of `second_config`; all further adapters have that of `second_config`.
         """
         names = adapters or ("default",)
         with quiet():
@@ -186,7 +188,7 @@ class SuiteBase:
         return {key: torch.tensor([values[row % len(values)] for row in range(rows)]) for key, values in given.items()}
 
     def inputs_for(self, model: nn.Module, name: str, rows: int = 3) -> dict[str, Tensor]:
-        """Return the inputs for `model`, with floating-point inputs in the model's dtype, and the tuner's keyword arguments that it accepts."""
+        """Return the inputs for `model`, with floating-point inputs in its dtype, and with the tuner's keyword arguments that `model` accepts."""
         dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
         found = {key: value.to(dtype) if value.is_floating_point() else value for key, value in self.inputs(name, rows).items()}
         wrapped = getattr(model, "_orig_mod", model)

@@ -27,7 +27,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 class LowRankLinear(torch.autograd.Function):
     """x ↦ xWᵀ + bias + s·drop(x)AᵀBᵀ with W and bias frozen.
 
-    In the backward pass, the matrix product that computes the gradient of x through A and B also adds the gradient through W.
+    In the backward pass, the gradient of x through W is computed first; the gradient of x through A and B is then added to it in place. Without
+    dropout, a single operation (`addmm_`) computes the second gradient and adds it.
     """
 
     @staticmethod
@@ -39,7 +40,7 @@ class LowRankLinear(torch.autograd.Function):
         y2 = y.view(-1, y.shape[-1])
         if a.dtype is x.dtype:
             _linear_into(y2, x2, weight, bias).addmm_(hidden.t(), b.to(x.dtype).t(), alpha=s)
-        else:
+        else:  # A and B have another dtype than x, for example float32 with a bfloat16 base: add in their dtype, then convert the sum
             y2.copy_(F.linear(x2, weight, bias).to(a.dtype).addmm_(hidden.t(), b.to(a.dtype).t(), alpha=s))
         ctx.save_for_backward(x, weight, bias, a, b, hidden, mask)
         ctx.s, ctx.p = s, p

@@ -1,6 +1,7 @@
 """Hot-swapping: replace an adapter's weights, rank and scaling in place, so that compiled graphs and optimisers stay valid.
 
-If the model is not compiled, the new adapter may have a larger rank: A and B are then replaced by new, larger parameters.
+If the model is not compiled, the new adapter may have a larger rank: A and B are then replaced by new, larger parameters,
+and optimisers have to be created again.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
     "plan_swap",
     "prepare_model_for_compiled_hotswap",
 ]
-#: config fields in which the new adapter may differ from the adapter that it replaces; their values are written into the config of the latter
+#: config fields in which the new adapter may differ from the adapter that it replaces; the swap copies their values into the config in use
 SWAPPABLE = frozenset({"r", "lora_alpha", "rank_pattern", "init_lora_weights", *INITIALIZER_SETTINGS})
 #: config fields that `check_hotswap_configs_compatible` compares; the swap itself compares all fields that are not in `SWAPPABLE`
 _COMPARED = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
@@ -79,18 +80,20 @@ def prepare_model_for_compiled_hotswap(
     """Prepare all LoRA adapters of a model, so that later swaps need no recompilation. Call it before `torch.compile` and before making optimisers.
 
     Scalings become tensors, which a compiled graph reads in each call, and A and B are padded with zeros to the largest expected rank. The padding
-    has no effect on the output and is not written to files: saving, loading and merging use the unpadded rank.
+    has no effect on the output and is not written to files: saving, loading and merging use the unpadded rank. After any error the model
+    is unchanged.
 
     Args:
         model: a model with LoRA adapters; all of its adapters are prepared.
         target_rank: the largest rank that will be swapped in; None: `target_rank` adds no padding.
-        config: config of the adapters that will be swapped in, or name → config: A and B are padded for the ranks in them, too.
+        config: config of the adapters that will be swapped in, or a dict name → config; A and B are padded to the largest rank in these configs, if
+            that is larger than `target_rank`.
         check_compiled: what to do if the model is compiled already: ``"error"``, ``"warn"`` or ``"ignore"``.
 
     Raises:
         ConfigError: `target_rank` is smaller than the rank of a present adapter, or is not a positive integer; `check_compiled` is unknown; the
             model is compiled; a variant can't be padded to a larger rank (`Variant.can_be_padded`).
-        AdapterNotFoundError: the model has no LoRA layer. The model is then unchanged.
+        AdapterNotFoundError: the model has no LoRA layer.
     """
     _require_check(check_compiled)
     _require_rank(target_rank)
@@ -171,7 +174,10 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _padded_rank(layer: LoraLayer, adapter: str, rank: int) -> int:
-    """Return how many columns B needs for a rank: the rank itself, or rank / groups on a grouped convolution whose A is not grouped."""
+    """Return how many columns the stored B needs for a rank, at least as many as it has now.
+
+    A rank r needs r columns, or r / groups (rounded up) on a grouped convolution whose A is not grouped.
+    """
     present = rank_padding.stored_rank(layer, adapter)
     used = layer.used_rank.get(adapter, present)
     share, rest = divmod(rank * used, layer.r[adapter]) if used < layer.r[adapter] else (rank, 0)
@@ -252,7 +258,7 @@ def _require_swappable(layer: LoraLayer, adapter: str, path: str) -> None:
 
 
 def _check_start(present: LoraConfig, config: LoraConfig) -> None:
-    """Check that the initialisations of both adapters leave the same base weight, and the same of A and B trainable."""
+    """Check that the initialisations of both adapters change the base weight in the same way, and freeze the same factors (A, B or none)."""
     ours, theirs = present.init_lora_weights, config.init_lora_weights
     if ours != theirs and (initializer_of(present).needs_base or initializer_of(config).needs_base):
         raise ConfigError(
@@ -262,7 +268,7 @@ def _check_start(present: LoraConfig, config: LoraConfig) -> None:
 
 
 def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str) -> None:
-    """Check rank and alpha where the initialisation subtracted s·B₀·A₀ from the base weight: both adapters must have the same."""
+    """Check that both adapters have the same rank and alpha, if the initialisation subtracted s·B₀·A₀ from the base weight of the layer."""
     if layer.merging.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
             f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
@@ -280,7 +286,7 @@ def _fitted(layer: LoraLayer, adapter: str, r: int, part: IncomingWeights) -> tu
         AdapterWeightsError: a tensor is missing, or its shape or rank does not fit.
     """
     slots = {end: Slot.of(module, name) for end, module, name in layer.holders(adapter)}
-    if not part.tensors:
+    if not part.tensors:  # the new adapter has no weights in this layer
         columns = _columns_of(layer, adapter, r)
         stored = _stored_shapes(layer, adapter, slots, columns, part)
         return columns, _zeros(layer, adapter, slots, stored, part.path)

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 
 class Kasa(LowRank):
-    """W' + ΔW: W' is W without its r smallest singular components, as long as the adapter exists; ΔW = s·B·diag(δ)·A.
+    """W' + ΔW with ΔW = s·B·diag(δ)·A; W' is W without its r smallest singular components.
 
-    Shapes: `lora_diag` δ (r,), initialised from N(0, 1). Several KaSA adapters of a layer share one W': as many components are
-    removed as the largest of their ranks.
+    W' takes the place of W as long as the layer has a KaSA adapter; when the last one is deleted, W is restored. Several KaSA adapters of a layer
+    share one W': the number of removed components is the largest of their ranks.
+
+    Shapes: `lora_diag` δ (r,), initialised from N(0, 1).
 
     Raises:
         ConfigError: r is not smaller than both sides of W.
@@ -81,10 +83,12 @@ class Kasa(LowRank):
         layer.shift_base(self.adapter, smallest_components(layer.ops.matrix(layer.base_weight()), self.settings.r))
 
     def drop(self) -> None:
-        """Before this adapter is deleted, give the other KaSA adapters of the layer the W' that they need.
+        """Keep the base truncated for the other KaSA adapters of the layer, before this adapter is deleted.
+
+        Another adapter of the same rank takes over the removed components. If there is none, W is restored and truncated again for the others.
 
         Raises:
-            MergeError: adapters are merged into W.
+            MergeError: W has to be restored, and adapters are merged into it.
         """
         layer: Any = self.layer
         others = self._others()
@@ -113,7 +117,7 @@ class Kasa(LowRank):
         return self.diagonal[:, None] * a, b
 
     def between(self, hidden: Tensor) -> Tensor:
-        """Return δ ⊙ A·x."""
+        """Return δ ⊙ hidden; `hidden` is A·x."""
         return hidden * self.diagonal.to(hidden.dtype)
 
     @property
