@@ -61,7 +61,7 @@ def test_names_that_can_not_be_followed(model: PeftModel, names: Any, error: typ
 
 def test_merged_adapters_are_in_all_rows(model: PeftModel) -> None:
     model.merge_adapter()
-    with pytest.raises(RoutingError, match="'a' are merged into the base weights of all rows; unmerge_adapter"):
+    with pytest.raises(RoutingError, match="'a' are merged, and act on all rows; unmerge_adapter"):
         model(X, adapter_names=["a", "b", "a"])
 
 

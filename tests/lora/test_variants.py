@@ -277,7 +277,7 @@ def test_kasa_does_not_mix_with_others() -> None:
 
 
 def test_kasa_needs_a_component_that_stays() -> None:
-    with pytest.raises(ConfigError, match=r"smaller than the 8 singular components of 'down' \(8 × 12\), not 8"):
+    with pytest.raises(ConfigError, match=r"an r below 8, the number of singular components of 'down' \(8 × 12\)"):
         made(kasa_config={}, r=8)
 
 

@@ -45,7 +45,10 @@ def check_moment(index: AdapterIndex) -> None:
     """
     checkpointing.prepare(index)
     if index.merged_adapters():
-        raise RoutingError(f"{listed(index.merged_adapters())} are merged into the base weights of all rows", hint="unmerge_adapter() first")
+        raise RoutingError(
+            f"adapters can't be chosen for this call: {listed(index.merged_adapters())} are merged, and act on all rows",
+            hint="unmerge_adapter() first",
+        )
 
 
 def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | None = None) -> Route:

@@ -68,7 +68,7 @@ def _examined(claim: Claim, load: Callable[[], object]) -> dict[str, Any]:
     if row["state"] == "ok" and row["seconds"] > SLOW:
         row["state"] = "slow-import"
         row["message"] = f"importing {claim.module} takes {row['seconds']:.1f} s"
-        row["hint"] = "a plugin's module names its classes as 'package.module:Class' and imports no torch"
+        row["hint"] = "in the plugin's module, write classes as 'package.module:Class', and do not import torch"
     return row
 
 

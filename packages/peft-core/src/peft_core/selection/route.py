@@ -60,7 +60,7 @@ class Route:
             repeat, rest = divmod(batch, len(self.per_row))
             if rest or not repeat:
                 raise RoutingError(
-                    f"adapter_names has {len(self.per_row)} entries, but a layer sees a batch of {batch} rows",
+                    f"adapter_names has {len(self.per_row)} entries, but a layer gets a batch of {batch} rows, which is not a multiple of it",
                     hint="give one entry per sample",
                 )
             ids = [i * repeat + j for i, names in enumerate(self.per_row) if adapter in names for j in range(repeat)]

@@ -121,7 +121,7 @@ def _require_check(check_compiled: str) -> None:
 
 def _require_rank(target_rank: Any) -> None:
     if target_rank is not None and (not isinstance(target_rank, int) or isinstance(target_rank, bool) or target_rank < 1):
-        raise ConfigError(f"target_rank={target_rank!r}", hint="give a positive integer, or None")
+        raise ConfigError(f"target_rank={target_rank!r} is not a positive integer", hint="give a positive integer, or None")
 
 
 def _lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -138,7 +138,7 @@ def _lora_layers(model: nn.Module) -> list[LoraLayer]:
 
 def _report_compiled(check_compiled: str) -> None:
     """Raise a `ConfigError` (``check_compiled="error"``) or warn that the model is compiled already."""
-    message = "Detected that the model is already compiled: graphs that were made do not see that scalings are tensors now"
+    message = "Detected that the model is already compiled: its graphs keep the old scalings as constants, and would not see a swap"
     if check_compiled == "error":
         raise ConfigError(message, hint="call prepare_model_for_compiled_hotswap before torch.compile")
     warnings.warn(message, PeftWarning, stacklevel=3)
@@ -159,7 +159,7 @@ def _require_padding(layer: LoraLayer, adapter: str, padded_rank: int) -> None:
     variant = layer.variants.get(adapter)
     if variant is not None and not variant.can_be_padded and padded_rank > rank_padding.stored_rank(layer, adapter):
         raise ConfigError(
-            f"the adapter {adapter!r} is {variant.name}, which can't have room for a larger rank than its own",
+            f"the adapter {adapter!r} uses {variant.name}, whose A and B can't be padded to a larger rank",
             hint=f"leave target_rank out, or delete_adapter({adapter!r}) first",
         )
 
@@ -271,8 +271,8 @@ def _check_shift(layer: LoraLayer, adapter: str, r: int, alpha: float, path: str
     """Check that both adapters have the same rank and alpha, if the initialisation subtracted s·B₀·A₀ from the base weight of the layer."""
     if layer.merging.shift_of(adapter) is not None and (r, alpha) != (layer.r[adapter], layer.lora_alpha[adapter]):
         raise ConfigError(
-            f"what the initialisation took out of the base of {path!r} belongs to r={layer.r[adapter]}, lora_alpha={layer.lora_alpha[adapter]}, "
-            f"and the new adapter has r={r}, lora_alpha={alpha}",
+            f"the initialisation subtracted a matrix from the base weight of {path!r} that fits only r={layer.r[adapter]}, "
+            f"lora_alpha={layer.lora_alpha[adapter]}, and the new adapter has r={r}, lora_alpha={alpha}",
             hint="delete the adapter and load the other",
         )
 
@@ -319,7 +319,7 @@ def _stored_shapes(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], co
         return {end: slot.shape for end, slot in slots.items()}
     if not part.resizable or isinstance(layer.scaling[adapter], Tensor):
         raise AdapterWeightsError(
-            f"size mismatch: {part.path!r} has room for a rank of {present} in its compiled graph, and a rank of {columns} came",
+            f"size mismatch: the compiled graph has room for rank {present} in {part.path!r}, and the new adapter has rank {columns}",
             hint="call prepare_model_for_compiled_hotswap(model, target_rank=...) when the first adapter is loaded, before compiling",
         )
     return {
@@ -340,7 +340,7 @@ def _zeros(layer: LoraLayer, adapter: str, slots: Mapping[str, Slot], stored: Ma
     """
     if adapter in layer.variants:
         raise AdapterWeightsError(
-            f"no new tensor for {path!r}, and {layer.variants[adapter].name} has no weights that mean 'no effect'",
+            f"no new tensor for {path!r}, and with {layer.variants[adapter].name} zeros have an effect, too",
             hint="delete the adapter and load the other",
         )
     return [(slot, torch.zeros(stored[end])) for end, slot in slots.items()]

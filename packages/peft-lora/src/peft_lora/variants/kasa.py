@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_core import ConfigError, MergeError, ModelError
+from peft_core.errors import listed
 
 from ..contracts import InitialFactors
 from .losses import layers_with, names_of
@@ -48,7 +49,7 @@ class Kasa(LowRank):
                 new, present = ("does not use KaSA", "does") if config.kasa_config is None else ("uses KaSA", "does not")
                 raise ConfigError(
                     f"KaSA truncates the base weights for all adapters: the new adapter {new} and {name!r} {present}",
-                    hint="delete_adapter the other, or use two models",
+                    hint="delete the other adapter with delete_adapter(), or use two models",
                 )
 
     def __init__(self, layer: FactorLayer, adapter: str, settings: LoraSettings) -> None:
@@ -56,8 +57,8 @@ class Kasa(LowRank):
         if settings.r >= min(layer.matrix_shape):
             out, inp = layer.matrix_shape
             raise ConfigError(
-                f"KaSA needs an r smaller than the {min(out, inp)} singular components of {settings.path!r} ({out} × {inp}), not {settings.r}",
-                hint="choose a smaller r, for this module with rank_pattern",
+                f"KaSA needs an r below {min(out, inp)}, the number of singular components of {settings.path!r} ({out} × {inp}); r is {settings.r}",
+                hint="choose a smaller r; rank_pattern sets it for this module alone",
             )
 
     def start(self, start: InitialFactors) -> InitialFactors:
@@ -100,7 +101,8 @@ class Kasa(LowRank):
             return
         if layer.merged:
             raise MergeError(
-                f"{self.adapter!r} truncated the base for {[other.adapter for other in others]}, too, and adapters are merged into it",
+                f"cannot delete {self.adapter!r}: {listed([other.adapter for other in others])} use the base weight that it truncated, and adapters are "
+                "merged into this weight",
                 hint="unmerge_adapter() first",
             )
         for adapter in (*(other.adapter for other in others), self.adapter):
