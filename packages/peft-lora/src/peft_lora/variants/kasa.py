@@ -101,8 +101,8 @@ class Kasa(LowRank):
             return
         if layer.merged:
             raise MergeError(
-                f"cannot delete {self.adapter!r}: {listed([other.adapter for other in others])} use the base weight that it truncated, and adapters are "
-                "merged into this weight",
+                f"cannot delete {self.adapter!r}: {listed([other.adapter for other in others])} use the base weight that it truncated, and "
+                "adapters are merged into this weight",
                 hint="unmerge_adapter() first",
             )
         for adapter in (*(other.adapter for other in others), self.adapter):
