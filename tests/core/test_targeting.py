@@ -339,8 +339,10 @@ def test_what_the_code_of_a_module_does_decides_which_weights_pass_adapters_by()
         targeted(ByWeight(), target_modules=["never"])
     with pytest.warns(PeftWarning, match=r"never.*no effect"):
         assert targeted(ByWeight(), target_modules=["called", "never"]) == ["called", "never"]
-    with pytest.warns(PeftWarning, match=r"where kernels.*sometimes"):
+    with pytest.warns(PeftWarning, match=r"some code paths.*sometimes"):
         assert targeted(ByWeight(), target_modules=["sometimes"]) == ["sometimes"]
+    with pytest.warns(PeftWarning, match=r"never.*left out"):
+        assert targeted(ByWeight(), target_modules="all-linear") == ["called", "asked"]
 
 
 # ---- many targets -----------------------------------------------------------------------------------------------------

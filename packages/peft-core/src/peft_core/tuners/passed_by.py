@@ -26,7 +26,7 @@ def without_passed_by(base: BaseView, found: Sequence[str], *, named: bool, trai
         base: the view of the base model.
         found: the paths of the target modules.
         named: True if the user named the targets; they are then returned even where an adapter has no effect. False if every linear layer is
-            targeted; layers on which an adapter has no effect are then left out.
+            targeted; layers on which an adapter has no effect in some code path are then left out.
         trains: True if the adapter will be trained; otherwise weights that the base model reads directly only in training are ignored.
 
     Raises:
@@ -41,19 +41,21 @@ def without_passed_by(base: BaseView, found: Sequence[str], *, named: bool, trai
         )
     if named and unused and len(unused) == len(found):
         raise ConfigError(f"target modules {listed(unused)}: {base.name} computes with their weights and never calls them, past any adapter")
-    dropped = set() if named else {*fused, *unused}
-    without_effect = [*fused, *unused] if dropped else unused
-    if without_effect:
-        done = "they are left out" if dropped else "adapters on them have no effect"
-        warnings.warn(f"{base.name} computes with the weights of {listed(without_effect)} itself: {done}", PeftWarning, stacklevel=6)
-    partly = [name for name, use in uses.items() if use.by_kernel and use.called and name not in fused]
+    if not named:
+        if uses:
+            warnings.warn(f"{base.name} computes with the weights of {listed(list(uses))} itself: they are left out", PeftWarning, stacklevel=6)
+        return [name for name in found if name not in uses]
+    if unused:
+        warnings.warn(f"{base.name} computes with the weights of {listed(unused)} itself: adapters on them have no effect", PeftWarning, stacklevel=6)
+    partly = [name for name in uses if name not in fused and name not in unused]
     if partly:
         warnings.warn(
-            f"where kernels for {base.model_type or base.name} are installed, they take the weights of {listed(partly)}, past any adapter",
+            f"some code paths of {base.name} (fused kernels, for example) compute with the weights of {listed(partly)} directly: adapters on them "
+            "have no effect there",
             PeftWarning,
             stacklevel=6,
         )
-    return [name for name in found if name not in dropped]
+    return list(found)
 
 
 def _use(base: BaseView, name: str) -> WeightUse | None:
