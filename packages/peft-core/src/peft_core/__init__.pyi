@@ -95,7 +95,7 @@ from .models.preparing import prepare_model_for_kbit_training as prepare_model_f
 from .models.sharding import fsdp_auto_wrap_policy as fsdp_auto_wrap_policy
 from .models.tuner_model import TunerModel as TunerModel
 from .operations.add import add_adapter as add_adapter
-from .operations.delete import leave_modules as leave_modules
+from .operations.delete import remove_from_modules as remove_from_modules
 from .plugins import Capability as Capability
 from .plugins import TunerInfo as TunerInfo
 from .plugins import TunerSpec as TunerSpec
@@ -250,7 +250,7 @@ __all__ = [
     "is_conv1d",
     "is_observed",
     "layer_filter",
-    "leave_modules",
+    "remove_from_modules",
     "list_tuners",
     "load_peft_weights",
     "merges_of",

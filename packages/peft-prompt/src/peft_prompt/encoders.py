@@ -114,7 +114,7 @@ class TableEncoder(Encoder):
     def slots(self) -> dict[str, Slot]:
         """Return the slots of the tensors in a file: the resulting table, and the network's tensors, which are ignored if there is no network."""
         if not self.parts:
-            return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.of_no_use() for key in self._network_keys()}}
+            return {TABLE: Slot.of(self.embedding, "weight"), **{key: Slot.ignored() for key in self._network_keys()}}
         network = ("embedding", *self.parts)
         inputs = {encoder_key(name): replace(slot, optional=True) for name, slot in module_slots(self).items() if child_of(name) in network}
         return {TABLE: Slot(self.shape, self._read, self._become_table, stands_for=tuple(inputs)), **inputs}

@@ -38,7 +38,7 @@ class BaseForward:
         #: whether the base is an encoder-decoder model
         self.encoder_decoder = bool(getattr(view.config, "is_encoder_decoder", False))
         #: whether the decoder accepts no position ids and computes them from the cache length, so that all samples of a batch have the same
-        self.numbers_by_cache = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
+        self.positions_from_cache_length = self.encoder_decoder and any(hasattr(module, "embed_positions") for module in view.modules.values())
         #: whether attention is causal; always False for encoder-decoder models.
         #: If attention is not causal, the first token of a sample may represent the whole sequence (BERT's pooler).
         self.causal = not self.encoder_decoder and _is_causal(view)

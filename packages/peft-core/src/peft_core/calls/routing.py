@@ -21,7 +21,8 @@ def check_route(index: AdapterIndex, route: Route) -> None:
         CapabilityError: the route uses different adapters for different samples, and a tuner in it does not declare PER_SAMPLE.
         RoutingError: adapters are merged, or two adapters of one sample train the embeddings of the same tokens.
     """
-    check_moment(index)
+    checkpointing.prepare(index)  # layers that run again in the backward pass use the adapters of this call
+    check_not_merged(index)
     unknown = [name for name in route.used if name not in index.configs]
     if unknown:
         raise AdapterNotFoundError(
@@ -35,19 +36,16 @@ def check_route(index: AdapterIndex, route: Route) -> None:
             index.require_capability(name, Capability.PER_SAMPLE, "used for some rows of a batch only")
 
 
-def check_moment(index: AdapterIndex) -> None:
-    """Check that the model is in a state in which a single call or block can use other adapters, that is, that no adapter is merged.
-
-    Also prepare gradient checkpointing, so that layers that are recomputed in the backward pass use the adapters of this call or block.
+def check_not_merged(index: AdapterIndex) -> None:
+    """Check that no adapter is merged, so that a single call or block can use other adapters.
 
     Raises:
         RoutingError: adapters are merged.
     """
-    checkpointing.prepare(index)
-    if index.merged_adapters():
+    merged = index.merged_adapters()
+    if merged:
         raise RoutingError(
-            f"adapters can't be chosen for this call: {listed(index.merged_adapters())} are merged, and act on all rows",
-            hint="unmerge_adapter() first",
+            f"adapters can't be chosen for this call: {listed(merged)} are merged, and act on all rows", hint="unmerge_adapter() first"
         )
 
 
@@ -68,7 +66,8 @@ def route_for(index: AdapterIndex, names: Sequence[Any] | None, batch: int | Non
         )
     if not index.selection.enabled:
         return Route()
-    check_moment(index)
+    checkpointing.prepare(index)  # layers that run again in the backward pass use the adapters of this call
+    check_not_merged(index)
     scope = index.selection.cache()
     if scope is not None:  # layers cache their stacked weights with the route as the key, so the same names have to give the same object
         return scope.get(("route", tuple(index.configs), per_row), lambda: _checked(index, per_row))

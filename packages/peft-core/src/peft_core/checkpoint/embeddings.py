@@ -75,7 +75,7 @@ def slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[st
     return found
 
 
-def doubled_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
+def second_slots(index: AdapterIndex, adapter: str, *, wrapped: bool = True) -> dict[str, Slot]:
     """Return a dict: second file key → slot of trained rows that tied layers share: the reference implementation saves them once for each layer."""
     prefix = index.prefix(adapter) if wrapped else ""
     return {

@@ -131,7 +131,7 @@ def _matched(
 
     If the source contains embeddings of the base model (resized vocabulary), adds their slots to `slots` in place.
     """
-    embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.doubled_slots(index, adapter, wrapped=wrapped)}
+    embedded = {**embeddings.slots(index, adapter, wrapped=wrapped), **embeddings.second_slots(index, adapter, wrapped=wrapped)}
     expected = {*slots, *embedded}
     shapes, renamed = with_expected_prefix(source.shapes, expected), {}
     if not shapes.keys() <= expected:

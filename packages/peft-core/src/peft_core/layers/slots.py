@@ -51,7 +51,7 @@ class Slot:
         return cls(tuple(getattr(module, name).shape), read, write, (module, name))
 
     @classmethod
-    def of_no_use(cls) -> Slot:
+    def ignored(cls) -> Slot:
         """Return the slot for a tensor that files may contain and that the module ignores."""
 
         def read() -> Tensor:

@@ -25,7 +25,7 @@ from ..tuners.index import ATTRIBUTE, AdapterIndex, Key, index_of
 from ..tuners.review import InjectionReview
 from ..tuners.tuner import Plan, TunerBase, Wrap
 from . import reshape
-from .delete import retire
+from .delete import remove_index
 
 
 def add_adapter(
@@ -249,5 +249,5 @@ def get_or_create_index(model: nn.Module) -> tuple[AdapterIndex, bool]:
         return found, False
     stale = unwrapped(model).__dict__.get(ATTRIBUTE)
     if isinstance(stale, AdapterIndex):
-        retire(stale)
+        remove_index(stale)
     return AdapterIndex(model), True

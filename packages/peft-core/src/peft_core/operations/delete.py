@@ -50,7 +50,7 @@ def delete(index: AdapterIndex, adapter: str) -> None:
     hooks.adapter_deleted(index.base, adapter)
 
 
-def retire(index: AdapterIndex) -> None:
+def remove_index(index: AdapterIndex) -> None:
     """Delete all records of adapters, all hooks and all mounted modules from the base. The wrappers must have been replaced before."""
     generation.uninstall(index.base)
     backbone.uninstall(index)
@@ -68,7 +68,7 @@ def retire(index: AdapterIndex) -> None:
     index.refresh()
 
 
-def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> None:
+def remove_from_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> None:
     """Remove an adapter from some of the modules that it wraps. A wrapper that no adapter uses any more is removed.
 
     Args:
@@ -87,10 +87,10 @@ def leave_modules(index: AdapterIndex, adapter: str, paths: Collection[str]) -> 
     for key in [key for key in index.keys_by_adapter[adapter] if key[0] == kind and key[1] in paths]:
         index.keys_by_adapter[adapter].remove(key)
         index.modules[key].drop(adapter)
-        _take_off(index, key)
+        _unwrap_if_unused(index, key)
 
 
-def _take_off(index: AdapterIndex, key: Key) -> None:
+def _unwrap_if_unused(index: AdapterIndex, key: Key) -> None:
     """Replace a wrapper without adapters by the module that it wraps. A wrapper inside another wrapper stays: without adapters it has no effect."""
     module: Any = index.modules[key]
     if not isinstance(module, AdapterLayer) or module.adapters() or index.view.occupant(key[1]) is not module:

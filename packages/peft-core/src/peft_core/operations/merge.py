@@ -19,7 +19,7 @@ from ..selection.switching import SelectionMixin
 from ..tuners.index import AdapterIndex
 from ..tuners.tokens import refuse_common_rows
 from . import reshape
-from .delete import retire
+from .delete import remove_index
 
 
 def merge(index: AdapterIndex, adapters: Sequence[str] | None, *, safe: bool = False, progress: bool = False) -> None:
@@ -144,7 +144,7 @@ def unload(
         for parent, leaf in index.view.sites.get(path, ()):
             setattr(parent, leaf, replaced.get(path, index.view.modules[path]))
     reshape.restore(index)
-    retire(index)
+    remove_index(index)
     if fold or (changed and not restore_base):
         _untie(index.base)
     if changed and announce:

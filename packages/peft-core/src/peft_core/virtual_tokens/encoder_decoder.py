@@ -63,7 +63,7 @@ def _check_numbering(forward: BaseForward, kv: list[VirtualTokens], embeds: list
         CapabilityError: keys with weights would shift the positions in all rows, or virtual tokens that only some rows use would shift the
             positions in the other rows.
     """
-    if not forward.numbers_by_cache:
+    if not forward.positions_from_cache_length:
         return
     if any(tokens.weights is not None for tokens in kv):
         raise CapabilityError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_core import BaseView, ConfigError, InitOptions, PeftModel, PeftWarning, is_conv1d, leave_modules, require_index
+from peft_core import BaseView, ConfigError, InitOptions, PeftModel, PeftWarning, is_conv1d, remove_from_modules, require_index
 from peft_core.errors import did_you_mean, listed
 
 from ...config import LoraConfig
@@ -154,7 +154,7 @@ def initialize_lora_eva_weights(
         rows = eva_state_dict.get(name)
         if rows is None or rows.shape[0]:
             _initialize_layer(layer, adapter_name, config, _name_in_base(name), rows)
-    leave_modules(require_index(model), adapter_name, [_name_in_base(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
+    remove_from_modules(require_index(model), adapter_name, [_name_in_base(name) for name, rows in eva_state_dict.items() if not rows.shape[0]])
     _update_config(config, {_name_in_base(name): layer for name, layer in layers.items() if adapter_name in layer.scaling}, adapter_name)
 
 
