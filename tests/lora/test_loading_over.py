@@ -75,5 +75,5 @@ def test_an_adapter_whose_config_was_edited_to_pissa_has_not_changed_its_base(tm
     made("olora", 8).save_pretrained(tmp_path)
     model = made(True)
     model.peft_config["default"].init_lora_weights = "pissa"
-    with pytest.raises(ConfigError, match="with another start"):
+    with pytest.raises(ConfigError, match="in another way than the file"):
         model.load_adapter(tmp_path, "default")

@@ -59,7 +59,7 @@ def test_unloading_restores_the_base_or_leaves_the_residual(start: str) -> None:
 
 
 def test_one_warning_says_what_was_done() -> None:
-    with pytest.warns(PeftWarning, match=r"given back.*restore_base=False") as told:
+    with pytest.warns(PeftWarning, match=r"original weights.*restore_base=False") as told:
         get_peft_model(net(), lora(init_lora_weights="pissa")).unload()
     assert len(told) == 1
     model = get_peft_model(net(), lora(init_lora_weights="pissa"))

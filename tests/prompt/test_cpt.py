@@ -255,7 +255,7 @@ def test_configs() -> None:
         ({"cpt_mask": [1]}, "must have the same length.*cpt_mask has 1, cpt_token_ids 8"),
         ({"cpt_tokens_type_mask": [1, 2]}, "cpt_tokens_type_mask has 2"),
         ({"cpt_token_ids": []}, "at least 1"),
-        ({"cpt_token_ids": [1, -2]}, "no list of numbers"),
+        ({"cpt_token_ids": [1, -2]}, "is not a list of non-negative integers"),
         ({"opt_weighted_loss_type": "decays"}, "did you mean 'decay'"),
         ({"opt_projection_epsilon": -1.0}, "can't be below 0"),
     ]

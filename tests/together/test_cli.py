@@ -257,7 +257,7 @@ def test_all_adapters_of_a_stack_are_looked_at(here: Path) -> None:
     [
         (lambda t: t[next(iter(t))].fill_(float("nan")), "values", "64 NaN"),
         (lambda t: t[next(iter(t))].fill_(float("inf")), "values", "64 infinite"),
-        (lambda t: t.pop(next(iter(t))), "keys", "has 'lora_B.weight' but not 'lora_A.weight'"),
+        (lambda t: t.pop(next(iter(t))), "keys", "has 'lora_B.weight', but lacks 'lora_A.weight'"),
         (lambda t: t.clear(), "keys", "no tensors"),
         (lambda t: t.update({key.replace("q_proj", "other"): value.clone() for key, value in t.items()}), "keys", "does not match"),
     ],
