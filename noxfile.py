@@ -55,6 +55,8 @@ def install_peer(session: nox.Session) -> None:
 def install_peer_apart(session: nox.Session, away: Path) -> Path:
     """The upstream package in a folder of its own, which takes the place of ours when it stands first on PYTHONPATH."""
     session.install("--target", str(away / "peer"), "--no-deps", PEER[0], "attrs==26.1.0", "psutil==7.2.2")
+    if not (away / "peer" / "peft").is_dir():  # ours would be compared with itself
+        session.error("the peer was not installed: this session can't run with --no-install or -R")
     return away / "peer"
 
 
