@@ -47,7 +47,7 @@ set_seed(2)
 model = load_quantised()
 lora_config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules="all-linear")
 model = get_peft_model(model, lora_config)
-model.train()  # nothing here is random; in eval mode bitsandbytes packs weights anew on some CPUs, which LoftQ can't read
+model.train()  # nothing here is random; in eval mode bitsandbytes packs the 4-bit weights anew on some CPUs
 distances = [distance(model)]
 names = []
 
