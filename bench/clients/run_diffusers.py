@@ -50,7 +50,7 @@ def files(room: Path) -> dict[str, Any]:
         pipe.load_lora_weights(room / name, adapter_name=name)
         found[f"loaded {name}"] = some(drawn(pipe))
     found["adapters"] = pipe.get_list_adapters()
-    pipe.set_adapters(["first", "second"], [0.5, 1.5])
+    pipe.set_adapters(["first", "second"], [0.5, 1.0])
     found["weighted"] = some(drawn(pipe))
     found["scaled"] = some(drawn(pipe, cross_attention_kwargs={"scale": 0.25}))
     pipe.fuse_lora(adapter_names=["first"])
@@ -75,7 +75,7 @@ def written(place: Path, seed: int) -> None:
         parts[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     source.save_lora_weights(place, **parts)
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(tensor.shape, generator=generator) * 0.3 for name, tensor in sorted(load_file(place / FILE).items())}
+    noise = {name: torch.randn(tensor.shape, generator=generator) * 0.1 for name, tensor in sorted(load_file(place / FILE).items())}
     save_file(noise, place / FILE, metadata=metadata(place / FILE))
 
 
