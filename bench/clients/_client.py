@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,6 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "accept"))
 
 from _common import VOCAB, bert, ids, llama, t5, tokenizer  # first: it sets the environment
 
+# isort: split
+
+import numpy
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -34,6 +38,8 @@ def write(numbers: Callable[[Path], Mapping[str, Any]]) -> None:
 
     The file says which module `peft` was in use, too: ``{"peft": "ours", "numbers": {...}}``.
     """
+    random.seed(0)
+    numpy.random.seed(0)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as room:
         found = numbers(Path(room))

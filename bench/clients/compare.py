@@ -90,7 +90,13 @@ def compared(client: str, overlay: Path, peer: Path) -> Row:
 def ran(client: str, room: Path, which: str, path: list[Path]) -> dict[str, Any]:
     """Return the numbers that a client's script writes with one module, or ``{"error": ...}``."""
     out = room / f"{which}.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in path), "HF_HUB_OFFLINE": "1"}
+    # the order of a set of words is a part of what some clients compute
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(str(folder.resolve()) for folder in path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+    }
     command = [sys.executable, str(script(client)), str(out)]
     try:
         subprocess.run(command, cwd=room, env=environment, check=True, capture_output=True, text=True, timeout=PATIENCE)

@@ -42,7 +42,8 @@ def numbers(room: Path) -> dict[str, Any]:
 def base(folder: Path) -> None:
     torch.manual_seed(0)
     forecasting = {
-        "context_length": 64, "input_patch_size": 8, "input_patch_stride": 8, "output_patch_size": 8, "quantiles": [tenth / 10 for tenth in range(1, 10)],
+        "context_length": 64, "input_patch_size": 8, "input_patch_stride": 8, "output_patch_size": 8,
+        "quantiles": [tenth / 10 for tenth in range(1, 10)],
         "use_reg_token": True, "use_arcsinh": True, "max_output_patches": 2,
     }  # fmt: skip
     config = Chronos2CoreConfig(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, chronos_config=forecasting)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from _client import adapter, bert, saved, sentences, some, tokenizer, write
+from _client import adapter, bert, saved, sentences, some, write
 
 # isort: split
 

@@ -22,6 +22,7 @@ TRAINING = {
     "preprocessing_num_workers": 1, "use_cpu": True,
 }  # fmt: skip
 LORA = {"finetuning_type": "lora", "lora_target": "all", "lora_rank": 4, "lora_alpha": 16, "lora_dropout": 0.1}
+EXPORT = {"template": "empty", "finetuning_type": "lora", "export_device": "cpu", "infer_dtype": "float32"}
 
 
 def numbers(room: Path) -> dict[str, Any]:
@@ -39,12 +40,9 @@ def numbers(room: Path) -> dict[str, Any]:
         "on top": {**LORA, "adapter_name_or_path": str(room / "lora"), "create_new_adapter": True},
     }
     found = {name: trained({**common, **settings}, room / name) for name, settings in runs.items()}
-    export_model({"model_name_or_path": base, "adapter_name_or_path": str(room / "lora"), "template": "empty", "export_dir": str(room / "export"), **EXPORT})
+    export_model({"model_name_or_path": base, "adapter_name_or_path": str(room / "lora"), "export_dir": str(room / "export"), **EXPORT})
     found["export"] = {"file": weights(room / "export" / "model.safetensors"), "logits": logits(room / "export")}
     return found
-
-
-EXPORT = {"finetuning_type": "lora", "export_device": "cpu", "infer_dtype": "float32"}
 
 
 def trained(settings: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -32,7 +32,14 @@ def encoder(room: Path) -> dict[str, Any]:
     model.add_adapter(config)
     found: dict[str, Any] = {"before": embeddings(model)}
     settings = SentenceTransformerTrainingArguments(
-        output_dir=room / "out", max_steps=6, per_device_train_batch_size=4, learning_rate=1e-2, seed=3, logging_steps=1, report_to="none", use_cpu=True
+        output_dir=room / "out",
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        seed=3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
     )
     pairs = Dataset.from_dict({"anchor": TEXTS[:12], "positive": TEXTS[12:]})
     trainer = SentenceTransformerTrainer(model, settings, train_dataset=pairs, loss=MultipleNegativesRankingLoss(model))

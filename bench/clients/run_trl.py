@@ -15,8 +15,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig
 
-TRAINING = {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, "seed": 3, "report_to": "none", "use_cpu": True}
-PRECISION = {"bf16": False, "gradient_checkpointing": False, "save_strategy": "no"}
+TRAINING = {"max_steps": 5, "per_device_train_batch_size": 4, "logging_steps": 1, "learning_rate": 1e-2, "seed": 3}
+PRECISION = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "save_strategy": "no", "report_to": "none"}
 TEXTS = sentences(40)
 
 

@@ -18,7 +18,10 @@ _PROPERTIES = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "num
 #: functions that only inspect a weight and do not compute with it
 _QUESTIONS = frozenset({"isinstance", "hasattr", "getattr", "setattr", "super", "type", "id", "len", "print"})
 #: name prefixes of methods that do not run as a part of the module's forward pass
-_NOT_CALLED = ("__init__", "__repr__", "extra_repr", "init_", "_init", "reset_", "_reset", "tie_", "_tie", "load_", "_load", "set_", "get_", "fuse_", "unfuse_")
+_NOT_CALLED = (
+    *("__init__", "__repr__", "extra_repr", "init_", "_init", "reset_", "_reset", "tie_", "_tie", "load_", "_load", "set_", "get_"),
+    *("fuse_", "unfuse_"),  # they make one layer of several, when somebody calls them
+)
 #: the child layers of a state-space mixer (Mamba); its fused kernels take the weights of `conv1d` and `out_proj`
 _MIXER = frozenset({"in_proj", "conv1d", "out_proj"})
 
