@@ -1,4 +1,4 @@
-"""llamafactory: `run_exp` (SFT, LoRA on all linear layers, then resumed), `export_model` (the adapter merged), on a tiny Llama."""
+"""llamafactory: `run_exp` (SFT; LoRA, DoRA, PiSSA, saved embeddings; resumed; on top of a merged adapter) and `export_model`, on a tiny Llama."""
 
 from __future__ import annotations
 
