@@ -132,10 +132,11 @@ def count_of(found: Any) -> int:
 def with_rows(page: str, rows: list[Row]) -> str:
     """Return the page with these rows in its table, in the place of older ones of the same clients."""
     before, _, rest = page.partition("\n".join(HEAD) + "\n")
-    old, _, after = rest.partition("\n\n")
-    kept = {line.split()[1]: line for line in old.splitlines() if line.startswith("|")}
+    lines = rest.splitlines()
+    count = next((number for number, line in enumerate(lines) if not line.startswith("|")), len(lines))
+    kept = {line.split()[1]: line for line in lines[:count]}
     kept.update({row.client: row.text for row in rows})
-    return "\n".join([before + HEAD[0], HEAD[1], *(kept[client] for client in sorted(kept))]) + "\n\n" + after.lstrip("\n")
+    return before + "\n".join([*HEAD, *(kept[client] for client in sorted(kept)), *lines[count:]]) + "\n"
 
 
 if __name__ == "__main__":
