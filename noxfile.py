@@ -298,6 +298,30 @@ def consumers(session: nox.Session) -> None:
 
 
 @nox.session
+def clients(session: nox.Session) -> None:
+    """Packages that import peft, run with ours and with the peer: same numbers? `-- gliner trl` for some, `-- --write` for the docs."""
+    requirements = Path("bench/clients/requirements")
+    chosen = [name for name in session.posargs if not name.startswith("-")] or sorted(file.stem for file in requirements.glob("*.txt"))
+    session.install(*PINS, *editable(*PACKAGES, "compat"), *CONSUMERS, "attrs==26.1.0", "psutil==7.2.2")
+    overlays = Path(session.create_tmp()).resolve()
+    session.install("--target", str(overlays / "peer"), "--upgrade", "--no-deps", PEER[0])
+    for name in chosen:
+        install_overlay(session, requirements / f"{name}.txt", overlays / name)
+    where = ("--overlays", str(overlays), "--peer", str(overlays / "peer"))
+    session.run("python", "bench/clients/compare.py", *where, *session.posargs, env=ONE_THREAD)
+
+
+def install_overlay(session: nox.Session, requirements: Path, folder: Path) -> None:
+    """Install what a file lists into a folder, without dependencies, which would decide our torch; not again while the file is as it was."""
+    done = folder / requirements.name
+    if not requirements.is_file() or (done.is_file() and done.read_text() == requirements.read_text()):
+        return  # compare.py says which names there are
+    shutil.rmtree(folder, ignore_errors=True)
+    session.install("--target", str(folder), "--no-deps", "-r", str(requirements))
+    shutil.copy(requirements, done)
+
+
+@nox.session
 def architectures(session: nox.Session) -> None:
     """Each class of transformers that a tiny config can build × each method; `-- 1/4` for a quarter (minutes), then `-- --table` for the docs."""
     session.install(*PINS, *editable(*PACKAGES), "accelerate==1.15.0")

@@ -330,6 +330,26 @@ def kernel(x: Any, first: Any, second: Any) -> Any:
     return x @ first.T @ second.T
 
 
+class Processed(nn.Module):
+    """Leaves its layers to another object, as the attention of diffusers does, and can make one layer of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.processor = lambda module, x: module.to_q(x) + module.to_k(x)
+
+    def forward(self, x: Any) -> Any:
+        return self.processor(self, x)
+
+    def fuse_projections(self) -> Any:
+        return torch.cat([self.to_q.weight.data, self.to_k.weight.data])
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_k"], "all-linear"])
+def test_layers_that_another_object_calls_are_targets_without_a_warning(targets: Any) -> None:
+    assert targeted(Processed(), target_modules=targets) == ["to_q", "to_k"]
+
+
 def test_what_the_code_of_a_module_does_decides_which_weights_pass_adapters_by() -> None:
     assert targeted(ByWeight(), target_modules=["called", "asked"]) == ["called", "asked"]
     with pytest.raises(ConfigError, match=r"out_proj.*fused kernel"):

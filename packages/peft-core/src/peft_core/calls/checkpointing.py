@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -47,14 +48,30 @@ class CheckpointHook:
             if torch.compiler.is_compiling():
                 return self.original(layer, *args, **kwargs)
             run = functools.partial(_with_same_adapters, self.selection, self.selection.default, self.selection.switches, layer)
-            return self.original(run, *args, **kwargs)
+            return self.original(_bound(layer, run), *args, **kwargs)
         cache = route.context.get(PREFIX)
         if cache is None or self.number is None:
-            return self.original(functools.partial(_under, self.selection, route, layer), *args, **kwargs)
+            return self.original(_bound(layer, functools.partial(_under, self.selection, route, layer)), *args, **kwargs)
         # keys and values are passed as arguments, because tensors that are not arguments of the checkpointed function would get their gradient in
         # a separate backward pass for each layer
         pair = caches.pair_of(cache, self.number)
-        return self.original(functools.partial(_with_prefix, self.selection, route, layer, cache, self.number), *pair, *args, **kwargs)
+        run = functools.partial(_with_prefix, self.selection, route, layer, cache, self.number)
+        return self.original(_bound(layer, run), *pair, *args, **kwargs)
+
+
+def _bound(layer: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` in the form of `layer`, so that the replaced function can find the module that it runs.
+
+    transformers hands over a partial of a bound method, whose `func.__self__` is the module, or of a function whose first argument is the module.
+    """
+    function, given = (layer.func, layer.args) if isinstance(layer, functools.partial) else (layer, ())
+    if (owner := getattr(function, "__self__", None)) is not None:
+        return functools.partial(MethodType(_call, owner), run)
+    return functools.partial(_call, given[0], run) if given else run
+
+
+def _call(owner: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return run(*args, **kwargs)
 
 
 def _with_same_adapters(selection: AdapterSelection, default: Route, switches: int | None, layer: Callable[..., Any], *args: Any) -> Any:
