@@ -87,6 +87,11 @@ def self_attention_cache(cache: Any) -> Any:
     return getattr(cache, "self_attention_cache", cache)
 
 
+def has_begun(layer: Any) -> bool:
+    """Return whether a layer of a cache has memory for keys and values; layers of transformers 4.56 do not say it by `is_initialized`."""
+    return bool(getattr(layer, "is_initialized", getattr(layer, "keys", None) is not None))
+
+
 def newer() -> bool:
     """Return whether the installed version of transformers is 5 or later."""
     import transformers
@@ -180,7 +185,7 @@ def _recomputing_class() -> type[Any]:
 
             def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
                 layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-                if layer is None or not layer.is_initialized:
+                if layer is None or not has_begun(layer):
                     return key_states, value_states
                 self.readers.add(layer_idx)
                 return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
