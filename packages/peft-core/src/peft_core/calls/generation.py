@@ -137,17 +137,32 @@ def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict
     cached = 0 if cache is None else int(cache.get_seq_length())
     if cached < virtual or kwargs.get("use_cache") is False:
         return kwargs
-    embedded = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
+    embedded = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") or not input_ids.shape[1] else None
     length = input_ids.shape[1] if embedded is None else embedded.shape[1]
     changed = dict(kwargs)
     if kwargs.get("next_sequence_length") == length - cached:  # transformers 5
         changed["next_sequence_length"] = length - cached + virtual
     at = kwargs.get("cache_position")
-    if at is not None:  # transformers 4: the length of a static cache is its number of non-zero keys, which is too small in later steps
-        later = getattr(cache, "is_compileable", False) and at.shape[0] == 1 and int(at[0]) == length - 1
-        if at.shape[0] != length - cached + virtual and not later:
-            changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
+    if at is not None and cached - virtual < length and _counts_virtual(at, cache, cached, length):
+        changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
     return changed
+
+
+def _counts_virtual(at: Tensor, cache: Any, cached: int, length: int) -> bool:
+    """Return whether transformers 4 numbered the tokens of a step from the length of the cache, which contains virtual tokens.
+
+    It does so in the first step of a `generate`, and in later ones if none were left in the first. All other steps go on from the text.
+
+    Args:
+        at: the `cache_position` of the step, (tokens,).
+        cache: the cache.
+        cached: number of tokens in the cache, including virtual tokens. In a static cache it is the number of non-zero keys, which can be too small.
+        length: number of tokens of the text.
+    """
+    if not at.shape[0]:
+        return True
+    later = getattr(cache, "is_compileable", False) and at.shape[0] == 1
+    return int(at[0]) == cached and int(at[-1]) == length - 1 and not later
 
 
 def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
     decoder_cache = self_attention_cache(cache)
     _check_size(decoder_cache, sum(part.length for part in tokens))
     write = decoder_cache.begin if recomputing else decoder_cache.update
+    at = () if recomputing or newer() else ({"cache_position": torch.arange(sum(part.length for part in tokens), device=call.device)},)
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         offered = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
@@ -52,7 +53,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
         keys = [expand_to_batch(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [expand_to_batch(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
-        write(k, v, layer)
+        write(k, v, layer, *at)  # sliding layers of transformers 4.56 have to be told the positions
     return cache
 
 
