@@ -93,7 +93,7 @@ def lacking(versions: str, what: str) -> bool:
 
     found = SpecifierSet(versions).contains(transformers.__version__, prereleases=True)
     if found:
-        print(f"left out under transformers {transformers.__version__}: {what} [not in {versions}]", flush=True)
+        print(f"left out under transformers {transformers.__version__}, which lacks it ({versions}): {what}", flush=True)
     return found
 
 
