@@ -24,6 +24,8 @@ PEER = ("peft==0.21.2", "accelerate==1.15.0", "psutil==7.2.2", "attrs==26.1.0") 
 IMPORT_LINTER = "import-linter==2.16"
 QUANTISERS = ("bitsandbytes==0.50.2", "torchao==0.18.0", "optimum-quanto==0.2.7", "ninja==1.13.2")
 CONSUMERS = ("accelerate==1.15.0", "datasets==5.2.0", "scikit-learn==1.9.1", "scipy", "pillow", "requests", "importlib-metadata")
+#: the oldest, and of the others the last patch release of the minor versions between which transformers' use of the module `peft` changed
+TRANSFORMERS = ("4.56.2", "4.57.6", "5.0.0", "5.3.0", "5.6.2", "5.12.1", "5.17.0", "5.20.2", "5.23.0", "5.24.0")
 CONSUMERS_ALONE = ("trl==1.16.0", "diffusers==0.42.1", "sentence-transformers==6.2.0")
 PYTEST = ("pytest==9.2.0", "pytest-xdist==3.8.0", "hypothesis==6.170.15")  # what the conformance suite needs, too
 SITE = (
@@ -339,9 +341,19 @@ def quantised(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", ["4.57.6", "5.23.0"])
 def transformers(session: nox.Session, version: str) -> None:
-    """The prompt methods, which lean on transformers the most, under an old version and the newest."""
+    """Our own tests of the prompt methods, which lean on transformers the most, under an old version and the pinned one."""
     session.install("torch==2.13.0", f"transformers=={version}", "safetensors==0.8.0", *editable(*PACKAGES), *PYTEST)
     session.run("pytest", "-n", "2", "tests/prompt", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(name="transformers-versions")
+@nox.parametrize("version", TRANSFORMERS)
+def transformers_versions(session: nox.Session, version: str) -> None:
+    """What transformers' adapter methods and Trainer do with peft-compat, under each version (slow to install, so not in CI)."""
+    consumers = ("accelerate==1.15.0", "datasets>=5.0.1,<5.3")  # datasets 5.2 asks for a newer hub than transformers 4 takes
+    session.install("torch==2.13.0", f"transformers=={version}", "safetensors==0.8.0", *consumers, *editable(*PACKAGES, "compat"))
+    for consumer in ("transformers", "trainer"):
+        session.run("python", f"bench/accept/accept_{consumer}.py", env=ONE_THREAD)
 
 
 @nox.session

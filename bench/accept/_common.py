@@ -83,6 +83,37 @@ def _fail(name: str, detail: object = "") -> None:
         raise CheckFailed
 
 
+def lacking(versions: str, what: str) -> bool:
+    """Return whether the installed transformers is among `versions` ("<5", ">=5.0,<5.4"), where `what` does not hold with any `peft`; then say so.
+
+    Checks of `what` are left out there, and not counted.
+    """
+    import transformers
+    from packaging.specifiers import SpecifierSet
+
+    found = SpecifierSet(versions).contains(transformers.__version__, prereleases=True)
+    if found:
+        print(f"left out under transformers {transformers.__version__}, which lacks it ({versions}): {what}", flush=True)
+    return found
+
+
+def lift_version_gate() -> None:
+    """Switch off the version check of transformers' adapter methods where it asks for a newer `peft` than ours and the peer's, and say so.
+
+    transformers 5.24 asks for 0.22, which has not been released: its `add_adapter` and the like raise an error with both packages.
+    """
+    import transformers
+    import transformers.integrations.peft as integration
+    from packaging.version import Version
+
+    import peft
+
+    asked = integration.MIN_PEFT_VERSION
+    if Version(asked) > Version(peft.__version__):
+        print(f"transformers {transformers.__version__} asks for peft>={asked}; run with this version check switched off", flush=True)
+        integration.MIN_PEFT_VERSION = peft.__version__
+
+
 def ours() -> bool:
     """Whether the module `peft` is our drop-in: it then stands on `peft_core`, which upstream never imports."""
     import peft

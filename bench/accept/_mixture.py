@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import _common  # first: it sets the environment
 import torch
 import transformers
-from _common import check, close, differ, folder, logits
+from _common import check, close, differ, folder, lacking, logits
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,19 +53,17 @@ def written() -> tuple[dict[str, Tensor], Any]:
 
 def mixture() -> None:
     """Both ways to load such an adapter give the output of the base merged by hand."""
+    if lacking("<5", "experts that share one parameter"):
+        return
     tensors, merged = written()
     want = logits(merged)
     config = LoraConfig(r=RANK, lora_alpha=8, target_modules=["q_proj", "w1", "w2", "w3"], task_type="CAUSAL_LM")
     path = folder()
     save_file(tensors, path / "adapter_model.safetensors")
     config.save_pretrained(str(path))
-    model = mixtral()
-    model.load_adapter(path, adapter_name="old")
-    check("load_adapter converts experts of the older layout", differ(want, logits(mixtral())) and close(logits(model), want))
-    found = model.peft_config["old"]
-    names = [sorted(found.target_modules), sorted(found.target_parameters or ())]
-    check("…and the config, in place", names == [["q_proj"], ["down_proj", "gate_up_proj"]], names)
-    check("…whose rank of the joint projection is twice as large", dict(found.rank_pattern) == {".*\\.gate_up_proj": 2 * RANK}, found.rank_pattern)
+    loads = not lacking(">=5.6,<5.7", "load_adapter works on mixtures (its own call of WeightConverter fails)")
+    if loads:
+        _loaded_by_transformers(path, want)
     wrapped: Any = PeftModel.from_pretrained(mixtral(), path)
     check("PeftModel converts them, too", close(logits(wrapped), want))
     again = folder()
@@ -74,6 +73,17 @@ def mixture() -> None:
     joint = {"base_layer.lora_A.weight": (EXPERTS * 2 * RANK, HIDDEN), "base_layer.lora_B.weight": (2 * INNER, EXPERTS * 2 * RANK)}
     down = {"lora_A.weight": (EXPERTS * RANK, INNER), "lora_B.weight": (HIDDEN, EXPERTS * RANK)}
     check("…and writes the new layout", shapes == {**joint, **down}, shapes)
-    fresh = mixtral()
-    fresh.load_adapter(again)
-    check("which load_adapter reads", close(logits(fresh), want))
+    if loads:
+        fresh = mixtral()
+        fresh.load_adapter(again)
+        check("which load_adapter reads", close(logits(fresh), want))
+
+
+def _loaded_by_transformers(path: Path, want: Tensor) -> None:
+    model = mixtral()
+    model.load_adapter(path, adapter_name="old")
+    check("load_adapter converts experts of the older layout", differ(want, logits(mixtral())) and close(logits(model), want))
+    found = model.peft_config["old"]
+    names = [sorted(found.target_modules), sorted(found.target_parameters or ())]
+    check("…and the config, in place", names == [["q_proj"], ["down_proj", "gate_up_proj"]], names)
+    check("…whose rank of the joint projection is twice as large", dict(found.rank_pattern) == {".*\\.gate_up_proj": 2 * RANK}, found.rank_pattern)

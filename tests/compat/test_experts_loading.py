@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import peft
 from lora.experts_net import BASES, WIDTHS, assert_rewritten, config_for, needs_fused_experts
 from peft.utils.transformers_weight_conversion import build_peft_weight_mapping, convert_peft_config_for_transformers
-from peft_core import PeftModel, inject_adapter_in_model
+from peft_core import PeftModel, PeftWarning, inject_adapter_in_model
 from peft_lora import LoraConfig
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -84,3 +86,24 @@ def test_an_old_config_is_rewritten(name: str) -> None:
     model, config = BASES[name][0](), config_for(name)
     convert_peft_config_for_transformers(config, model, get_model_conversion_mapping(model))
     assert_rewritten(name, config)
+
+
+def half_converted(**fields: Any) -> LoraConfig:
+    """Return a config as transformers 5.0 to 5.3 make it from one that names `w1`, `w2` and `w3`."""
+    parameters = ["gate_up_proj", "down_proj"]
+    return LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=parameters, rank_pattern={r".*\.gate_up_proj": 4}, **fields)
+
+
+@pytest.mark.parametrize(("fields", "alpha"), [({}, 16), ({"use_rslora": True}, 8 * 2**0.5), ({"alpha_pattern": {r".*\.gate_up_proj": 5}}, 5)])
+def test_a_joint_projection_keeps_its_scale_under_transformers_5_3(fields: dict[str, Any], alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "5.3.0")
+    given = half_converted(**fields)
+    with pytest.warns(PeftWarning, match="alpha_pattern") if "alpha_pattern" not in fields else contextlib.nullcontext():
+        peft.inject_adapter_in_model(given, BASES["mixtral"][0]())
+    assert given.alpha_pattern[r".*\.gate_up_proj"] == pytest.approx(alpha)
+
+
+def test_other_versions_of_transformers_say_the_scale_themselves() -> None:
+    given = half_converted()
+    peft.inject_adapter_in_model(given, BASES["mixtral"][0]())
+    assert not given.alpha_pattern

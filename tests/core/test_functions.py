@@ -91,6 +91,13 @@ def test_the_bases_tensors_have_their_names(how: str) -> None:
     assert all(torch.equal(tensor, other[name]) for name, tensor in peft_core.get_base_model_state_dict(model).items())
 
 
+def test_a_tensor_that_is_a_plain_attribute_is_none_of_the_bases() -> None:
+    base: Any = tiny()
+    base.model.rotary_emb.kept = torch.ones(2)  # in a module without parameters, as older versions of transformers keep `original_inv_freq`
+    expected = base.state_dict().keys()
+    assert peft_core.get_base_model_state_dict(get_peft_model(base, dense())).keys() == expected
+
+
 def test_tensors_that_do_not_fit_change_nothing() -> None:
     model = get_peft_model(tiny(), dense())
     before = {name: tensor.clone() for name, tensor in peft_core.get_base_model_state_dict(model).items()}

@@ -46,6 +46,8 @@ def test_the_first_output_is_the_bases(family: str, projection: bool) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
 def test_so_is_what_it_generates(family: str, cache: dict[str, Any]) -> None:
+    if family == "gemma3" and "cache_implementation" in cache and transformers.__version__.startswith("4.56."):
+        pytest.skip("static sliding layers of transformers 4.56 take one token at a time when something is in them")
     torch.manual_seed(0)
     inputs: dict[str, Any] = FAMILIES[family].inputs()
     inputs["input_ids"][1, :2] = inputs["attention_mask"][1, :2] = 0

@@ -72,6 +72,7 @@ def test_padding_on_the_left(method: str) -> None:
     turns(made(METHODS[method]), mask=torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]))
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 asks for the whole text, without adapters too")
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_only_the_new_tokens_are_given(method: str) -> None:
     turns(made(METHODS[method]), only_new=True)

@@ -142,7 +142,7 @@ def test_a_prefix_is_the_decoders(base: Any, layers: int, heads: int, width: int
     ids = torch.randint(3, 64, (2, 6))
     with torch.no_grad():
         expected = model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
-        bare = model.base_model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+        bare = model.base_model(input_ids=ids, decoder_input_ids=ids[:, :4], use_cache=False).logits  # 4.56 makes a cache for the encoder's layers
     assert expected.shape == bare.shape
     assert not torch.allclose(expected, bare, atol=1e-3)
     model.save_pretrained(tmp_path)

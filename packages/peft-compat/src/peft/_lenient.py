@@ -23,6 +23,7 @@ from peft_core.operations.add import add_adapter
 from peft_core.operations.delete import delete
 from peft_core.tuners.index import index_of
 
+from ._older_transformers import keep_scale_of_experts
 from ._tuner_models import DELEGATED, BaseTuner, seams_of, stand_for
 
 
@@ -202,11 +203,12 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The same as `peft_core.inject_adapter_in_model`, with two differences.
+    """The same as `peft_core.inject_adapter_in_model`, with three differences.
 
     If the model already has an adapter of this name, it is replaced, with a warning. Methods that were replaced in the method's class (such as
-    `LoraModel`) are called.
+    `LoraModel`) are called. A config that transformers 5.0 to 5.3 converted gets the alpha that they forget.
     """
+    keep_scale_of_experts(peft_config)
     with anew(model, adapter_name, beside=False):
         return factory.inject(peft_config, model, adapter_name, low_cpu_mem_usage, state_dict, lambda index: seams_of(index, peft_config))
 

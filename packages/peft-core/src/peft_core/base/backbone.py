@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-
 from torch import nn
+
+from . import cache_name
 
 
 def separate_decoder(base: nn.Module) -> nn.Module | None:
     """Return the decoder of a model that runs its encoder and its decoder itself, and hands the latter a cache of its own choice (or none)."""
     children = dict(base.named_children())
     decoder = children.get("decoder")
-    takes = decoder is not None and "past_key_values" in inspect.signature(type(decoder).forward).parameters
+    takes = decoder is not None and cache_name.parameter_of(decoder) is not None
     return decoder if takes and "encoder" in children else None
 
 
@@ -22,5 +22,5 @@ def find(base: nn.Module) -> nn.Module | None:
         return decoder
     for child in base.children():
         if any(cls.__name__ == "PreTrainedModel" for cls in type(child).__mro__):
-            return child if "past_key_values" in inspect.signature(type(child).forward).parameters else None
+            return child if cache_name.parameter_of(child) is not None else None
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import backbone
+from . import backbone, cache_name
 from .view import BaseView
 
 
@@ -25,8 +25,11 @@ class BaseForward:
         self.parameters = tuple(found)[1:]  # without the first parameter, which is the model (usually named `self`)
         passes_on = any(p.kind is p.VAR_KEYWORD for p in found.values()) and backbone.separate_decoder(view.base) is None
         keywords = passes_on and (not view.is_transformers_model or backbone.find(view.base) is not None)
-        #: whether `forward` accepts a KV cache: as the parameter `past_key_values`, or as a keyword that the model passes to its backbone
-        self.takes_cache = "past_key_values" in found or keywords
+        named = cache_name.parameter_of(view.base)
+        #: whether `forward` accepts a KV cache: as a parameter, or as a keyword that the model passes to its backbone
+        self.takes_cache = named is not None or keywords
+        #: the name of this parameter or keyword
+        self.cache_name = named or _name_in_backbone(view) or cache_name.OLDER
         #: the inner model that accepts a KV cache, if `forward` of the outer model does not; otherwise None
         self.backbone = None if self.takes_cache else backbone.find(view.base)
         #: the inner model that looks up a separate embedding of each token id for each of its layers (Gemma 3n, Gemma 4); None for other bases
@@ -50,6 +53,15 @@ class BaseForward:
     def accepts(self, name: str) -> bool:
         """Return whether the forward has a parameter of this name."""
         return name in self.parameters
+
+    def cache_in(self, inputs: Mapping[str, Any]) -> Any:
+        """Return the KV cache among the inputs of a call, or None."""
+        return cache_name.given_in(inputs) if self.view.is_transformers_model else inputs.get(self.cache_name)
+
+    def with_cache(self, inputs: Mapping[str, Any], cache: Any) -> dict[str, Any]:
+        """Return the inputs of a call with this KV cache, under the name that `forward` has for it, in the place of the one that they have."""
+        names = cache_name.NAMES if self.view.is_transformers_model else (self.cache_name,)
+        return {**{name: value for name, value in inputs.items() if name not in names}, self.cache_name: cache}
 
     def per_layer_inputs(self, ids: Any, count: int = 0) -> dict[str, Tensor]:
         """Return a dict with the keyword argument `per_layer_inputs`; the dict is empty if the model has no such argument.
@@ -80,6 +92,11 @@ class BaseForward:
         else:
             embedded = module.get_input_embeddings()(ids)
         return embedded
+
+
+def _name_in_backbone(view: BaseView) -> str | None:
+    inner = backbone.find(view.base)
+    return None if inner is None else cache_name.parameter_of(inner)
 
 
 def _first_position(view: BaseView) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..base import cache_name
 from ..base.undo import Undo
 from ..selection.selection import AdapterSelection
 from ..tuners.index import AdapterIndex
@@ -13,19 +14,21 @@ from ..virtual_tokens.caches import PREFIX
 
 
 class BackboneHook:
-    """A forward pre-hook of the backbone: passes the keys and values of the call's prefixes to the backbone as `past_key_values`.
+    """A forward pre-hook of the backbone: passes the keys and values of the call's prefixes to the backbone as a KV cache.
 
     Args:
         selection: the model's adapter selection, which holds the route of the current call.
+        name: the name of the cache among the parameters of the backbone's `forward`.
     """
 
-    def __init__(self, selection: AdapterSelection) -> None:
+    def __init__(self, selection: AdapterSelection, name: str = cache_name.OLDER) -> None:
         self.selection = selection
+        self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         route = getattr(self.selection.local, "route", None)
         cache = None if route is None else route.context.get(PREFIX)
-        return None if cache is None or kwargs.get("past_key_values") is not None else (args, {**kwargs, "past_key_values": cache})
+        return None if cache is None or kwargs.get(self.name) is not None else (args, {**kwargs, self.name: cache})
 
 
 def install(index: AdapterIndex, undo: Undo) -> None:
@@ -33,7 +36,7 @@ def install(index: AdapterIndex, undo: Undo) -> None:
     backbone = index.forward.backbone
     if backbone is None or not index.call_tuners or any(isinstance(hook, BackboneHook) for hook in backbone._forward_pre_hooks.values()):
         return
-    handle = backbone.register_forward_pre_hook(BackboneHook(index.selection), with_kwargs=True)
+    handle = backbone.register_forward_pre_hook(BackboneHook(index.selection, index.forward.cache_name), with_kwargs=True)
     undo.call(handle.remove)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import cache_name
 from ..errors import ModelError, RoutingError
 from ..selection.route import Route
 from ..selection.selection import AdapterSelection
@@ -25,7 +26,7 @@ from ..virtual_tokens.caches import PREFIX
 
 FUNCTION = "_gradient_checkpointing_func"
 #: names of a layer's parameter for the KV cache
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+_CACHES = (*cache_name.NAMES, "past_key_value", "layer_past")
 
 
 class CheckpointHook:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import cache_name
 from ..base.undo import Undo
 from ..errors import CapabilityError, MissingMethodError, PeftWarning, RoutingError
 from ..tuners.call import Call, Site, batch_of
@@ -23,15 +24,15 @@ from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec, task_of
 from ..virtual_tokens import reuse
 from ..virtual_tokens.assembly import assemble
-from ..virtual_tokens.caches import decoder_config, newer
+from ..virtual_tokens.caches import decoder_config, has_begun, newer
 from ..virtual_tokens.encoder_decoder import encoder_inputs
 from .routing import route_for
 from .run import prepared
 
 METHOD = "prepare_inputs_for_generation"
 #: inputs that the base's `prepare_inputs_for_generation` returns and that the assembly of virtual tokens computes again
-_OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", "past_key_values")
-_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", "past_key_values")
+_OURS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position", *cache_name.NAMES)
+_OURS_OF_TWO = ("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_mask", "cache_position", *cache_name.NAMES)
 
 
 def generate(index: AdapterIndex, task: TaskSpec, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[Any] | None) -> Any:
@@ -132,21 +133,36 @@ def _continuing(input_ids: Tensor, kwargs: dict[str, Any], virtual: int) -> dict
         kwargs: keyword arguments of the base's `prepare_inputs_for_generation`.
         virtual: number of virtual tokens at the beginning of a cache.
     """
-    cache = kwargs.get("past_key_values")
+    cache = cache_name.given_in(kwargs)
     cached = 0 if cache is None else int(cache.get_seq_length())
     if cached < virtual or kwargs.get("use_cache") is False:
         return kwargs
-    embedded = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
+    embedded = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") or not input_ids.shape[1] else None
     length = input_ids.shape[1] if embedded is None else embedded.shape[1]
     changed = dict(kwargs)
     if kwargs.get("next_sequence_length") == length - cached:  # transformers 5
         changed["next_sequence_length"] = length - cached + virtual
     at = kwargs.get("cache_position")
-    if at is not None:  # transformers 4: the length of a static cache is its number of non-zero keys, which is too small in later steps
-        later = getattr(cache, "is_compileable", False) and at.shape[0] == 1 and int(at[0]) == length - 1
-        if at.shape[0] != length - cached + virtual and not later:
-            changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
+    if at is not None and cached - virtual < length and _counts_virtual(at, cache, cached, length):
+        changed["cache_position"] = torch.arange(cached - virtual, length, device=input_ids.device)
     return changed
+
+
+def _counts_virtual(at: Tensor, cache: Any, cached: int, length: int) -> bool:
+    """Return whether transformers 4 numbered the tokens of a step from the length of the cache, which contains virtual tokens.
+
+    It does so in the first step of a `generate`, and in later ones if none were left in the first. All other steps go on from the text.
+
+    Args:
+        at: the `cache_position` of the step, (tokens,).
+        cache: the cache.
+        cached: number of tokens in the cache, including virtual tokens. In a static cache it is the number of non-zero keys, which can be too small.
+        length: number of tokens of the text.
+    """
+    if not at.shape[0]:
+        return True
+    later = getattr(cache, "is_compileable", False) and at.shape[0] == 1
+    return int(at[0]) == cached and int(at[-1]) == length - 1 and not later
 
 
 def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> dict[str, Any]:
@@ -160,15 +176,17 @@ def _step(index: AdapterIndex, call: Call, given: dict[str, Any], mask: Any) -> 
     """
     two = index.forward.encoder_decoder
     ours = _OURS_OF_TWO if two else _OURS
-    names = ("decoder_input_ids", "decoder_inputs_embeds", "past_key_values") if two else ("input_ids", "inputs_embeds", "past_key_values")
+    names = ("decoder_input_ids", "decoder_inputs_embeds") if two else ("input_ids", "inputs_embeds")
     text = {name: given[name] for name in names if given.get(name) is not None}
-    if given.get("use_cache") is False:
-        text.pop("past_key_values", None)  # the cache of the previous step: without `use_cache`, every step starts with a new prefix
+    # without `use_cache`, every step starts with a new prefix, and not with the cache of the previous step
+    cache = None if given.get("use_cache") is False else index.forward.cache_in(given)
+    if cache is not None:
+        text = index.forward.with_cache(text, cache)
     call = replace(call, inputs={**text, "decoder_attention_mask" if two else "attention_mask": mask})
     at = given.get("cache_position")
     if at is not None and int(at[0]):  # transformers 4: the length of a static cache is its number of non-zero keys
         call = replace(call, cached=int(_places(at, call, two)[0]))
-    _make_room(text.get("past_key_values"), sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
+    _make_room(cache, sum(tokens.length for tokens in call.virtual if not two or tokens.site is Site.DECODER), index)
     call, _ = reuse.with_reused_keys_values(index, call, index.base)
     inputs = assemble(call, index.forward, task_of(call.task)).inputs
     if at is not None:  # transformers 4: `cache_position` says where a static cache writes, but it counts the caller's tokens only
@@ -195,7 +213,7 @@ def _make_room(cache: Any, count: int, index: AdapterIndex) -> None:
     window = getattr(decoder_config(index.view), "sliding_window", None)
     for layer in getattr(own, "layers", ()):
         size = getattr(layer, "max_cache_len", None)
-        if size and not layer.is_initialized:
+        if size and not has_begun(layer):
             layer.max_cache_len = min(size + count, window) if layer.is_sliding and window else size + count
 
 
@@ -219,7 +237,7 @@ def check_chunks(index: AdapterIndex, task: TaskSpec, arguments: Mapping[str, An
     Raises:
         CapabilityError: both are used.
     """
-    cache, config = kwargs.get("past_key_values"), kwargs.get("generation_config") or getattr(index.base, "generation_config", None)
+    cache, config = cache_name.given_in(kwargs), kwargs.get("generation_config") or getattr(index.base, "generation_config", None)
     chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
     if chunk is not None and cache is not None and int(cache.get_seq_length()) and _has_virtual_tokens(index, task, arguments):
         raise CapabilityError(

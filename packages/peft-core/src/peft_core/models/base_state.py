@@ -27,10 +27,10 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     index = require_index(model)
     if not is_sharded(model):
-        return {name: getattr(module, key) for name, (module, key) in _holders(index).items()}
+        return {name: getattr(module, key) for name, (module, key) in _holders(index, sharded=False).items()}
     names = names_by_module(model)
     given = {visible(name): value for name, value in model.state_dict().items()}
-    found = {name: found_under(join(names[id(module)], key), given) for name, (module, key) in _holders(index).items()}
+    found = {name: found_under(join(names[id(module)], key), given) for name, (module, key) in _holders(index, sharded=True).items()}
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
@@ -51,7 +51,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
     """
     index = require_index(model)
     with whole_parameters(model):
-        return _write(_holders(index), state_dict, strict)
+        return _write(_holders(index, sharded=is_sharded(model)), state_dict, strict)
 
 
 def _write(holders: Mapping[str, tuple[nn.Module, str]], state_dict: Mapping[str, Any], strict: bool) -> Any:
@@ -74,10 +74,14 @@ def _write(holders: Mapping[str, tuple[nn.Module, str]], state_dict: Mapping[str
     return nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
-def _holders(index: AdapterIndex) -> dict[str, tuple[nn.Module, str]]:
-    """Return name → (module with the tensor, attribute name) for every parameter and buffer that the base's state dict would contain."""
+def _holders(index: AdapterIndex, *, sharded: bool) -> dict[str, tuple[nn.Module, str]]:
+    """Return name → (module with the tensor, attribute name) for every parameter and buffer that the base's state dict would contain.
+
+    Only in a sharded model (FSDP1) can a parameter be a plain tensor. Elsewhere such an attribute is no part of a state dict.
+    """
     found: dict[str, tuple[nn.Module, str]] = {}
     for path, module in index.view.modules.items():
         buffers = [key for key, tensor in module._buffers.items() if tensor is not None and key not in module._non_persistent_buffers_set]
-        found.update((join(path, key), (module, key)) for key in (*parameter_names(module), *buffers))
+        parameters = parameter_names(module) if sharded else [key for key, value in module._parameters.items() if value is not None]
+        found.update((join(path, key), (module, key)) for key in (*parameters, *buffers))
     return found

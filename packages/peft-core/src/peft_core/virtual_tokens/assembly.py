@@ -54,7 +54,7 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
     kv = [tokens for tokens in call.virtual if tokens.keys_values is not None]
     embeds = [tokens for tokens in call.virtual if tokens.embeds is not None]
     n_kv, n_embeds = sum(tokens.length for tokens in kv), sum(tokens.length for tokens in embeds)
-    cache = inputs.get("past_key_values")
+    cache = forward.cache_in(inputs)
     cached = cached_length(call, cache)
     text = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
     if text is None:
@@ -73,7 +73,7 @@ def _assemble_one(call: Call, forward: BaseForward, task: TaskSpec, recomputing:
     if kv:
         cache = cache_with_prefixes(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
-            inputs["past_key_values"] = cache
+            inputs = forward.with_cache(inputs, cache)
     seen = final_mask(call, kv, forward, mask, n_embeds + length, cache, n_kv)
     return Assembled(updated(inputs, attention_mask=seen, position_ids=positions), lead, length)
 

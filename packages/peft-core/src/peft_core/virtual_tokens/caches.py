@@ -43,6 +43,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
     decoder_cache = self_attention_cache(cache)
     _check_size(decoder_cache, sum(part.length for part in tokens))
     write = decoder_cache.begin if recomputing else decoder_cache.update
+    at = () if recomputing or newer() else ({"cache_position": torch.arange(sum(part.length for part in tokens), device=call.device)},)
     like = torch.empty(call.batch, 0, dtype=dtype_of(view.base), device=call.device)
     for layer in range(len(tokens[0].keys_values or ())):
         offered = [part.keys_values[layer] for part in tokens if part.keys_values is not None]
@@ -52,7 +53,7 @@ def prefix_cache(call: Call, tokens: Sequence[VirtualTokens], view: BaseView, ca
         keys = [expand_to_batch(part, pair[0], like) for part, pair in zip(tokens, pairs, strict=True)]
         values = [expand_to_batch(part, pair[1], like) for part, pair in zip(tokens, pairs, strict=True)]
         k, v = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
-        write(k, v, layer)
+        write(k, v, layer, *at)  # sliding layers of transformers 4.56 have to be told the positions
     return cache
 
 
@@ -85,6 +86,11 @@ def _check_size(cache: Any, length: int) -> None:
 def self_attention_cache(cache: Any) -> Any:
     """Return the part of a cache that belongs to the decoder's self-attention; for decoder-only models, this is the cache itself."""
     return getattr(cache, "self_attention_cache", cache)
+
+
+def has_begun(layer: Any) -> bool:
+    """Return whether a layer of a cache has memory for keys and values; layers of transformers 4.56 do not say it by `is_initialized`."""
+    return bool(getattr(layer, "is_initialized", getattr(layer, "keys", None) is not None))
 
 
 def newer() -> bool:
@@ -180,7 +186,7 @@ def _recomputing_class() -> type[Any]:
 
             def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
                 layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-                if layer is None or not layer.is_initialized:
+                if layer is None or not has_begun(layer):
                     return key_states, value_states
                 self.readers.add(layer_idx)
                 return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)

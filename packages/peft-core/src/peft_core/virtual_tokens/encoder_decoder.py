@@ -28,7 +28,7 @@ def assemble_both(call: Call, forward: BaseForward, *, recomputing: bool = False
     if not (kv or embeds):
         return Assembled(inputs)
 
-    cache = inputs.get("past_key_values")
+    cache = forward.cache_in(inputs)
     cached = cached_length(call, cache)
     if not cached and embeds and inputs.get("decoder_input_ids") is None and inputs.get("decoder_inputs_embeds") is None:
         inputs["decoder_input_ids"] = _shifted(forward, inputs.get("labels"))
@@ -44,7 +44,7 @@ def assemble_both(call: Call, forward: BaseForward, *, recomputing: bool = False
     if kv:
         cache = cache_with_prefixes(call, kv, forward, cache, recomputing=recomputing)
         if forward.takes_cache:
-            inputs["past_key_values"] = cache
+            inputs = forward.with_cache(inputs, cache)
     return Assembled(updated(inputs, decoder_attention_mask=final_mask(call, kv, forward, mask, lead + length, cache, count - lead)), lead, length)
 
 

@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import cache_name
 from ..selection.route import ALL, EMPTY
 from ..tuners.call import Call, Output, Site, VirtualTokens
 from ..tuners.index import AdapterIndex
 from ..tuners.tasks import TaskSpec
+from .caches import has_begun
 from .sequence import cached_length
 
 #: inputs that allow computing the virtual tokens separately from the text; if a call has any other input, nothing is reused
-_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", "past_key_values"})
+_PLAIN = frozenset({"input_ids", "inputs_embeds", "attention_mask", "use_cache", "return_dict", *cache_name.NAMES})
 #: outputs with one entry per token
 _PER_TOKEN = ("logits", "last_hidden_state")
 
@@ -46,7 +48,7 @@ class VirtualKeysValues:
         with index.selection.use(call.route):
             further = index.forward.per_layer_inputs(torch.zeros(1, 0, dtype=torch.long, device=call.device), sequence.shape[1])
             found = base(inputs_embeds=sequence, use_cache=True, return_dict=True, **further)
-        self.keys_values = _plain_layers(found.get("past_key_values"), sequence.shape[1])
+        self.keys_values = _plain_layers(cache_name.returned_in(found), sequence.shape[1])
         values = {name: found.get(name) for name in _PER_TOKEN}
         self.outputs: Mapping[str, Tensor] = {
             name: v for name, v in values.items() if isinstance(v, Tensor) and v.ndim == 3 and v.shape[:2] == sequence.shape[:2]
@@ -59,7 +61,7 @@ def _plain_layers(cache: Any, length: int) -> tuple[tuple[Tensor, Tensor], ...] 
 
     found = []
     for layer in getattr(cache, "layers", ()):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not layer.is_initialized or layer.keys.shape[-2] != length:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or not has_begun(layer) or layer.keys.shape[-2] != length:
             return None
         found.append((layer.keys[0], layer.values[0]))
     return tuple(found) or None
@@ -81,7 +83,7 @@ def may_reuse(index: AdapterIndex, call: Call) -> bool:
         return False
     if any(value is not None and name not in _PLAIN for name, value in call.inputs.items()):
         return False
-    cache = call.inputs.get("past_key_values")
+    cache = forward.cache_in(call.inputs)
     return call.inputs.get("return_dict") is not False and (cache is None or (call.generating and not cached_length(call, cache)))
 
 

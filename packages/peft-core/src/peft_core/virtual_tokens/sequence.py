@@ -112,12 +112,12 @@ def cache_with_prefixes(call: Call, kv: list[VirtualTokens], forward: BaseForwar
         recomputing: layers are recomputed in the backward pass (gradient checkpointing).
 
     Raises:
-        CapabilityError: the base's forward takes no past_key_values.
+        CapabilityError: the base's forward takes no KV cache.
     """
     if not forward.takes_cache and forward.backbone is None:
         raise CapabilityError(
             "Model does not support past key values which are required for prefix tuning",
-            hint=f"the forward of {forward.view.name} takes no past_key_values; use a method with virtual embeddings",
+            hint=f"the forward of {forward.view.name} takes no {forward.cache_name}; use a method with virtual embeddings",
         )
     found = caches.prefix_cache(call, kv, forward.view, cache, recomputing=recomputing)
     if recomputing:

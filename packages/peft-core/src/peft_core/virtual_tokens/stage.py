@@ -55,7 +55,7 @@ def check_cache_was_read(forward: BaseForward, call: Call, inputs: Mapping[str, 
     if torch.compiler.is_compiling():
         return
     length = sum(tokens.length for tokens in call.virtual if tokens.keys_values is not None)
-    cache = inputs.get("past_key_values")
+    cache = forward.cache_in(inputs)
     cache = call.route.context.get(PREFIX) if cache is None else cache
     decoder_cache: Any = getattr(cache, "self_attention_cache", cache)
     if not length or not hasattr(decoder_cache, "layers"):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import cache_name
 from ..base.forward import BaseForward
 from ..base.view import BaseView
 from ..errors import CapabilityError
@@ -50,10 +51,10 @@ def cache_layers(view: BaseView) -> tuple[CacheLayer | None, ...] | None:
         return None
     try:
         with _quiet(view.base):
-            cache = getattr(view.base(**_tokens(view), use_cache=True), "past_key_values", None)
+            cache = cache_name.returned_in(view.base(**_tokens(view), use_cache=True))
             if cache is None:  # the base creates no cache, but may write to a given one
                 cache = caches.new_cache(view, 0)
-                view.base(**_tokens(view), past_key_values=cache, use_cache=True)
+                view.base(**BaseForward(view).with_cache(_tokens(view), cache), use_cache=True)
         layers = caches.self_attention_cache(cache).layers
     except Exception:  # any error of the base: the caller then uses the config instead
         return None
@@ -80,8 +81,8 @@ def require_prefix(view: BaseView, layers: Sequence[CacheLayer | None]) -> None:
         return
     try:
         with _quiet(view.base):
-            at_once = _logits(view, layers, [3])
-            in_steps = _logits(view, layers, [2, 1]) if forward.causal else at_once  # in an encoder, each token attends to all
+            at_once = _logits(forward, layers, [3])
+            in_steps = _logits(forward, layers, [2, 1]) if forward.causal else at_once  # in an encoder, each token attends to all
     except Exception as error:
         raise CapabilityError(
             f"{view.name} does not compute with a cache that begins with keys and values: {type(error).__name__}: {str(error)[:200]}",
@@ -143,8 +144,9 @@ def _tokens(view: BaseView, count: int = 2) -> dict[str, Tensor]:
     return {"input_ids": ids, "decoder_input_ids": ids} if getattr(view.config, "is_encoder_decoder", False) else {"input_ids": ids}
 
 
-def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence[int]) -> Any:
+def _logits(forward: BaseForward, layers: Sequence[CacheLayer | None], steps: Sequence[int]) -> Any:
     """Return the logits of the last of three tokens after two virtual tokens, with `steps` tokens per forward; None if there are no logits."""
+    view = forward.view
     ids = _tokens(view, 3)["input_ids"]
     cache, start, n = caches.new_cache(view, len(layers)), 0, 2
     generator = torch.Generator().manual_seed(0)
@@ -155,8 +157,8 @@ def _logits(view: BaseView, layers: Sequence[CacheLayer | None], steps: Sequence
             cache.update(keys, values, number)
     found: Any = None
     for step in steps:
-        mask = ids.new_ones(1, n + start + step)
-        found = view.base(input_ids=ids[:, start : start + step], attention_mask=mask, past_key_values=cache, use_cache=True)
+        given = {"input_ids": ids[:, start : start + step], "attention_mask": ids.new_ones(1, n + start + step), "use_cache": True}
+        found = view.base(**forward.with_cache(given, cache))
         start += step
     logits = getattr(found, "logits", None)
     return logits[:, -1].float() if isinstance(logits, Tensor) and logits.ndim == 3 else None
