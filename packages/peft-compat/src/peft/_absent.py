@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-#: method → names of its classes: config, model, and others
+#: method → names of its classes and functions: config, model, and others
 METHODS = {
     "ADALORA": "AdaLoraConfig AdaLoraModel AdaLoraLayer RankAllocator",
     "ADAMSS": "AdamssConfig AdamssModel",
@@ -16,7 +16,8 @@ METHODS = {
     "BEFT": "BeftConfig BeftModel",
     "BOFT": "BOFTConfig BOFTModel",
     "C3A": "C3AConfig C3AModel",
-    "CARTRIDGE": "CartridgeConfig CartridgeEncoder",
+    "CARTRIDGE": "CartridgeConfig CartridgeEncoder compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
+    "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
     "DEFT": "DeftConfig DeftModel",
     "DELORA": "DeloraConfig DeloraModel",
     "FOURIERFT": "FourierFTConfig FourierFTModel",
@@ -57,7 +58,7 @@ _LAYER_NAMES = {"LoKrLayer": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "l
 
 
 def stand_in(name: str) -> Any:
-    """Return the class for a class name in `METHODS`: an installed plugin's class, otherwise a placeholder that can't be instantiated."""
+    """Return what stands for a name in `METHODS`: an installed plugin's class, otherwise a placeholder, a class that can't be called."""
     from peft_core.plugins.registry import registry
 
     method = METHOD_OF[name]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +36,18 @@ def names(module: str, table: str, absent: str = "") -> tuple[Callable[[str], An
             home, there = found[name]
             source = importlib.import_module(home)
             return getattr(source, there) if there != "*" else source
+        if _is_sub_module(module, name):
+            return importlib.import_module(f"{module}.{name}")
         raise AttributeError(f"module {module!r} has no attribute {name!r}; if upstream peft has it, please tell the authors of peft-compat")
 
     def __dir__() -> list[str]:
         return shown
 
     return __getattr__, __dir__, shown
+
+
+def _is_sub_module(package: str, name: str) -> bool:
+    """Return whether `package` is a package that has a public sub-module `name`, which nobody needs to have imported."""
+    if name.startswith("_") or "__path__" not in vars(sys.modules[package]):
+        return False
+    return importlib.util.find_spec(f"{package}.{name}") is not None

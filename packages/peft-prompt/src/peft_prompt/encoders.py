@@ -37,7 +37,7 @@ class Encoder(nn.Module):
         this way.
         """
         if isinstance(method, Tensor):
-            return self.forward("rows", method)
+            return self.forward("rows", method, *arguments)
         compute = getattr(self, method)
         if type(self.trained) is nn.Parameter and not self._forward_pre_hooks:
             return compute(*arguments)

@@ -81,6 +81,17 @@ class MultitaskPromptEmbedding(Encoder):
             return self._split(self._products(task_ids[:1])[0])
         return self._split(self._products(task_ids))
 
+    def rows(self, indices: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Return the virtual tokens (batch, n, hidden) of the tasks `task_ids` (batch,) at the indices `indices` (batch, n).
+
+        Raises:
+            RoutingError: `task_ids` is missing.
+        """
+        if task_ids is None:
+            raise RoutingError("task_ids cannot be None: each row has the prompt of its task", hint="give a number per row")
+        tokens = self._products(task_ids.to(self.prefix_task_cols.device))
+        return tokens.gather(1, indices.to(tokens.device).unsqueeze(-1).expand(*indices.shape, tokens.shape[-1]))
+
     def _split(self, tokens: Tensor) -> tuple[tuple[Site, Tensor], ...]:
         first = tokens if tokens.shape[-2] == self.count else tokens[..., : self.count, :]
         return ((Site.INPUT, first), (Site.DECODER, tokens[..., self.count :, :])) if self.for_decoder else ((Site.INPUT, first),)

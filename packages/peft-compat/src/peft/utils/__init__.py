@@ -9,7 +9,8 @@ __getattr__, __dir__, __all__ = names(
     """
     peft._constants: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING=DEFAULT_TARGETS CONFIG_NAME SAFETENSORS_WEIGHTS_NAME WEIGHTS_NAME
     peft_core: AuxiliaryTrainingWrapper ModulesToSaveWrapper PeftType TaskType cast_mixed_precision_params get_peft_model_state_dict load_peft_weights
-    peft_core: prepare_model_for_kbit_training set_peft_model_state_dict fsdp_auto_wrap_policy
+    peft_core: prepare_model_for_kbit_training set_peft_model_state_dict fsdp_auto_wrap_policy NoMatchingPeftModuleError PeftError PeftWarning
+    peft_core: get_base_model_state_dict set_base_model_state_dict
     peft._helpers: bloom_model_postprocess_past_key_value infer_device shift_tokens_right transpose
     peft._mappings: register_peft_method TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
     peft._sub_modules: get_quantization_config _get_submodules=get_submodules

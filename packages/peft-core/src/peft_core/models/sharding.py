@@ -60,5 +60,5 @@ def _block_classes(model: nn.Module) -> set[type]:
 def _prompts(model: nn.Module) -> set[nn.Module]:
     """Return the prompt modules. Each must be a single FSDP unit, because it reads the weights of its submodules without calling them."""
     index = index_of(model)
-    mounts = [] if index is None else [module for (kind, _), module in index.modules.items() if not kind and isinstance(module, nn.Module)]
-    return {prompt for mount in mounts for prompt in mount.children()}
+    mounts = {} if index is None else index.mounts()
+    return {prompt for mount in mounts.values() for prompt in mount.children()}

@@ -83,6 +83,10 @@ class AdapterIndex:
         for _, module in self.modules_of(adapter):
             yield from module.parameters_of(adapter).values()
 
+    def mounts(self) -> dict[str, nn.Module]:
+        """Return the modules mounted beside the base model, by the path of their mount; each holds the modules of all adapters."""
+        return {path: module for (kind, path), module in self.modules.items() if not kind and isinstance(module, nn.Module)}
+
     def slots(self, adapter: str) -> Iterator[tuple[str | None, str, Slot]]:
         """Yield (path, end of the file key, slot) for each tensor of the adapter that is saved in its file.
 

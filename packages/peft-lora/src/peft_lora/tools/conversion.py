@@ -231,7 +231,7 @@ def _config(
         rank_pattern=dict(others),
         alpha_pattern=dict(others),
         target_modules=shortest_suffixes(list(layers), index.view.modules),
-        modules_to_save=list(source.modules_to_save) if source.modules_to_save else None,
+        modules_to_save=list(getattr(source, "modules_to_save", None) or ()) or None,  # not every method has the field
         fan_in_fan_out=bool(layers) and all(layer.ops.kind == "conv1d" for layer in layers.values()),
         grouped_convolutions=any(getattr(layer.get_base_layer(), "groups", 1) > 1 for layer in layers.values()),
         task_type=source.task_type,

@@ -99,7 +99,8 @@ def add_weighted_adapter(
     for what, given in (("adapters", adapters), ("weights", weights)):
         if isinstance(given, str) or not isinstance(given, Iterable):
             raise ConfigError(f"{what}={given!r} is a {type(given).__name__}", hint="give lists of the same length: names of adapters, and numbers")
-    request = Request(tuple(adapters), tuple(weights), combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+    numbers = (weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight for weight in weights)
+    request = Request(tuple(adapters), tuple(numbers), combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
     layers = check(index, request)
     if len(request.adapters) == 1 and combination_type != "exact" and not any(set(names) & layer.variants.keys() for layer, names in layers.values()):
         request = replace(request, combination_type="linear")  # nothing to combine: a copy loses nothing
