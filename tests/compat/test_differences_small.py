@@ -349,3 +349,38 @@ def test_the_quick_decomposition_does_not_depend_on_the_seed() -> None:
         torch.manual_seed(seed)
         starts.append(first_layer(adapted(base, init_lora_weights="pissa_niter_4")).weight)
     assert torch.equal(*starts)
+
+
+class Attention(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.attention(x, x, x)[0]
+        return found
+
+
+def test_the_out_projection_of_an_attention_counts_once_unless_it_is_asked_for_twice(tmp_path: Path) -> None:
+    model = tiny.randomise(peft.get_peft_model(Attention(), peft.LoraConfig(r=2, target_modules=["attention"])))
+    model.save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    config.out_projection_twice = True
+    changes = []
+    for given in (None, config):
+        loaded = peft.PeftModel.from_pretrained(Attention(), tmp_path, config=given)
+        changes.append(loaded.merge_and_unload().attention.out_proj.weight - Attention().attention.out_proj.weight)
+    assert torch.allclose(changes[1], 2 * changes[0], atol=1e-6)
+    with pytest.raises(ValueError, match="can't be swapped"):
+        hotswap_adapter(model, tmp_path, "default")
+
+
+def test_what_raises_a_type_error_in_the_peer() -> None:
+    transformers: Any = importlib.import_module("transformers")
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4))
+    assert trained(peft.get_peft_model(gpt2, peft.LoHaConfig(r=2, target_modules=["c_attn"]))) != []
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model = peft.get_peft_model(t5, peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q"])).eval()
+    assert model.generate(tiny.IDS, max_new_tokens=2).shape[0] == len(tiny.IDS)
