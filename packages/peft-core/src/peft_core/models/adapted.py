@@ -76,7 +76,8 @@ class AdaptedModel(WriteThrough, AdapterOperations):
         self.base_model: nn.Module = self._tuner_model(index, peft_config, called) if spec.base_prefix.endswith(".model.") else called
         self.training = model.training
         for path, mounted in index.mounts().items():  # those of another wrapper of the same base, which this one shares
-            self.add_module(path, mounted)
+            if index.base._modules.get(path) is not mounted:  # without a wrapper they are children of the base
+                self.add_module(path, mounted)
         options = LoadOptions(autocast=autocast_adapter_dtype, meta=low_cpu_mem_usage, strict=strict, ignore_mismatched_sizes=ignore_mismatched_sizes)
         loading.add(index, adapter_name, peft_config, options, source, heads=self.task.heads, mount_on=self)
         index.attach(with_configs=isinstance(self.base_model, TunerModel))

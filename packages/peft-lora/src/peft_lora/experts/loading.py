@@ -38,9 +38,9 @@ def adapted_config(base: BaseView, config: LoraConfig, *, shared: bool = True) -
     Raises:
         ConfigError: the config names only one of two projections that are one fused parameter now, or only some of the experts.
     """
-    projections = _projections_of(_conversions_of(base.base)) if config.target_modules and base.is_transformers_model else {}
-    stems = _fused_modules(base) if projections else {}
-    if not stems:
+    stems = _fused_modules(base) if config.target_modules and base.is_transformers_model else {}
+    projections = _projections_of(_conversions_of(base.base)) if stems else {}  # walks over all modules of the model, with those of all adapters
+    if not projections:
         return {}
     meant = _Meaning(base, config, projections, shared=shared)
     fused = {stem: [one for one in names if one in projections and meant.parameter(stem, one, count)] for stem, (names, count) in stems.items()}
