@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,9 +78,8 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
     """
     kind = type(weight).__name__
     if kind == "Params4bit":
-        import bitsandbytes
-
-        found: Tensor = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
+        library: Any = importlib.import_module("bitsandbytes")
+        found: Tensor = library.functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[attr-defined]
         return found
     if kind != "Int8Params":
         return weight
