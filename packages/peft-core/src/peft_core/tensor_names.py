@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 # ---- building ---------------------------------------------------------------------------------------------------------
 def join(*parts: str) -> str:
     """Return the parts with dots between them; empty parts (the path of the root module) are left out."""
-    return ".".join(part for part in parts if part)
+    return ".".join(filter(None, parts))
 
 
 def file_key(prefix: str, path: str | None, end: str) -> str:

@@ -76,7 +76,7 @@ def _sharded_roots(model: nn.Module) -> list[Any]:
         if isinstance(module, fsdp.FullyShardedDataParallel):
             found.append(module)
         else:
-            pending.extend(module.children())
+            pending.extend(child for child in module._modules.values() if child is not None and child._modules)  # FSDP has a child: skip leaves
     return found
 
 

@@ -354,7 +354,7 @@ class AdapterLayer(SelectionMixin):
                 if adapter in holder._buffers or adapter in parameter_names(holder):
                     yield container, holder, adapter
             elif holder is not None and adapter in holder._modules:
-                part = unwrapped(holder.get_submodule(adapter))
+                part = unwrapped(holder._modules[adapter])  # type: ignore[arg-type]
                 for name in parameter_names(part):
                     yield f"{container}.{name}", part, name
 
